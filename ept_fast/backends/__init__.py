@@ -1,0 +1,80 @@
+"""The backends and the one place where one of them is chosen.
+
+A backend is a module with ``supports`` and four functions, all of them on tensors with a task axis:
+``reconstruct_forward``, ``reconstruct_backward``, ``splice_forward``, ``splice_backward``.
+``reference`` is not among them: it is the definition under autograd and runs on request only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ept_fast.backends import eager
+
+__all__ = ["REFERENCE", "describe", "load", "select"]
+
+REFERENCE = "reference"
+# Modules that import no compiler and no driver; what they need beyond that they load on first use.
+_IN_ORDER: dict[str, ModuleType] = {"eager": eager}
+_NAMES = (*_IN_ORDER, REFERENCE)
+
+_logger = logging.getLogger("ept_fast")
+_logged: set[str] = set()
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module."""
+    return _IN_ORDER[name]
+
+
+def select(name: str | None, tensors: dict[str, Tensor | None]) -> str:
+    """The name of the backend for these tensors.
+
+    Args:
+        name: forces one; else ``EPT_FAST_BACKEND`` does where it is set; else the first in order
+            that supports the tensors.
+        tensors: the call's tensors by argument name.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the forced backend does not support the tensors, or none does.
+    """
+    source = "backend"
+    if name is None:
+        name = os.environ.get("EPT_FAST_BACKEND") or None
+        source = "EPT_FAST_BACKEND"
+    if name is not None:
+        if name not in _NAMES:
+            raise ValueError(f"{source}: expected one of {', '.join(_NAMES)}, got {name!r}")
+        if name != REFERENCE:
+            ok, reason = load(name).supports(tensors)
+            if not ok:
+                raise RuntimeError(f"{source}: {name!r} does not support this call: {reason}")
+        return name
+    reasons = []
+    for candidate, module in _IN_ORDER.items():
+        ok, reason = module.supports(tensors)
+        if ok:
+            if not torch.compiler.is_compiling():
+                _log_once(candidate, reasons)
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    raise RuntimeError(f"backend: none supports this call ({'; '.join(reasons)})")
+
+
+def describe() -> list[tuple[str, bool, str]]:
+    """Name, whether it works on this machine, and why (not), of every backend in order of choice."""
+    rows = [(name, *module.available()) for name, module in _IN_ORDER.items()]
+    return [*rows, (REFERENCE, True, "the definition under autograd, on request only")]
+
+
+def _log_once(chosen: str, reasons: list[str]) -> None:
+    message = f"backend {chosen}" + (f" ({'; '.join(reasons)})" if reasons else "")
+    if message not in _logged:
+        _logged.add(message)
+        _logger.info(message)

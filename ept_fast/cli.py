@@ -1,0 +1,335 @@
+"""The command line: ``ept-fast train | evaluate | predict | info | demo``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import ept_fast
+from ept_fast.config import ACTIVATIONS, GATES
+from ept_fast.integrations import POOLINGS
+from ept_fast.training.config import DEVICES, INITS, KEEPS, METHODS, TrainConfig
+from ept_fast.training.metrics import METRICS
+
+__all__ = ["main"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+
+
+class _Failure(click.ClickException):
+    """One line on standard error: exit code 2 for a user's mistake, 1 for a run that failed."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(" ".join(message.split()))
+        self.exit_code = code  # type: ignore[misc]  # click reads it from the instance
+
+
+def _clean(command: F) -> F:
+    """Turn the errors that the package raises on purpose into one line each."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at its import
+        try:
+            return command(*args, **kwargs)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, ImportError) as error:
+            raise _Failure(str(error) or type(error).__name__, 2) from error
+        except RuntimeError as error:
+            # Only what the package raises on purpose; any other is a defect: keep its traceback.
+            if type(error).__name__ == "NonFiniteLossError":
+                raise _Failure(str(error), 1) from error
+            if str(error).startswith(("backend:", "EPT_FAST_BACKEND:")):
+                raise _Failure(str(error), 2) from error
+            raise
+
+    return run  # type: ignore[return-value]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(ept_fast.__version__, prog_name="ept-fast")
+def main() -> None:
+    """Train and use EPT soft prompts on frozen pretrained encoders."""
+
+
+def _option(*names: str, **settings: Any) -> Callable[[F], F]:
+    """An option whose default is TrainConfig's field of the same name."""
+    field = names[0].strip("-").replace("-", "_").partition("/")[0]
+    return click.option(*names, default=_DEFAULTS[field], show_default=True, **settings)
+
+
+@main.command()
+@click.option("--model", required=True, help="Folder or hub id of the frozen encoder.")
+@click.option(
+    "--data",
+    required=True,
+    help="Folder of <split>.jsonl (.csv, .tsv) files, a file of training rows, or the name of a "
+    "data set of the datasets library.",
+)
+@click.option("--output", required=True, type=click.Path(), help="Folder for the results.")
+@_option("--method", type=click.Choice(METHODS))
+@_option("--eval-data", help="File of evaluation rows; else the split validation or test.")
+@_option("--eval-fraction", type=float, help="Training rows held out where there is neither.")
+@_option("--text-field", help="Column of the text.")
+@_option("--pair-field", help="Column of the second text.")
+@_option("--label-field", help="Column of the label.")
+@_option("--num-labels", type=int, help="Classes, where the training rows miss some.")
+@_option("--prompt-length", type=int, help="The budget, in tokens of a plain prompt.")
+@_option("--num-virtual-tokens", type=int, help="Length of the short prompt (ept, dept).")
+@_option("--max-length", type=int, help="Tokens of a text that are read.")
+@_option("--num-spaces", type=int, help="Subspaces (ept); 0 for none.")
+@_option("--space-dim", type=int, help="Width of a subspace (ept).")
+@_option("--alpha", type=float, help="The offset is scaled by alpha / sqrt(rank).")
+@_option("--activation", type=click.Choice(ACTIVATIONS))
+@_option("--gate", type=click.Choice(GATES))
+@_option("--temperature", type=float, help="Of the gate.")
+@_option("--fusion/--no-fusion", help="Prompt fusion (ept).")
+@_option("--init", type=click.Choice(INITS), help="Where the prompt starts.")
+@_option("--pooling", type=click.Choice(POOLINGS))
+@_option("--head-dropout", type=float)
+@_option("--prompt-lr", type=float, help="Learning rate of the short prompt.")
+@_option("--offset-lr", type=float, help="Learning rate of the offset.")
+@_option("--space-lr", type=float, help="Learning rate of subspaces and gate.")
+@_option("--head-lr", type=float, help="Learning rate of the classifier.")
+@_option("--weight-decay", type=float)
+@_option("--warmup-ratio", type=float, help="Fraction of the steps with a rising rate.")
+@_option("--max-grad-norm", type=float, help="0 leaves gradients alone.")
+@_option("--batch-size", type=int)
+@_option("--eval-batch-size", type=int)
+@_option("--max-steps", type=int, help="Optimizer steps, in place of --epochs.")
+@_option("--epochs", type=float)
+@_option("--eval-steps", type=int, help="Steps between evaluations and checkpoints.")
+@_option("--eval-before/--no-eval-before", help="Evaluate before the first step.")
+@_option("--keep", type=click.Choice(KEEPS), help="Which evaluation's weights to keep.")
+@_option("--metric", type=click.Choice(METRICS), help="What --keep best goes by.")
+@_option("--group-by-length/--no-group-by-length", help="Batches of similar lengths.")
+@_option("--seed", type=int)
+@_option("--bf16/--no-bf16", help="Default: on a GPU that supports it.")
+@_option("--device", type=click.Choice(DEVICES))
+@click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier run's results in --output.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@_clean
+def train(resume: bool, overwrite: bool, quiet: bool, **settings: Any) -> None:
+    """Train an adapter for text classification.
+
+    Leaves adapter/, metrics.json, learning_curves.png and gate_weights.png in --output.
+    """
+    from ept_fast.training.job import train as run
+
+    config = TrainConfig(**settings)
+    metrics = run(config, resume=resume, overwrite=overwrite, progress=not quiet)
+    for line in describe_run(metrics, Path(config.output)):
+        click.echo(line)
+
+
+def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
+    """What a finished run has to say, a line each."""
+    name, before, after = metrics["config"]["metric"], metrics["before"], metrics["after"]
+    start = "not measured" if before is None else f"{before[name]:.4f}"
+    counts = metrics["parameters"]
+    trained, whole = counts["prompt"] + counts["head"], sum(counts.values())
+    rows = metrics["rows"]
+    lines = [
+        f"{name}: {start} before, {after[name]:.4f} after {after['step']} steps "
+        f"({rows['evaluation']} rows)",
+        f"time per step: {1000 * metrics['seconds_per_step']:.0f} ms (median)",
+        f"parameters trained: {trained:,} (prompt {counts['prompt']:,}, head {counts['head']:,}), "
+        f"{100 * trained / whole:.2f}% of {whole:,}",
+    ]
+    cut = rows["train_cut"] + rows["evaluation_cut"]
+    if cut:
+        length = metrics["prompt"]["max_length"]
+        lines.append(f"rows cut to {length} tokens: {cut} of {rows['train'] + rows['evaluation']}")
+    lines.append(f"adapter: {output / 'adapter'}")
+    lines.append(f"metrics: {output / 'metrics.json'}")
+    pictures = [str(output / "learning_curves.png")]
+    if metrics["gate_weights"] is None:
+        lines.append(f"pictures: {pictures[0]} (no subspaces, so no gate weights to draw)")
+    else:
+        lines.append(f"pictures: {pictures[0]}, {output / 'gate_weights.png'}")
+    return lines
+
+
+@main.command()
+@click.option("--adapter", required=True, type=click.Path(), help="Folder of an adapter or a run.")
+@click.option("--data", required=True, help="As in train.")
+@click.option("--split", default="test", show_default=True, help="Which split of --data.")
+@click.option("--model", help="The encoder, in place of the one saved with the adapter.")
+@_option("--text-field", help="Column of the text.")
+@_option("--pair-field", help="Column of the second text.")
+@_option("--label-field", help="Column of the label.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@_option("--device", type=click.Choice(DEVICES))
+@_clean
+def evaluate(
+    adapter: str,
+    data: str,
+    split: str,
+    model: str | None,
+    text_field: str,
+    pair_field: str,
+    label_field: str,
+    batch_size: int,
+    device: str,
+) -> None:
+    """Print an adapter's metrics on labelled rows, as JSON."""
+    from ept_fast.training.data import Fields
+    from ept_fast.training.job import evaluate as run
+
+    fields = Fields(text_field, pair_field, label_field)
+    metrics = run(
+        adapter,
+        data,
+        split=split,
+        batch_size=batch_size,
+        model=model,
+        device=device,
+        fields=fields,
+    )
+    click.echo(json.dumps(metrics, indent=2))
+
+
+@main.command()
+@click.option("--adapter", required=True, type=click.Path(), help="Folder of an adapter or a run.")
+@click.option("--input", "source", default="-", show_default=True, help="- is standard input.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["auto", "txt", "jsonl", "csv", "tsv"]),
+    default="auto",
+    show_default=True,
+    help="txt is a text a line. auto: by the suffix; standard input is txt.",
+)
+@click.option("--output", type=click.Path(), help="File; standard output where not given.")
+@click.option("--model", help="The encoder, in place of the one saved with the adapter.")
+@_option("--text-field", help="Column of the text.")
+@_option("--pair-field", help="Column of the second text.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@_option("--device", type=click.Choice(DEVICES))
+@_clean
+def predict(
+    adapter: str,
+    source: str,
+    form: str,
+    output: str | None,
+    model: str | None,
+    text_field: str,
+    pair_field: str,
+    batch_size: int,
+    device: str,
+) -> None:
+    """Write each text's label and probabilities, a JSON object a line."""
+    from ept_fast.checkpoint import write_bytes
+    from ept_fast.training.data import DataError, Fields, parse_rows
+    from ept_fast.training.job import predict as run
+
+    if source == "-":
+        data, suffix, name = sys.stdin.buffer.read(), ".txt", "standard input"
+    else:
+        try:
+            data = Path(source).read_bytes()
+        except OSError as error:
+            reason = error.strerror or error
+            raise DataError(f"{source}: expected a readable file, got {reason}") from None
+        suffix, name = Path(source).suffix, source
+    if form != "auto":
+        suffix = f".{form}"
+    rows = parse_rows(data, suffix, name, fields=Fields(text_field, pair_field), labelled=False)
+    results = run(adapter, rows, batch_size=batch_size, model=model, device=device)
+    pairs = rows.pairs or (None,) * len(rows)
+    lines = []
+    for text, pair, result in zip(rows.texts, pairs, results, strict=True):
+        second = {} if pair is None else {"text_pair": pair}
+        lines.append(json.dumps({"text": text, **second, **result}, ensure_ascii=False) + "\n")
+    content = "".join(lines).encode()
+    if output is None:
+        click.get_binary_stream("stdout").write(content)
+    else:
+        write_bytes(Path(output), content)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@_clean
+def info(as_json: bool) -> None:
+    """Print versions, devices, and which backends work here and why the others do not."""
+    import torch
+
+    from ept_fast.backends import describe
+
+    backends = [{"name": n, "works": ok, "reason": reason} for n, ok, reason in describe()]
+    facts: dict[str, Any] = {
+        "ept_fast": ept_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "transformers": _installed("transformers"),
+        "devices": _devices(torch),
+        "backends": backends,
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for name in ("ept_fast", "python", "torch", "triton", "transformers"):
+        click.echo(f"{name:<13}{facts[name] or 'not installed'}")
+    click.echo(f"{'devices':<13}{', '.join(_devices(torch))}")
+    for backend in backends:
+        state = "works" if backend["works"] else "does not work here"
+        reason = f" ({backend['reason']})" if backend["reason"] else ""
+        click.echo(f"backend {backend['name']:<10}{state}{reason}")
+
+
+def _installed(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown version"
+
+
+def _devices(torch: Any) -> list[str]:
+    names = [f"CPU ({torch.get_num_threads()} threads)"]
+    if torch.cuda.is_available():
+        names += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("Apple GPU (mps)")
+    return names
+
+
+@main.command()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Folder for the results.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps, for a shorter run.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@_clean
+def demo(output: Path, steps: int | None, seed: int) -> None:
+    """Train on a small built-in task with the encoder of the demo extra."""
+    from ept_fast.training.demo import run_demo
+
+    run_demo(output=output, steps=steps, seed=seed)
+
+
+if __name__ == "__main__":
+    main()

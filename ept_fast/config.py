@@ -1,0 +1,209 @@
+"""The sizes and choices of one EPT prompt, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ACTIVATIONS", "GATES", "EPTConfig"]
+
+ACTIVATIONS = ("gelu", "relu", "silu", "identity")
+GATES = ("token", "prompt")
+
+
+def check_count(name: str, value: object, minimum: int) -> None:
+    """Raise unless ``value`` is an integer (no bool) of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
+
+
+def check_number(name: str, value: object, *, positive: bool = False) -> None:
+    """Raise unless ``value`` is a finite real number (no bool), above zero where asked."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a real number, got {type(value).__name__} {value!r}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        expected = "a finite number > 0" if positive else "a finite number"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
+
+
+@dataclass(frozen=True)
+class EPTConfig:
+    """Sizes and choices of an EPT prompt; the symbols are METHOD's.
+
+    ``rank=0`` leaves out the offset and the fusion, ``num_spaces=0`` the subspaces, so plain prompt
+    tuning is ``EPTConfig(d, num_virtual_tokens=l, rank=0, num_spaces=0)`` and DePT is
+    ``fusion=False, num_spaces=0``. The default sizes are this project's choice.
+
+    Attributes:
+        hidden_size: d, width of the backbone's embeddings.
+        num_virtual_tokens: m, length of the short prompt.
+        max_length: n, text positions that the offset covers; longer text is an error where rank > 0.
+        rank: r, rank of the offset; at most ``min(max_length, hidden_size)``.
+        num_spaces: K, number of subspaces.
+        space_dim: h, width of each subspace.
+        alpha: the offset is scaled by alpha / sqrt(rank).
+        activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
+        gate: ``"token"`` or ``"prompt"``.
+        temperature: τ > 0, divides the gate's logits.
+        fusion: whether the short prompt attends to the offset.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: a field out of its range.
+
+    Example:
+        >>> EPTConfig.from_budget(768, prompt_length=100).num_parameters <= 100 * 768
+        True
+    """
+
+    hidden_size: int
+    num_virtual_tokens: int = 20
+    max_length: int = 256
+    rank: int = 24
+    num_spaces: int = 4
+    space_dim: int = 4
+    alpha: float = 8.0
+    activation: str = "gelu"
+    gate: str = "token"
+    temperature: float = 1.0
+    fusion: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("hidden_size", self.hidden_size, 1)
+        check_count("num_virtual_tokens", self.num_virtual_tokens, 1)
+        check_count("max_length", self.max_length, 1)
+        check_count("rank", self.rank, 0)
+        check_count("num_spaces", self.num_spaces, 0)
+        check_count("space_dim", self.space_dim, 1)
+        check_number("alpha", self.alpha)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("gate", self.gate, GATES)
+        check_number("temperature", self.temperature, positive=True)
+        check_flag("fusion", self.fusion)
+        most = min(self.max_length, self.hidden_size)
+        if self.rank > most:
+            raise ValueError(
+                f"rank: expected at most min(max_length {self.max_length}, hidden_size "
+                f"{self.hidden_size}) = {most}, got {self.rank}"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """c = alpha / sqrt(rank), the factor of A·B; 0 without an offset."""
+        return self.alpha / math.sqrt(self.rank) if self.rank else 0.0
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters of one prompt: m·d + (n + d)·r + K·(2·d·h + d + 1)."""
+        return (
+            self.num_virtual_tokens * self.hidden_size
+            + (self.max_length + self.hidden_size) * self.rank
+            + _space_parameters(self.hidden_size, self.num_spaces, self.space_dim)
+        )
+
+    @classmethod
+    def from_budget(
+        cls,
+        hidden_size: int,
+        prompt_length: int = 100,
+        *,
+        num_virtual_tokens: int = 20,
+        max_length: int = 256,
+        num_spaces: int = 4,
+        space_dim: int = 4,
+        **choices: Any,
+    ) -> EPTConfig:
+        """The config whose rank uses up what a plain prompt of ``prompt_length`` tokens would cost.
+
+        Args:
+            hidden_size: d.
+            prompt_length: l; the budget is l·d parameters.
+            num_virtual_tokens: m < l.
+            max_length: n.
+            num_spaces: K.
+            space_dim: h.
+            **choices: ``alpha``, ``activation``, ``gate``, ``temperature``, ``fusion``.
+
+        Returns:
+            A config with ``num_parameters <= prompt_length * hidden_size`` and the largest such rank
+            (at most ``min(max_length, hidden_size)``).
+
+        Raises:
+            ValueError: the short prompt and the subspaces alone cost more than the budget.
+        """
+        check_count("prompt_length", prompt_length, 1)
+        if "rank" in choices:
+            raise TypeError("rank: from_budget solves for it, got it as an argument")
+        base = cls(
+            hidden_size,
+            num_virtual_tokens=num_virtual_tokens,
+            max_length=max_length,
+            rank=0,
+            num_spaces=num_spaces,
+            space_dim=space_dim,
+            **choices,
+        )
+        budget = prompt_length * hidden_size
+        left = budget - base.num_parameters
+        if left < 0:
+            raise ValueError(
+                f"prompt_length: expected a budget of at least {base.num_parameters} parameters for "
+                f"{num_virtual_tokens} virtual tokens and {num_spaces} spaces of width {space_dim}, "
+                f"got {prompt_length} * {hidden_size} = {budget}"
+            )
+        rank = min(left // (max_length + hidden_size), max_length, hidden_size)
+        return dataclasses.replace(base, rank=rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EPTConfig:
+        """The config with these fields; an unknown or a missing required name is an error."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"config: expected the fields {sorted(known)}, got also {unknown}")
+        if "hidden_size" not in values:
+            raise ValueError("config: expected the field hidden_size, got none")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """All fields as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> EPTConfig:
+        """The config that :meth:`to_json` wrote; ``ValueError`` for anything else."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"config: expected a JSON object, got text that is not JSON ({error})"
+            ) from None
+        if not isinstance(values, dict):
+            raise ValueError(f"config: expected a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+def _space_parameters(hidden_size: int, num_spaces: int, space_dim: int) -> int:
+    return num_spaces * (2 * hidden_size * space_dim + hidden_size + 1)

@@ -1,0 +1,141 @@
+"""The definition of the two operations in plain PyTorch, read as the specification.
+
+Nothing here is fast and nothing here is clever: every intermediate of METHOD's equations is
+materialised, autograd differentiates them, and every other backend is checked against the result.
+The only subtleties are the ones the definition itself asks for: products and sums accumulate in
+float32 (float64 for float64 input) and each output element is rounded once.
+
+The arguments are taken as valid; :mod:`ept_fast.functional` is the checked entrance.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["reconstruct_prompt", "splice_prompt"]
+
+_ACTIVATIONS = {
+    "gelu": F.gelu,  # the exact, erf form
+    "relu": F.relu,
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
+
+
+def _accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return torch.float64
+    return torch.float32
+
+
+def reconstruct_prompt(
+    short_prompt: Tensor,
+    offset_a: Tensor | None = None,
+    offset_b: Tensor | None = None,
+    space_down: Tensor | None = None,
+    space_up: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    activation: str = "gelu",
+    gate: str = "token",
+    temperature: float = 1.0,
+    fusion: bool = True,
+) -> Tensor:
+    """Operation 1 of METHOD, written as its five equations.
+
+    Args:
+        short_prompt: P, ``[(T,) m, d]``.
+        offset_a: A, ``[(T,) n, r]``; with ``offset_b`` or not at all.
+        offset_b: B, ``[(T,) r, d]``.
+        space_down: D, ``[(T,) K, d, h]``; with the next three or not at all.
+        space_up: U, ``[(T,) K, h, d]``.
+        gate_weight: G, ``[(T,) d, K]``.
+        gate_bias: b, ``[(T,) K]``.
+        scaling: c, the factor of A·B.
+        activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
+        gate: ``"token"``: one softmax a token; ``"prompt"``: one for all tokens of the prompt.
+        temperature: τ > 0, divides the gate's logits.
+        fusion: whether the prompt attends to the offset.
+
+    Returns:
+        P′, ``[(T,) m, d]`` in the type of ``short_prompt``.
+    """
+    inputs = (short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
+    dtype = _accumulation_dtype(*inputs)
+    with torch.autocast(short_prompt.device.type, enabled=False):
+        p = short_prompt.to(dtype)
+        fused = p
+        if fusion and offset_a is not None and offset_b is not None:
+            delta = scaling * (offset_a.to(dtype) @ offset_b.to(dtype))  # ΔE [(T,) n, d]
+            scores = p @ delta.mT / p.shape[-1] ** 0.5  # [(T,) m, n]
+            fused = p + scores.softmax(-1) @ delta
+        if space_down is None or space_up is None or gate_weight is None or gate_bias is None:
+            return fused.to(short_prompt.dtype)
+        hidden = fused.unsqueeze(-3) @ space_down.to(dtype)  # [(T,) K, m, h]
+        spaces = _ACTIVATIONS[activation](hidden) @ space_up.to(dtype)  # [(T,) K, m, d]
+        logits = (fused @ gate_weight.to(dtype) + gate_bias.to(dtype).unsqueeze(-2)) / temperature
+        if gate == "prompt":
+            logits = logits.mean(-2, keepdim=True).expand_as(logits)
+        weights = logits.softmax(-1)  # g [(T,) m, K]
+        mixed = (weights.mT.unsqueeze(-1) * spaces).sum(-3)  # [(T,) m, d]
+        return (fused + mixed).to(short_prompt.dtype)
+
+
+def splice_prompt(
+    prompt: Tensor,
+    *,
+    input_ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    offset_a: Tensor | None = None,
+    offset_b: Tensor | None = None,
+    scaling: float = 1.0,
+    attention_mask: Tensor | None = None,
+    task_ids: Tensor | None = None,
+) -> Tensor:
+    """Operation 2 of METHOD: the prompt before the text, the offset onto the text's real tokens.
+
+    Args:
+        prompt: P′, ``[m, d]``, or ``[T, m, d]`` with ``task_ids``.
+        input_ids: ``[B, S]`` integers, looked up in ``weight``; or else ``inputs_embeds``.
+        weight: the frozen embedding table, ``[V, d]``; it gets no gradient.
+        inputs_embeds: ``[B, S, d]``.
+        offset_a: A, ``[(T,) n, r]`` with n >= S; with ``offset_b`` or not at all.
+        offset_b: B, ``[(T,) r, d]``.
+        scaling: c, the factor of A·B.
+        attention_mask: ``[B, S]`` of 0 and 1; ones where it is not given.
+        task_ids: ``[B]`` integers, the prompt of each row.
+
+    Returns:
+        ``[B, m + S, d]`` in the type of the embeddings.
+    """
+    with torch.autocast(prompt.device.type, enabled=False):
+        if inputs_embeds is not None:
+            embeds = inputs_embeds
+        else:
+            assert input_ids is not None and weight is not None
+            embeds = F.embedding(input_ids, weight.detach())
+        dtype = _accumulation_dtype(prompt, embeds, offset_a, offset_b)
+        text = embeds.to(dtype)
+        batch, length, _ = text.shape
+        if offset_a is not None and offset_b is not None:
+            delta = scaling * (offset_a.to(dtype) @ offset_b.to(dtype))  # ΔE [(T,) n, d]
+            if attention_mask is None:
+                mask = torch.ones(batch, length, dtype=torch.bool, device=text.device)
+            else:
+                mask = attention_mask != 0
+            position = (mask.cumsum(-1) - 1).clamp_min(0)  # rank among the row's real tokens
+            if task_ids is None:
+                offset = delta[position]
+            else:
+                offset = delta[task_ids.long().unsqueeze(-1), position]
+            text = torch.where(mask.unsqueeze(-1), text + offset, text)
+        if task_ids is None:
+            head = prompt.to(dtype).expand(batch, *prompt.shape)
+        else:
+            head = prompt.to(dtype)[task_ids.long()]
+        return torch.cat([head, text], dim=1).to(embeds.dtype)

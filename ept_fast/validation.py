@@ -1,0 +1,227 @@
+"""Checks of the two operations' arguments: each error names the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ept_fast.config import ACTIVATIONS, GATES, check_choice, check_flag, check_number
+
+__all__ = ["check_reconstruct", "check_splice", "check_splice_values", "values_are_checked"]
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_IDS = (torch.int64, torch.int32)
+_MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+_Size = int | str
+
+
+def _check_tensor(
+    name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None
+) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {_dtype_names(dtypes)}, got {value.dtype}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    return value
+
+
+def _dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[_Size, ...], why: str) -> None:
+    """Integers in ``expected`` must match; strings are sizes that this tensor is free to choose."""
+    fits = tensor.dim() == len(expected) and all(
+        isinstance(size, str) or size == got
+        for size, got in zip(expected, tensor.shape, strict=True)
+    )
+    if not fits:
+        shape = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name}: expected shape [{shape}]{why}, got {list(tensor.shape)}")
+
+
+def _check_prompt(name: str, prompt: object) -> tuple[tuple[int, ...], int]:
+    """The leading task axis (empty for a single prompt) and the width of a prompt."""
+    tensor = _check_tensor(name, prompt, _FLOATS, None)
+    if tensor.dim() not in (2, 3):
+        raise ValueError(f"{name}: expected shape [m, d] or [T, m, d], got {list(tensor.shape)}")
+    return tuple(tensor.shape[:-2]), tensor.shape[-1]
+
+
+def _check_together(tensors: dict[str, Tensor | None]) -> bool:
+    """Whether the partners are there; an error where only some of them are."""
+    missing = [name for name, tensor in tensors.items() if tensor is None]
+    if missing and len(missing) < len(tensors):
+        given = [name for name in tensors if name not in missing]
+        raise ValueError(
+            f"{', '.join(missing)}: expected a tensor beside {', '.join(given)}, got None"
+        )
+    return not missing
+
+
+def _check_offset(
+    offset_a: Tensor | None,
+    offset_b: Tensor | None,
+    lead: tuple[int, ...],
+    width: int,
+    device: torch.device,
+    partner: str,
+) -> None:
+    if not _check_together({"offset_a": offset_a, "offset_b": offset_b}):
+        return
+    a = _check_tensor("offset_a", offset_a, _FLOATS, device)
+    b = _check_tensor("offset_b", offset_b, _FLOATS, device)
+    _check_shape("offset_a", a, (*lead, "n", "r"), f" to match {partner}")
+    rank = a.shape[-1]
+    why = f" to match offset_a {list(a.shape)} and hidden_size {width}"
+    _check_shape("offset_b", b, (*lead, rank, width), why)
+
+
+def check_reconstruct(
+    short_prompt: Tensor,
+    offset_a: Tensor | None,
+    offset_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    scaling: float,
+    activation: str,
+    gate: str,
+    temperature: float,
+    fusion: bool,
+) -> None:
+    """Raise TypeError or ValueError unless operation 1 is defined for these arguments."""
+    lead, width = _check_prompt("short_prompt", short_prompt)
+    device = short_prompt.device
+    partner = f"short_prompt {list(short_prompt.shape)}"
+    check_number("scaling", scaling)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("gate", gate, GATES)
+    check_number("temperature", temperature, positive=True)
+    check_flag("fusion", fusion)
+    _check_offset(offset_a, offset_b, lead, width, device, partner)
+    spaces = {
+        "space_down": space_down,
+        "space_up": space_up,
+        "gate_weight": gate_weight,
+        "gate_bias": gate_bias,
+    }
+    if not _check_together(spaces):
+        return
+    down = _check_tensor("space_down", space_down, _FLOATS, device)
+    _check_shape("space_down", down, (*lead, "K", width, "h"), f" to match {partner}")
+    num_spaces, space_dim = down.shape[-3], down.shape[-1]
+    shapes = {
+        "space_up": (num_spaces, space_dim, width),
+        "gate_weight": (width, num_spaces),
+        "gate_bias": (num_spaces,),
+    }
+    for name, shape in shapes.items():
+        tensor = _check_tensor(name, spaces[name], _FLOATS, device)
+        _check_shape(name, tensor, (*lead, *shape), f" to match space_down {list(down.shape)}")
+
+
+def check_splice(
+    prompt: Tensor,
+    input_ids: Tensor | None,
+    weight: Tensor | None,
+    inputs_embeds: Tensor | None,
+    offset_a: Tensor | None,
+    offset_b: Tensor | None,
+    scaling: float,
+    attention_mask: Tensor | None,
+    task_ids: Tensor | None,
+) -> None:
+    """Raise TypeError or ValueError unless operation 2 is defined for these types and shapes."""
+    lead, width = _check_prompt("prompt", prompt)
+    device = prompt.device
+    partner = f"prompt {list(prompt.shape)}"
+    check_number("scaling", scaling)
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"input_ids, inputs_embeds: expected exactly one of them, got {got}")
+    if input_ids is not None:
+        text_name = "input_ids"
+        text = _check_tensor("input_ids", input_ids, _IDS, device)
+        _check_shape("input_ids", text, ("B", "S"), "")
+        if weight is None:
+            raise ValueError("weight: expected the embedding table beside input_ids, got None")
+        table = _check_tensor("weight", weight, _FLOATS, device)
+        _check_shape("weight", table, ("V", width), f" to match {partner}")
+    else:
+        text_name = "inputs_embeds"
+        text = _check_tensor("inputs_embeds", inputs_embeds, _FLOATS, device)
+        _check_shape("inputs_embeds", text, ("B", "S", width), f" to match {partner}")
+        if weight is not None:
+            raise ValueError("weight: expected None beside inputs_embeds, got a tensor")
+    batch, length = text.shape[0], text.shape[1]
+    beside = f" to match {text_name} {list(text.shape)}"
+    _check_offset(offset_a, offset_b, lead, width, device, partner)
+    if offset_a is not None and length > offset_a.shape[-2]:
+        raise ValueError(
+            f"{text_name}: expected at most max_length {offset_a.shape[-2]} text positions "
+            f"(the rows of offset_a), got {length}"
+        )
+    if attention_mask is not None:
+        mask = _check_tensor("attention_mask", attention_mask, _MASKS, device)
+        _check_shape("attention_mask", mask, (batch, length), beside)
+    if lead and task_ids is None:
+        raise ValueError(f"task_ids: expected [{batch}] integers to match {partner}, got None")
+    if task_ids is not None:
+        if not lead:
+            raise ValueError(f"task_ids: expected None beside a single {partner}, got a tensor")
+        tasks = _check_tensor("task_ids", task_ids, _IDS, device)
+        _check_shape("task_ids", tasks, (batch,), beside)
+
+
+def values_are_checked(device: torch.device) -> bool:
+    """Whether the values of ids and masks are looked at: always on a CPU, elsewhere on request."""
+    return device.type == "cpu" or os.environ.get("EPT_FAST_CHECK") == "1"
+
+
+def check_splice_values(
+    input_ids: Tensor | None,
+    vocabulary: int,
+    attention_mask: Tensor | None,
+    task_ids: Tensor | None,
+    num_tasks: int,
+) -> None:
+    """Raise IndexError for ids out of range, ValueError for a mask with values other than 0 and 1.
+
+    Waits for the device: call it only where :func:`values_are_checked` says so.
+    """
+    if input_ids is not None and _outside(input_ids, vocabulary):
+        row, column = _first((input_ids < 0) | (input_ids >= vocabulary))
+        raise IndexError(
+            f"input_ids: expected ids from 0 to {vocabulary - 1}, "
+            f"got {int(input_ids[row, column])} at row {row}, column {column}"
+        )
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        if _outside(attention_mask, 2):
+            row, column = _first((attention_mask != 0) & (attention_mask != 1))
+            raise ValueError(
+                f"attention_mask: expected only 0 and 1, "
+                f"got {int(attention_mask[row, column])} at row {row}, column {column}"
+            )
+    if task_ids is not None and _outside(task_ids, num_tasks):
+        (row,) = _first((task_ids < 0) | (task_ids >= num_tasks))
+        raise IndexError(
+            f"task_ids: expected ids from 0 to {num_tasks - 1}, got {int(task_ids[row])} at row {row}"
+        )
+
+
+def _outside(values: Tensor, size: int) -> bool:
+    if values.numel() == 0:
+        return False
+    low, high = torch.aminmax(values)
+    return int(low) < 0 or int(high) >= size
+
+
+def _first(bad: Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in bad.nonzero()[0])

@@ -1,0 +1,144 @@
+"""Random inputs of the two operations, shared by the tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ept_fast import reconstruct_prompt, splice_prompt
+
+SEVEN = (
+    "short_prompt",
+    "offset_a",
+    "offset_b",
+    "space_down",
+    "space_up",
+    "gate_weight",
+    "gate_bias",
+)
+PADDINGS = ("none", "right", "left", "holes", "rows")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """METHOD's symbols; ``tasks=None``: no task axis."""
+
+    m: int = 3
+    n: int = 7
+    r: int = 2
+    k: int = 2
+    h: int = 3
+    d: int = 5
+    batch: int = 4
+    length: int = 6
+    vocabulary: int = 11
+    tasks: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of both operations; ``flags`` are those of the first."""
+
+    sizes: Sizes
+    parameters: dict[str, Tensor]
+    weight: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    task_ids: Tensor | None
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same values in another type, new leaves of the graph."""
+        parameters = {
+            name: t.detach().to(dtype).requires_grad_() for name, t in self.parameters.items()
+        }
+        return replace(self, parameters=parameters, weight=self.weight.to(dtype))
+
+    def reconstruct(self, backend: str) -> Tensor:
+        return reconstruct_prompt(**self.parameters, **self.flags, backend=backend)
+
+    def splice(self, prompt: Tensor, backend: str, **text: Tensor) -> Tensor:
+        """Operation 2; ``inputs_embeds=`` in place of the case's ids."""
+        return splice_prompt(
+            prompt,
+            **(text or {"input_ids": self.input_ids, "weight": self.weight}),
+            offset_a=self.parameters.get("offset_a"),
+            offset_b=self.parameters.get("offset_b"),
+            scaling=self.flags.get("scaling", 1.0),
+            attention_mask=self.attention_mask,
+            task_ids=self.task_ids,
+            backend=backend,
+        )
+
+    def both(self, backend: str) -> Tensor:
+        return self.splice(self.reconstruct(backend), backend)
+
+
+def make_mask(padding: str, batch: int, length: int, generator: torch.Generator) -> Tensor | None:
+    """``rows``: full rows and rows of padding only, in turn."""
+    if padding == "none":
+        return None
+    lengths = torch.randint(0, length + 1, (batch, 1), generator=generator)
+    column = torch.arange(length)
+    if padding == "right":
+        return (column < lengths).long()
+    if padding == "left":
+        return (column >= length - lengths).long()
+    if padding == "holes":
+        return torch.randint(0, 2, (batch, length), generator=generator)
+    return (torch.arange(batch) % 2).unsqueeze(1).expand(batch, length).clone()
+
+
+def make_case(
+    sizes: Sizes,
+    *,
+    offset: bool = True,
+    spaces: bool = True,
+    padding: str = "holes",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **flags: Any,
+) -> Case:
+    """Normal tensors of these sizes; the flags are those of ``reconstruct_prompt``.
+
+    What is multiplied along d or h is scaled by its root, as at initialisation: otherwise the gate
+    sits at the edge of a tie, where any two ways to round disagree a hundredfold.
+    """
+    g = torch.Generator().manual_seed(seed)
+    s = sizes
+    lead = () if s.tasks is None else (s.tasks,)
+    shapes: dict[str, tuple[int, ...]] = {"short_prompt": (s.m, s.d)}
+    if offset:
+        shapes |= {"offset_a": (s.n, s.r), "offset_b": (s.r, s.d)}
+    if spaces:
+        shapes |= {"space_down": (s.k, s.d, s.h), "space_up": (s.k, s.h, s.d)}
+        shapes |= {"gate_weight": (s.d, s.k), "gate_bias": (s.k,)}
+    scales = {"space_down": s.d, "gate_weight": s.d, "space_up": s.h}
+    parameters = {
+        name: torch.randn(*lead, *shape, generator=g, dtype=torch.float64)
+        .div(max(1, scales.get(name, 1)) ** 0.5)
+        .to(dtype)
+        for name, shape in shapes.items()
+    }
+    return Case(
+        sizes,
+        {name: t.requires_grad_() for name, t in parameters.items()},
+        torch.randn(s.vocabulary, s.d, generator=g, dtype=torch.float64).to(dtype),
+        torch.randint(s.vocabulary, (s.batch, s.length), generator=g),
+        make_mask(padding, s.batch, s.length, g),
+        None if s.tasks is None else torch.randint(s.tasks, (s.batch,), generator=g),
+        {"scaling": 0.4, "temperature": 0.7, **flags},
+    )
+
+
+def run(case: Case, backend: str, cotangent: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of both operations in a row."""
+    for parameter in case.parameters.values():
+        parameter.grad = None
+    out = case.both(backend)
+    out.backward(cotangent.to(out.dtype))
+    grads = {name: t.grad for name, t in case.parameters.items() if t.grad is not None}
+    return {"output": out.detach(), **grads}

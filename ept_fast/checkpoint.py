@@ -1,4 +1,4 @@
-"""Reading and writing adapter folders: safetensors and JSON, atomically, refused whole or read whole."""
+"""Adapter files, safetensors and JSON: written whole or not at all, read whole or refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CheckpointError(ValueError):
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
+    """Write a file whole or not at all: a temporary file beside it, flushed, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -115,7 +115,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
 def check_tensors(
     path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise CheckpointError unless the tensors have exactly these names and shapes and finite values."""
+    """Raise CheckpointError unless names and shapes are these and the values finite floats."""
     missing, foreign = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or foreign:
         raise CheckpointError(

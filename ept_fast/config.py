@@ -55,7 +55,8 @@ class EPTConfig:
     Attributes:
         hidden_size: d, width of the backbone's embeddings.
         num_virtual_tokens: m, length of the short prompt.
-        max_length: n, text positions that the offset covers; longer text is an error where rank > 0.
+        max_length: n, text positions that the offset covers; where rank > 0, longer text is an
+            error.
         rank: r, rank of the offset; at most ``min(max_length, hidden_size)``.
         num_spaces: K, number of subspaces.
         space_dim: h, width of each subspace.
@@ -143,8 +144,8 @@ class EPTConfig:
             **choices: ``alpha``, ``activation``, ``gate``, ``temperature``, ``fusion``.
 
         Returns:
-            A config with ``num_parameters <= prompt_length * hidden_size`` and the largest such rank
-            (at most ``min(max_length, hidden_size)``).
+            A config with ``num_parameters <= prompt_length * hidden_size`` and the largest such
+            rank (at most ``min(max_length, hidden_size)``).
 
         Raises:
             ValueError: the short prompt and the subspaces alone cost more than the budget.
@@ -165,9 +166,9 @@ class EPTConfig:
         left = budget - base.num_parameters
         if left < 0:
             raise ValueError(
-                f"prompt_length: expected a budget of at least {base.num_parameters} parameters for "
-                f"{num_virtual_tokens} virtual tokens and {num_spaces} spaces of width {space_dim}, "
-                f"got {prompt_length} * {hidden_size} = {budget}"
+                f"prompt_length: expected a budget of at least {base.num_parameters} parameters "
+                f"for {num_virtual_tokens} virtual tokens and {num_spaces} spaces of width "
+                f"{space_dim}, got {prompt_length} * {hidden_size} = {budget}"
             )
         rank = min(left // (max_length + hidden_size), max_length, hidden_size)
         return dataclasses.replace(base, rank=rank)

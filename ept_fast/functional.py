@@ -146,8 +146,8 @@ def splice_prompt(
 ) -> Tensor:
     """Put the prompt before the text and add the low-rank offset to the text's real tokens.
 
-    METHOD, Operation 2. A token's offset goes by its rank among the row's real tokens, so neither the
-    side nor the amount of padding changes it, and padding gets none. Differentiable once, in
+    METHOD, Operation 2. A token's offset goes by its rank among the row's real tokens, so neither
+    the side nor the amount of padding changes it, and padding gets none. Differentiable once, in
     ``prompt``, ``offset_a``, ``offset_b`` and ``inputs_embeds``; ``weight`` is frozen. Types may be
     float64, float32, bfloat16 or float16 and may differ.
 
@@ -168,10 +168,11 @@ def splice_prompt(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or number that does not fit; a missing partner tensor; neither or
-            both of ``input_ids`` and ``inputs_embeds``; S > n; a mask with values other than 0 and 1.
-        IndexError: a token id outside the vocabulary, a task id outside the bank. This and the values
-            of the mask are looked at on a CPU, elsewhere only under ``EPT_FAST_CHECK=1``.
+        ValueError: a shape, device or number that does not fit; a missing partner tensor; neither
+            or both of ``input_ids`` and ``inputs_embeds``; S > n; a mask with values other than 0
+            and 1.
+        IndexError: a token id outside the vocabulary, a task id outside the bank. This and the
+            values of the mask are looked at on a CPU, elsewhere only under ``EPT_FAST_CHECK=1``.
         RuntimeError: the backend asked for does not support the call.
 
     Example:

@@ -1,4 +1,4 @@
-"""The prompt as an ``nn.Module`` to put before a frozen model, and its folded form for inference."""
+"""The prompt as an ``nn.Module`` before a frozen model, and its folded form for inference."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class _SplicedPrompt(nn.Module):
         weight = None
         if input_ids is not None and inputs_embeds is None:
             if _is_plain_table(self.embedding):
-                weight = self.embedding.weight
+                weight = _embedding_weight(self.embedding)
             else:
                 with torch.no_grad():  # scaled, quantised or hooked layers do their own lookup
                     inputs_embeds = self.embedding(input_ids)
@@ -132,17 +132,18 @@ class FusedEPTPrompt(_SplicedPrompt):
 
     With ``num_tasks=T`` it is a bank: every tensor has a leading axis T and ``forward`` takes
     ``task_ids``. The backbone's embedding layer is referenced, not registered, so ``parameters()``,
-    ``state_dict()`` and ``to()`` see only the prompt. A layer that does more than a lookup (scaling,
-    quantisation, hooks) is called; a plain ``nn.Embedding`` is looked up inside the operation.
+    ``state_dict()`` and ``to()`` see only the prompt. A layer that does more than a lookup
+    (scaling, quantisation, hooks) is called; a plain ``nn.Embedding`` is looked up inside the
+    operation.
 
     Args:
         config: sizes and choices; ``hidden_size`` must be the layer's width.
         embedding: the backbone's embedding layer, as ``model.get_input_embeddings()`` gives it.
         init: the rows that the prompt starts from: ``"vocab"`` (sampled from the table, without its
-            padding row), ``"text"`` (of ``text``, repeated as needed), ``"random"`` (normal, with the
-            table's standard deviation), or a tensor ``[L, d]`` or ``[T, L, d]`` with L >= m. The
-            first m rows are the short prompt. The rows after them, sampled where there are too few,
-            give ``offset_b`` through an SVD (METHOD, Initialisation).
+            padding row), ``"text"`` (of ``text``, repeated as needed), ``"random"`` (normal, with
+            the table's standard deviation), or a tensor ``[L, d]`` or ``[T, L, d]`` with L >= m.
+            The first m rows are the short prompt. The rows after them, sampled where there are too
+            few, give ``offset_b`` through an SVD (METHOD, Initialisation).
         text: for ``init="text"``.
         tokenizer: for ``init="text"``; called as ``tokenizer(text, add_special_tokens=False)``.
         num_tasks: T, or None for a single prompt.
@@ -155,10 +156,19 @@ class FusedEPTPrompt(_SplicedPrompt):
 
     Example:
         >>> table = nn.Embedding(100, 32)
-        >>> prompt = FusedEPTPrompt(EPTConfig(32, num_virtual_tokens=4, max_length=16, rank=2), table)
+        >>> config = EPTConfig(32, num_virtual_tokens=4, max_length=16, rank=2)
+        >>> prompt = FusedEPTPrompt(config, table)
         >>> prompt(torch.tensor([[5, 6, 7]])).inputs_embeds.shape
         torch.Size([1, 7, 32])
     """
+
+    short_prompt: nn.Parameter
+    offset_a: nn.Parameter | None
+    offset_b: nn.Parameter | None
+    space_down: nn.Parameter | None
+    space_up: nn.Parameter | None
+    gate_weight: nn.Parameter | None
+    gate_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -227,7 +237,7 @@ class FusedEPTPrompt(_SplicedPrompt):
 
     @torch.no_grad()
     def gate_weights(self) -> Tensor:
-        """The gate's weight of every subspace for every prompt token, ``[(T,) m, K]``; rows sum to 1.
+        """The gate's weight of every subspace for every prompt token, ``[(T,) m, K]``.
 
         Raises:
             ValueError: the prompt has no subspaces.
@@ -235,6 +245,7 @@ class FusedEPTPrompt(_SplicedPrompt):
         c = self.config
         if self.gate_weight is None or self.gate_bias is None:
             raise ValueError("num_spaces: expected at least 1 for gate weights, got 0")
+        dtype = torch.promote_types(self.short_prompt.dtype, torch.float32)
         fused = reconstruct_prompt(
             self.short_prompt,
             self.offset_a,
@@ -243,7 +254,8 @@ class FusedEPTPrompt(_SplicedPrompt):
             fusion=c.fusion,
             backend=self.backend,
         )
-        logits = (fused @ self.gate_weight + self.gate_bias.unsqueeze(-2)) / c.temperature
+        weight, bias = self.gate_weight.to(dtype), self.gate_bias.to(dtype)
+        logits = (fused.to(dtype) @ weight + bias.unsqueeze(-2)) / c.temperature
         if c.gate == "prompt":
             logits = logits.mean(-2, keepdim=True).expand_as(logits)
         return logits.softmax(-1)
@@ -324,7 +336,7 @@ class FusedEPTPrompt(_SplicedPrompt):
 class FoldedEPTPrompt(_SplicedPrompt):
     """A prompt for inference: P′ as a constant ``[(T,) m, d]``, the offset still low-rank.
 
-    Made by :meth:`FusedEPTPrompt.fold`; its outputs are those of the prompt it came from, to the bit.
+    Made by :meth:`FusedEPTPrompt.fold`; its outputs are, to the bit, those of its source.
     """
 
     prompt: Tensor
@@ -344,7 +356,7 @@ class FoldedEPTPrompt(_SplicedPrompt):
 
 
 class _LongPrompt:
-    """The rows that initialise a prompt: m for the short prompt, then those that make the offset."""
+    """The rows that a prompt starts from: m for the short prompt, then those of the offset."""
 
     def __init__(
         self,
@@ -430,7 +442,8 @@ def _embedding_weight(embedding: nn.Module) -> Tensor:
     weight = getattr(embedding, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         raise TypeError(
-            f"embedding: expected a layer with a weight table [V, d], got {type(embedding).__name__}"
+            f"embedding: expected a layer with a weight table [V, d], "
+            f"got {type(embedding).__name__}"
         )
     return weight
 

@@ -1,8 +1,8 @@
 """The registered operators, their fakes, and the autograd Function of each operation.
 
-Under ``torch.compile`` the Functions call the registered operators, which the compiler does not look
-into; in eager mode they call the bodies directly, since crossing the library boundary would cost more
-than the work of a short prompt.
+Under ``torch.compile`` the Functions call the registered operators, which the compiler does not
+look into; in eager mode they call the bodies directly, since crossing the library boundary would
+cost more than the work of a short prompt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _without_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
-# Bodies: what runs, on tensors with a task axis ------------------------------------------------------
+# Bodies: what runs, on tensors with a task axis
 
 
 def _reconstruct_forward(
@@ -170,7 +170,7 @@ def _splice_backward(
     return result
 
 
-# Operators and their fakes ---------------------------------------------------------------------------
+# Operators and their fakes
 
 _reconstruct_forward_op = torch.library.custom_op(
     "ept_fast::reconstruct_forward", _reconstruct_forward, mutates_args=()
@@ -276,7 +276,8 @@ def _(
 ) -> Tensor:
     text = input_ids if inputs_embeds is None else inputs_embeds
     source = weight if inputs_embeds is None else inputs_embeds
-    assert text is not None and source is not None
+    assert text is not None
+    assert source is not None
     return source.new_empty(text.shape[0], prompt.shape[1] + text.shape[1], prompt.shape[2])
 
 
@@ -300,7 +301,7 @@ def _(
     )
 
 
-# Autograd --------------------------------------------------------------------------------------------
+# Autograd
 
 
 class _Reconstruct(torch.autograd.Function):
@@ -405,7 +406,7 @@ def reconstruct(
     backend: str,
 ) -> Tensor:
     """Differentiable operation 1 on tensors with a task axis, [T, m, d]."""
-    result: Tensor = _Reconstruct.apply(
+    result: Tensor = _Reconstruct.apply(  # type: ignore[no-untyped-call]
         short_prompt,
         offset_a,
         offset_b,
@@ -435,7 +436,7 @@ def splice(
     backend: str,
 ) -> Tensor:
     """Differentiable operation 2 on tensors with a task axis, [B, m + S, d]."""
-    result: Tensor = _Splice.apply(
+    result: Tensor = _Splice.apply(  # type: ignore[no-untyped-call]
         prompt,
         input_ids,
         weight,

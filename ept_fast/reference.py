@@ -10,13 +10,15 @@ The arguments are taken as valid; :mod:`ept_fast.functional` is the checked entr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["reconstruct_prompt", "splice_prompt"]
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # the exact, erf form
     "relu": F.relu,
     "silu": F.silu,
@@ -117,7 +119,8 @@ def splice_prompt(
         if inputs_embeds is not None:
             embeds = inputs_embeds
         else:
-            assert input_ids is not None and weight is not None
+            assert input_ids is not None
+            assert weight is not None
             embeds = F.embedding(input_ids, weight.detach())
         dtype = _accumulation_dtype(prompt, embeds, offset_a, offset_b)
         text = embeds.to(dtype)

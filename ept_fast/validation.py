@@ -1,4 +1,4 @@
-"""Checks of the two operations' arguments: each error names the argument, what was expected, what came."""
+"""Checks of the operations' arguments: errors name the argument, what was expected, what came."""
 
 from __future__ import annotations
 
@@ -202,17 +202,18 @@ def check_splice_values(
             f"input_ids: expected ids from 0 to {vocabulary - 1}, "
             f"got {int(input_ids[row, column])} at row {row}, column {column}"
         )
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        if _outside(attention_mask, 2):
-            row, column = _first((attention_mask != 0) & (attention_mask != 1))
-            raise ValueError(
-                f"attention_mask: expected only 0 and 1, "
-                f"got {int(attention_mask[row, column])} at row {row}, column {column}"
-            )
+    may_differ = attention_mask is not None and attention_mask.dtype != torch.bool
+    if attention_mask is not None and may_differ and _outside(attention_mask, 2):
+        row, column = _first((attention_mask != 0) & (attention_mask != 1))
+        raise ValueError(
+            f"attention_mask: expected only 0 and 1, "
+            f"got {int(attention_mask[row, column])} at row {row}, column {column}"
+        )
     if task_ids is not None and _outside(task_ids, num_tasks):
         (row,) = _first((task_ids < 0) | (task_ids >= num_tasks))
         raise IndexError(
-            f"task_ids: expected ids from 0 to {num_tasks - 1}, got {int(task_ids[row])} at row {row}"
+            f"task_ids: expected ids from 0 to {num_tasks - 1}, "
+            f"got {int(task_ids[row])} at row {row}"
         )
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 __all__ = ["EagerSpliceConfig", "eager_splice_config"]
 
-# One tile of the text and the offset tile that is added to it stay together in a core's second-level
-# cache (1 MiB and more on current server CPUs) and leave room for what streams past.
+# One tile of the text and the offset tile that is added to it stay together in the second-level
+# caches of a few cores (1 MiB and more each on current server CPUs).
 _TILE_BYTES = 512 * 1024
 # Under this many positions the fixed cost of a tensor operation outweighs the cache.
 _MIN_POSITIONS = 16

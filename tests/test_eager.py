@@ -1,4 +1,4 @@
-"""The eager backend against the definition: derivatives, precision, layouts, and what it allocates."""
+"""The eager backend against the definition: derivatives, precision, layouts, memory."""
 
 from __future__ import annotations
 
@@ -271,6 +271,10 @@ def test_padding_changes_no_bit_of_a_token(side: str, amount: int) -> None:
     out = padded.splice(case.parameters["short_prompt"], "eager")
     text = out[:, 3 + amount :] if side == "left" else out[:, 3 : 3 + 6]
     assert torch.equal(text, plain[:, 3:])
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class _Largest(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The golden vectors: values and derivatives from an implementation that shares no code with this one."""
+"""The golden vectors: values and derivatives from code that shares nothing with this project."""
 
 from __future__ import annotations
 

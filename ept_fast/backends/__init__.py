@@ -56,7 +56,7 @@ def select(name: str | None, tensors: dict[str, Tensor | None]) -> str:
             if not ok:
                 raise RuntimeError(f"{source}: {name!r} does not support this call: {reason}")
         return name
-    reasons = []
+    reasons: list[str] = []
     for candidate, module in _IN_ORDER.items():
         ok, reason = module.supports(tensors)
         if ok:
@@ -68,7 +68,7 @@ def select(name: str | None, tensors: dict[str, Tensor | None]) -> str:
 
 
 def describe() -> list[tuple[str, bool, str]]:
-    """Name, whether it works on this machine, and why (not), of every backend in order of choice."""
+    """Every backend in order of choice: name, whether it works on this machine, why (not)."""
     rows = [(name, *module.available()) for name, module in _IN_ORDER.items()]
     return [*rows, (REFERENCE, True, "the definition under autograd, on request only")]
 

@@ -1,12 +1,12 @@
 """The factored algebra of METHOD in plain PyTorch, with the backward written out.
 
 Operation 1 reduces over d at the start and expands over d at the end; between them everything is
-m, n, r and K·h small. Operation 2 walks the text in tiles that stay in a core's cache: a tile of the
-offset is computed once and added to every row of the batch that shares it. Neither makes anything of
-size n×d.
+m, n, r and K·h small. Operation 2 walks the text in tiles that stay in a core's cache: a tile of
+the offset is computed once and added to every row of the batch that shares it. Neither makes
+anything of size n×d.
 
-The plan of the splice is made on the host, so this backend waits for the device where the mask or the
-task ids live on one. Symbols are METHOD's; every tensor has the task axis T.
+The splice is planned on the host, so this backend waits for the device where the mask or the task
+ids live on one. Symbols are METHOD's; every tensor has the task axis T.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-# Operation 1 ---------------------------------------------------------------------------------------
+# Operation 1
 
 
 def _side_by_side(space_down: Tensor, gate_weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,6 +61,11 @@ def _stacked(space_up: Tensor, dtype: torch.dtype) -> Tensor:
     return space_up.to(dtype).flatten(1, 2)
 
 
+def _by_space(tensor: Tensor, spaces: int, dim: int) -> Tensor:
+    """[T, m, K·h] as [T, m, K, h]."""
+    return tensor.reshape(*tensor.shape[:-1], spaces, dim)
+
+
 def _activate(hidden: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return F.gelu(hidden)
@@ -73,11 +78,13 @@ def _activate(hidden: Tensor, activation: str) -> Tensor:
 
 def _activation_backward(grad: Tensor, hidden: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, hidden)
+        gelu: Tensor = torch.ops.aten.gelu_backward(grad, hidden)
+        return gelu
     if activation == "relu":
         return torch.where(hidden > 0, grad, 0)
     if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, hidden)
+        silu: Tensor = torch.ops.aten.silu_backward(grad, hidden)
+        return silu
     return grad
 
 
@@ -97,17 +104,16 @@ def reconstruct_forward(
     """P′ [T, m, d] and what the backward needs.
 
     Returns:
-        prompt [T, m, d]; query Q [T, m, r]; lse [T, m], the softmax's log-sum-exp; mix O [T, m, r];
-        hidden Hin [T, m, K·h]; gates g [T, m, K]; cross S [T, r, K·h + K]. All but the prompt in the
-        accumulation type; those that do not apply are empty.
+        prompt [T, m, d]; query Q [T, m, r]; lse [T, m], the softmax's log-sum-exp; mix O
+        [T, m, r]; hidden Hin [T, m, K·h]; gates g [T, m, K]; cross S [T, r, K·h + K]. All but the
+        prompt in the accumulation type; those that do not apply are empty.
     """
     dtype = accumulation_dtype(
         short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias
     )
     p = short_prompt.to(dtype)
     result = p
-    nothing = p.new_empty(0)
-    query = lse = mix = hidden = gates = cross = nothing
+    query, lse, mix, hidden, gates, cross = (p.new_empty(0) for _ in range(6))
     b = None
     if offset_a is not None and offset_b is not None:
         a, b = offset_a.to(dtype), offset_b.to(dtype)
@@ -129,7 +135,7 @@ def reconstruct_forward(
         if gate == "prompt":
             logits = logits.mean(1, keepdim=True).expand_as(logits)
         gates = logits.softmax(-1)
-        phi = _activate(hidden, activation).unflatten(-1, (spaces, dim))
+        phi = _by_space(_activate(hidden, activation), spaces, dim)
         gated = (phi * gates.unsqueeze(-1)).flatten(-2)  # g_k·φ(H_k) [T, m, K·h]
         result = torch.baddbmm(result, gated, _stacked(space_up, dtype))
     prompt = result.to(short_prompt.dtype)
@@ -172,9 +178,8 @@ def reconstruct_backward(
         short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias
     )
     y, p = grad.to(dtype), short_prompt.to(dtype)
-    tasks, length, width = p.shape
     d_p = y
-    d_a = d_b = d_down = d_up = d_gate_weight = d_gate_bias = p.new_empty(0)
+    d_a, d_b, d_down, d_up, d_gate_weight, d_gate_bias = (p.new_empty(0) for _ in range(6))
     a = b = d_mix = None
     if offset_a is not None and offset_b is not None:
         a, b = offset_a.to(dtype), offset_b.to(dtype)
@@ -184,8 +189,8 @@ def reconstruct_backward(
         assert gate_bias is not None
         spaces, dim = space_down.shape[1], space_down.shape[3]
         down, up = _side_by_side(space_down, gate_weight, dtype), _stacked(space_up, dtype)
-        d_gated = (y @ up.mT).unflatten(-1, (spaces, dim))
-        phi = _activate(hidden, activation).unflatten(-1, (spaces, dim))
+        d_gated = _by_space(y @ up.mT, spaces, dim)
+        phi = _by_space(_activate(hidden, activation), spaces, dim)
         d_up = (phi * gates.unsqueeze(-1)).flatten(-2).mT @ y
         d_gates = (d_gated * phi).sum(-1)
         d_hidden = _activation_backward(
@@ -206,13 +211,15 @@ def reconstruct_backward(
             d_b = torch.baddbmm(d_b, d_cross, down.mT)
             d_down = torch.baddbmm(d_down, b.mT, d_cross)
         d_gate_weight = d_down[..., spaces * dim :].to(gate_weight.dtype).contiguous()
-        d_down = d_down[..., : spaces * dim].unflatten(-1, (spaces, dim)).permute(0, 2, 1, 3)
+        d_down = _by_space(d_down[..., : spaces * dim], spaces, dim).permute(0, 2, 1, 3)
         d_down = d_down.to(space_down.dtype).contiguous()
-        d_up = d_up.unflatten(1, (spaces, dim)).to(space_up.dtype)
+        d_up = d_up.reshape(space_up.shape).to(space_up.dtype)
         d_gate_bias = d_gate_bias.to(gate_bias.dtype)
     if a is not None and b is not None:
-        assert offset_a is not None and offset_b is not None and d_mix is not None
-        slope = scaling / width**0.5
+        assert offset_a is not None
+        assert offset_b is not None
+        assert d_mix is not None
+        slope = scaling / p.shape[-1] ** 0.5
         weights = ((query @ a.mT) * slope - lse.unsqueeze(-1)).exp_()  # W [T, m, n]
         d_weights = (d_mix @ a.mT) * scaling
         d_a = (weights.mT @ d_mix) * scaling
@@ -228,7 +235,7 @@ def reconstruct_backward(
     return d_p, d_a, d_b, d_down, d_up, d_gate_weight, d_gate_bias
 
 
-# Operation 2 ---------------------------------------------------------------------------------------
+# Operation 2
 
 
 @dataclass(frozen=True)
@@ -366,7 +373,8 @@ def splice_forward(
     """The prompt before the text and the offset onto its real tokens, [B, m + S, d]."""
     source = inputs_embeds if inputs_embeds is not None else weight
     ids = inputs_embeds if inputs_embeds is not None else input_ids
-    assert source is not None and ids is not None
+    assert source is not None
+    assert ids is not None
     dtype = accumulation_dtype(prompt, source, offset_a, offset_b)
     batch, length = ids.shape[0], ids.shape[1]
     m, width = prompt.shape[1], prompt.shape[2]
@@ -435,7 +443,7 @@ def _copy_padding(body: Tensor, text: _Text, row: _Row, length: int, most: int) 
     if row.columns is not None:
         padding = torch.ones(length, dtype=torch.bool, device=body.device)
         padding = _columns(padding.index_fill_(0, row.columns, False))
-        for columns in padding.split(most):
+        for columns in torch.split(padding, most):
             body[row.row].index_copy_(0, columns, text.columns(row.row, columns))
         return
     for start, stop in ((0, row.start), (row.start + row.count, length)):

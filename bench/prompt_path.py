@@ -9,10 +9,7 @@ variant are checked against the reference in float64; a variant that fails is no
 from __future__ import annotations
 
 import csv
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +20,7 @@ import torch
 from torch import Tensor
 
 import ept_fast
+from bench.environment import commit, machine
 from ept_fast import reference
 
 
@@ -95,7 +93,7 @@ def make_case(shape: Shape) -> Case:
     )
 
 
-Path_ = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], Tensor]
+PromptPath = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], Tensor]
 
 
 def _definition(p: dict[str, Tensor], weight: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -127,7 +125,7 @@ def _eager(p: dict[str, Tensor], weight: Tensor, ids: Tensor, mask: Tensor) -> T
     )
 
 
-def step(path: Path_, case: Case) -> tuple[float, float]:
+def step(path: PromptPath, case: Case) -> tuple[float, float]:
     """Seconds of one forward and of one backward."""
     for parameter in case.parameters.values():
         parameter.grad = None
@@ -138,10 +136,10 @@ def step(path: Path_, case: Case) -> tuple[float, float]:
     return middle - begin, time.perf_counter() - middle
 
 
-def check(path: Path_, case: Case) -> float:
+def check(path: PromptPath, case: Case) -> float:
     """Largest error of output and gradients against float64, by that of the float32 definition."""
 
-    def run(path: Path_, dtype: torch.dtype) -> list[Tensor]:
+    def run(path: PromptPath, dtype: torch.dtype) -> list[Tensor]:
         p = {name: t.detach().to(dtype).requires_grad_() for name, t in case.parameters.items()}
         out = path(p, case.weight.to(dtype), case.input_ids, case.attention_mask)
         out.backward(case.cotangent.to(dtype))
@@ -179,7 +177,7 @@ def measure(shape: Shape, rounds: int) -> list[Row]:
     """Time all variants of one shape, interleaved."""
     case = make_case(shape)
     torch.compiler.reset()
-    paths: dict[str, Path_] = {
+    paths: dict[str, PromptPath] = {
         "reference": _definition,
         "reference-compiled": torch.compile(_definition, dynamic=False),
         "eager": _eager,
@@ -211,28 +209,12 @@ def measure(shape: Shape, rounds: int) -> list[Row]:
             ratio(name, "reference-compiled"),
             rounds,
             torch.get_num_threads(),
-            _device_name(),
+            machine(),
             torch.__version__,
-            _commit(),
+            commit(),
         )
         for name in paths
     ]
-
-
-def _device_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    except OSError:
-        pass
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
 
 
 @click.command()

@@ -17,9 +17,12 @@ from torch import Tensor
 __all__ = [
     "CheckpointError",
     "check_tensors",
+    "json_bytes",
     "read_json",
     "read_tensors",
+    "tensor_bytes",
     "write_bytes",
+    "write_files",
     "write_json",
     "write_tensors",
 ]
@@ -27,30 +30,51 @@ __all__ = [
 FORMAT = "ept_fast"
 FORMAT_VERSION = "1"
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 class CheckpointError(ValueError):
     """An adapter file that is missing, truncated, foreign, or at odds with its config or module."""
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, flushed, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write each file whole or not at all: temporary files, flushed to disk, then all renamed.
+
+    What fails before the renames (a full disk, say) leaves every older file as it was.
+    """
+    waiting: list[tuple[str, Path]] = []
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes it private; an adapter is an ordinary file
-        os.replace(name, path)
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            waiting.append((name, path))
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)  # mkstemp makes it private; an adapter is an ordinary file
+        while waiting:
+            os.replace(*waiting[0])
+            waiting.pop(0)
     except BaseException:
-        os.unlink(name)
+        for name, _ in waiting:
+            os.unlink(name)
         raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write one file whole or not at all."""
+    write_files({path: data})
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """A JSON object as text; NaN and infinity are refused."""
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object atomically; NaN and infinity are refused."""
-    write_bytes(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, json_bytes(values))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: expected a readable file, got {error.strerror or error}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a JSON object, got damaged text ({error})"
         ) from None
@@ -74,8 +98,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], config: str) -> None:
-    """Write tensors and the JSON text of their config into one safetensors file, atomically.
+def tensor_bytes(tensors: Mapping[str, Tensor], config: str) -> bytes:
+    """Tensors and the JSON text of their config in the safetensors format.
 
     Raises:
         ValueError: a tensor with NaN or infinite values, which would never load again.
@@ -83,9 +107,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], config: str) -> Non
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name}: expected finite values to save, got NaN or infinity")
-    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config}
+    # One key: safetensors writes several in any order, and equal weights shall give equal files.
+    metadata = {FORMAT: json.dumps({"format_version": FORMAT_VERSION, "config": config})}
     plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-    write_bytes(path, serialize_tensors(plain, metadata=metadata))
+    return serialize_tensors(plain, metadata=metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], config: str) -> None:
+    """Write what :func:`tensor_bytes` makes, atomically."""
+    write_bytes(path, tensor_bytes(tensors, config))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -97,19 +127,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT or "config" not in metadata:
-                raise CheckpointError(
-                    f"{path}: expected a file written by {FORMAT}, got metadata {sorted(metadata)}"
-                )
-            if metadata.get("format_version") != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{path}: expected format version {FORMAT_VERSION}, "
-                    f"got {metadata.get('format_version')!r}"
-                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: expected a whole safetensors file, got: {error}") from None
-    return tensors, metadata["config"]
+    return tensors, _config_of(path, metadata)
+
+
+def _config_of(path: Path, metadata: Mapping[str, str]) -> str:
+    try:
+        ours = json.loads(metadata[FORMAT])
+        version, config = ours["format_version"], ours["config"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise CheckpointError(
+            f"{path}: expected a file written by {FORMAT}, got metadata {sorted(metadata)}"
+        ) from None
+    if version != FORMAT_VERSION or not isinstance(config, str):
+        raise CheckpointError(f"{path}: expected format version {FORMAT_VERSION}, got {version!r}")
+    return config
 
 
 def check_tensors(
@@ -128,7 +162,7 @@ def check_tensors(
             raise CheckpointError(
                 f"{path}: {name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}"
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{path}: {name}: expected a floating dtype, got {tensor.dtype}")
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: {name}: expected finite values, got NaN or infinity")

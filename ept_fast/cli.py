@@ -257,7 +257,7 @@ def predict(
         lines.append(json.dumps({"text": text, **second, **result}, ensure_ascii=False) + "\n")
     content = "".join(lines).encode()
     if output is None:
-        click.get_binary_stream("stdout").write(content)
+        click.echo(content, nl=False)
     else:
         write_bytes(Path(output), content)
 

@@ -27,7 +27,11 @@ def check_number(name: str, value: object, *, positive: bool = False) -> None:
     """Raise unless ``value`` is a finite real number (no bool), above zero where asked."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a real number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of a float
+        finite = False
+    if not finite or (positive and value <= 0):
         expected = "a finite number > 0" if positive else "a finite number"
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
@@ -194,10 +198,15 @@ class EPTConfig:
 
     @classmethod
     def from_json(cls, text: str) -> EPTConfig:
-        """The config that :meth:`to_json` wrote; ``ValueError`` for anything else."""
+        """The config that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not a JSON object, unknown fields, or a field out of its range.
+            TypeError: a field of the wrong type.
+        """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"config: expected a JSON object, got text that is not JSON ({error})"
             ) from None

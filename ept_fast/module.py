@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from ept_fast.checkpoint import (
     CheckpointError,
     check_tensors,
+    json_bytes,
     read_json,
     read_tensors,
-    write_json,
-    write_tensors,
+    tensor_bytes,
+    write_files,
 )
 from ept_fast.config import EPTConfig, check_choice, check_count
 from ept_fast.functional import reconstruct_prompt, splice_prompt
+from ept_fast.validation import check_input_ids, check_splice_values
 
 __all__ = ["CONFIG_FILE", "TENSOR_FILE", "EPTOutput", "FoldedEPTPrompt", "FusedEPTPrompt"]
 
@@ -99,8 +101,7 @@ class _SplicedPrompt(nn.Module):
             if _is_plain_table(self.embedding):
                 weight = _embedding_weight(self.embedding)
             else:
-                with torch.no_grad():  # scaled, quantised or hooked layers do their own lookup
-                    inputs_embeds = self.embedding(input_ids)
+                inputs_embeds = self._look_up(input_ids)
                 input_ids = None
         embeds = splice_prompt(
             self.reconstruct(),
@@ -121,6 +122,20 @@ class _SplicedPrompt(nn.Module):
         head = attention_mask.new_ones(batch, self.config.num_virtual_tokens)
         mask = torch.cat([head, attention_mask], dim=1)
         return EPTOutput(embeds, mask, (mask.cumsum(1, dtype=torch.int64) - 1).clamp_min(0))
+
+    @torch.no_grad()
+    def _look_up(self, input_ids: Tensor) -> Tensor:
+        """Call the layer: scaled, quantised or hooked layers do their own lookup."""
+        check_input_ids(input_ids, None)
+        if torch.compiler.is_compiling():
+            return self.embedding(input_ids)  # type: ignore[no-any-return]
+        try:
+            return self.embedding(input_ids)  # type: ignore[no-any-return]
+        except IndexError:
+            rows = getattr(self.embedding, "num_embeddings", None)
+            if isinstance(rows, int):
+                check_splice_values(input_ids, rows, None, None, 0)  # names row and column
+            raise
 
     def extra_repr(self) -> str:
         """The config's fields, for ``repr``."""
@@ -183,11 +198,13 @@ class FusedEPTPrompt(_SplicedPrompt):
         dtype: torch.dtype = torch.float32,
         backend: str | None = None,
     ) -> None:
+        if not isinstance(config, EPTConfig):
+            raise TypeError(f"config: expected an EPTConfig, got {type(config).__name__}")
         super().__init__(config, embedding, backend)
         if num_tasks is not None:
             check_count("num_tasks", num_tasks, 1)
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}")
         self.num_tasks = num_tasks
         width = _embedding_width(embedding)
         if width != config.hidden_size:
@@ -202,7 +219,11 @@ class FusedEPTPrompt(_SplicedPrompt):
                 self.register_parameter(name, None)
                 continue
             value = tasks[0][name] if num_tasks is None else torch.stack([t[name] for t in tasks])
-            self.register_parameter(name, nn.Parameter(value.to(device, dtype)))
+            # A copy: the rows may be a view of the caller's tensor, or of the frozen table itself.
+            value = torch.empty_like(
+                value, dtype=dtype, device=device, memory_format=torch.contiguous_format
+            ).copy_(value)
+            self.register_parameter(name, nn.Parameter(value))
 
     def _initial_tensors(
         self, rows: Tensor, generator: torch.Generator | None
@@ -239,6 +260,8 @@ class FusedEPTPrompt(_SplicedPrompt):
     def gate_weights(self) -> Tensor:
         """The gate's weight of every subspace for every prompt token, ``[(T,) m, K]``.
 
+        In float32 (float64 for float64 parameters), as the operation itself computes them.
+
         Raises:
             ValueError: the prompt has no subspaces.
         """
@@ -246,19 +269,20 @@ class FusedEPTPrompt(_SplicedPrompt):
         if self.gate_weight is None or self.gate_bias is None:
             raise ValueError("num_spaces: expected at least 1 for gate weights, got 0")
         dtype = torch.promote_types(self.short_prompt.dtype, torch.float32)
-        fused = reconstruct_prompt(
-            self.short_prompt,
-            self.offset_a,
-            self.offset_b,
-            scaling=c.scaling,
-            fusion=c.fusion,
-            backend=self.backend,
-        )
-        weight, bias = self.gate_weight.to(dtype), self.gate_bias.to(dtype)
-        logits = (fused.to(dtype) @ weight + bias.unsqueeze(-2)) / c.temperature
-        if c.gate == "prompt":
-            logits = logits.mean(-2, keepdim=True).expand_as(logits)
-        return logits.softmax(-1)
+        weight, bias = self.gate_weight.to(dtype), self.gate_bias.to(dtype).unsqueeze(-2)
+        with torch.autocast(weight.device.type, enabled=False):
+            fused = reconstruct_prompt(
+                self.short_prompt.to(dtype),
+                self.offset_a,
+                self.offset_b,
+                scaling=c.scaling,
+                fusion=c.fusion,
+                backend=self.backend,
+            )
+            logits = (fused @ weight + bias) / c.temperature
+            if c.gate == "prompt":
+                logits = logits.mean(-2, keepdim=True).expand_as(logits)
+            return logits.softmax(-1)
 
     def fold(self) -> FoldedEPTPrompt:
         """The same prompt for inference: P′ computed once, nothing trainable, the same outputs."""
@@ -285,14 +309,19 @@ class FusedEPTPrompt(_SplicedPrompt):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tensors and the config into ``folder``, each file whole or not at all.
 
+        Both are on the disk under temporary names before either takes the place of an older one.
+
         Raises:
             ValueError: a tensor holds NaN or infinity.
         """
         folder = Path(folder)
         values = {**self.config.to_dict(), "num_tasks": self.num_tasks}
         tensors = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
-        write_tensors(folder / TENSOR_FILE, tensors, json.dumps(values))
-        write_json(folder / CONFIG_FILE, values)
+        files = {
+            folder / TENSOR_FILE: tensor_bytes(tensors, json.dumps(values)),
+            folder / CONFIG_FILE: json_bytes(values),
+        }
+        write_files(files)
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Read tensors that :meth:`save_pretrained` wrote for this very config into this module.
@@ -307,9 +336,17 @@ class FusedEPTPrompt(_SplicedPrompt):
                 f"{folder}: expected {self.config} with num_tasks {self.num_tasks}, "
                 f"got {config} with num_tasks {num_tasks}"
             )
+        parameters = dict(self.named_parameters(recurse=False))
+        values = {name: tensors[name].to(p.dtype) for name, p in parameters.items()}
+        for name, value in values.items():
+            if not bool(torch.isfinite(value).all()):
+                raise CheckpointError(
+                    f"{Path(folder) / TENSOR_FILE}: {name}: expected values in the range of "
+                    f"{value.dtype}, got larger ones in {tensors[name].dtype}"
+                )
         with torch.no_grad():
-            for name, parameter in self.named_parameters(recurse=False):
-                parameter.copy_(tensors[name])
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])
 
     @classmethod
     def from_pretrained(
@@ -323,13 +360,16 @@ class FusedEPTPrompt(_SplicedPrompt):
         """
         config, num_tasks, tensors = _read_folder(Path(folder))
         rows = torch.zeros(config.num_virtual_tokens + config.rank, config.hidden_size)
-        dtype = tensors["short_prompt"].dtype
         prompt = cls(
-            config, embedding, init=rows, num_tasks=num_tasks, dtype=dtype, backend=backend
+            config,
+            embedding,
+            init=rows,
+            num_tasks=num_tasks,
+            generator=torch.Generator(),  # every value is replaced; the global one stays as it is
+            backend=backend,
         )
-        with torch.no_grad():
-            for name, parameter in prompt.named_parameters(recurse=False):
-                parameter.copy_(tensors[name])
+        for name, parameter in list(prompt.named_parameters(recurse=False)):
+            setattr(prompt, name, nn.Parameter(tensors[name].to(parameter.device)))
         return prompt
 
 
@@ -345,7 +385,7 @@ class FoldedEPTPrompt(_SplicedPrompt):
         super().__init__(source.config, source.embedding, source.backend)
         self.num_tasks = source.num_tasks
         with torch.no_grad():
-            self.register_buffer("prompt", source.reconstruct())
+            self.register_buffer("prompt", source.reconstruct().detach().clone())
         for name in _GROUPS["offset"]:
             tensor = getattr(source, name)
             self.register_buffer(name, None if tensor is None else tensor.detach().clone())
@@ -375,6 +415,8 @@ class _LongPrompt:
             self.given = self._check_rows(init, num_tasks)
         else:
             check_choice("init", init, _INITS)
+            if init != "text" and text is not None:
+                raise ValueError(f'text: expected None unless init="text", got {text!r}')
             if init == "text":
                 self.given = self._embed(_text_ids(text, tokenizer))
 
@@ -395,13 +437,13 @@ class _LongPrompt:
     def _sample(self, count: int) -> Tensor:
         weight = _embedding_weight(self.embedding)
         size = weight.shape[0]
-        if self.init == "random":
-            deviation = self._embed(torch.arange(min(size, 4096))).std(correction=0)
-            return torch.randn(count, self.config.hidden_size, generator=self.generator) * deviation
         order = torch.randperm(size, generator=self.generator)
         padding = getattr(self.embedding, "padding_idx", None)
         if padding is not None and size > 1:
             order = order[order != padding]
+        if self.init == "random":
+            deviation = self._embed(order[:4096]).std(correction=0)  # a sample, not the first rows
+            return torch.randn(count, self.config.hidden_size, generator=self.generator) * deviation
         return self._embed(order.repeat(-(-count // len(order)))[:count])
 
     @torch.no_grad()
@@ -414,6 +456,8 @@ class _LongPrompt:
         c = self.config
         if not rows.is_floating_point():
             raise TypeError(f"init: expected a floating tensor, got {rows.dtype}")
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError("init: expected finite rows, got NaN or infinity")
         axes = 3 if num_tasks is not None and rows.dim() == 3 else 2
         fits = rows.dim() == axes and rows.shape[-1] == c.hidden_size
         fits = fits and rows.shape[-2] >= c.num_virtual_tokens
@@ -456,6 +500,7 @@ def _is_plain_table(embedding: nn.Module) -> bool:
     """Whether calling the layer is just a lookup in ``weight``."""
     return (
         type(embedding) is nn.Embedding
+        and "forward" not in vars(embedding)  # where accelerate and others put their hooks
         and embedding.max_norm is None
         and not embedding._forward_hooks
         and not embedding._forward_pre_hooks
@@ -469,6 +514,9 @@ def _read_folder(folder: Path) -> tuple[EPTConfig, int | None, dict[str, Tensor]
     tensors, inside = read_tensors(path)
     try:
         saved = json.loads(inside)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected a config in the metadata, got {error}") from None
+    try:
         if saved != values:
             raise ValueError(
                 f"expected the config the tensors were saved with ({saved}), got {values}"

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from ept_fast.config import ACTIVATIONS, GATES, check_choice, check_flag, check_number
 
-__all__ = ["check_reconstruct", "check_splice", "check_splice_values", "values_are_checked"]
+__all__ = [
+    "check_input_ids",
+    "check_reconstruct",
+    "check_splice",
+    "check_splice_values",
+    "values_are_checked",
+]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _IDS = (torch.int64, torch.int32)
@@ -127,6 +133,13 @@ def check_reconstruct(
         _check_shape(name, tensor, (*lead, *shape), f" to match space_down {list(down.shape)}")
 
 
+def check_input_ids(input_ids: object, device: torch.device | None) -> Tensor:
+    """Raise TypeError or ValueError unless these are token ids ``[B, S]`` on the device."""
+    ids = _check_tensor("input_ids", input_ids, _IDS, device)
+    _check_shape("input_ids", ids, ("B", "S"), "")
+    return ids
+
+
 def check_splice(
     prompt: Tensor,
     input_ids: Tensor | None,
@@ -148,8 +161,7 @@ def check_splice(
         raise ValueError(f"input_ids, inputs_embeds: expected exactly one of them, got {got}")
     if input_ids is not None:
         text_name = "input_ids"
-        text = _check_tensor("input_ids", input_ids, _IDS, device)
-        _check_shape("input_ids", text, ("B", "S"), "")
+        text = check_input_ids(input_ids, device)
         if weight is None:
             raise ValueError("weight: expected the embedding table beside input_ids, got None")
         table = _check_tensor("weight", weight, _FLOATS, device)

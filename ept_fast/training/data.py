@@ -569,9 +569,9 @@ class GroupedBatches:
     """The batches of a whole run, as a batch sampler: a pure function of the seed.
 
     Every epoch is a fresh permutation of the rows. With grouping it is cut into runs of up to 50
-    batches that are sorted by length and whose batches are then shuffled, so a batch pads little and the
-    lengths still come in random order. Nothing depends on a random state outside, so a resumed run
-    sees the same batches.
+    batches that are sorted by length and whose batches are then shuffled, so a batch pads
+    little and the lengths still come in random order. Nothing depends on a random state outside, so
+    a resumed run sees the same batches.
 
     Args:
         lengths: tokens of each row.

@@ -155,7 +155,7 @@ def train(
         bf16 = on_gpu and torch.cuda.is_bf16_supported()
     if overwrite and not resume:
         _clear(output)
-    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / RUN_FILE, run)
     trainer = PromptTrainer(
         model,
         config,
@@ -167,7 +167,6 @@ def train(
         bf16=bf16,
         progress=progress,
     )
-    write_json(output / RUN_FILE, run)
     checkpoint = newest_checkpoint(checkpoints) if resume else None
     if checkpoint is None and config.eval_before:
         trainer.evaluate()
@@ -177,7 +176,7 @@ def train(
     best = max(trainer.evaluations, key=lambda e: e[config.metric])
     kept = best if config.keep == "best" else trainer.evaluations[-1]
     if config.keep == "best":
-        model.load_pretrained(trainer.best_folder)
+        model.load_pretrained(trainer.best_folder(best["step"]))
     extra = {"integer_labels": labels.integers, "text_pair": task.train.pairs is not None}
     model.save_pretrained(output / "adapter", extra=extra)
     metrics = {
@@ -275,7 +274,8 @@ def _facts(
 ) -> dict[str, Any]:
     import transformers
 
-    on_gpu = model.head.weight.device.type == "cuda"
+    kind = model.head.weight.device.type
+    on_gpu = kind == "cuda"
     return {
         "curves": {"loss": trainer.losses, "evaluation": trainer.evaluations},
         "steps": trainer.state.global_step,
@@ -287,7 +287,9 @@ def _facts(
         if model.prompt.config.num_spaces
         else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_memory(),
-        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU",
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else f"{platform.machine()} {kind.upper()}",
         "threads": torch.get_num_threads(),
         "bf16": trainer.bf16,
         "labels": list(model.labels),

@@ -144,7 +144,6 @@ class PromptTrainer(transformers.Trainer):
         arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over every visible GPU
         self.run_config = config
         self.collator = collator
-        self.best_folder = folder.parent / "best"
         self.losses: list[float] = []
         self.evaluations: list[dict[str, Any]] = []
         self.seconds: list[float] = []
@@ -164,6 +163,10 @@ class PromptTrainer(transformers.Trainer):
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return Path(str(self.args.output_dir))
+
+    def best_folder(self, step: int) -> Path:
+        """Where the weights of an evaluation go that was the best so far."""
+        return self.checkpoints.parent / "best" / f"step-{step}"
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The batches of the whole run; to the base class it is one epoch."""
@@ -214,16 +217,15 @@ class PromptTrainer(transformers.Trainer):
             self._keep_best(step, metrics[self.run_config.metric])
         named = {f"{metric_key_prefix}_{k}": v for k, v in {"loss": loss, **metrics}.items()}
         # The base class clears its request to evaluate here; else it would evaluate again.
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, named
-        )
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
     def _keep_best(self, step: int, value: float) -> None:
         earlier = [e[self.run_config.metric] for e in self.evaluations[:-1]]
         if not earlier or value > max(earlier):
             model: Any = self.model
-            model.save_pretrained(self.best_folder, extra={"step": step})
+            # Earlier ones stay: a run that resumes on a GPU may not find this one best again.
+            model.save_pretrained(self.best_folder(step), extra={"step": step})
 
     def _non_finite(self, what: str, step: int) -> NonFiniteLossError:
         return NonFiniteLossError(what, step, newest_checkpoint(self.checkpoints))

@@ -1,0 +1,628 @@
+"""Adapter folders: bit-exact round trips, atomic writes, and files that must be refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt, checkpoint
+from ept_fast.module import CONFIG_FILE, TENSOR_FILE
+
+D = 8
+CONFIG = EPTConfig(
+    D, num_virtual_tokens=3, max_length=9, rank=2, num_spaces=2, space_dim=2, alpha=6.5
+)
+PARTS = {
+    "ept": CONFIG,
+    "no spaces": dataclasses.replace(CONFIG, num_spaces=0),
+    "no offset": dataclasses.replace(CONFIG, rank=0),
+    "prompt tuning": dataclasses.replace(CONFIG, rank=0, num_spaces=0),
+    "choices": dataclasses.replace(
+        CONFIG, activation="silu", gate="prompt", temperature=1e-07, fusion=False, alpha=2
+    ),
+}
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors this small only wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_prompt(config: EPTConfig = CONFIG, seed: int = 0, **options: Any) -> FusedEPTPrompt:
+    """Every parameter at random."""
+    generator = torch.Generator().manual_seed(seed)
+    table = nn.Embedding(17, D, _weight=torch.randn(17, D, generator=generator))
+    prompt = FusedEPTPrompt(config, table, generator=generator, **options)
+    with torch.no_grad():
+        for parameter in prompt.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return prompt
+
+
+def bits(module: FusedEPTPrompt) -> dict[str, tuple[torch.dtype, list[int], bytes]]:
+    """Type, shape and bytes of every tensor."""
+    return {
+        name: (t.dtype, list(t.shape), t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        for name, t in module.state_dict().items()
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file, hidden ones too."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of a saved prompt."""
+    make_prompt().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("tasks", [None, 1, 3])
+@pytest.mark.parametrize("part", PARTS)
+def test_round_trip(part: str, tasks: int | None, dtype: torch.dtype, tmp_path: Path) -> None:
+    prompt = make_prompt(PARTS[part], num_tasks=tasks, dtype=dtype)
+    prompt.save_pretrained(tmp_path)
+    expected = bits(prompt)
+    built = FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)
+    filled = make_prompt(PARTS[part], seed=9, num_tasks=tasks, dtype=dtype)
+    parameters = dict(filled.named_parameters())
+    filled.load_pretrained(str(tmp_path))
+    for loaded in (built, filled):
+        assert bits(loaded) == expected
+        assert loaded.config == PARTS[part]
+        assert loaded.num_tasks == tasks
+        assert all(p.requires_grad and p.is_leaf for p in loaded.parameters())
+    assert list(built.state_dict()) == list(prompt.state_dict())
+    assert built.embedding is prompt.embedding
+    # an optimizer made before the load goes on with the same objects
+    assert all(parameters[name] is p for name, p in filled.named_parameters())
+    ids = torch.arange(6).reshape(2, 3)
+    task_ids = None if tasks is None else torch.tensor([tasks - 1, 0])
+    out = [p(ids, task_ids=task_ids).inputs_embeds for p in (prompt, built)]
+    assert torch.equal(*out)
+
+
+def test_odd_values_survive(tmp_path: Path) -> None:
+    """Negative zero, denormals and the largest numbers."""
+    prompt = make_prompt()
+    largest = torch.finfo(torch.float32).max
+    with torch.no_grad():
+        prompt.gate_bias.copy_(torch.tensor([-0.0, 1e-45]))
+        prompt.short_prompt[0].copy_(torch.tensor([largest, -largest, 0.1, 1 / 3, 0, -0.0, 2, 3]))
+    prompt.save_pretrained(tmp_path)
+    assert bits(FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)) == bits(prompt)
+
+
+def test_parameters_of_several_types(tmp_path: Path) -> None:
+    """METHOD lets them differ: each keeps its own."""
+    prompt = make_prompt()
+    for parameter, dtype in zip(prompt.parameters(), FLOATS * 2, strict=False):
+        parameter.data = parameter.data.to(dtype)
+    prompt.save_pretrained(tmp_path)
+    assert bits(FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)) == bits(prompt)
+
+
+def test_parameters_in_any_layout(tmp_path: Path) -> None:
+    prompt = make_prompt()
+    expected = bits(prompt)
+    for name in ("space_down", "offset_b", "short_prompt"):
+        parameter = getattr(prompt, name)
+        parameter.data = parameter.data.mT.contiguous().mT
+    prompt.save_pretrained(tmp_path)
+    assert bits(FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)) == expected
+
+
+def test_the_files(tmp_path: Path) -> None:
+    """Two ordinary files that other tools can read; the table is in neither."""
+    folder = tmp_path / "a" / "b"
+    prompt = make_prompt(num_tasks=2)
+    prompt.save_pretrained(str(folder))
+    assert set(contents(folder)) == {CONFIG_FILE, TENSOR_FILE}
+    assert json.loads((folder / CONFIG_FILE).read_text()) == {**CONFIG.to_dict(), "num_tasks": 2}
+    tensors = safetensors.torch.load_file(folder / TENSOR_FILE)
+    assert tensors.keys() == prompt.state_dict().keys()
+    for name, tensor in prompt.state_dict().items():
+        assert torch.equal(tensors[name], tensor)
+    if os.name == "posix":
+        assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.iterdir())
+
+
+def test_saving_again_replaces(saved: Path) -> None:
+    other = make_prompt(PARTS["no spaces"], seed=5)
+    other.save_pretrained(saved)
+    assert set(contents(saved)) == {CONFIG_FILE, TENSOR_FILE}
+    assert bits(FusedEPTPrompt.from_pretrained(saved, other.embedding)) == bits(other)
+
+
+def test_loading_leaves_the_global_generator(saved: Path) -> None:
+    before = torch.get_rng_state()
+    FusedEPTPrompt.from_pretrained(saved, nn.Embedding(17, D, _weight=torch.zeros(17, D)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loading_onto_another_width(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"^embedding: expected width hidden_size 8, got 9$"):
+        FusedEPTPrompt.from_pretrained(saved, nn.Embedding(17, 9))
+
+
+# Writing whole or not at all
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt: no Exception."""
+
+
+def _raise(error: BaseException) -> Callable[..., Any]:
+    def raising(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return raising
+
+
+BREAKS: dict[str, tuple[Any, str]] = {
+    "rename": (checkpoint.os, "replace"),
+    "flush to disk": (checkpoint.os, "fsync"),
+    "permissions": (checkpoint.os, "chmod"),
+    "serialisation": (checkpoint, "serialize_tensors"),
+    "config": (checkpoint.json, "dumps"),
+}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Interrupted()], ids=repr)
+@pytest.mark.parametrize("step", BREAKS)
+def test_a_failure_leaves_the_old_files(
+    step: str, error: BaseException, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr(*BREAKS[step], _raise(error))
+        with pytest.raises(type(error)):
+            make_prompt(PARTS["choices"], seed=5).save_pretrained(saved)
+    assert contents(saved) == before
+
+
+@pytest.mark.parametrize("step", ["fsync", "chmod"])
+def test_a_full_disk_at_the_second_file_leaves_both(
+    step: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of one config beside the file of another would be no adapter at all."""
+    before = contents(saved)
+    calls, real = [], getattr(os, step)
+
+    def second_fails(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint.os, step, second_fails)
+    with pytest.raises(OSError, match="No space left"):
+        make_prompt(PARTS["choices"], seed=5).save_pretrained(saved)
+    assert len(calls) == 2
+    assert contents(saved) == before
+
+
+@pytest.mark.parametrize("same_config", [True, False])
+def test_a_failure_between_the_renames_is_never_silent(
+    same_config: bool, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new values where the config is the old one; an error where it is not."""
+    other = make_prompt(CONFIG if same_config else PARTS["choices"], seed=5)
+    calls, real = [], os.replace
+
+    def second_fails(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", second_fails)
+        with pytest.raises(OSError, match="Input/output"):
+            other.save_pretrained(saved)
+    assert set(contents(saved)) == {CONFIG_FILE, TENSOR_FILE}
+    if same_config:
+        assert bits(FusedEPTPrompt.from_pretrained(saved, other.embedding)) == bits(other)
+    else:
+        with pytest.raises(
+            CheckpointError, match="expected the config the tensors were saved with"
+        ):
+            FusedEPTPrompt.from_pretrained(saved, other.embedding)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", list(make_prompt().state_dict()))
+def test_values_that_would_not_load_are_not_saved(name: str, value: float, saved: Path) -> None:
+    before = contents(saved)
+    prompt = make_prompt(seed=5)
+    with torch.no_grad():
+        getattr(prompt, name)[..., -1] = value
+    with pytest.raises(ValueError, match=f"^{name}: expected finite values to save, got NaN or"):
+        prompt.save_pretrained(saved)
+    assert contents(saved) == before
+
+
+# Files that are refused
+
+
+def assert_refused(folder: Path, message: str, config: EPTConfig = CONFIG, **options: Any) -> None:
+    """Both ways of loading raise, naming the file, and the module keeps every bit."""
+    prompt = make_prompt(config, seed=5, **options)
+    before = bits(prompt)
+    for load in (
+        lambda: prompt.load_pretrained(folder),
+        lambda: FusedEPTPrompt.from_pretrained(folder, prompt.embedding),
+    ):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load()
+        assert str(folder) in str(caught.value)
+    assert bits(prompt) == before
+
+
+def naming(folder: Path, file: str, rest: str = "") -> str:
+    return "^" + re.escape(f"{folder / file}: ") + rest
+
+
+def header_size(path: Path) -> int:
+    (size,) = struct.unpack("<Q", path.read_bytes()[:8])
+    return 8 + int(size)
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, TENSOR_FILE])
+def test_truncated(file: str, saved: Path) -> None:
+    """At every second length of the text and the header, and now and then among the values."""
+    whole = (saved / file).read_bytes()
+    prompt = make_prompt(seed=5)
+    before = bits(prompt)
+    # without its last line break a JSON file is still whole
+    end = len(whole.rstrip()) if file == CONFIG_FILE else len(whole)
+    head = end if file == CONFIG_FILE else header_size(saved / file)
+    for length in [*range(1, head, 2), *range(head, end, 23), end - 1]:
+        (saved / file).write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=naming(saved, file)):
+            prompt.load_pretrained(saved)
+    assert bits(prompt) == before
+    for length in (0, 7, 8, head - 1, head - 2, end - 1):
+        (saved / file).write_bytes(whole[:length])
+        assert_refused(saved, naming(saved, file))
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, TENSOR_FILE])
+def test_flipped_bits(file: str, saved: Path) -> None:
+    """One bit of every byte of the config and of the header: names, types, shapes, places."""
+    path = saved / file
+    whole = path.read_bytes()
+    prompt = make_prompt(seed=5)
+    before = bits(prompt)
+    for position in range(len(whole) if file == CONFIG_FILE else header_size(path)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << 3 * position % 8
+        path.write_bytes(damaged)
+        try:
+            prompt.load_pretrained(saved)
+        except CheckpointError as error:
+            assert str(saved) in str(error)  # noqa: PT017
+        else:
+            # some other blank for a blank
+            assert file == CONFIG_FILE
+            assert json.loads(damaged) == json.loads(whole)
+            prompt = make_prompt(seed=5)
+        assert bits(prompt) == before
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"x" * 100])
+def test_bytes_behind_the_end(extra: bytes, saved: Path) -> None:
+    with (saved / TENSOR_FILE).open("ab") as file:
+        file.write(extra)
+    assert_refused(saved, naming(saved, TENSOR_FILE, "expected a whole safetensors file, got"))
+
+
+def write(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+    ours = None if metadata is None else {"ept_fast": json.dumps(metadata)}
+    safetensors.torch.save_file(tensors, folder / TENSOR_FILE, metadata=ours)
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safetensors.safe_open(folder / TENSOR_FILE, framework="pt") as file:
+        names = file.keys()
+        metadata = json.loads(file.metadata()["ept_fast"])
+        return {name: file.get_tensor(name) for name in names}, metadata
+
+
+def test_a_file_rewritten_by_another_tool_still_loads(saved: Path) -> None:
+    """So that the refusals below are for what they change."""
+    expected = bits(FusedEPTPrompt.from_pretrained(saved, nn.Embedding(17, D)))
+    write(saved, *read(saved))
+    assert bits(FusedEPTPrompt.from_pretrained(saved, nn.Embedding(17, D))) == expected
+
+
+WRONG_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "missing": (
+        lambda t: t.pop("offset_a"),
+        r"expected the tensors .* \(missing \['offset_a'\], foreign \[\]\)",
+    ),
+    "missing prompt": (
+        lambda t: t.pop("short_prompt"),
+        r"expected the tensors .*missing \['short_prompt'\]",
+    ),
+    "none": (lambda t: t.clear(), r"expected the tensors .*, got \[\]"),
+    "extra": (
+        lambda t: t.update(weight=torch.zeros(2)),
+        r"expected the tensors .*foreign \['weight'\]",
+    ),
+    "renamed": (
+        lambda t: t.update(A=t.pop("offset_a")),
+        r"expected the tensors .*missing \['offset_a'\], foreign \['A'\]",
+    ),
+    "transposed": (
+        lambda t: t.update(offset_b=t["offset_b"].mT.contiguous()),
+        r"offset_b: expected shape \(2, 8\), got \(8, 2\)",
+    ),
+    "longer": (
+        lambda t: t.update(offset_a=torch.zeros(10, 2)),
+        r"offset_a: expected shape \(9, 2\), got \(10, 2\)",
+    ),
+    "task axis": (
+        lambda t: t.update(short_prompt=t["short_prompt"][None]),
+        r"short_prompt: expected shape \(3, 8\), got \(1, 3, 8\)",
+    ),
+    "scalar": (
+        lambda t: t.update(gate_bias=torch.tensor(1.0)),
+        r"gate_bias: expected shape \(2,\), got \(\)",
+    ),
+    "empty": (
+        lambda t: t.update(gate_bias=torch.zeros(0)),
+        r"gate_bias: expected shape \(2,\), got \(0,\)",
+    ),
+    "nan": (
+        lambda t: t["space_up"].view(-1)[3].fill_(float("nan")),
+        "space_up: expected finite values, got NaN or infinity",
+    ),
+    "inf": (
+        lambda t: t["gate_weight"].view(-1)[0].fill_(float("inf")),
+        "gate_weight: expected finite values, got NaN or infinity",
+    ),
+    "integers": (
+        lambda t: t.update(gate_bias=torch.zeros(2, dtype=torch.int64)),
+        "gate_bias: expected a floating dtype, got torch.int64",
+    ),
+    "bool": (
+        lambda t: t.update(gate_bias=torch.zeros(2, dtype=torch.bool)),
+        "gate_bias: expected a floating dtype, got torch.bool",
+    ),
+    "complex": (
+        lambda t: t.update(gate_bias=torch.zeros(2, dtype=torch.complex64)),
+        "gate_bias: expected a floating dtype, got torch.complex64",
+    ),
+    "float8": (
+        lambda t: t.update(gate_bias=torch.zeros(2).to(torch.float8_e4m3fn)),
+        "gate_bias: expected a floating dtype, got torch.float8_e4m3fn",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_wrong_tensors(case: str, saved: Path) -> None:
+    """All but the one tensor are as they should be: still none of them is taken."""
+    change, message = WRONG_TENSORS[case]
+    tensors, metadata = read(saved)
+    change(tensors)
+    write(saved, tensors, metadata)
+    assert_refused(saved, naming(saved, TENSOR_FILE, message))
+
+
+WRONG_METADATA: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
+    "none": (lambda m: m.clear(), r"expected a file written by ept_fast, got metadata \[\]"),
+    "no config": (lambda m: m.pop("config"), "expected a file written by ept_fast"),
+    "a later version": (
+        lambda m: m.update(format_version="2"),
+        "expected format version 1, got '2'",
+    ),
+    "no version": (lambda m: m.pop("format_version"), "expected a file written by ept_fast"),
+    "config of another type": (lambda m: m.update(config=1), "expected format version 1"),
+    "config is no JSON": (lambda m: m.update(config="{"), ""),
+    "config is nested": (lambda m: m.update(config="[" * 100_000), ""),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_METADATA)
+def test_wrong_metadata(case: str, saved: Path) -> None:
+    change, message = WRONG_METADATA[case]
+    tensors, metadata = read(saved)
+    change(metadata)
+    write(saved, tensors, metadata or None)
+    assert_refused(saved, naming(saved, TENSOR_FILE, message))
+
+
+FOREIGN: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(4096)),
+    "text": lambda path: path.write_text("short_prompt\n" * 100),
+    "pickle": lambda path: torch.save({"short_prompt": torch.zeros(3, D)}, path),
+    "huge header": lambda path: path.write_bytes(struct.pack("<Q", 2**62) + b"{}"),
+    "empty header": lambda path: path.write_bytes(struct.pack("<Q", 2) + b"{}"),
+    "missing": lambda path: None,
+    "folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+@pytest.mark.parametrize("file", [CONFIG_FILE, TENSOR_FILE])
+def test_foreign_files(file: str, case: str, saved: Path) -> None:
+    (saved / file).unlink()
+    FOREIGN[case](saved / file)
+    assert_refused(saved, naming(saved, file, "expected "))
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    message = "expected a readable file, got No such file or directory"
+    assert_refused(tmp_path / "none", naming(tmp_path / "none", CONFIG_FILE, message))
+
+
+WRONG_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "unknown field": (
+        lambda v: v.update(heads=2),
+        r"config: expected the fields .* got also \['heads'\]",
+    ),
+    "no hidden_size": (
+        lambda v: v.pop("hidden_size"),
+        "config: expected the field hidden_size, got none",
+    ),
+    "type": (lambda v: v.update(rank="2"), "rank: expected an integer, got str '2'"),
+    "real for integer": (lambda v: v.update(rank=2.0), "rank: expected an integer, got float 2.0"),
+    "integer for bool": (lambda v: v.update(fusion=1), "fusion: expected a bool, got int 1"),
+    "range": (
+        lambda v: v.update(rank=9),
+        r"rank: expected at most min\(max_length 9, hidden_size 8\)",
+    ),
+    "choice": (lambda v: v.update(gate="row"), "gate: expected one of token, prompt, got 'row'"),
+    "num_tasks 0": (lambda v: v.update(num_tasks=0), "num_tasks: expected an integer >= 1, got 0"),
+    "num_tasks bool": (
+        lambda v: v.update(num_tasks=True),
+        "num_tasks: expected an integer, got bool True",
+    ),
+    "num_tasks list": (
+        lambda v: v.update(num_tasks=[]),
+        r"num_tasks: expected an integer, got list \[\]",
+    ),
+    "beyond float": (
+        lambda v: v.update(alpha=10**400),
+        "alpha: expected a finite number, got 1000",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CONFIGS)
+def test_wrong_config_in_both_files(case: str, saved: Path) -> None:
+    """Both files agree, and still the config is none."""
+    change, message = WRONG_CONFIGS[case]
+    values = json.loads((saved / CONFIG_FILE).read_text())
+    change(values)
+    tensors, metadata = read(saved)
+    write(saved, tensors, {**metadata, "config": json.dumps(values)})
+    (saved / CONFIG_FILE).write_text(json.dumps(values))
+    assert_refused(saved, naming(saved, CONFIG_FILE, message))
+
+
+DAMAGED_CONFIGS = {
+    "not JSON": b'{"hidden_size": 8,',
+    "not UTF-8": b'{"hidden_size": "\xff"}',
+    "nested": b"[" * 100_000,
+    "many digits": b"1" * 5000,
+    "list": b"[1, 2]",
+    "null": b"null",
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_CONFIGS)
+def test_damaged_config(case: str, saved: Path) -> None:
+    (saved / CONFIG_FILE).write_bytes(DAMAGED_CONFIGS[case])
+    assert_refused(saved, naming(saved, CONFIG_FILE, "expected a JSON object, got"))
+
+
+# Each is a config of its own, most with the very same shapes.
+OTHERS: dict[str, Any] = {
+    "hidden_size": 7,
+    "num_virtual_tokens": 4,
+    "max_length": 10,
+    "rank": 1,
+    "num_spaces": 3,
+    "space_dim": 1,
+    "alpha": 6.0,
+    "activation": "relu",
+    "gate": "prompt",
+    "temperature": 2.0,
+    "fusion": False,
+    "num_tasks": 1,
+}
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_config_at_odds_with_the_tensors(field: str, saved: Path) -> None:
+    assert OTHERS.keys() == {*CONFIG.to_dict(), "num_tasks"}
+    values = json.loads((saved / CONFIG_FILE).read_text())
+    values[field] = OTHERS[field]
+    (saved / CONFIG_FILE).write_text(json.dumps(values))
+    message = "expected the config the tensors were saved with"
+    assert_refused(saved, naming(saved, CONFIG_FILE, message))
+
+
+@pytest.mark.parametrize("field", set(OTHERS) - {"hidden_size"})
+def test_checkpoint_at_odds_with_the_module(field: str, saved: Path) -> None:
+    """The folder is whole, but of another prompt: nothing is loaded into this one."""
+    tasks = OTHERS[field] if field == "num_tasks" else None
+    values = {} if field == "num_tasks" else {field: OTHERS[field]}
+    prompt = make_prompt(dataclasses.replace(CONFIG, **values), seed=5, num_tasks=tasks)
+    before = bits(prompt)
+    with pytest.raises(CheckpointError, match="^" + re.escape(f"{saved}: expected ")) as caught:
+        prompt.load_pretrained(saved)
+    assert f"{field}={OTHERS[field]!r}" in str(caught.value) or "num_tasks 1, got" in str(
+        caught.value
+    )
+    assert bits(prompt) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loading_into_another_type(dtype: torch.dtype, saved: Path) -> None:
+    """The module keeps its type."""
+    prompt = make_prompt(seed=5, dtype=dtype)
+    prompt.load_pretrained(saved)
+    assert bits(prompt) == bits(make_prompt().to(dtype))
+
+
+def test_values_beyond_the_modules_type(tmp_path: Path) -> None:
+    source = make_prompt()
+    with torch.no_grad():
+        source.gate_bias[1] = 70_000.0  # float16 ends at 65504
+    source.save_pretrained(tmp_path)
+    prompt = make_prompt(seed=5, dtype=torch.float16)
+    before = bits(prompt)
+    with pytest.raises(CheckpointError, match=naming(tmp_path, TENSOR_FILE, "gate_bias: expected")):
+        prompt.load_pretrained(tmp_path)
+    assert bits(prompt) == before
+
+
+def test_checkpoint_errors_are_value_errors() -> None:
+    assert issubclass(CheckpointError, ValueError)
+
+
+# The writers and readers by themselves
+
+
+def test_write_bytes_makes_the_folder_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    for data in (b"first", b"", b"third"):
+        checkpoint.write_bytes(path, data)
+        assert contents(path.parent) == {"file": data}
+
+
+def test_write_json_refuses_what_json_has_not(tmp_path: Path) -> None:
+    checkpoint.write_json(tmp_path / "x.json", {"a": [1, None, "é"]})
+    before = contents(tmp_path)
+    for value in (float("nan"), float("inf"), object()):
+        with pytest.raises((TypeError, ValueError)):
+            checkpoint.write_json(tmp_path / "x.json", {"a": value})
+    assert contents(tmp_path) == before
+    assert checkpoint.read_json(tmp_path / "x.json") == {"a": [1, None, "é"]}

@@ -1,0 +1,362 @@
+"""The command line: the whole way through it, and one line for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import ept_fast
+from ept_fast import backends
+from ept_fast.cli import main
+from ept_fast.training.config import TrainConfig
+from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(*words: str | Path, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], input=stdin)
+
+
+def options(settings: dict[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in settings.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+@dataclasses.dataclass(frozen=True)
+class Workplace:
+    model: Path
+    data: Path
+    output: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A run made by the command line, and what it said."""
+    folder = tmp_path_factory.mktemp("cli")
+    model, data = save_model(folder / "model"), save_task(folder / "data")
+    settings = small_run(model, data, folder / "out", max_length=10, max_steps=6, eval_steps=3)
+    result = call("train", *options(settings), "--quiet")
+    assert result.exit_code == 0, result.output
+    return Workplace(model, data, folder / "out", result.stdout)
+
+
+def test_train_says_what_came_out(trained: Workplace) -> None:
+    metrics = json.loads((trained.output / "metrics.json").read_text())
+    lines = dict(line.split(": ", 1) for line in trained.said.splitlines())
+    before, after = metrics["before"]["accuracy"], metrics["after"]["accuracy"]
+    assert lines["accuracy"] == f"{before:.4f} before, {after:.4f} after 6 steps (40 rows)"
+    assert lines["time per step"].endswith(" ms (median)")
+    counts = metrics["parameters"]
+    assert lines["parameters trained"].startswith(
+        f"{counts['prompt'] + counts['head']:,} (prompt {counts['prompt']:,}, head 66), "
+    )
+    cut = metrics["rows"]["train_cut"] + metrics["rows"]["evaluation_cut"]
+    assert lines["rows cut to 10 tokens"] == f"{cut} of 136"
+    assert cut > 0
+    for name in ("adapter", "metrics"):
+        assert Path(lines[name]).exists()
+    for picture in lines["pictures"].split(", "):
+        assert Path(picture).read_bytes()[:4] == b"\x89PNG"
+    assert metrics["config"]["prompt_lr"] == 0.02
+
+
+def test_no_subspaces_are_said_and_not_drawn(trained: Workplace, tmp_path: Path) -> None:
+    settings = small_run(trained.model, trained.data, tmp_path / "out", max_steps=1, method="pt")
+    result = call("train", *options(settings), "--quiet", "--no-eval-before")
+    assert result.exit_code == 0, result.output
+    assert "no subspaces, so no gate weights to draw" in result.stdout
+    assert "accuracy: not measured before" in result.stdout
+    assert not (tmp_path / "out" / "gate_weights.png").exists()
+
+
+def test_evaluate_prints_json(trained: Workplace) -> None:
+    result = call(
+        "evaluate", "--adapter", trained.output, "--data", trained.data, "--split", "validation"
+    )
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(result.stdout)
+    expected = json.loads((trained.output / "metrics.json").read_text())["after"]
+    assert metrics["accuracy"] == expected["accuracy"]
+    assert metrics["rows"] == 40
+
+
+INPUTS = {
+    "standard input": ([], "the play was fine\n\na dull song\n"),
+    "JSONL from standard input": (
+        ["--format", "jsonl"], '{"text": "the play was fine"}\n{"text": "a dull song"}\n',
+    ),
+    "CSV with another column": (
+        ["--format", "csv", "--text-field", "q"], "q,label\nthe play was fine,\na dull song,x\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_predict_writes_a_line_a_text(case: str, trained: Workplace, tmp_path: Path) -> None:
+    words, text = INPUTS[case]
+    piped = call("predict", "--adapter", trained.output / "adapter", *words, stdin=text)
+    assert piped.exit_code == 0, piped.output
+    lines = [json.loads(line) for line in piped.stdout.splitlines()]
+    assert [line["text"] for line in lines] == ["the play was fine", "a dull song"]
+    for line in lines:
+        assert line["label"] in (0, 1)
+        assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert line["probabilities"][str(line["label"])] >= 0.5
+    source = tmp_path / "texts.anything"
+    source.write_text(text)
+    forced = words if words else ["--format", "txt"]
+    result = call(
+        "predict", "--adapter", trained.output, "--input", source, "--output",
+        tmp_path / "new" / "labels.jsonl", *forced,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert (tmp_path / "new" / "labels.jsonl").read_text() == piped.stdout
+
+
+def test_every_field_has_an_option_with_its_default() -> None:
+    command = main.commands["train"]
+    context = click.Context(command)
+    found = {parameter.name: parameter for parameter in command.params}
+    for field in dataclasses.fields(TrainConfig):
+        parameter = found.pop(field.name)
+        required = field.default is dataclasses.MISSING
+        assert parameter.required == required, field.name
+        if not required:
+            assert parameter.get_default(context) == field.default, field.name
+    assert set(found) == {"resume", "overwrite", "quiet"}
+
+
+# words, where {model}, {data}, {out}, {run} and {bad} are paths; what the line must hold
+MISTAKES: dict[str, tuple[str, str]] = {
+    "no such model": (
+        "train --model {data} --data {data} --output {out}",
+        "model: expected a folder or hub id of a pretrained encoder",
+    ),
+    "no such data": (
+        "train --model {model} --data {out}.jsonl --output {out}",
+        "out.jsonl: expected a readable file, got no such file",
+    ),
+    "malformed line": (
+        "train --model {model} --data {bad} --output {out}",
+        "bad.jsonl, line 5: label: expected an integer >= 0",
+    ),
+    "no train split": (
+        "train --model {model} --data {model} --output {out}",
+        "model: expected a split train.jsonl, got none",
+    ),
+    "rate of zero": (
+        "train --model {model} --data {data} --output {out} --prompt-lr 0",
+        "prompt_lr: expected a finite number > 0, got 0.0",
+    ),
+    "budget too small": (
+        "train --model {model} --data {data} --output {out} --prompt-length 5",
+        "prompt_length: expected a budget of at least",
+    ),
+    "prompt too long": (
+        "train --model {model} --data {data} --output {out} --method pt",
+        "num_virtual_tokens: expected room for text in the model's 64 positions",
+    ),
+    "results in the way": (
+        "train --model {model} --data {data} --output {run}",
+        "output: expected an empty folder",
+    ),
+    "both ways": (
+        "train --model {model} --data {data} --output {run} --resume --overwrite",
+        "resume, overwrite: expected one of them, got both",
+    ),
+    "another seed": (
+        "train --model {model} --data {data} --output {run} --resume --seed 5",
+        "as in the run to resume",
+    ),
+    "output is a file": (
+        "train --model {model} --data {data} --output {bad}",
+        "output: expected a folder, got the file",
+    ),
+    "no adapter": (
+        "evaluate --adapter {out} --data {data}",
+        "adapter: expected a folder, got",
+    ),
+    "not an adapter": (
+        "evaluate --adapter {data} --data {data}",
+        "adapter.json: expected a readable file",
+    ),
+    "no such split": (
+        "evaluate --adapter {run} --data {data} --split dev",
+        "expected a split dev.jsonl, got test, train, validation",
+    ),
+    "encoder moved": (
+        "evaluate --adapter {run} --data {data} --model {out}",
+        "model: expected a folder or hub id",
+    ),
+    "no such input": (
+        "predict --adapter {run} --input {out}.txt",
+        "out.txt: expected a readable file",
+    ),
+    "bad input": (
+        "predict --adapter {run} --input {run}/metrics.json",
+        "expected a file ending in .jsonl, .csv, .tsv, .txt, got '.json'",
+    ),
+    "empty standard input": (
+        "predict --adapter {run}",
+        "standard input: expected at least one row, got none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_line_and_exit_code_2(
+    case: str, trained: Workplace, tmp_path: Path
+) -> None:
+    words, expected = MISTAKES[case]
+    bad = write_rows(tmp_path / "bad.jsonl", [*task_rows(4, 0), {"text": "a", "label": -1}])
+    places = {
+        "model": trained.model,
+        "data": trained.data,
+        "out": tmp_path / "out",
+        "run": trained.output,
+        "bad": bad,
+    }
+    before = (trained.output / "metrics.json").read_bytes()
+    result = call(*(word.format(**places) for word in words.split()), stdin="")
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    assert expected in lines[0]
+    assert not (tmp_path / "out").exists()
+    assert (trained.output / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--method", "lora"],
+        ["train", "--batch-size", "many"],
+        ["train"],
+        ["evaluate"],
+        ["predict", "--format", "xml"],
+        ["fly"],
+    ],
+)
+def test_wrong_options_are_clicks_own_exit_code_2(words: list[str]) -> None:
+    result = call(*words)
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr
+
+
+def test_run_that_diverges_is_exit_code_1(trained: Workplace, tmp_path: Path) -> None:
+    settings = small_run(trained.model, trained.data, tmp_path / "out", prompt_lr=2e37)
+    result = call("train", *options(settings), "--quiet", "--warmup-ratio", "0")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: the loss is not finite at step 2;")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(backends, "describe", broken)
+    result = call("info")
+    assert isinstance(result.exception, RuntimeError)
+
+
+@pytest.mark.parametrize("name", ["transformers", "accelerate", "matplotlib"])
+def test_missing_library_says_what_to_install(
+    name: str, trained: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    settings = small_run(trained.model, trained.data, tmp_path / "out")
+    result = call("train", *options(settings))
+    assert result.exit_code == 2
+    assert result.stderr == f'Error: {name} not installed: pip install "ept-fast[train]"\n'
+    assert not (tmp_path / "out").exists()
+
+
+def test_info_lists_every_backend() -> None:
+    result = call("info")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(call("info", "--json").stdout)
+    assert facts["ept_fast"] == ept_fast.__version__
+    assert facts["torch"] == torch.__version__
+    assert facts["devices"][0].startswith("CPU (")
+    expected = [tuple(row) for row in backends.describe()]
+    assert [(b["name"], b["works"], b["reason"]) for b in facts["backends"]] == expected
+    for name, works, reason in expected:
+        line = next(x for x in result.stdout.splitlines() if x.startswith(f"backend {name} "))
+        assert ("does not work here" in line) == (not works)
+        assert reason in line
+    for name in ("torch", "triton", "transformers"):
+        assert f"{name:<13}{facts[name] or 'not installed'}" in result.stdout
+
+
+def test_demo_is_found_only_when_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = types.ModuleType("ept_fast.training.demo")
+    calls: list[dict[str, Any]] = []
+    module.run_demo = lambda **given: calls.append(given)
+    monkeypatch.setitem(sys.modules, "ept_fast.training.demo", module)
+    assert call("demo", "--help").exit_code == 0
+    assert calls == []
+    result = call("demo", "--output", tmp_path / "d", "--steps", "3", "--seed", "4")
+    assert (result.exit_code, result.output) == (0, "")
+    assert calls == [{"output": tmp_path / "d", "steps": 3, "seed": 4}]
+
+
+def python(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], cwd=root, capture_output=True, text=True, check=False
+    )
+
+
+def test_module_prints_info_without_loading_the_training_libraries(root: Path) -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['ept-fast', 'info']\n"
+        "try: runpy.run_module('ept_fast', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "loaded = {'transformers', 'accelerate', 'matplotlib'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    result = python(root, "-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"ept_fast     {ept_fast.__version__}\n")
+    assert "backend eager" in result.stdout
+
+
+def test_without_click_there_is_a_hint(root: Path) -> None:
+    code = (
+        "import runpy, sys; sys.modules['click'] = None\n"
+        "runpy.run_module('ept_fast', run_name='__main__')"
+    )
+    result = python(root, "-c", code)
+    assert result.returncode == 2
+    assert result.stderr == 'Error: click not installed: pip install "ept-fast[train]"\n'
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["predict"], ["info"], ["demo"]])
+def test_help(command: list[str]) -> None:
+    result = call(*command, "-h")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage: ")

@@ -1,0 +1,331 @@
+"""Reading rows, tokenising them and making batches of them."""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ept_fast.training.data import (
+    Collator,
+    DataError,
+    Fields,
+    GroupedBatches,
+    LabelSet,
+    Rows,
+    Tokenised,
+    hold_out,
+    length_batches,
+    read_rows,
+    read_split,
+    tokenise,
+)
+from tests.tiny import save_model, save_task, write_rows
+
+GOOD_LINE = '{"text": "a", "label": 0}'
+LONG = "x" * 200_000
+
+# name: (file, content, what the message must hold beside the file's name)
+MALFORMED: dict[str, tuple[str, bytes, list[str]]] = {
+    "bad JSON": ("d.jsonl", f"{GOOD_LINE}\n{{oops\n".encode(), ["line 2", "JSON object"]),
+    "not an object": ("d.jsonl", b'["a", 0]\n', ["line 1", "JSON object", "list"]),
+    "deep JSON": ("d.jsonl", b"[" * 200_000 + b"\n", ["line 1", "JSON"]),
+    "no text": ("d.jsonl", b'{"label": 0}\n', ["line 1", "text", "only label"]),
+    "number as text": ("d.jsonl", b'{"text": 3, "label": 0}\n', ["line 1", "text", "int 3"]),
+    "null text": ("d.jsonl", b'{"text": null, "label": 0}\n', ["line 1", "text", "NoneType"]),
+    "empty text": ("d.jsonl", b'{"text": "", "label": 0}\n', ["line 1", "text", "empty"]),
+    "only spaces": ("d.jsonl", b'{"text": " \\t", "label": 0}\n', ["line 1", "only spaces"]),
+    "lone surrogate": (
+        "d.jsonl",
+        b'{"text": "\\ud800", "label": 0}\n',
+        ["line 1", "text", "surrogate"],
+    ),
+    "no label": ("d.jsonl", f"{GOOD_LINE}\n{GOOD_LINE[:-13]}}}".encode(), ["line 2", "label"]),
+    "float label": ("d.jsonl", b'{"text": "a", "label": 1.0}\n', ["line 1", "label", "float 1.0"]),
+    "bool label": ("d.jsonl", b'{"text": "a", "label": true}\n', ["line 1", "label", "bool True"]),
+    "negative label": ("d.jsonl", b'{"text": "a", "label": -1}\n', ["line 1", "label", ">= 0"]),
+    "list label": ("d.jsonl", b'{"text": "a", "label": [1]}\n', ["line 1", "label", "list"]),
+    "mixed labels": (
+        "d.jsonl",
+        f'{GOOD_LINE}\n{{"text": "a", "label": "x"}}\n'.encode(),
+        ["line 2", "label", "an integer as in the rows before"],
+    ),
+    "pair comes late": (
+        "d.jsonl",
+        f'{GOOD_LINE}\n{{"text": "a", "text_pair": "b", "label": 0}}\n'.encode(),
+        ["line 2", "text_pair", "none as in the rows before", "got one"],
+    ),
+    "pair is lost": (
+        "d.jsonl",
+        f'{{"text": "a", "text_pair": "b", "label": 0}}\n{GOOD_LINE}\n'.encode(),
+        ["line 2", "text_pair", "a second text as in the rows before", "got none"],
+    ),
+    "number as pair": (
+        "d.jsonl",
+        b'{"text": "a", "text_pair": 1, "label": 0}\n',
+        ["line 1", "text_pair", "int 1"],
+    ),
+    "not UTF-8": ("d.jsonl", f"{GOOD_LINE}\n".encode() + b"\xff\n", ["line 2", "UTF-8", "0xff"]),
+    "not UTF-8 in CSV": ("d.csv", b"text,label\na,0\n\xe9,1\n", ["line 3", "UTF-8", "0xe9"]),
+    "no rows": ("d.jsonl", b"\n \n", ["at least one row"]),
+    "empty CSV": ("d.csv", b"", ["line 1", "text", "column"]),
+    "header only": ("d.csv", b"text,label\n", ["at least one row"]),
+    "no text column": ("d.csv", b"sentence,label\na,0\n", ["line 1", "text", "sentence, label"]),
+    "no label column": ("d.tsv", b"text\na\n", ["line 1", "label"]),
+    "same name twice": ("d.csv", b"text,text,label\na,b,0\n", ["line 1", "different names"]),
+    "too many columns": ("d.csv", b"text,label\na,0\nb,c,1\n", ["line 3", "2 columns", "got 3"]),
+    "too few columns": ("d.tsv", b"text\tlabel\na\t0\nb\n", ["line 3", "2 columns", "got 1"]),
+    "open quote": ("d.csv", b'text,label\na,0\n"b,1\n', ["line 3", "quoting"]),
+    "oversized field": ("d.csv", f"text,label\n{LONG},0\n".encode(), ["line 2", "oversized"]),
+    "name among integers": ("d.csv", b"text,label\na,0\nb,x\n", ["line 3", "label", "integer"]),
+    "negative in CSV": ("d.csv", b"text,label\na,-1\n", ["line 2", "label", ">= 0", "-1"]),
+    "empty label in CSV": ("d.csv", b"text,label\na,x\nb,\n", ["line 3", "label", "empty"]),
+    "unknown suffix": ("d.parquet", b"PAR1", [".jsonl, .csv, .tsv", ".parquet"]),
+    "text without labels": ("d.txt", b"a\n", [".jsonl", ".txt"]),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_data_names_file_line_and_field(case: str, tmp_path: Path) -> None:
+    name, content, parts = MALFORMED[case]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)), message
+    assert "\n" not in message
+    missing = [part for part in parts if part not in message]
+    assert not missing, message
+
+
+def test_missing_file_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.csv: expected a readable file"):
+        read_rows(tmp_path / "none.csv")
+
+
+SAME_ROWS = {
+    "d.jsonl": '{"text": "a, b", "text_pair": "c", "label": 1, "id": 7}\n\n'
+    '{"label": 0, "text": "d\\u2028e", "text_pair": "f"}',
+    "d.csv": '\ufefflabel,text,text_pair,id\r\n1,"a, b",c,7\r\n0,d\u2028e,f,8\r\n',
+    "d.tsv": "text\ttext_pair\tlabel\na, b\tc\t1\nd\u2028e\tf\t0\n",
+}
+
+
+@pytest.mark.parametrize("name", SAME_ROWS)
+def test_formats_give_the_same_rows(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(SAME_ROWS[name], encoding="utf-8", newline="")
+    rows = read_rows(tmp_path / name)
+    assert rows.texts == ("a, b", "d\u2028e")
+    assert rows.pairs == ("c", "f")
+    assert rows.labels == (1, 0)
+
+
+def test_tsv_does_not_read_quotes_and_csv_joins_lines(tmp_path: Path) -> None:
+    (tmp_path / "d.tsv").write_text('text\tlabel\n"a\tx\n')
+    (tmp_path / "d.csv").write_text('text,label\n"a\nb",x\nc\n')
+    assert read_rows(tmp_path / "d.tsv").texts == ('"a',)
+    with pytest.raises(DataError, match="line 4: row: expected 2 columns"):
+        read_rows(tmp_path / "d.csv")
+
+
+def test_other_column_names_and_unlabelled_rows(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"q": "a", "y": "yes", "text": 1}\n')
+    rows = read_rows(path, fields=Fields(text="q", label="y"))
+    assert (rows.texts, rows.labels) == (("a",), ("yes",))
+    assert read_rows(path, fields=Fields(text="q"), labelled=False).labels is None
+
+
+def test_splits_of_a_folder(tmp_path: Path) -> None:
+    save_task(tmp_path)
+    rows = read_split(tmp_path, "validation")
+    assert rows is not None
+    assert len(rows) == 40
+    assert read_split(tmp_path, "dev", optional=True) is None
+    with pytest.raises(DataError, match=r"split dev\.jsonl, got test, train, validation"):
+        read_split(tmp_path, "dev")
+    (tmp_path / "train.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match=r"one file a split, got train\.csv and train\.jsonl"):
+        read_split(tmp_path, "train")
+
+
+def test_hub_name_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="pip install datasets"):
+        read_split("glue:sst2", "train")
+
+
+def test_hub_name_with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    library: Any = types.ModuleType("datasets")
+    asked = []
+
+    def load_dataset(name: str, configuration: str | None) -> dict[str, list[dict[str, Any]]]:
+        asked.append((name, configuration))
+        if name == "gone":
+            raise ConnectionError("no such set\nand more")
+        return {"train": [{"sentence": "a", "label": 0}, {"sentence": "", "label": 1}]}
+
+    library.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    with pytest.raises(DataError, match=r"glue:sst2\[train\], line 2: sentence: .* empty"):
+        read_split("glue:sst2", "train", fields=Fields(text="sentence"))
+    assert asked == [("glue", "sst2")]
+    assert read_split("glue:sst2", "dev", optional=True) is None
+    with pytest.raises(DataError, match="expected a split dev, got train"):
+        read_split("glue:sst2", "dev")
+    with pytest.raises(DataError, match=r"'gone' \(no such set\)$"):
+        read_split("gone", "train")
+
+
+def _rows(labels: tuple[Any, ...]) -> Rows:
+    count = len(labels)
+    return Rows(("t",) * count, None, labels, "d.jsonl", tuple(range(1, count + 1)))
+
+
+def test_label_sets() -> None:
+    names = LabelSet.of(_rows(("no", "yes", "maybe", "no")))
+    assert names == LabelSet(("maybe", "no", "yes"), integers=False)
+    assert names.ids(_rows(("yes", "maybe"))) == (2, 0)
+    integers = LabelSet.of(_rows((2, 0, 1)))
+    assert integers == LabelSet(("0", "1", "2"), integers=True)
+    assert integers.ids(_rows((2, 2))) == (2, 2)
+    assert LabelSet.of(_rows((3, 0)), num_labels=5).names == ("0", "1", "2", "3", "4")
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_labels", "message"),
+    [
+        ((0, 0), None, "at least 2 classes, got 1"),
+        (("x",), None, "at least 2 classes, got 1"),
+        ((0, 3), None, "every class from 0 to 3, got no row of class 1"),
+        ((0, 1, 2), 2, "line 3: label: expected an integer below num_labels 2, got 2"),
+        (("a", "b"), 3, "num_labels 3 names, got 2"),
+        (None, None, "a label in every row"),
+    ],
+)
+def test_label_set_errors(labels: Any, num_labels: int | None, message: str) -> None:
+    rows = _rows(labels) if labels else Rows(("t",), None, None, "d.jsonl", (1,))
+    with pytest.raises(DataError, match=message):
+        LabelSet.of(rows, num_labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ((0, 2), "line 2: label: expected an integer from 0 to 1, got 2"),
+        (("0",), "line 1: label: expected an integer from 0 to 1, got '0'"),
+    ],
+)
+def test_labels_unknown_in_training_are_errors(labels: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        LabelSet(("0", "1"), integers=True).ids(_rows(labels))
+
+
+def test_hold_out_divides_the_rows() -> None:
+    rows = _rows(tuple(range(50)))
+    kept, held = hold_out(rows, 0.2, seed=3)
+    assert (len(kept), len(held)) == (40, 10)
+    assert sorted((*kept.labels, *held.labels)) == list(range(50))  # type: ignore[misc]
+    assert hold_out(rows, 0.2, seed=3) == (kept, held)
+    assert hold_out(rows, 0.2, seed=4) != (kept, held)
+    with pytest.raises(DataError, match="2 rows"):
+        hold_out(_rows((1,)), 0.5, seed=0)
+
+
+def test_tokenise_cuts_and_counts(tmp_path: Path) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(save_model(tmp_path))
+    texts = ["the play was fine", "the " * 30, "a"]
+    lines = [{"text": t, "text_pair": "a song", "label": i % 2} for i, t in enumerate(texts)]
+    rows = read_rows(write_rows(tmp_path / "d.jsonl", lines))
+    tokens = tokenise(rows, tokenizer, 12, LabelSet.of(rows))
+    assert tokens.num_cut == 1
+    assert tokens.lengths == [9, 12, 6]
+    first = tokens[0]
+    assert tokenizer.decode(first["input_ids"]) == "[CLS] the play was fine [SEP] a song [SEP]"
+    assert first["token_type_ids"] == [0] * 6 + [1] * 3
+    assert first["labels"] == 0
+    assert "labels" not in tokenise(rows, tokenizer, 12)[0]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_collator_pads_to_the_longest_of_the_batch(side: str) -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1], "labels": 1},
+        {"input_ids": [8], "token_type_ids": [1], "labels": 0},
+    ]
+    batch = Collator(pad_token_id=9, padding_side=side)(rows)
+    short = {"right": ([8, 9, 9], [1, 0, 0]), "left": ([9, 9, 8], [0, 0, 1])}[side]
+    assert batch["input_ids"].tolist() == [[5, 6, 7], short[0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], short[1]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1], short[1]]
+    assert batch["labels"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("group", [True, False])
+@pytest.mark.parametrize("count", [1, 7, 16, 103])
+def test_every_epoch_holds_every_row_once(count: int, group: bool) -> None:
+    lengths = torch.randint(3, 40, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    epoch = -(-count // 8)
+    batches = list(GroupedBatches(lengths, 8, 3 * epoch, seed=5, group=group))
+    assert len(batches) == 3 * epoch
+    for start in range(0, 3 * epoch, epoch):
+        rows = [row for batch in batches[start : start + epoch] for row in batch]
+        assert sorted(rows) == list(range(count))
+    assert batches == list(GroupedBatches(lengths, 8, 3 * epoch, seed=5, group=group))
+    if count > 8:
+        assert batches != list(GroupedBatches(lengths, 8, 3 * epoch, seed=6, group=group))
+        assert batches[:epoch] != batches[epoch : 2 * epoch]
+
+
+def test_grouping_saves_padding_without_ordering_the_batches() -> None:
+    lengths = torch.randint(3, 80, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def padding(group: bool) -> int:
+        batches = GroupedBatches(lengths, 16, 250, seed=0, group=group)
+        return sum(max(lengths[i] for i in b) * len(b) for b in batches) - sum(lengths)
+
+    assert padding(group=True) < 0.1 * padding(group=False)
+    longest = [max(lengths[i] for i in b) for b in GroupedBatches(lengths, 16, 50, seed=0)]
+    assert longest != sorted(longest)
+    assert longest != sorted(longest, reverse=True)
+
+
+def test_evaluation_batches_are_sorted_and_whole() -> None:
+    lengths = [3, 9, 4, 9, 1]
+    assert length_batches(lengths, 2) == [[1, 3], [2, 0], [4]]
+
+
+def test_fingerprint_sees_every_column() -> None:
+    rows = Rows(("a", "b"), ("c", "d"), (0, 1), "x", (1, 2))
+    others = [
+        Rows(("a", "B"), ("c", "d"), (0, 1), "x", (1, 2)),
+        Rows(("a", "b"), ("c", "D"), (0, 1), "x", (1, 2)),
+        Rows(("a", "b"), None, (0, 1), "x", (1, 2)),
+        Rows(("a", "b"), ("c", "d"), (1, 0), "x", (1, 2)),
+    ]
+    prints = collections.Counter(r.fingerprint() for r in (rows, *others))
+    assert max(prints.values()) == 1
+    assert Rows(("a", "b"), ("c", "d"), (0, 1), "y", (3, 4)).fingerprint() == rows.fingerprint()
+
+
+def test_shared_data_reads(shared_data: Path) -> None:
+    rows = read_split(shared_data / "rte", "validation")
+    assert rows is not None
+    with (shared_data / "rte" / "validation.jsonl").open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    assert rows.texts == tuple(line["text"] for line in lines)
+    assert rows.pairs == tuple(line["text_pair"] for line in lines)
+    assert rows.labels == tuple(line["label"] for line in lines)
+
+
+def test_tokenised_lengths() -> None:
+    assert Tokenised(({"input_ids": [1, 2]}, {"input_ids": [3]}), None, 0).lengths == [2, 1]

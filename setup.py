@@ -1,7 +1,6 @@
-"""Builds ept_fast as a pure Python package.
+"""Builds ept_fast as a pure Python package; what it is made of stands in pyproject.toml.
 
-Everything but this line is in pyproject.toml. Building takes neither torch nor CUDA, so that a wheel
-can be made on a machine that has none of them.
+A build takes neither torch nor CUDA, so that a wheel can be made where there is none of them.
 """
 
 from setuptools import setup

@@ -43,7 +43,7 @@ class EPTOutput(NamedTuple):
         inputs_embeds: ``[B, m + S, d]`` in the embeddings' type.
         attention_mask: ``[B, m + S]``, m ones and then the text's mask, in its type.
         position_ids: ``[B, m + S]`` int64, each position's rank among the row's real positions;
-            padding repeats the last rank before it (0 where there is none).
+            padding repeats the last rank before it.
     """
 
     inputs_embeds: Tensor
@@ -121,7 +121,7 @@ class _SplicedPrompt(nn.Module):
             attention_mask = torch.ones(batch, length, dtype=torch.int64, device=embeds.device)
         head = attention_mask.new_ones(batch, self.config.num_virtual_tokens)
         mask = torch.cat([head, attention_mask], dim=1)
-        return EPTOutput(embeds, mask, (mask.cumsum(1, dtype=torch.int64) - 1).clamp_min(0))
+        return EPTOutput(embeds, mask, mask.cumsum(1, dtype=torch.int64) - 1)
 
     @torch.no_grad()
     def _look_up(self, input_ids: Tensor) -> Tensor:

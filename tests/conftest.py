@@ -36,7 +36,8 @@ def _poison_memory(on: bool) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(2)
     _poison_memory(True)
 
 

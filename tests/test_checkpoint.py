@@ -149,6 +149,14 @@ def test_the_files(tmp_path: Path) -> None:
         assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.iterdir())
 
 
+def test_equal_prompts_are_equal_files(saved: Path, tmp_path: Path) -> None:
+    """So that a checksum tells whether two adapters are the same."""
+    expected = contents(saved)
+    for i in range(5):
+        make_prompt().save_pretrained(tmp_path / str(i))
+        assert contents(tmp_path / str(i)) == expected
+
+
 def test_saving_again_replaces(saved: Path) -> None:
     other = make_prompt(PARTS["no spaces"], seed=5)
     other.save_pretrained(saved)
@@ -201,6 +209,28 @@ def test_a_failure_leaves_the_old_files(
         with pytest.raises(type(error)):
             make_prompt(PARTS["choices"], seed=5).save_pretrained(saved)
     assert contents(saved) == before
+
+
+def test_both_files_are_on_the_disk_before_a_rename(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noting_fsync(descriptor: int) -> None:
+        events.append(("flushed", os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def noting_replace(source: str, target: Path) -> None:
+        events.append(("renamed", os.stat(source).st_size))
+        assert Path(source).parent == target.parent
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", noting_fsync)
+    monkeypatch.setattr(checkpoint.os, "replace", noting_replace)
+    make_prompt(seed=5).save_pretrained(saved)
+    sizes = [(saved / file).stat().st_size for file in (TENSOR_FILE, CONFIG_FILE)]
+    assert events == [(event, size) for event in ("flushed", "renamed") for size in sizes]
 
 
 @pytest.mark.parametrize("step", ["fsync", "chmod"])
@@ -453,6 +483,19 @@ def test_wrong_metadata(case: str, saved: Path) -> None:
     tensors, metadata = read(saved)
     change(metadata)
     write(saved, tensors, metadata or None)
+    assert_refused(saved, naming(saved, TENSOR_FILE, message))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"format": "pt"}, {"config": "{}"}, *({"ept_fast": text} for text in ("", "3", "[]", "{}"))],
+    ids=str,
+)
+def test_metadata_of_another_package(metadata: dict[str, str], saved: Path) -> None:
+    """The right tensors, but nothing that says they are a prompt."""
+    tensors, _ = read(saved)
+    safetensors.torch.save_file(tensors, saved / TENSOR_FILE, metadata=metadata)
+    message = re.escape(f"expected a file written by ept_fast, got metadata {sorted(metadata)}")
     assert_refused(saved, naming(saved, TENSOR_FILE, message))
 
 

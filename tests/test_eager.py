@@ -243,6 +243,7 @@ def test_padding_keeps_its_embedding_when_the_offset_is_not_finite() -> None:
     assert torch.equal(out[:, 3:][padding], case.weight[case.input_ids][padding])
 
 
+@pytest.mark.default_algorithms
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_repeated_runs_agree_to_the_bit(padding: str) -> None:
     sizes = SHAPES["text tiles"]

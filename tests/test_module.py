@@ -822,6 +822,14 @@ def test_rows_come_from_the_layer(layer: str) -> None:
     assert_leading_directions(of_text.offset_b, everything[M:7], 2)
 
 
+def test_max_norm_holds_for_rows_not_yet_looked_up() -> None:
+    """The layer shortens rows of its table as they are asked for."""
+    table = make_table(max_norm=1.0)
+    prompt = make_prompt(PARTS["prompt tuning"], table, init=torch.zeros(M, D))
+    assert table.weight.norm(dim=-1).min() > 1.1
+    assert prompt(make_ids()).inputs_embeds.norm(dim=-1).max() < 1.0 + 1e-5
+
+
 def test_random_rows_are_scaled_as_the_layer_scales() -> None:
     scaled = make_prompt(
         SMALL, ScaledEmbedding(VOCABULARY, D, _weight=make_table().weight), init="random"

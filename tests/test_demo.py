@@ -1,0 +1,198 @@
+"""The demo: its task, the check of its encoder, and a run from end to end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+import string
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from ept_fast.cli import main
+from ept_fast.training import demo, demo_task
+
+
+def words_of(text: str) -> list[str]:
+    return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
+
+
+@pytest.mark.parametrize(("split", "each"), [("train", 100), ("test", 30)])
+def test_task_is_balanced_and_without_repeats(split: str, each: int) -> None:
+    rows = demo_task.demo_rows(split)
+    assert Counter(row.label for row in rows) == dict.fromkeys(demo_task.INTENTS, each)
+    assert len({row.text for row in rows}) == len(rows)
+    for row in rows:
+        assert row.text[0].isupper()
+        assert row.text[-1] in ".?"
+        assert not set(row.text) & set("{}")
+
+
+def test_splits_share_no_message_and_no_template() -> None:
+    train, test = demo_task._TRAIN, demo_task._TEST
+    for slot, words in test.words.items():
+        assert not set(words) & set(train.words[slot]), slot
+    for intent in demo_task.INTENTS:
+        assert not set(test.templates[intent]) & set(train.templates[intent])
+    # A message of the test split may share short phrases with the training split, never most words.
+    seen = [set(words_of(row.text)) for row in demo_task.demo_rows("train")]
+    for row in demo_task.demo_rows("test"):
+        words = set(words_of(row.text))
+        assert max(len(words & other) / len(words | other) for other in seen) < 0.7, row.text
+
+
+def test_new_messages_are_in_neither_split() -> None:
+    known = {row.text for split in ("train", "test") for row in demo_task.demo_rows(split)}
+    assert not known & set(demo_task.NEW_MESSAGES)
+
+
+def test_task_is_written_the_same_every_time(tmp_path: Path) -> None:
+    one, other = (demo_task.write_demo_task(tmp_path / name) for name in ("one", "other"))
+    for split in ("train", "test"):
+        data = (one / f"{split}.jsonl").read_bytes()
+        assert data == (other / f"{split}.jsonl").read_bytes()
+        rows = [json.loads(line) for line in data.decode().splitlines()]
+        assert [(r["text"], r["label"]) for r in rows] == [
+            (row.text, row.label) for row in demo_task.demo_rows(split)
+        ]
+
+
+def test_unknown_split() -> None:
+    with pytest.raises(ValueError, match="split: expected one of train, test, got 'dev'"):
+        demo_task.demo_rows("dev")
+
+
+@pytest.fixture
+def encoder_copy(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the encoder's small files, linked weights, found in place of the package's."""
+    folder = tmp_path / "package" / "model"
+    folder.mkdir(parents=True)
+    for name in demo.ENCODER_FILES:
+        if name == "model.safetensors":
+            (folder / name).symlink_to(minilm / name)
+        else:
+            (folder / name).write_bytes((minilm / name).read_bytes())
+    spec = SimpleNamespace(origin=str(folder.parent / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    return folder
+
+
+def test_encoder_is_found_and_verified(minilm: Path, encoder_copy: Path) -> None:
+    assert demo.find_encoder() == encoder_copy
+
+
+@pytest.mark.parametrize("name", sorted(demo.ENCODER_FILES))
+def test_changed_file_of_the_encoder_is_refused(name: str, encoder_copy: Path) -> None:
+    path = encoder_copy / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    with pytest.raises(demo.DemoError, match=f"{name}: expected the SHA-256 .*nothing was loaded"):
+        demo.find_encoder()
+
+
+def test_missing_file_of_the_encoder_is_refused(encoder_copy: Path) -> None:
+    (encoder_copy / "model.safetensors").unlink()
+    with pytest.raises(demo.DemoError, match="got no readable file"):
+        demo.find_encoder()
+
+
+def test_other_version_of_the_encoder_is_refused(
+    encoder_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.2.0")
+    with pytest.raises(demo.DemoError, match=r"expected version 0\.1\.0 installed, got 0\.2\.0"):
+        demo.find_encoder()
+
+
+def test_missing_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    result = CliRunner().invoke(main, ["demo", "--output", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert 'got none: pip install "ept-fast[demo]"' in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_with_other_files_is_left_alone(minilm: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"thesis\.txt in it"):
+        demo.run_demo(tmp_path, steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileExistsError, match="output: expected a folder, got the file"):
+        demo.run_demo(tmp_path / "out", steps=1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("steps", -1), ("seed", -1)])
+def test_bad_numbers(name: str, value: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        demo.run_demo(tmp_path / "out", **{name: value})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.default_algorithms
+def test_demo_learns_and_tells(minilm: Path, tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    result = CliRunner().invoke(main, ["demo", "--output", str(output), "--steps", "60"])
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((output / "run" / "metrics.json").read_text())
+    before, after = metrics["before"]["accuracy"], metrics["after"]["accuracy"]
+    assert before < 0.4  # chance is one in six
+    assert after > 0.8
+    counts = metrics["parameters"]
+    trained = counts["prompt"] + counts["head"]
+    assert trained < 0.001 * counts["frozen"]
+    for said in (
+        f"{before:.1%} before training, {after:.1%} after 60 steps",
+        f"Time per step: {metrics['seconds_per_step'] * 1000:.0f} ms",
+        f"Parameters trained: {trained:,}",
+        f"Loaded again from its files: {after:.1%}",
+        str(output / "run" / "adapter"),
+    ):
+        assert said in result.output
+    assert "60/60" in result.output  # the progress bar
+    for message in demo_task.NEW_MESSAGES:
+        assert message in result.output
+    for name in ("learning_curves.png", "gate_weights.png"):
+        assert str(output / "run" / name) in result.output
+        assert (output / "run" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_second_run_replaces_the_first(minilm: Path, tmp_path: Path) -> None:
+    first = demo.run_demo(tmp_path / "demo", steps=1, progress=False)
+    again = demo.run_demo(tmp_path / "demo", steps=1, progress=False)
+    other = demo.run_demo(tmp_path / "demo", steps=1, seed=1, progress=False)
+    weights = first["adapter"] / "ept_model.safetensors"
+    assert weights.is_file()
+    for key in ("accuracy_before", "accuracy_after", "predictions", "parameters", "adapter"):
+        assert first[key] == again[key], key
+    assert first["accuracy_after"] == first["accuracy_reloaded"]
+    assert other["accuracy_before"] != first["accuracy_before"]
+
+
+def test_example_of_the_readme_runs(
+    root: Path, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert (tmp_path / "my-prompt" / "ept_model.safetensors").is_file()
+    folded, spliced = names["serving"], names["spliced"]
+    batch = names["batch"]
+    again = folded(batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert again.inputs_embeds.shape == spliced.inputs_embeds.shape

@@ -1,0 +1,301 @@
+"""The package as it is installed: each kind of install really made, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from email.message import Message
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import ept_fast
+
+KINDS = ("editable", "wheel", "sdist")
+SOURCES = ("ept_fast", "kernels", "csrc", "docs")
+FOREIGN = ("kernels", "csrc", "bench", "tests")
+
+# Imports what is named and prints the file of each module, None for a namespace folder.
+PROBE = """
+import importlib, json, sys
+files = {}
+for name in sys.argv[1:]:
+    try:
+        files[name] = getattr(importlib.import_module(name), "__file__", None)
+    except ModuleNotFoundError as error:
+        files[name] = f"not found: {error.name}"
+print(json.dumps(files))
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environ: str) -> str:
+    """The output of a command that has to succeed, without this process's Python path."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment | {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environ,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def module_files(
+    python: str | Path, *names: str, cwd: Path, **environ: str
+) -> dict[str, str | None]:
+    files: dict[str, str | None] = json.loads(
+        run(python, "-c", PROBE, *names, cwd=cwd, **environ).splitlines()[-1]
+    )
+    return files
+
+
+def copy_of_the_sources(root: Path, target: Path) -> Path:
+    """What a build reads, links kept, so that nothing is written into the tree under test."""
+    target.mkdir()
+    for path in root.iterdir():
+        if path.is_file():
+            shutil.copy2(path, target)
+    for name in SOURCES:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(root / name, target / name, symlinks=True, ignore=ignored)
+    return target
+
+
+@dataclass(frozen=True)
+class Built:
+    """The distributions: the wheel made from the tree, the sdist, and the wheel made from that."""
+
+    wheel: Path
+    sdist: Path
+    sdist_wheel: Path
+
+
+@pytest.fixture(scope="module")
+def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("built")
+    source = copy_of_the_sources(root, folder / "source")
+    build = (sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check")
+    run(*build, "--wheel", "--outdir", folder / "direct", source, cwd=folder)
+    shutil.rmtree(source)
+    copy_of_the_sources(root, source)  # so that nothing of the first build reaches the second
+    run(*build, "--outdir", folder / "through_sdist", source, cwd=folder)
+    (wheel,) = (folder / "direct").glob("*.whl")
+    (sdist,) = (folder / "through_sdist").glob("*.tar.gz")
+    (sdist_wheel,) = (folder / "through_sdist").glob("*.whl")
+    return Built(wheel, sdist, sdist_wheel)
+
+
+@dataclass(frozen=True)
+class Install:
+    """A virtual environment with one install of the package, and where its files should be."""
+
+    python: Path
+    package: Path
+
+
+@pytest.fixture(scope="module")
+def installs(
+    root: Path, built: Built, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Install]:
+    folder = tmp_path_factory.mktemp("installs")
+    source = copy_of_the_sources(root, folder / "source")
+    what = {
+        "editable": ("--no-build-isolation", "--editable", source),
+        "wheel": (built.wheel,),
+        "sdist": (built.sdist_wheel,),
+    }
+    installs = {}
+    for kind in KINDS:
+        home = folder / kind
+        run(sys.executable, "-m", "venv", "--without-pip", home, cwd=folder)
+        python = home / "bin" / "python"
+        (packages,) = home.glob("lib/python*/site-packages")
+        pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet")
+        if kind == "editable":
+            # The build backend is imported by the environment's own Python here.
+            (packages / "parent.pth").write_text(parent_packages())
+        run(*pip, *what[kind], cwd=folder)
+        (packages / "parent.pth").write_text(parent_packages())
+        at = source if kind == "editable" else packages
+        installs[kind] = Install(python, at / "ept_fast")
+    return installs
+
+
+def parent_packages() -> str:
+    """A .pth file that lends the requirements of the environment the tests run in.
+
+    Such a file adds folders only: the .pth files inside them, and so an editable install there,
+    have no effect.
+    """
+    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    return "\n".join(sorted(paths)) + "\n"
+
+
+def names_in(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return sorted(archive.namelist())
+
+
+def metadata_of(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return HeaderParser().parsestr(archive.read(name).decode())
+
+
+def modules_of(root: Path) -> list[str]:
+    """Every module of the package, by the files of the tree."""
+    files = [p.relative_to(root) for p in (root / "ept_fast").rglob("*.py")]
+    files += [Path("ept_fast") / p.relative_to(root) for p in (root / "kernels").rglob("*.py")]
+    names = {".".join(p.with_suffix("").parts).removesuffix(".__init__") for p in files}
+    return sorted(name for name in names if not name.endswith("__main__"))
+
+
+def test_wheel_holds_the_package_and_nothing_else(root: Path, built: Built) -> None:
+    names = names_in(built.wheel)
+    assert {name.split("/")[0] for name in names} == {
+        "ept_fast",
+        f"ept_fast-{ept_fast.__version__}.dist-info",
+    }
+    package = [name for name in names if name.startswith("ept_fast/")]
+    in_tree = {
+        p.relative_to(root).as_posix()
+        for p in (root / "ept_fast").rglob("*")
+        if p.is_file() and p.suffix in {".py", ".typed"}
+    }
+    in_tree |= {f"ept_fast/kernels/{p.name}" for p in (root / "kernels").glob("*.py")}
+    assert set(package) == in_tree
+
+
+def test_both_wheels_hold_the_same(built: Built) -> None:
+    assert names_in(built.wheel) == names_in(built.sdist_wheel)
+    with zipfile.ZipFile(built.wheel) as one, zipfile.ZipFile(built.sdist_wheel) as other:
+        for name in one.namelist():
+            if not name.endswith("/RECORD"):
+                assert one.read(name) == other.read(name), name
+
+
+def test_sdist_holds_the_kernels_once_and_no_links(root: Path, built: Built) -> None:
+    with tarfile.open(built.sdist) as archive:
+        members = archive.getmembers()
+    assert not [m.name for m in members if not (m.isfile() or m.isdir())]
+    files = [m.name.split("/", 1)[1] for m in members if m.isfile()]
+    assert {f for f in files if f.endswith(".py") and "kernels/" in f} == {
+        f"ept_fast/kernels/{p.name}" for p in (root / "kernels").glob("*.py")
+    }
+    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "csrc/README.md"} <= set(files)
+
+
+def test_metadata(built: Built) -> None:
+    metadata = metadata_of(built.wheel)
+    assert metadata["Name"] == "ept-fast"
+    assert metadata["Version"] == ept_fast.__version__
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    requirements = metadata.get_all("Requires-Dist") or []
+    core = sorted(r for r in requirements if "extra ==" not in r)
+    assert [Requirement(r).name for r in core] == ["click", "safetensors", "torch", "triton"]
+    assert str(Requirement(core[-1]).marker) == 'platform_system == "Linux"'
+    extras = {"train", "demo", "test", "bench", "dev"}
+    assert extras <= set(metadata.get_all("Provides-Extra") or [])
+
+
+def test_constraints_pin_every_requirement(root: Path, built: Built) -> None:
+    pins = {}
+    for line in (root / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            pins[canonicalize_name(name)] = version
+    assert "+" not in "".join(pins.values())
+    assert "ept-fast" not in pins
+    for text in metadata_of(built.wheel).get_all("Requires-Dist") or []:
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        if name not in {"ept-fast", "pip"}:
+            assert requirement.specifier.contains(pins[name]), text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_install_imports_from_where_it_was_put(
+    kind: str, root: Path, installs: dict[str, Install], tmp_path: Path
+) -> None:
+    install = installs[kind]
+    names = {"ept_fast", "ept_fast.kernels.launch", "ept_fast.reference"}
+    if kind == "wheel":  # once is enough for those that import transformers
+        assert names <= set(modules_of(root))
+        names = set(modules_of(root))
+    files = module_files(install.python, *names, cwd=tmp_path)
+    for name, file in files.items():
+        assert file is not None, name
+        expected = install.package.joinpath(*name.split(".")[1:])
+        assert Path(file) in {expected.with_suffix(".py"), expected / "__init__.py"}, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_install_adds_no_other_top_level_name(
+    kind: str, installs: dict[str, Install], tmp_path: Path
+) -> None:
+    files = module_files(installs[kind].python, *FOREIGN, cwd=tmp_path)
+    package = str(installs[kind].package.parent)
+    for name, file in files.items():
+        # Another package of that name may be installed beside ours, and is then the one found.
+        assert file is not None, f"{name} is a namespace folder"
+        assert file == f"not found: {name}" or not file.startswith(f"{package}/{name}"), file
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_install_has_the_script(kind: str, installs: dict[str, Install], tmp_path: Path) -> None:
+    script = installs[kind].python.parent / "ept-fast"
+    assert ept_fast.__version__ in run(script, "--version", cwd=tmp_path)
+
+
+def test_in_tree(root: Path) -> None:
+    files = module_files(sys.executable, "ept_fast", "ept_fast.kernels.launch", cwd=root)
+    assert files["ept_fast"] == str(root / "ept_fast" / "__init__.py")
+    assert files["ept_fast.kernels.launch"] == str(root / "ept_fast" / "kernels" / "launch.py")
+
+
+@pytest.mark.parametrize("order", ["tree first", "package first"])
+@pytest.mark.parametrize("form", ["package", "module"])
+def test_a_real_kernels_package_wins_in_the_tree(
+    order: str, form: str, root: Path, tmp_path: Path
+) -> None:
+    real = tmp_path / ("kernels.py" if form == "module" else "kernels/__init__.py")
+    real.parent.mkdir(exist_ok=True)
+    real.write_text("")
+    paths = [str(root), str(tmp_path)]
+    if order == "package first":
+        paths.reverse()
+    # -P: the path is what PYTHONPATH says, without the current folder in front.
+    probe = (sys.executable, "-P", "-c", PROBE, "kernels", "ept_fast.kernels.launch")
+    output = run(*probe, cwd=tmp_path, PYTHONPATH=os.pathsep.join(paths))
+    files = json.loads(output.splitlines()[-1])
+    assert files["kernels"] == str(real)
+    assert files["ept_fast.kernels.launch"] == str(root / "ept_fast" / "kernels" / "launch.py")
+
+
+def test_transformers_does_not_take_our_folder_for_the_kernels_package(root: Path) -> None:
+    pytest.importorskip("transformers")
+    code = (
+        "import importlib.util\n"
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "spec = importlib.util.find_spec('kernels')\n"
+        "print(spec.origin is None, is_kernels_available())\n"
+    )
+    namespace, available = run(sys.executable, "-c", code, cwd=root).split()[-2:]
+    if namespace != "True":
+        pytest.skip("a package called kernels is installed here")
+    assert available == "False"

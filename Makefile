@@ -16,6 +16,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Nothing here loads from a hub, and an attempt to is an error rather than a wait.
 export HF_HUB_OFFLINE := 1
 
+# Threads wait without spinning: on cores shared with other work, spinning made a step of the demo
+# several times slower.
+demo test: export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help install demo test check format bench hooks clean
 .DEFAULT_GOAL := help
 

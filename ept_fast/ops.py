@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ept_fast import backends
+from ept_fast.precision import accumulation_dtype
 from ept_fast.validation import check_splice_values, values_are_checked
 
 __all__ = ["reconstruct", "splice"]
@@ -186,11 +187,6 @@ _splice_backward_op = torch.library.custom_op(
 )
 
 
-def _accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
-
-
 @_reconstruct_forward_op.register_fake
 def _(
     short_prompt: Tensor,
@@ -206,7 +202,7 @@ def _(
     temperature: float,
     backend: str,
 ) -> _Seven:
-    dtype = _accumulation_dtype(
+    dtype = accumulation_dtype(
         short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias
     )
     tasks, m, _ = short_prompt.shape

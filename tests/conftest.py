@@ -60,6 +60,15 @@ def _algorithms(request: pytest.FixtureRequest) -> Iterator[None]:
     _poison_memory(True)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For a module whose tensors are so small that threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the source tree."""

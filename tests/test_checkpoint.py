@@ -7,7 +7,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt, checkpoint
 from ept_fast.module import CONFIG_FILE, TENSOR_FILE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 D = 8
 CONFIG = EPTConfig(
@@ -33,15 +35,6 @@ PARTS = {
     ),
 }
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_prompt(config: EPTConfig = CONFIG, seed: int = 0, **options: Any) -> FusedEPTPrompt:

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,7 @@ from ept_fast.cli import main
 from ept_fast.training.config import TrainConfig
 from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def call(*words: str | Path, stdin: str | bytes | None = None) -> Result:

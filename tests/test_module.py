@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ept_fast import EPTConfig, EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, reference
 from tests.cases import PADDINGS, SEVEN, make_mask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 D, M, N, VOCABULARY = 8, 3, 9, 23
 SMALL = EPTConfig(D, num_virtual_tokens=M, max_length=N, rank=2, num_spaces=3, space_dim=2)
@@ -30,15 +32,6 @@ PARTS = {
 BACKENDS = ("eager", "reference")
 TASKS = (None, 3)
 HALVES = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -7,12 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from ept_fast import CheckpointError
@@ -22,6 +20,8 @@ from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train
 from ept_fast.training.trainer import COMPLETE_FILE, newest_checkpoint
 from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Stops the command line at one place, says so, and waits to be killed.
 CHILD = """
@@ -60,14 +60,6 @@ PLACES = {
     "while old checkpoints go": 30,
     "inside the final adapter": 40,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

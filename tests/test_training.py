@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +30,9 @@ from ept_fast.training.metrics import classification_metrics, confusion_matrix
 from ept_fast.training.trainer import NonFiniteLossError, newest_checkpoint
 from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = EPTConfig(32, num_virtual_tokens=4, max_length=16, rank=3, num_spaces=2, space_dim=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are too small to share: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ept_fast.kernels.launch import EagerSpliceConfig, eager_splice_config
+from ept_fast.precision import accumulation_dtype
 
 __all__ = [
     "available",
@@ -37,13 +38,6 @@ def available() -> tuple[bool, str]:
 def supports(tensors: dict[str, Tensor | None]) -> tuple[bool, str]:
     """Whether it serves these tensors: always."""
     return available()
-
-
-def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 where any input is, else float32."""
-    if any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return torch.float64
-    return torch.float32
 
 
 # Operation 1

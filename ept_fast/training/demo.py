@@ -118,7 +118,7 @@ def run_demo(
         num_virtual_tokens=10,
         max_length=48,
         max_steps=steps,
-        eval_steps=max(1, steps // 6),
+        eval_steps=-(-steps // 5),
         seed=seed,
     )
     click.echo(f"Frozen encoder: all-MiniLM-L6-v2 ({ENCODER_PACKAGE} {ENCODER_VERSION}, verified)")

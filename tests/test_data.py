@@ -34,6 +34,11 @@ LONG = "x" * 200_000
 # name: (file, content, what the message must hold beside the file's name)
 MALFORMED: dict[str, tuple[str, bytes, list[str]]] = {
     "bad JSON": ("d.jsonl", f"{GOOD_LINE}\n{{oops\n".encode(), ["line 2", "JSON object"]),
+    "a number beyond reading": (
+        "d.jsonl",
+        f'{GOOD_LINE}\n{{"label": {"9" * 5000}}}\n'.encode(),
+        ["line 2", "JSON object"],
+    ),
     "not an object": ("d.jsonl", b'["a", 0]\n', ["line 1", "JSON object", "list"]),
     "deep JSON": ("d.jsonl", b"[" * 200_000 + b"\n", ["line 1", "JSON"]),
     "no text": ("d.jsonl", b'{"label": 0}\n', ["line 1", "text", "only label"]),

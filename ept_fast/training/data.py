@@ -310,7 +310,7 @@ def _read_jsonl(text: str, builder: _Builder) -> None:
     for number, line in _lines(text):
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{builder.source}, line {number}: expected a JSON object, got bad JSON ({error})"
             ) from None

@@ -214,8 +214,11 @@ def check_splice_values(
             f"input_ids: expected ids from 0 to {vocabulary - 1}, "
             f"got {int(input_ids[row, column])} at row {row}, column {column}"
         )
-    may_differ = attention_mask is not None and attention_mask.dtype != torch.bool
-    if attention_mask is not None and may_differ and _outside(attention_mask, 2):
+    if (
+        attention_mask is not None
+        and attention_mask.dtype != torch.bool
+        and _outside(attention_mask, 2)
+    ):
         row, column = _first((attention_mask != 0) & (attention_mask != 1))
         raise ValueError(
             f"attention_mask: expected only 0 and 1, "

@@ -6,6 +6,7 @@ DEMO_STEPS ?=
 DEMO_OUTPUT ?= demo-output
 DEMO_SEED ?= 0
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 BENCH_ARGS ?=
 
 VENV := .venv
@@ -25,7 +26,7 @@ demo test: export OMP_WAIT_POLICY ?= PASSIVE
 
 help:
 	@echo "make demo     train, evaluate, save and load an EPT prompt on a small frozen encoder"
-	@echo "make test     run all tests"
+	@echo "make test     run all tests, in TEST_WORKERS processes"
 	@echo "make check    ruff, ruff format --check, mypy"
 	@echo "make format   let ruff mend and format the code"
 	@echo "make bench    time both operations against their definition"
@@ -47,7 +48,7 @@ demo: $(STAMP)
 	$(BIN)/ept-fast demo --output "$(DEMO_OUTPUT)" --seed "$(DEMO_SEED)" $(if $(DEMO_STEPS),--steps "$(DEMO_STEPS)")
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -17,6 +17,11 @@ import pytest
 import torch
 import torch.utils.deterministic
 
+# The kernels run in Triton's interpreter where there is no GPU to compile them for; triton reads
+# this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -37,7 +42,7 @@ def _poison_memory(on: bool) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     _poison_memory(True)
 
 

@@ -20,7 +20,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),
 ]
 BANK = Sizes(tasks=2)
-FLAGS = (0.4, "gelu", "token", 0.7, "eager")
+FLAGS = (0.4, "gelu", "token", 0.7)
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the kernels are compiled for the GPU here: tests/gpu"
+)
+each_backend = pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("triton", marks=needs_interpreter)]
+)
 PARTS: dict[str, dict[str, bool]] = {
     "all": {},
     "no spaces": {"spaces": False},
@@ -42,30 +48,33 @@ def _seven(case: Case) -> list[Tensor | None]:
     return [None if t is None else t.detach() for t in tensors]
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("part", PARTS)
-def test_opcheck_reconstruct(part: str, dtype: torch.dtype) -> None:
+def test_opcheck_reconstruct(part: str, dtype: torch.dtype, backend: str) -> None:
     tensors = _seven(make_case(BANK, dtype=dtype, **PARTS[part]))
-    torch.library.opcheck(OPS.reconstruct_forward, (*tensors, *FLAGS))
-    prompt, *saved = OPS.reconstruct_forward(*tensors, *FLAGS)
+    flags = (*FLAGS, backend)
+    torch.library.opcheck(OPS.reconstruct_forward, (*tensors, *flags))
+    prompt, *saved = OPS.reconstruct_forward(*tensors, *flags)
     grad = torch.ones_like(prompt)
-    torch.library.opcheck(OPS.reconstruct_backward, (grad, *tensors, *saved, *FLAGS))
+    torch.library.opcheck(OPS.reconstruct_backward, (grad, *tensors, *saved, *flags))
 
 
+@each_backend
 @pytest.mark.parametrize("lookup", [True, False], ids=["ids", "embeds"])
 @pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
-def test_opcheck_splice(offset: bool, lookup: bool) -> None:
+def test_opcheck_splice(offset: bool, lookup: bool, backend: str) -> None:
     case = make_case(BANK, offset=offset, dtype=torch.float32)
     prompt, a, b, *_ = _seven(case)
     assert prompt is not None
     embeds = case.weight[case.input_ids]
     text = (case.input_ids, case.weight, None) if lookup else (None, None, embeds)
     mask, tasks = case.attention_mask, case.task_ids
-    torch.library.opcheck(OPS.splice_forward, (prompt, *text, a, b, mask, tasks, 0.4, "eager"))
+    torch.library.opcheck(OPS.splice_forward, (prompt, *text, a, b, mask, tasks, 0.4, backend))
     grad = torch.randn(4, 9, 5)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
-            OPS.splice_backward, (grad, prompt, a, b, mask, tasks, 0.4, *needs, "eager")
+            OPS.splice_backward, (grad, prompt, a, b, mask, tasks, 0.4, *needs, backend)
         )
 
 
@@ -113,12 +122,19 @@ def _both(case: Case) -> Tensor:
     return case.both("eager")
 
 
+def _served(backend: str) -> torch.dtype:
+    """The kernels do not serve float64."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
+@each_backend
 @pytest.mark.parametrize("tasks", [None, 2])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_into_one_graph(dynamic: bool, tasks: int | None) -> None:
-    compiled = _compiled(dynamic=dynamic)
-    case = make_case(Sizes(tasks=tasks), dtype=torch.float64)
-    for got, expected in zip(_step(compiled, case), _step(_both, case), strict=True):
+def test_compiles_into_one_graph(dynamic: bool, tasks: int | None, backend: str) -> None:
+    compiled = _compiled(backend, dynamic=dynamic)
+    case = make_case(Sizes(tasks=tasks), dtype=_served(backend))
+    uncompiled = _step(lambda case: case.both(backend), case)
+    for got, expected in zip(_step(compiled, case), uncompiled, strict=True):
         torch.testing.assert_close(got, expected)
 
 
@@ -129,13 +145,16 @@ def test_the_definition_compiles_into_one_graph() -> None:
         torch.testing.assert_close(got, expected)
 
 
-def test_compiled_code_serves_new_batch_sizes_and_lengths() -> None:
+@each_backend
+def test_compiled_code_serves_new_batch_sizes_and_lengths(backend: str) -> None:
     """One graph for the first sizes and one for all others."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
-    compiled = _compiled(backend=counter)
+    compiled = _compiled(backend, backend=counter)
     for batch, length in ((4, 6), (3, 5), (2, 7), (5, 4), (6, 3)):
-        case = make_case(Sizes(batch=batch, length=length), padding="right", dtype=torch.float64)
-        for got, expected in zip(_step(compiled, case), _step(_both, case), strict=True):
+        sizes = Sizes(batch=batch, length=length)
+        case = make_case(sizes, padding="right", dtype=_served(backend))
+        uncompiled = _step(lambda case: case.both(backend), case)
+        for got, expected in zip(_step(compiled, case), uncompiled, strict=True):
             torch.testing.assert_close(got, expected)
     assert counter.frame_count <= 2
 
@@ -148,14 +167,16 @@ def test_compiled_code_checks_values() -> None:
         compiled(case)
 
 
-@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize(
+    "backend", ["eager", "reference", pytest.param("triton", marks=needs_interpreter)]
+)
 def test_autocast_changes_no_bit(backend: str) -> None:
     case = make_case(Sizes(), dtype=torch.float32)
     leaves = list(case.parameters.values())
     expected = _step(lambda case: case.both(backend), case)
     with torch.autocast("cpu", torch.bfloat16):
         out = case.both(backend)
-        if backend == "eager":  # autograd of the definition is PyTorch's and follows autocast
+        if backend != "reference":  # autograd of the definition is PyTorch's and follows autocast
             grads = torch.autograd.grad(out.square().sum(), leaves)
     if backend == "reference":
         grads = torch.autograd.grad(out.square().sum(), leaves)
@@ -171,56 +192,61 @@ def test_autocast_does_not_reach_into_compiled_code() -> None:
         torch.testing.assert_close(got, expected)
 
 
+@each_backend
 @pytest.mark.parametrize(
     "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
 )
-def test_without_gradients(mode: Any) -> None:
+def test_without_gradients(mode: Any, backend: str) -> None:
     case = make_case(Sizes(), dtype=torch.float32)
     with mode():
-        out = case.both("eager")
+        out = case.both(backend)
     assert not out.requires_grad
-    assert torch.equal(out, case.both("eager").detach())
+    assert torch.equal(out, case.both(backend).detach())
 
 
+@each_backend
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant: bool) -> None:
+def test_gradient_checkpointing(reentrant: bool, backend: str) -> None:
     case = make_case(Sizes(), dtype=torch.float32)
     names, leaves = list(case.parameters), list(case.parameters.values())
 
     def function(*tensors: Tensor) -> Tensor:
         return Case(**{**vars(case), "parameters": dict(zip(names, tensors, strict=True))}).both(
-            "eager"
+            backend
         )
 
     out = checkpoint(function, *leaves, use_reentrant=reentrant)
     out.square().sum().backward()
     grads = [leaf.grad for leaf in leaves]
-    for got, expected in zip([out.detach(), *grads], _step(_both, case), strict=True):
+    plain = _step(lambda case: case.both(backend), case)
+    for got, expected in zip([out.detach(), *grads], plain, strict=True):
         assert got is not None
         assert torch.equal(got, expected)
 
 
-def test_only_what_is_asked_for_gets_a_gradient() -> None:
+@each_backend
+def test_only_what_is_asked_for_gets_a_gradient(backend: str) -> None:
     case = make_case(Sizes(), dtype=torch.float32)
     frozen = {name: t.detach() for name, t in case.parameters.items()}
     for name in case.parameters:
         leaf = frozen[name].clone().requires_grad_()
-        Case(**{**vars(case), "parameters": {**frozen, name: leaf}}).both("eager").sum().backward()
+        Case(**{**vars(case), "parameters": {**frozen, name: leaf}}).both(backend).sum().backward()
         assert leaf.grad is not None
     case.weight.requires_grad_()
-    out = Case(**{**vars(case), "parameters": frozen}).splice(frozen["short_prompt"], "eager")
+    out = Case(**{**vars(case), "parameters": frozen}).splice(frozen["short_prompt"], backend)
     assert not out.requires_grad  # the table is frozen whatever it asks for
 
 
-def test_gradients_have_their_tensors_types_and_shapes() -> None:
-    types = (torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+@each_backend
+def test_gradients_have_their_tensors_types_and_shapes(backend: str) -> None:
+    types = (torch.float32, torch.bfloat16, torch.float16, torch.float32)
     case = make_case(Sizes(tasks=2), dtype=torch.float32)
     mixed = {
         name: t.detach().to(types[i % 4]).requires_grad_()
         for i, (name, t) in enumerate(case.parameters.items())
     }
     out = Case(**{**vars(case), "parameters": mixed, "weight": case.weight.bfloat16()}).both(
-        "eager"
+        backend
     )
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
@@ -229,10 +255,11 @@ def test_gradients_have_their_tensors_types_and_shapes() -> None:
         assert (tensor.grad.dtype, tensor.grad.shape) == (tensor.dtype, tensor.shape), name
 
 
-def test_second_derivatives_are_refused() -> None:
+@each_backend
+def test_second_derivatives_are_refused(backend: str) -> None:
     case = make_case(Sizes(), dtype=torch.float32)
     leaves = list(case.parameters.values())
-    for out in (case.reconstruct("eager"), case.splice(leaves[0], "eager")):
+    for out in (case.reconstruct(backend), case.splice(leaves[0], backend)):
         (grad,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()

@@ -1,6 +1,6 @@
 """The backends and the one place where one of them is chosen.
 
-A backend is a module with ``supports`` and four functions, all of them on tensors with a task axis:
+A backend is a module with ``available``, ``supports`` and, on tensors with a task axis,
 ``reconstruct_forward``, ``reconstruct_backward``, ``splice_forward``, ``splice_backward``.
 ``reference`` is not among them: it is the definition under autograd and runs on request only.
 """
@@ -14,13 +14,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ept_fast.backends import eager
+from ept_fast.backends import eager, triton
 
 __all__ = ["REFERENCE", "describe", "load", "select"]
 
 REFERENCE = "reference"
 # Modules that import no compiler and no driver; what they need beyond that they load on first use.
-_IN_ORDER: dict[str, ModuleType] = {"eager": eager}
+_IN_ORDER: dict[str, ModuleType] = {"triton": triton, "eager": eager}
 _NAMES = (*_IN_ORDER, REFERENCE)
 
 _logger = logging.getLogger("ept_fast")
@@ -52,7 +52,7 @@ def select(name: str | None, tensors: dict[str, Tensor | None]) -> str:
         if name not in _NAMES:
             raise ValueError(f"{source}: expected one of {', '.join(_NAMES)}, got {name!r}")
         if name != REFERENCE:
-            ok, reason = load(name).supports(tensors)
+            ok, reason = load(name).supports(tensors, by_name=True)
             if not ok:
                 raise RuntimeError(f"{source}: {name!r} does not support this call: {reason}")
         return name

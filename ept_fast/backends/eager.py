@@ -35,7 +35,7 @@ def available() -> tuple[bool, str]:
     return True, "plain PyTorch, any device and type"
 
 
-def supports(tensors: dict[str, Tensor | None]) -> tuple[bool, str]:
+def supports(tensors: dict[str, Tensor | None], by_name: bool = False) -> tuple[bool, str]:
     """Whether it serves these tensors: always."""
     return available()
 

@@ -1,0 +1,886 @@
+"""What each Triton kernel compiles to, read from the machine code: ``python -m bench.compiled``.
+
+No GPU is needed. The host functions run on tensors of a CPU whose contents are never looked at, for
+one target after the other; Triton specialises every launch as it would there, and a hook takes the
+specialisation in place of the launch. What is left after equal ones are put together is compiled,
+and the code is read for what would make a kernel slow or wrong: spills, float64 instructions,
+addresses in 32 bits, atomics, too much shared memory, too many registers.
+
+``--write`` records the table under ``bench/results/compiled``; its registers are the budget that
+later code is held to. Compiled code is kept where Triton keeps it (``TRITON_CACHE_DIR``): its key
+covers the sources, the arguments, the options and the compiler, so nothing stale is found there.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import importlib
+import itertools
+import json
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from bench.environment import commit
+from ept_fast.kernels import launch
+
+RESULTS = Path(__file__).parent / "results" / "compiled"
+KERNELS = Path(__file__).parent.parent / "kernels"
+# Registers a kernel may gain over its record: ptxas moves by a few on unrelated changes.
+MARGIN = 8
+# Kernels compiled in a row and then disassembled together.
+_CHUNK = 8
+_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+# Targets
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture; ``shared_limit`` is the shared memory a block can have, in bytes.
+
+    ``disassembler``: what NVIDIA's disassembler calls it.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+    disassembler: str = ""
+
+    @property
+    def gpu(self) -> GPUTarget:
+        return GPUTarget(self.backend, self.arch, self.warp_size)
+
+
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("sm_80", "cuda", 80, 32, 163 * 1024, "SM80"),
+        Target("sm_90", "cuda", 90, 32, 227 * 1024, "SM90a"),
+        Target("sm_100", "cuda", 100, 32, 227 * 1024, "SM100a"),
+        Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
+    )
+}
+
+
+_devices = itertools.count()
+
+
+class _Driver:
+    """Stands in for the driver of a GPU that Triton has not compiled anything for."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.device = next(_devices)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target.gpu
+
+
+@contextmanager
+def standing_in(target: Target) -> Iterator[None]:
+    """Triton takes this machine for one with the target's GPU."""
+    before = driver._active
+    driver.set_active(_Driver(target))
+    try:
+        with mock.patch.object(launch, "_forced_target", target.name):
+            yield
+    finally:
+        driver._active = before
+
+
+# Launches
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of a kernel; ``data`` is Triton's own description of it, in JSON."""
+
+    module: str
+    kernel: str
+    target: str
+    data: str
+
+
+@contextmanager
+def recorded(target: Target) -> Iterator[list[Launch]]:
+    """Launches within are not run: they are listed as Triton specialises them for the target."""
+    launches: list[Launch] = []
+
+    def hook(*, fn: Any, compile: dict[str, Any], **rest: Any) -> bool:
+        kernel = fn.jit_function
+        name = kernel.fn.__qualname__
+        launches.append(Launch(kernel.module, name, target.name, compile["specialization_data"]))
+        return True  # nothing is compiled or launched
+
+    with standing_in(target), mock.patch.object(knobs.runtime, "jit_cache_hook", hook):
+        yield launches
+
+
+# Reading compiled code
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one compilation came to; ``registers`` are those of a thread.
+
+    Attributes:
+        accumulators: AMD's second file of registers, not counted in ``registers``.
+        scratch: bytes of a thread in memory that is not the registers'.
+        spills: NVIDIA: loads and stores of it; AMD: vector registers kept there.
+        scalar_spills: AMD: scalar registers kept in vector ones, which is not memory.
+        matrix: the matrix instructions and how many of each.
+        double, atomics, narrow: instructions that no kernel may have.
+        error: why there is no code.
+    """
+
+    num_warps: int = 0
+    registers: int = 0
+    accumulators: int = 0
+    shared: int = 0
+    scratch: int = 0
+    spills: int = 0
+    scalar_spills: int = 0
+    instructions: int = 0
+    matrix: dict[str, int] = field(default_factory=dict)
+    double: list[str] = field(default_factory=list)
+    atomics: list[str] = field(default_factory=list)
+    narrow: list[str] = field(default_factory=list)
+    error: str = ""
+
+
+_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_SASS_BYTES = 16  # of an instruction
+_SASS_DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP|SET|MNMX|MMA)\b|.*\.F64|.*64H")
+# REDUX and its kin reduce over a warp's registers.
+_SASS_ATOMIC = re.compile(r"(U?ATOM[A-Z]*|REDG?|REDS|REDAS|UTMARED[A-Z]*|UBLKRED[A-Z]*)\b")
+_SASS_MATRIX = re.compile(r"(UTC[A-Z]*MMA|[HIBQOF]G?MMA)\b")
+_GCN = re.compile(r"^\t([a-z][a-z0-9_]*)", re.MULTILINE)
+_GCN_DOUBLE = re.compile(r"v_.*_f64")
+_GCN_ATOMIC = re.compile(
+    r"(global|flat|buffer)_atomic|ds_(add|sub|rsub|inc|dec|min|max|and|or|xor|mskor|cmpst|cmpswap"
+    r"|wrxchg|condxchg|pk_add)_"
+)
+_GCN_MATRIX = re.compile(r"v_(mfma|smfmac)_")
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _matching(pattern: re.Pattern[str], opcodes: list[str]) -> list[str]:
+    return sorted({opcode for opcode in opcodes if pattern.match(opcode)})
+
+
+def cuda_tools() -> str | None:
+    """Why NVIDIA's code cannot be made and read here; None if it can."""
+    missing = [n for n in ("ptxas", "cuobjdump", "nvdisasm") if not (_BINARIES / n).is_file()]
+    return f"{', '.join(missing)} not in this build of Triton" if missing else None
+
+
+def _run(tool: str, *arguments: str | Path) -> str:
+    command = [_BINARIES / tool, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The instructions in an ELF file: its sections named ``.text.``."""
+    (start,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, start + i * size) for i in range(number)]
+    code = b""
+    for name, _, _, _, offset, length in headers:
+        if cubin.startswith(b".text.", headers[names][4] + name):
+            code += cubin[offset : offset + length]
+    return code
+
+
+def read_cubins(cubins: list[bytes], target: Target) -> list[dict[str, Any]]:
+    """The fields of `Code` that stand in NVIDIA's machine code.
+
+    The disassembler takes longer to start than to read a kernel, so all are read as one.
+    """
+    codes = [_machine_code(cubin) for cubin in cubins]
+    usages = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "code"
+        for cubin in cubins:
+            file.write_bytes(cubin)
+            shown = _run("cuobjdump", "--dump-resource-usage", file)
+            usages.append({k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)})
+        file.write_bytes(b"".join(codes))
+        lines = _SASS.findall(_run("nvdisasm", "--binary", target.disassembler, "-ndf", file))
+    if len(lines) != sum(len(code) for code in codes) // _SASS_BYTES:
+        raise RuntimeError(f"{target.name}: nvdisasm did not show every instruction")
+    out = []
+    for code, usage in zip(codes, usages, strict=True):
+        number = len(code) // _SASS_BYTES
+        opcodes, lines = lines[:number], lines[number:]
+        # The allocator of tensor memory keeps its state in shared memory.
+        own = ("ATOMS.AND", "ATOMS.OR") if any("UTCATOMSWS" in o for o in opcodes) else ()
+        out.append(
+            {
+                "registers": usage["REG"],
+                "scratch": usage["STACK"] + usage["LOCAL"],
+                "spills": sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes),
+                "instructions": sum(opcode != "NOP" for opcode in opcodes),
+                "matrix": _counted(o for o in opcodes if _SASS_MATRIX.match(o)),
+                "double": _matching(_SASS_DOUBLE, opcodes),
+                "atomics": _matching(_SASS_ATOMIC, [o for o in opcodes if o not in own]),
+            }
+        )
+    return out
+
+
+def read_amdgcn(text: str) -> dict[str, Any]:
+    """The fields of `Code` that stand in AMD's assembly."""
+    code, _, metadata = text.partition(".amdgpu_metadata")
+    opcodes = [o for o in _GCN.findall(code) if not o.startswith("s_nop")]
+    number = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\b", metadata)}
+    total, accumulators = number["vgpr_count"], number["agpr_count"]
+    return {
+        # One file holds both kinds; .vgpr_count is their sum.
+        "registers": total,
+        "accumulators": accumulators,
+        "scratch": number["private_segment_fixed_size"],
+        "spills": number["vgpr_spill_count"],
+        "scalar_spills": number["sgpr_spill_count"],
+        "instructions": len(opcodes),
+        "matrix": _counted(o for o in opcodes if _GCN_MATRIX.match(o)),
+        "double": _matching(_GCN_DOUBLE, opcodes),
+        "atomics": _matching(_GCN_ATOMIC, opcodes),
+    }
+
+
+# The type of a scalar, or of a tensor's elements.
+_WIDE = re.compile(r"(?:^|x)i64>?$")
+_NARROW = re.compile(r"(?:^|x| )i32>?$")
+_OPERATION = re.compile(r"(?:%(\w+)(?::\d+)? = )?\"?([\w.]+)\"?\(? ?(.*)")
+# A value's number of bits goes on through these, and whether it is a constant or holds a stride.
+_SHAPES = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans"}
+_WIDENS = {"arith.extsi", "arith.extui"}
+_ARITHMETIC = {"arith.addi", "arith.subi", "arith.muli", "arith.shli"}
+
+
+def _narrow_addresses(ttir: str) -> list[str]:
+    """Pointer offsets that are not 64 bits wide, and products that go into one but are not.
+
+    Of those in 32 bits, every sum and product with an argument that is named a stride counts, and
+    every product of two values that the compiler does not know, where it is an offset and not the
+    number of something that a size is yet to multiply.
+    """
+    found: list[str] = []
+    operands: dict[str, tuple[str, list[str], str]] = {}
+    roots: list[str] = []
+    constants: set[str] = set()
+    strides: set[str] = set()
+    for line in ttir.splitlines():
+        text = re.sub(r" loc\((?:[^()]|\([^()]*\))*\)$", "", line.strip())
+        if "tt.func" in text:
+            strides |= {name for name in re.findall(r"%(\w+): i\d+", text) if "stride" in name}
+            continue
+        match = _OPERATION.match(text)
+        if match is None:
+            continue
+        name, operation, rest = match.groups()
+        used = re.findall(r"%([\w]+)", rest.partition(" : ")[0])
+        kind = rest.rpartition(" : ")[2]
+        if operation == "tt.addptr":
+            offset = kind.rpartition(", ")[2]
+            if not _WIDE.search(offset):
+                found.append(f"offset {used[1]}: {offset}")
+            roots.append(used[1])
+        if name is None:
+            continue
+        operands[name] = (operation, used, kind)
+        if operation == "arith.constant" or (
+            operation in _SHAPES | _WIDENS | _ARITHMETIC and all(u in constants for u in used)
+        ):
+            constants.add(name)
+        if operation in _SHAPES and used[0] in strides:
+            strides.add(name)
+    # With each value: whether it is an address's offset itself, rather than a factor of one.
+    todo = [(root, True) for root in roots]
+    seen: set[tuple[str, bool]] = set()
+    while todo:
+        name, whole = todo.pop()
+        if (name, whole) in seen or name not in operands:
+            continue
+        seen.add((name, whole))
+        operation, used, kind = operands[name]
+        product = operation in ("arith.muli", "arith.shli")
+        if operation in _SHAPES | _WIDENS | _ARITHMETIC | {"arith.select", "arith.index_cast"}:
+            # What is taken off makes an offset no larger.
+            less = used[1:] if operation == "arith.subi" else []
+            todo += [(u, whole and not product and u not in less) for u in used]
+        if operation in _ARITHMETIC and _NARROW.search(kind):
+            held = any(u in strides for u in used)
+            runtime = whole and product and not any(u in constants for u in used)
+            if held or runtime:
+                found.append(f"{operation} {' '.join(used)}: {kind}")
+    return sorted(set(found))
+
+
+def read_ttir(ttir: str) -> dict[str, list[str]]:
+    """Addresses in 32 bits, and atomics, in Triton's own intermediate code."""
+    atomics = sorted(set(re.findall(r"tt\.(?:atomic_\w+|descriptor_reduce)", ttir)))
+    return {"narrow": _narrow_addresses(ttir), "atomics": atomics}
+
+
+def compiled(launches: list[Launch]) -> list[Code]:
+    """Compile specialisations for one target and read the code."""
+    target = TARGETS[launches[0].target]
+    made: list[Any] = []
+    for one in launches:
+        kernel = importlib.import_module(one.module)
+        for part in one.kernel.split("."):
+            kernel = getattr(kernel, part)
+        try:
+            with standing_in(target):
+                made.append(kernel.preload(one.data))
+        except Exception as error:  # the compiler's own words are the finding
+            made.append(error)
+    done = [m for m in made if not isinstance(m, Exception)]
+    if target.backend == "cuda":
+        read = iter(read_cubins([m.asm["cubin"] for m in done], target) if done else [])
+    else:
+        read = iter([read_amdgcn(m.asm["amdgcn"]) for m in done])
+    return [
+        Code(error=_last_words(m)) if isinstance(m, Exception) else _code(m, next(read))
+        for m in made
+    ]
+
+
+def _last_words(error: Exception) -> str:
+    lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    return " ".join([*lines[:1], *lines[1:][-2:]])
+
+
+def _code(made: Any, binary: dict[str, Any]) -> Code:
+    own = read_ttir(made.asm["ttir"])
+    atomics = own["atomics"] + binary.pop("atomics")
+    meta = made.metadata
+    return Code(meta.num_warps, shared=meta.shared, narrow=own["narrow"], atomics=atomics, **binary)
+
+
+# Rules
+
+
+RULES = (
+    "compiles",
+    "spills",
+    "float64",
+    "addresses",
+    "atomics",
+    "shared",
+    "launch",
+    "registers",
+)
+
+
+def _registers_of_block(code: Code, target: Target) -> tuple[int, int]:
+    """Registers a block takes and the most it can have, in those of one thread of a warp."""
+    each = -(-code.registers // 8) * 8
+    if target.backend == "cuda":
+        return each * 32 * code.num_warps, 65536
+    # Of four units that hold 512 each, every one takes a fourth of the warps.
+    return each * -(-code.num_warps // 4), 512
+
+
+def broken(code: Code, target: Target, budget: int | None = None) -> dict[str, str]:
+    """The rules that the code breaks, and by what; ``budget``: registers on record."""
+    if code.error:
+        return {"compiles": code.error}
+    taken, most = _registers_of_block(code, target)
+    found = {
+        "spills": f"{code.spills} spills, {code.scratch} bytes of scratch"
+        if code.spills or code.scratch
+        else "",
+        "float64": ", ".join(code.double),
+        "addresses": "; ".join(code.narrow),
+        "atomics": ", ".join(code.atomics),
+        "shared": f"{code.shared} bytes, {target.name} has {target.shared_limit}"
+        if code.shared > target.shared_limit
+        else "",
+        "launch": f"{taken} registers in a block, {target.name} has {most}" if taken > most else "",
+        "registers": f"{code.registers}, on record are {budget} (+ {MARGIN})"
+        if budget is not None and code.registers > budget + MARGIN
+        else "",
+    }
+    return {rule: text for rule, text in found.items() if text}
+
+
+# Cases
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes in METHOD's symbols; ``tasks=None``: no bank and no task ids."""
+
+    name: str
+    m: int
+    n: int
+    r: int
+    k: int
+    h: int
+    d: int
+    batch: int
+    length: int
+    tasks: int | None = None
+
+
+BASE = Shape("base", 40, 256, 30, 4, 8, 768, 32, 128)
+LARGE = Shape("7B", 60, 512, 24, 4, 16, 4096, 8, 512)
+BANK = Shape("bank", 40, 256, 30, 4, 8, 768, 64, 128, 64)
+FEW_ROWS = Shape("bank-few-rows", 40, 256, 30, 4, 8, 768, 8, 128, 64)
+ODD = Shape("odd", 13, 37, 5, 3, 7, 771, 3, 29)
+SMALL = Shape("small", 4, 16, 2, 1, 4, 64, 1, 8)
+WIDEST = Shape("limits-rank", 512, 4096, 256, 8, 64, 16384, 2, 64)
+LONGEST = Shape("limits-length", 512, 32768, 32, 4, 16, 1024, 1, 32768)
+SHAPES = (BASE, LARGE, BANK, FEW_ROWS, ODD, SMALL, WIDEST, LONGEST)
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIXED = ("fp32", "bf16", "fp16")  # the prompt, the offset, spaces and gate
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """One call of operation 1 and its backward."""
+
+    shape: Shape
+    types: tuple[str, str, str]
+    activation: str = "gelu"
+    gate: str = "token"
+    offset: bool = True
+    spaces: bool = True
+
+    @property
+    def label(self) -> str:
+        return self.types[0] if len(set(self.types)) == 1 else "mixed"
+
+    def run(self) -> None:
+        from ept_fast.kernels.reconstruct import reconstruct_backward, reconstruct_forward
+
+        s, t = self.shape, self.shape.tasks or 1
+        prompt, offset, space = (FLOATS[name] for name in self.types)
+        tensors: list[Tensor | None] = [torch.empty(t, s.m, s.d, dtype=prompt)]
+        tensors += (
+            [torch.empty(t, s.n, s.r, dtype=offset), torch.empty(t, s.r, s.d, dtype=offset)]
+            if self.offset
+            else [None, None]
+        )
+        tensors += (
+            [
+                torch.empty(t, s.k, s.d, s.h, dtype=space),
+                torch.empty(t, s.k, s.h, s.d, dtype=space),
+                torch.empty(t, s.d, s.k, dtype=space),
+                torch.empty(t, s.k, dtype=space),
+            ]
+            if self.spaces
+            else [None] * 4
+        )
+        flags = (0.5, self.activation, self.gate, 1.5)
+        out, *saved = reconstruct_forward(*tensors, *flags)
+        reconstruct_backward(torch.empty_like(out), *tensors, *saved, *flags)
+
+
+@dataclass(frozen=True)
+class Splice:
+    """One call of operation 2 and its backward; ``types``: of the embeddings and the parameters."""
+
+    shape: Shape
+    types: tuple[str, str]
+    ids: torch.dtype | None = torch.int64
+    mask: torch.dtype | None = torch.int64
+    offset: bool = True
+    need_prompt: bool = True
+
+    @property
+    def label(self) -> str:
+        return "/".join(self.types)
+
+    def run(self) -> None:
+        from ept_fast.kernels.splice import splice_backward, splice_forward
+
+        s, t = self.shape, self.shape.tasks or 1
+        embeddings, parameters = (FLOATS[name] for name in self.types)
+        prompt = torch.empty(t, s.m, s.d, dtype=parameters)
+        a = torch.empty(t, s.n, s.r, dtype=parameters) if self.offset else None
+        b = torch.empty(t, s.r, s.d, dtype=parameters) if self.offset else None
+        ids = weight = embeds = mask = tasks = None
+        if self.ids is None:
+            embeds = torch.empty(s.batch, s.length, s.d, dtype=embeddings)
+        else:
+            ids = torch.zeros(s.batch, s.length, dtype=self.ids)
+            weight = torch.empty(32128, s.d, dtype=embeddings)
+        if self.mask is not None:
+            mask = torch.ones(s.batch, s.length, dtype=self.mask)
+        if s.tasks is not None:
+            tasks = torch.zeros(s.batch, dtype=torch.int64)
+        text = (ids, weight, embeds)
+        out = splice_forward(prompt, *text, a, b, mask, tasks, 0.5)
+        needs = (self.need_prompt, self.offset)
+        splice_backward(torch.empty_like(out), prompt, a, b, mask, tasks, 0.5, *needs)
+
+
+Case = Reconstruct | Splice
+
+
+def cases(everything: bool = False) -> list[Case]:
+    """The calls whose kernels are compiled.
+
+    Every type at the base shape, then each other shape and each flag at types where it is used;
+    ``everything``: all flags with each other, at every shape.
+    """
+    alike = [(name,) * 3 for name in FLOATS]
+    pairs = [(e, p) for e in FLOATS for p in FLOATS]
+    if everything:
+        activations = ("gelu", "relu", "silu", "identity")
+        every: list[Case] = []
+        for shape in SHAPES:
+            every += [
+                Reconstruct(shape, types, activation, gate, offset, spaces)
+                for types in ([*alike, MIXED] if shape is BASE else [alike[0], MIXED])
+                for offset in (True, False)
+                for spaces in (True, False)
+                for activation in (activations if spaces else activations[:1])
+                for gate in (("token", "prompt") if spaces else ("token",))
+            ]
+            every += [
+                Splice(shape, types, ids, mask, offset)
+                for types in (pairs if shape is BASE else [("bf16", "fp32"), ("fp16", "fp16")])
+                for ids in (torch.int64, torch.int32, None)
+                for mask in (torch.int64, torch.bool, None)
+                for offset in (True, False)
+            ]
+            every.append(Splice(shape, ("bf16", "fp32"), need_prompt=False))
+        return every
+    full = ("fp32",) * 3
+    frozen = ("bf16", "fp32")
+    base_r, base_s = Reconstruct(BASE, full), Splice(BASE, frozen)
+    return [
+        *(replace(base_r, types=types) for types in [*alike, MIXED]),
+        *(replace(base_r, shape=shape) for shape in (LARGE, BANK, ODD, WIDEST, LONGEST)),
+        *(replace(base_r, activation=name) for name in ("relu", "silu", "identity")),
+        replace(base_r, gate="prompt"),
+        replace(base_r, offset=False),
+        replace(base_r, spaces=False),
+        *(replace(base_s, types=types) for types in pairs),
+        *(replace(base_s, shape=shape) for shape in (LARGE, BANK, FEW_ROWS, ODD)),
+        *(replace(base_s, shape=shape) for shape in (WIDEST, LONGEST)),
+        replace(base_s, mask=None),
+        replace(base_s, ids=None, mask=torch.bool),
+        replace(base_s, offset=False),
+        replace(base_s, need_prompt=False),
+    ]
+
+
+# Where another activation is compiled, unless everything is: on one target of either maker, as it
+# changes a few elementwise operations.
+_ACTIVATION_TARGETS = ("sm_90", "gfx942")
+
+
+def _targets(case: Case, everything: bool) -> Iterable[str]:
+    if everything or isinstance(case, Splice) or case.activation == "gelu":
+        return TARGETS
+    return _ACTIVATION_TARGETS
+
+
+# The table
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel at one type and target: the most of each figure over its variants."""
+
+    kernel: str
+    types: str
+    target: str
+    variants: int
+    num_warps: int
+    registers: int
+    accumulators: int
+    shared: int
+    scratch: int
+    spills: int
+    scalar_spills: int
+    instructions: int
+    matrix: str
+    largest: str  # the shape whose variant has the most registers
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that a kernel breaks."""
+
+    kernel: str
+    types: str
+    target: str
+    rule: str
+    shape: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Use:
+    """That a case makes a launch."""
+
+    types: str
+    shape: str
+    launch: Launch
+
+
+def launches(chosen: Iterable[Case], targets: Iterable[str], everything: bool = False) -> list[Use]:
+    """The launches of the cases on the targets."""
+    importlib.import_module("ept_fast.kernels.reconstruct")
+    importlib.import_module("ept_fast.kernels.splice")
+    uses: list[Use] = []
+    for case in chosen:
+        for name in targets:
+            if name not in _targets(case, everything):
+                continue
+            with recorded(TARGETS[name]) as made:
+                case.run()
+            uses += [Use(case.label, case.shape.name, one) for one in dict.fromkeys(made)]
+    return uses
+
+
+def compile_all(
+    todo: list[Launch], jobs: int, tick: Callable[[int, int], None] = lambda done, of: None
+) -> dict[Launch, Code]:
+    """Compile and read each launch, ``jobs`` at a time."""
+    codes: dict[Launch, Code] = {}
+    chunks: list[list[Launch]] = []
+    for target in TARGETS:
+        mine = [one for one in todo if one.target == target]
+        chunks += [mine[i : i + _CHUNK] for i in range(0, len(mine), _CHUNK)]
+    # Spawned: torch's threads do not live through a fork.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for chunk, read in zip(chunks, pool.map(compiled, chunks), strict=True):
+            codes |= zip(chunk, read, strict=True)
+            tick(len(codes), len(todo))
+    return codes
+
+
+def tabulate(uses: list[Use], codes: dict[Launch, Code]) -> list[Row]:
+    """One row for each kernel, type and target."""
+    groups: dict[tuple[str, str, str], dict[Launch, str]] = {}
+    for use in uses:
+        key = (use.launch.kernel, use.types, use.launch.target)
+        groups.setdefault(key, {}).setdefault(use.launch, use.shape)
+    rows = []
+    for key, group in sorted(groups.items(), key=lambda item: _order(*item[0])):
+        found = [(codes[one], shape) for one, shape in group.items()]
+        matrix: dict[str, int] = {}
+        for code, _ in found:
+            for name, count in code.matrix.items():
+                matrix[name] = max(count, matrix.get(name, 0))
+
+        def most(name: str, found: list[tuple[Code, str]] = found) -> int:
+            return max(getattr(code, name) for code, _ in found)
+
+        rows.append(
+            Row(
+                *key,
+                variants=len(found),
+                **{
+                    f.name: most(f.name)
+                    for f in fields(Row)
+                    if f.type == "int" and f.name != "variants"
+                },
+                matrix=" ".join(f"{name}×{count}" for name, count in sorted(matrix.items())),
+                largest=max(found, key=lambda pair: pair[0].registers)[1],
+            )
+        )
+    return rows
+
+
+def _order(kernel: str, types: str, target: str) -> tuple[str, int, str]:
+    return kernel, list(TARGETS).index(target), types
+
+
+def check(
+    uses: list[Use], codes: dict[Launch, Code], record: dict[tuple[str, str, str], int]
+) -> list[Finding]:
+    """The rules that are broken, each once for a kernel, type, target and shape."""
+    findings: dict[tuple[str, ...], Finding] = {}
+    for use in uses:
+        one = use.launch
+        key = (one.kernel, use.types, one.target)
+        for rule, text in broken(codes[one], TARGETS[one.target], record.get(key)).items():
+            findings.setdefault((*key, rule, use.shape), Finding(*key, rule, use.shape, text))
+    return list(findings.values())
+
+
+def kernels() -> dict[str, str]:
+    """The kernels of both files and which file each is in: what no other kernel's code names."""
+    found: dict[str, str] = {}
+    for file in ("reconstruct", "splice"):
+        tree = ast.parse((KERNELS / f"{file}.py").read_text(encoding="utf-8"))
+        own: dict[str, set[str]] = {}
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and any(
+                "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
+            ):
+                inside = (n for part in node.body for n in ast.walk(part))
+                own[node.name] = {n.id for n in inside if isinstance(n, ast.Name)}
+        called = set().union(*own.values())
+        found |= dict.fromkeys((name for name in own if name not in called), file)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on, and when and from what they were made."""
+    blackwell = _BINARIES / "ptxas-blackwell"
+    tools = {"ptxas": _BINARIES / "ptxas"}
+    if blackwell.is_file():
+        tools["ptxas (sm_100)"] = blackwell
+    out = {"triton": triton.__version__}
+    for name, path in tools.items():
+        text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        match = re.search(r"V(\d[\d.]*)", text)
+        out[name] = match[1] if match else "unknown"
+    return out
+
+
+def read_record(path: Path = RESULTS / "table.csv") -> tuple[str, dict[tuple[str, str, str], int]]:
+    """The Triton version of the committed table and its registers."""
+    if not path.is_file():
+        return "", {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    budget = {(r["kernel"], r["types"], r["target"]): int(r["registers"]) for r in rows}
+    return (rows[0]["triton"] if rows else ""), budget
+
+
+def markdown(rows: list[Row], origin: str) -> str:
+    """A table with a line for each kernel and target: the most over its types."""
+    lines = [
+        "| kernel | target | types | variants | warps | registers | shared memory (bytes) "
+        "| spills | instructions | matrix instructions |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kernel, row.target), []).append(row)
+    for (kernel, target), group in groups.items():
+
+        def most(name: str, group: list[Row] = group) -> int:
+            return max(getattr(row, name) for row in group)
+
+        matrix = sorted({part.partition("×")[0] for row in group for part in row.matrix.split()})
+        lines.append(
+            f"| `{kernel}` | {target} | {len(group)} | {most('variants')} | {most('num_warps')} "
+            f"| {most('registers')} | {most('shared')} | {most('spills')} "
+            f"| {most('instructions')} | {', '.join(matrix) or '—'} |"
+        )
+    return "\n".join([*lines, "", origin]) + "\n"
+
+
+def write(rows: list[Row], folder: Path = RESULTS) -> None:
+    """Record the table: a row of the CSV for each kernel, type and target."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = versions()
+    date = f"{datetime.now(UTC):%Y-%m-%d}"
+    stamp = {
+        "triton": made["triton"],
+        "ptxas": made["ptxas"],
+        "ptxas_sm_100": made.get("ptxas (sm_100)", made["ptxas"]),
+        "date": date,
+        "commit": commit(),
+    }
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *stamp])
+        writer.writeheader()
+        writer.writerows({**asdict(row), **stamp} for row in rows)
+    origin = "Most over the types and variants of a kernel. "
+    origin += ", ".join(f"{name} {version}" for name, version in made.items())
+    (folder / "table.md").write_text(markdown(rows, f"{origin}, {date}, commit {stamp['commit']}."))
+
+
+@click.command()
+@click.option("--all", "everything", is_flag=True, help="Every combination of shape, type, flag.")
+@click.option("--target", "targets", multiple=True, type=click.Choice(list(TARGETS)))
+@click.option("--kernel", "wanted", default="", help="Only kernels whose name contains this.")
+@click.option("--jobs", default=2, show_default=True, help="Compilations at a time.")
+@click.option("--json", "target_json", type=click.Path(path_type=Path), help="Write all here.")
+@click.option("--write", "record", is_flag=True, help="Record the table and its budget.")
+def main(
+    everything: bool,
+    targets: tuple[str, ...],
+    wanted: str,
+    jobs: int,
+    target_json: Path | None,
+    record: bool,
+) -> None:
+    """Compile the kernels for every target and check the code."""
+    if knobs.runtime.interpret:
+        raise SystemExit("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
+    if record and (everything or targets or wanted):
+        raise SystemExit("--write is of the whole usual table: no --all, --target, --kernel")
+    uses = launches(cases(everything), targets or TARGETS, everything)
+    uses = [use for use in uses if wanted in use.launch.kernel]
+    todo = list(dict.fromkeys(use.launch for use in uses))
+
+    def tick(done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r{done} of {of}", nl=done == of, err=True)
+
+    codes = compile_all(todo, jobs, tick)
+    rows = tabulate(uses, codes)
+    version, budget = read_record()
+    if version != triton.__version__ or everything or record:
+        budget = {}
+    findings = check(uses, codes, budget)
+    if target_json is not None:
+        content = {
+            "compilations": len(todo),
+            "triton": triton.__version__,
+            "recorded_triton": version,
+            "rows": [asdict(row) for row in rows],
+            "findings": [asdict(finding) for finding in findings],
+        }
+        target_json.write_text(json.dumps(content, indent=1))
+    click.echo(markdown(rows, f"{len(todo)} compilations, Triton {triton.__version__}."))
+    for f in findings:
+        click.echo(f"{f.kernel} {f.types} {f.target} {f.shape}: {f.rule}: {f.text}")
+    if record and not findings:
+        write(rows)
+    if findings:
+        raise SystemExit(f"{len(findings)} findings")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Cases on the device under test, and the rule that a kernel's error has to keep."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import Case, Sizes, make_case, run
+
+DEVICE = torch.device(os.environ.get("EPT_FAST_TEST_DEVICE", "cuda"))
+ON_GPU = DEVICE.type == "cuda"
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: this is a rehearsal on a CPU")
+
+# The sizes that results are named after; the vocabulary is cut to what a test needs.
+NAMED = {
+    "t5-base": Sizes(40, 256, 30, 4, 8, 768, batch=32, length=256, vocabulary=4096),
+    "llama-8b": Sizes(60, 2048, 24, 4, 16, 4096, batch=8, length=2048, vocabulary=4096),
+    "long": Sizes(60, 32768, 24, 4, 16, 4096, batch=1, length=32768, vocabulary=4096),
+    "bank": Sizes(40, 256, 30, 4, 8, 768, batch=64, length=256, vocabulary=4096, tasks=64),
+}
+TYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, torch.float32),
+    "all bfloat16": (torch.bfloat16, torch.bfloat16),
+    "all float16": (torch.float16, torch.float16),
+    "bfloat16 parameters": (torch.float32, torch.bfloat16),
+}
+
+
+def device_case(sizes: Sizes, types: str = "float32", **options: object) -> Case:
+    """``make_case`` on the device, with the embeddings and the parameters in these types."""
+    table, parameters = TYPES[types]
+    skip_rounding(parameters)
+    case = make_case(sizes, dtype=parameters, **options)  # type: ignore[arg-type]
+    return replace(
+        case,
+        parameters={
+            name: t.detach().to(DEVICE).requires_grad_() for name, t in case.parameters.items()
+        },
+        weight=case.weight.to(DEVICE, table),
+        input_ids=case.input_ids.to(DEVICE),
+        attention_mask=None if case.attention_mask is None else case.attention_mask.to(DEVICE),
+        task_ids=None if case.task_ids is None else case.task_ids.to(DEVICE),
+    )
+
+
+def skip_rounding(parameters: torch.dtype) -> None:
+    """A prompt in bfloat16 is rounded before the second operation: not as on a GPU, on a CPU."""
+    if parameters == torch.bfloat16 and not ON_GPU:
+        pytest.skip("Triton's interpreter does not round bfloat16 to nearest")
+
+
+def make_cotangent(case: Case, seed: int = 1) -> Tensor:
+    """A gradient of the output, in its type."""
+    s = case.sizes
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    shape = (s.batch, s.m + s.length, s.d)
+    return torch.randn(shape, generator=g, device=DEVICE).to(case.weight.dtype)
+
+
+def step(case: Case, backend: str, cotangent: Tensor) -> list[Tensor]:
+    """Output and all gradients of both operations; nothing is accumulated in ``.grad``."""
+    out = case.both(backend)
+    return [out.detach(), *torch.autograd.grad(out, list(case.parameters.values()), cotangent)]
+
+
+def assert_no_worse(
+    ours: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
+    """At most twice the definition's own error, plus a room for summing in another order.
+
+    The room is four ULP of the tensor's scale in float32, in which all sums are made; in a shorter
+    type it is one ULP of that type.
+
+    Args:
+        ours: what the kernels gave, by name.
+        plain: the definition in the same types.
+        exact: the definition in float64, on the same values.
+    """
+    assert ours.keys() == plain.keys() == exact.keys()
+    worse = []
+    for name, expected in exact.items():
+        got = ours[name]
+        assert got.shape == expected.shape, name
+        assert got.dtype == plain[name].dtype, name
+        if expected.numel() == 0:
+            continue
+        error, definition = ((t.double() - expected).abs().max().item() for t in (got, plain[name]))
+        eps = max(torch.finfo(got.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+        room = eps * expected.abs().max().item()
+        if not error <= 2 * definition + room:  # NaN is worse as well
+            worse.append(f"{name}: error {error:.3g}, definition {definition:.3g}, room {room:.3g}")
+    assert not worse, "; ".join(worse)
+
+
+def check_parity(case: Case, backend: str, cotangent: Tensor | None = None) -> None:
+    """Both operations in a row: output and gradients against the definition in float64."""
+    if cotangent is None:
+        cotangent = make_cotangent(case)
+    exact = run(case.to(torch.float64), "reference", cotangent)
+    assert_no_worse(run(case, backend, cotangent), run(case, "reference", cotangent), exact)
+
+
+def check_function(
+    function: Callable[..., Tensor],
+    leaves: dict[str, Tensor],
+    cotangent: Tensor,
+    backend: str,
+) -> None:
+    """The same for ``function(backend, **leaves)``; every leaf may get a gradient."""
+
+    def results(backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        tensors = {
+            name: (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_()
+            for name, t in leaves.items()
+        }
+        out = function(backend, **tensors)
+        names = list(tensors)
+        grads = torch.autograd.grad(
+            out, list(tensors.values()), cotangent.to(out.dtype), allow_unused=True
+        )
+        given = {name: g for name, g in zip(names, grads, strict=True) if g is not None}
+        return {"output": out.detach(), **given}
+
+    assert_no_worse(results(backend), results("reference"), results("reference", torch.float64))
+
+
+def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Equal to the bit; NaN equals NaN."""
+    assert len(got) == len(expected)
+    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        same = (a == b) | (a.isnan() & b.isnan())
+        assert bool(same.all()), f"tensor {number}: {int((~same).sum())} of {a.numel()} differ"

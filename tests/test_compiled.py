@@ -1,0 +1,220 @@
+"""The machine code of every kernel, type and target, made and read on a machine without a GPU.
+
+Code is compiled into Triton's usual cache, not one of the test's own: its key covers everything
+that the code depends on, so nothing stale is found there, and a second run takes a fraction of the
+first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from bench import compiled
+from bench.compiled import RULES, TARGETS, Code, broken, cuda_tools
+
+_MISSING = cuda_tools()
+needs_tools = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
+
+KERNELS = compiled.kernels()
+FLOATS = list(compiled.FLOATS)
+TYPES = {
+    "reconstruct": {*FLOATS, "mixed"},
+    "splice": {f"{embeddings}/{parameters}" for embeddings in FLOATS for parameters in FLOATS},
+}
+
+
+def _python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process that compiles: Triton's interpreter, where this one uses it, stays here."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=environment,
+        timeout=1800,
+    )
+
+
+@pytest.fixture(scope="session")
+def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `python -m bench.compiled` found."""
+    file = tmp_path_factory.mktemp("compiled") / "report.json"
+    done = _python(root, "bench.compiled", "--json", str(file))
+    assert file.is_file(), done.stdout[-4000:] + done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+@pytest.fixture(scope="session")
+def toys(root: Path) -> dict[str, Any]:
+    """The rules that the kernels of `compiled_toys` break."""
+    done = _python(root, "tests.compiled_toys")
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+# The kernels
+
+
+@needs_tools
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_code_keeps_the_rule(report: dict[str, Any], kernel: str, rule: str) -> None:
+    found = [f for f in report["findings"] if f["kernel"] == kernel and f["rule"] == rule]
+    assert not found, "\n".join(
+        f"{f['types']} {f['target']} {f['shape']}: {f['text']}" for f in found
+    )
+
+
+@needs_tools
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_type_and_target_is_compiled(report: dict[str, Any], kernel: str) -> None:
+    made = {(row["types"], row["target"]) for row in report["rows"] if row["kernel"] == kernel}
+    expected = {(types, target) for types in TYPES[KERNELS[kernel]] for target in TARGETS}
+    assert made == expected
+
+
+@needs_tools
+@pytest.mark.slow
+def test_the_committed_table_has_these_rows(report: dict[str, Any]) -> None:
+    version, budget = compiled.read_record()
+    assert budget, "no table: run python -m bench.compiled --write"
+    if version != report["triton"]:
+        pytest.skip(f"the table is of Triton {version}, this is {report['triton']}")
+    made = {(row["kernel"], row["types"], row["target"]) for row in report["rows"]}
+    assert made == set(budget)
+
+
+def test_the_committed_page_has_every_kernel_and_target() -> None:
+    text = (compiled.RESULTS / "table.md").read_text(encoding="utf-8")
+    for kernel in KERNELS:
+        for target in TARGETS:
+            assert f"| `{kernel}` | {target} |" in text
+
+
+# The rules themselves
+
+TOYS = {
+    "clean": set(),
+    "atomics": {"atomics"},
+    "float64": {"float64"},
+    "narrow_offset": {"addresses"},
+    "narrow_product": {"addresses"},
+    "spills": {"spills"},
+    "shared": {"shared"},
+    "no_code": {"compiles"},
+}
+
+
+@needs_tools
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", TOYS)
+def test_a_kernel_that_breaks_one_rule_breaks_it_alone(
+    toys: dict[str, Any], kernel: str, target: str
+) -> None:
+    assert set(toys["broken"][kernel][target]) == TOYS[kernel], toys["broken"][kernel][target]
+
+
+@needs_tools
+@pytest.mark.slow
+def test_what_is_checked_is_what_a_launch_compiles(toys: dict[str, Any]) -> None:
+    assert toys["differing"] == []
+
+
+GOOD = Code(num_warps=4, registers=128, shared=1024, instructions=100)
+
+
+@pytest.mark.parametrize(
+    ("code", "rule"),
+    [
+        (replace(GOOD, error="PTXASError"), "compiles"),
+        (replace(GOOD, spills=1), "spills"),
+        (replace(GOOD, scratch=8), "spills"),
+        (replace(GOOD, double=["DADD"]), "float64"),
+        (replace(GOOD, narrow=["offset"]), "addresses"),
+        (replace(GOOD, atomics=["RED"]), "atomics"),
+        (replace(GOOD, shared=228 * 1024), "shared"),
+        (replace(GOOD, registers=129, num_warps=16), "launch"),
+        (replace(GOOD, registers=128 + compiled.MARGIN + 1), "registers"),
+    ],
+)
+def test_each_figure_breaks_its_rule(code: Code, rule: str) -> None:
+    assert set(broken(code, TARGETS["sm_90"], budget=128)) == {rule}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+def test_what_is_within_the_rules_breaks_none(target: compiled.Target) -> None:
+    assert broken(GOOD, target) == {}
+    assert broken(GOOD, target, budget=GOOD.registers - compiled.MARGIN) == {}
+    assert broken(replace(GOOD, scalar_spills=3, matrix={"HMMA": 2}), target) == {}
+
+
+def test_amd_holds_a_fourth_of_a_block_in_each_unit() -> None:
+    code = replace(GOOD, registers=264, num_warps=4)
+    assert broken(code, TARGETS["gfx942"]) == {}
+    assert set(broken(replace(code, num_warps=8), TARGETS["gfx942"])) == {"launch"}
+
+
+TTIR = """
+  tt.func public @k(%x_ptr: !tt.ptr<f32> loc("x"(#loc)), %stride_x: i32 loc("s"(#loc)), %d: i32) {{
+    %c8 = arith.constant 8 : i32 loc(#loc1)
+    %row = tt.get_program_id x : i32 loc(#loc1)
+    {} loc(#loc1)
+    %p = tt.addptr %x_ptr, %offset : !tt.ptr<f32>, {} loc("p"(#loc2))
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind", "narrow"),
+    [
+        ("%offset = arith.extsi %row : i32 to i64", "i64", False),
+        ("%offset = arith.muli %row, %c8 : i32", "i32", True),
+        ("%a = arith.muli %row, %d : i32\n%offset = arith.extsi %a : i32 to i64", "i64", True),
+        ("%a = arith.muli %row, %c8 : i32\n%offset = arith.extsi %a : i32 to i64", "i64", False),
+        (
+            "%a = arith.addi %row, %stride_x : i32\n%offset = arith.extsi %a : i32 to i64",
+            "i64",
+            True,
+        ),
+        (
+            "%a = arith.extsi %row : i32 to i64\n%b = arith.extsi %stride_x : i32 to i64\n"
+            "%offset = arith.muli %a, %b : i64",
+            "i64",
+            False,
+        ),
+        # the number of a part, which the size of a part is yet to multiply
+        (
+            "%a = arith.muli %row, %d : i32\n%b = arith.extsi %a : i32 to i64\n"
+            "%e = arith.extsi %d : i32 to i64\n%offset = arith.muli %b, %e : i64",
+            "i64",
+            False,
+        ),
+    ],
+)
+def test_addresses_are_followed_to_what_they_are_made_of(
+    lines: str, kind: str, narrow: bool
+) -> None:
+    assert bool(compiled.read_ttir(TTIR.format(lines, kind))["narrow"]) == narrow
+
+
+def test_every_combination_covers_the_usual_ones() -> None:
+    usual, everything = compiled.cases(), compiled.cases(everything=True)
+    assert len(usual) == len(set(usual))
+    assert len(everything) == len(set(everything))
+    assert set(usual) < set(everything)

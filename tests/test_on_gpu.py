@@ -1,0 +1,167 @@
+"""What runs on a GPU, as far as it can be checked without one."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_run
+
+BARE = """
+import sys
+for name in ("accelerate", "click", "hypothesis", "matplotlib", "transformers"):
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+CPU = torch.device("cpu")
+
+
+def script(
+    root: Path, *arguments: str, timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "bench/on_gpu.sh", *arguments],
+        cwd=root,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_a_dry_run_names_the_stages_in_order(root: Path) -> None:
+    done = script(root, "--dry-run", OUT="here")
+    assert done.returncode == 0, done.stderr
+    stages = re.findall(r"^(\w+) +(\d+) s  (.*)$", done.stdout, re.MULTILINE)
+    names = [name for name, _, _ in stages]
+    assert names == ["parity", "behaviour", "cost", "large", "compile", "sanitizer", "benchmark"]
+    assert all(int(limit) <= 540 for _, limit, _ in stages)
+    files = {
+        file for *_, command in stages for file in re.findall(r"tests/gpu/test_\w+.py", command)
+    }
+    assert files == {f"tests/gpu/{path.name}" for path in (root / "tests/gpu").glob("test_*.py")}
+    assert "extension: skipped" in done.stdout
+
+
+def test_an_unknown_option_is_refused(root: Path) -> None:
+    done = script(root, "--fast")
+    assert done.returncode == 2
+    assert "--dry-run" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so(root: Path, tmp_path: Path) -> None:
+    done = script(root, OUT=str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_stage_loses_no_later_one(root: Path, tmp_path: Path) -> None:
+    """The status is the worst of the stages', and the log tells of each."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *test_parity*) exit 1 ;; *small_run*) exit 3 ;; esac\n',
+        encoding="utf-8",
+    )
+    python.chmod(0o755)
+    done = script(root, "--rehearse", PYTHON=str(python), OUT=str(tmp_path / "out"))
+    assert done.returncode == 3, done.stdout
+    log = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
+    for line in (
+        r"parity +FAILED with status 1",
+        r"modes +passed",
+        r"small-run +FAILED with status 3",
+        r"benchmark +passed",
+    ):
+        assert re.search(line, log), line
+
+
+def test_the_gpu_tests_need_only_torch_triton_numpy_and_pytest(root: Path) -> None:
+    own = ["-c", "tests/gpu/pytest.ini", "--rootdir", "tests/gpu", "--confcutdir", "tests/gpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, *own, "--collect-only", "-q", "tests/gpu"],
+        cwd=root,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.findall(r"(\d+) tests collected", done.stdout)[0]) > 200
+
+
+@pytest.mark.slow
+def test_a_rehearsal_leaves_a_log_rows_and_plots(root: Path, tmp_path: Path) -> None:
+    done = script(root, "--rehearse", OUT=str(tmp_path), timeout=420)
+    assert done.returncode == 0, done.stdout
+    assert "results in" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    with (tmp_path / "gpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {"copy", "empty launch", "path"} <= {row["operation"] for row in rows}
+    assert all(row["commit"] and row["torch"] and row["device"] for row in rows)
+    assert (tmp_path / "gpu_speed.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("shape", gpu_run.TINY, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("operation", ["path", "splice", "reconstruct"])
+def test_the_benchmark_tells_a_wrong_variant(operation: str, shape: gpu_run.Shape) -> None:
+    (inputs,) = gpu_run.make_inputs(shape, torch.float32, CPU, 1)
+    plain = gpu_run._variant(operation, "reference")
+    exact = gpu_run._results(operation, plain, inputs.to(torch.float64))
+    assert gpu_run.check(operation, plain, inputs, exact)[0] <= 0.25
+
+    def wrong(inputs: gpu_run.Inputs) -> torch.Tensor:
+        parameters = {**inputs.parameters, "offset_b": inputs.parameters["offset_b"] * 1.001}
+        return plain(replace(inputs, parameters=parameters))
+
+    assert gpu_run.check(operation, wrong, inputs, exact)[0] > 100
+
+    def not_a_number(inputs: gpu_run.Inputs) -> torch.Tensor:
+        return plain(inputs) * float("nan")
+
+    assert not gpu_run.check(operation, not_a_number, inputs, exact)[0] <= 1
+
+
+def test_the_benchmarks_rows(tmp_path: Path) -> None:
+    session = gpu_run.Session(CPU, tmp_path, 100, 3, compiled=False)
+    session.fused = ["eager"]
+    session.ceilings()
+    session.measure("splice", gpu_run.TINY[1], "bfloat16")
+    operations = [(row.operation, row.variant) for row in session.rows]
+    assert operations == [
+        ("copy", "torch"),
+        ("empty launch", "triton"),
+        ("splice forward", "reference"),
+        ("splice forward", "eager"),
+        ("splice backward", "reference"),
+        ("splice backward", "eager"),
+    ]
+    shape = gpu_run.TINY[1]
+    text, whole = shape.length, shape.num_virtual_tokens + shape.length
+    forward, backward = session.rows[2], session.rows[4]
+    assert isinstance(forward.bytes, int)
+    assert isinstance(backward.bytes, int)
+    written = shape.batch * whole * shape.hidden_size * 2
+    read = shape.batch * text * (shape.hidden_size * 2 + 8)
+    small = (
+        4
+        * shape.tasks
+        * (
+            shape.num_virtual_tokens * shape.hidden_size
+            + shape.rank * (shape.max_length + shape.hidden_size)
+        )
+    )
+    assert written + small < forward.bytes <= written + read + small
+    assert backward.bytes == written + 2 * small
+    with (tmp_path / "gpu.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(session.rows)

@@ -311,6 +311,8 @@ def splice_backward_config(
     )
 
 
+# Registers of a multiprocessor, and so the most that one block can have.
+_BLOCK_REGISTERS = 65536
 _forced_target: str | None = None
 
 
@@ -460,7 +462,7 @@ def run(kernel: Any, programs: int, device: torch.device, *arguments: Any, **opt
     options["enable_fp_fusion"] = True
     if target(device).startswith("sm_"):
         # Without a limit of its own, ptxas spills a few registers to fit one more block.
-        options["maxnreg"] = 255
+        options["maxnreg"] = min(255, _BLOCK_REGISTERS // (32 * options["num_warps"]))
     if device.type == "cpu":  # the interpreter
         kernel[(programs,)](*arguments, **options)
         return

@@ -878,6 +878,9 @@ def _gate_backward(
             cross = _tile(
                 cross_ptr + tl.cast(dims, tl.int64), offs_r, width, offs_r < r, offs_k, 1, mask_k
             )
+            if offs_r.shape[0] > 128:
+                # Holds back the loads of later operands, for which there are no registers yet.
+                tl.debug_barrier()
             acc = tl.dot(d_z, tl.trans(cross), acc, input_precision="ieee")
     return acc
 
@@ -990,9 +993,6 @@ def _core_backward_kernel(
         tl.debug_barrier()  # the program's threads may read what others of them have written
         offs_n = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask_n = offs_n < n
-        a = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-        if HAS_OFFSET:
-            a = _tile(a_ptr, offs_n, stride_an, mask_n, offs_r, stride_ar, mask_r)
         d_a = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         for row in range(first, last, BLOCK_M):
             offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -1031,6 +1031,8 @@ def _core_backward_kernel(
                         _store_tile(dx_ptr, d_hidden, offs_m, width, mask_m, offs_c, 1, mask_c)
                     if HAS_OFFSET:
                         cross = _tile(cross_ptr, offs_r, width, mask_r, offs_c, 1, mask_c)
+                        if BLOCK_R > 128:
+                            tl.debug_barrier()  # as in _gate_backward
                         d_mix = tl.dot(d_hidden, tl.trans(cross), d_mix, input_precision="ieee")
                 if not PROMPT:
                     d_mix = _gate_backward(
@@ -1087,11 +1089,12 @@ def _core_backward_kernel(
                     BLOCK_R,
                 )
                 d_scores = weights * (d_weights - delta[:, None]) * slope
-                d_a = tl.dot(tl.trans(d_scores), query, d_a, input_precision="ieee")
+                a = _tile(a_ptr, offs_n, stride_an, mask_n, offs_r, stride_ar, mask_r)
                 d_query = tl.dot(d_scores, a, input_precision="ieee")
                 if start_n > first_n:  # what this very program has written for the blocks before
                     d_query += _tile(dq_ptr, offs_m, r, mask_m, offs_r, 1, mask_r)
                 _store_tile(dq_ptr, d_query, offs_m, r, mask_m, offs_r, 1, mask_r)
+                d_a = tl.dot(tl.trans(d_scores), query, d_a, input_precision="ieee")
         if HAS_OFFSET:
             offset = (task * groups + group) * n * r
             _store_tile(da_ptr + offset, d_a, offs_n, r, mask_n, offs_r, 1, mask_r)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -432,6 +433,94 @@ def test_neighbours_change_no_bit_of_a_row() -> None:
             case, input_ids=case.input_ids[rows], attention_mask=case.attention_mask[rows]
         )
         assert torch.equal(some.splice(prompt, "triton"), whole[rows])
+
+
+# Memory traffic
+
+
+class _Traffic:
+    """Addresses of the elements that kernels load and store, launch after launch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.loads: list[Any] = []
+        self.stores: list[Any] = []
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def loaded(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+            self.loads.append(ptrs.data[mask.data.astype(bool)])
+            return load(builder, ptrs, mask, *rest)
+
+        def stored(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self.stores.append(ptrs.data[mask.data.astype(bool)])
+            return store(builder, ptrs, value, mask, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", loaded)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", stored)
+
+    def of(self, tensor: Tensor, accesses: list[Any]) -> Any:
+        """How often each element of the tensor's memory was accessed."""
+        first = tensor.untyped_storage().data_ptr()
+        size = tensor.untyped_storage().nbytes() // tensor.itemsize
+        # Pages of a tensor lie together; addresses outside it are other tensors'.
+        index = (np.concatenate(accesses).astype(np.int64) - first) // tensor.itemsize
+        return np.bincount(index[(index >= 0) & (index < size)], minlength=size)
+
+    def moved(self) -> int:
+        """Bytes of all 32-byte sectors touched: what memory delivers or takes at least once."""
+        return 32 * sum(
+            len(np.unique(np.concatenate(each).astype(np.int64) // 32))
+            for each in (self.loads, self.stores)
+        )
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("tasks", [None, 3, 9])
+def test_each_element_moves_once(
+    tasks: int | None, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings are read once, outputs written once, gradients of real tokens read once."""
+    sizes = Sizes(m=5, n=40, r=3, d=70, batch=6, length=37, tasks=tasks)
+    case = make_case(sizes, padding=padding, dtype=torch.float32)
+    prompt, a, b = (
+        t.detach() if tasks else t.detach().unsqueeze(0)
+        for t in (case.parameters[name] for name in ("short_prompt", "offset_a", "offset_b"))
+    )
+    embeds = case.weight[case.input_ids]
+    real = torch.ones(6, 37) if case.attention_mask is None else case.attention_mask
+    traffic = _Traffic(monkeypatch)
+    rest = (case.attention_mask, case.task_ids, 0.5)
+    out = backend.splice_forward(prompt, None, None, embeds, a, b, *rest)
+    assert (traffic.of(embeds, traffic.loads) == 1).all()
+    assert (traffic.of(out, traffic.stores) == 1).all()
+    traffic.loads.clear()
+    grad = torch.randn_like(out)
+    backend.splice_backward(grad, prompt, a, b, *rest, True, True)
+    expected = torch.cat([torch.ones(6, 5), real.float()], 1).unsqueeze(-1).expand(6, 42, 70)
+    read = torch.from_numpy(traffic.of(grad, traffic.loads)).reshape(6, 42, 70)
+    assert torch.equal(read.float(), expected)
+
+
+@pytest.mark.slow
+def test_a_bank_moves_hardly_more_than_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch 64: one prompt, eight of them, and one for each row.
+
+    The prompts themselves have to be read; the text is long enough here for them to be few.
+    """
+    moved: dict[int | None, int] = {}
+    for tasks in (None, 8, 64):
+        sizes = Sizes(m=2, n=160, r=2, d=64, batch=64, length=160, tasks=tasks)
+        case = make_case(sizes, padding="right", dtype=torch.float32)
+        if tasks:
+            case = replace(case, task_ids=torch.arange(64) % tasks)
+        traffic = _Traffic(monkeypatch)
+        out = case.splice(case.parameters["short_prompt"], "triton")
+        out.backward(cotangent_of(case))
+        moved[tasks] = traffic.moved()
+        monkeypatch.undo()
+    assert moved[8] <= 1.1 * moved[None]
+    assert moved[64] <= 1.1 * moved[None]
 
 
 # Launches and memory

@@ -44,7 +44,37 @@ def accuracy_table() -> str:
     return (RESULTS / "accuracy" / "results.md").read_text(encoding="utf-8")
 
 
-TABLES = {"prompt-path": prompt_path_table, "accuracy": accuracy_table}
+def compiled_table() -> str:
+    """A line for each kernel from the table of ``python -m bench.compiled``."""
+    with (RESULTS / "compiled" / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    lines = [
+        f"| kernel | {' | '.join(targets)} | shared memory (bytes) | spills | on a GPU |",
+        f"|---|{'---:|' * len(targets)}---:|---:|---|",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        mine = [row for row in rows if row["kernel"] == kernel]
+        registers = [
+            str(max(int(row["registers"]) for row in mine if row["target"] == target))
+            for target in targets
+        ]
+        shared = max(int(row["shared"]) for row in mine)
+        spills = sum(int(row["spills"]) for row in mine)
+        lines.append(
+            f"| `{kernel}` | {' | '.join(registers)} | {shared} | {spills} "
+            f"| compiled, not yet run on a GPU |"
+        )
+    first = rows[0]
+    lines += ["", f"triton {first['triton']}, {first['date']}, commit {first['commit']}."]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "prompt-path": prompt_path_table,
+    "accuracy": accuracy_table,
+    "compiled": compiled_table,
+}
 
 
 def fill(page: str) -> str:

@@ -462,7 +462,7 @@ def run(kernel: Any, programs: int, device: torch.device, *arguments: Any, **opt
     options["enable_fp_fusion"] = True
     if target(device).startswith("sm_"):
         # Without a limit of its own, ptxas spills a few registers to fit one more block.
-        options["maxnreg"] = min(255, _BLOCK_REGISTERS // (32 * options["num_warps"]))
+        options["maxnreg"] = min(255, _BLOCK_REGISTERS // (32 * options.get("num_warps", 4)))
     if device.type == "cpu":  # the interpreter
         kernel[(programs,)](*arguments, **options)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +18,12 @@ from ept_fast.kernels import launch
 from tests.cases import PADDINGS, SEVEN, Case, Sizes, make_case, run
 from tests.parity import assert_as_exact_as_the_definition, cotangent_of
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the kernels are compiled for the GPU here: tests/gpu"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="the kernels are compiled for the GPU here: tests/gpu"
+    ),
+    pytest.mark.usefixtures("one_thread"),
+]
 ACTIVATIONS = ("gelu", "relu", "silu", "identity")
 GATES = ("token", "prompt")
 PARTS: dict[str, dict[str, bool]] = {
@@ -51,14 +53,6 @@ SHAPES = {
     "blocks": Sizes(m=19, n=70, r=33, k=3, h=12, d=130, batch=9, length=67),
 }
 EVERY_ROW = ("prime", "blocks")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _typed(case: Case, types: str) -> Case:

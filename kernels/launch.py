@@ -334,14 +334,10 @@ def target(device: torch.device) -> str:
 _RECONSTRUCT_PROGRAMS = 128
 
 
-def _power_of_2(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
-
-
 def _pieces(length: int, block: int, most: int) -> tuple[int, int]:
     """``length`` cut into at most ``most`` equal pieces of whole blocks: (pieces, their length)."""
-    chunk = max(1, -(-length // (block * max(1, most)))) * block
-    return max(1, -(-length // chunk)), chunk
+    chunk = max(1, _ceil(length, block * max(1, most))) * block
+    return max(1, _ceil(length, chunk)), chunk
 
 
 @dataclass(frozen=True)
@@ -404,21 +400,21 @@ def reconstruct_config(
     rows = 16
     reduce_rows = reduce_columns = reduce_depth = 32
     dims = spaces * dim
-    outer = -(-(m + rank) // reduce_rows) if spaces else -(-m // reduce_rows)
-    tiles = tasks * outer * -(-(rank + dims + spaces) // reduce_columns)
-    most = -(-width // (2 * reduce_depth))  # two steps of a sum at least
+    outer = _ceil(m + rank if spaces else m, reduce_rows)
+    tiles = tasks * outer * _ceil(rank + dims + spaces, reduce_columns)
+    most = _ceil(width, 2 * reduce_depth)  # two steps of a sum at least
     d_splits, d_chunk = _pieces(
-        width, reduce_depth, min(-(-_RECONSTRUCT_PROGRAMS // tiles), 16, most)
+        width, reduce_depth, min(_ceil(_RECONSTRUCT_PROGRAMS, tiles), 16, most)
     )
-    tiles = tasks * -(-m // reduce_rows) * -(-(rank + dims) // reduce_columns)
+    tiles = tasks * _ceil(m, reduce_rows) * _ceil(rank + dims, reduce_columns)
     backward_d_splits, backward_d_chunk = _pieces(
-        width, reduce_depth, min(-(-_RECONSTRUCT_PROGRAMS // tiles), 16, most)
+        width, reduce_depth, min(_ceil(_RECONSTRUCT_PROGRAMS, tiles), 16, most)
     )
 
-    block_rank = max(16, _power_of_2(rank))
+    block_rank = max(16, _power_of_two(rank))
     positions = 64 if block_rank <= 32 else 32 if block_rank <= 128 else 16
     backward_positions = min(positions, 32)
-    blocks = -(-m // rows)
+    blocks = _ceil(m, rows)
     n_splits, n_chunk = _pieces(n, positions, min(_RECONSTRUCT_PROGRAMS // (tasks * blocks), 32))
     backward_chunks, backward_n_chunk = _pieces(
         n, backward_positions, _ceil(2 * _RECONSTRUCT_PROGRAMS, tasks)

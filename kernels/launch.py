@@ -329,6 +329,11 @@ def target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+# What `torch.compiler.assume_constant_result` does, without its import of the whole compiler: the
+# compiler asks for the target while it traces a call, and cannot trace the driver's answer.
+target._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 # Programs that fill a GPU of today, 100 to 150 multiprocessors. A constant, not the number that
 # the GPU at hand has: the partition decides the order of the sums.
 _RECONSTRUCT_PROGRAMS = 128

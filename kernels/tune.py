@@ -203,8 +203,9 @@ def _reconstruct_problem(key: Key, config: ReconstructConfig) -> str:
         total = max(1, key[length])
         if size % step:
             return f"{chunk}: expected a multiple of {block} {step}, got {size}"
-        if number != -(-total // size):
-            return f"{pieces}: expected {-(-total // size)} of {size} for {total}, got {number}"
+        expected = launch._ceil(total, size)
+        if number != expected:
+            return f"{pieces}: expected {expected} of {size} for {total}, got {number}"
     if config.backward_n_chunk % config.backward_positions:
         return (
             f"backward_n_chunk: expected a multiple of backward_positions "
@@ -215,9 +216,9 @@ def _reconstruct_problem(key: Key, config: ReconstructConfig) -> str:
 
 def _workspace(key: Key, config: SpliceConfig) -> int:
     """Bytes of the partial sums of the splice's backward."""
-    chunks_b: int = -(-key["batch"] // config.rows)
-    chunks_s = -(-key["length"] // (config.block_s * config.tiles))
-    chunks_d = -(-key["hidden_size"] // (config.block_d * config.tiles_d))
+    chunks_b: int = launch._ceil(key["batch"], config.rows)
+    chunks_s = launch._ceil(key["length"], config.block_s * config.tiles)
+    chunks_d = launch._ceil(key["hidden_size"], config.block_d * config.tiles_d)
     parts: int = key["num_virtual_tokens"] * key["hidden_size"] if key["has_prompt"] else 0
     if key["has_offset"]:
         parts += key["rank"] * (chunks_d * key["length"] + chunks_s * key["hidden_size"])
@@ -240,7 +241,7 @@ def _more_and_less(fields: Sequence[str], key: Key, config: Config) -> Iterator[
             pieces, chunk = launch._pieces(key["n"], max(1, wanted), config.n_splits)
             yield {"positions": wanted, "n_splits": pieces, "n_chunk": chunk}
         elif name == "backward_positions":
-            pieces = -(-key["n"] // config.backward_n_chunk)
+            pieces = launch._ceil(key["n"], config.backward_n_chunk)
             _, chunk = launch._pieces(key["n"], max(1, wanted), pieces)
             yield {"backward_positions": wanted, "backward_n_chunk": chunk}
         else:
@@ -275,12 +276,12 @@ def _beyond(operation: str, key: Key, config: Config, variant: Config) -> bool:
             "block_r": max(key["rank"], 1),
             "rows": key["batch"],
             "block_b": key["batch"],
-            "tiles": -(-key["hidden_size"] // variant.block_d),
+            "tiles": launch._ceil(key["hidden_size"], variant.block_d),
         }
         if operation == "splice_backward":
             assert isinstance(config, SpliceConfig)
-            there["tiles"] = -(-key["length"] // variant.block_s)
-            there["tiles_d"] = -(-key["hidden_size"] // variant.block_d)
+            there["tiles"] = launch._ceil(key["length"], variant.block_s)
+            there["tiles_d"] = launch._ceil(key["hidden_size"], variant.block_d)
             allowed = max(launch._WORKSPACE_BYTES, _workspace(key, config))
             if _workspace(key, variant) > allowed:
                 return True

@@ -77,6 +77,19 @@ class Case:
         return self.splice(self.reconstruct(backend), backend)
 
 
+def shapes_of(s: Sizes) -> dict[str, tuple[int, ...]]:
+    """Of the first operation's seven tensors, without the task axis."""
+    return {
+        "short_prompt": (s.m, s.d),
+        "offset_a": (s.n, s.r),
+        "offset_b": (s.r, s.d),
+        "space_down": (s.k, s.d, s.h),
+        "space_up": (s.k, s.h, s.d),
+        "gate_weight": (s.d, s.k),
+        "gate_bias": (s.k,),
+    }
+
+
 def make_mask(padding: str, batch: int, length: int, generator: torch.Generator) -> Tensor | None:
     """``rows``: full rows and rows of padding only, in turn."""
     if padding == "none":
@@ -110,12 +123,11 @@ def make_case(
     g = torch.Generator().manual_seed(seed)
     s = sizes
     lead = () if s.tasks is None else (s.tasks,)
-    shapes: dict[str, tuple[int, ...]] = {"short_prompt": (s.m, s.d)}
-    if offset:
-        shapes |= {"offset_a": (s.n, s.r), "offset_b": (s.r, s.d)}
-    if spaces:
-        shapes |= {"space_down": (s.k, s.d, s.h), "space_up": (s.k, s.h, s.d)}
-        shapes |= {"gate_weight": (s.d, s.k), "gate_bias": (s.k,)}
+    shapes = {
+        name: shape
+        for name, shape in shapes_of(s).items()
+        if name == "short_prompt" or (offset if name in SEVEN[1:3] else spaces)
+    }
     scales = {"space_down": s.d, "gate_weight": s.d, "space_up": s.h}
     parameters = {
         name: torch.randn(*lead, *shape, generator=g, dtype=torch.float64)

@@ -11,11 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.cases import Case, run
 
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the kernels are compiled for the GPU here: tests/gpu"
+)
 FACTOR = 2.0
 OUTLIER = 20.0
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ept_fast import reconstruct_prompt, splice_prompt
 from tests.cases import SEVEN
+from tests.parity import needs_interpreter
 
 CASES = (
     "dept_no_fusion_no_spaces",
@@ -24,9 +25,6 @@ CASES = (
     "residual_identity",
     "short_text",
     "task_bank",
-)
-needs_interpreter = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the kernels are compiled for the GPU here: tests/gpu"
 )
 each_backend = pytest.mark.parametrize(
     "backend", ["reference", "eager", pytest.param("triton", marks=needs_interpreter)]

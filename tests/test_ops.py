@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ept_fast import reconstruct_prompt, splice_prompt
 from tests.cases import SEVEN, Case, Sizes, make_case
+from tests.parity import needs_interpreter
 
 # torch.compile itself does what these warn of.
 pytestmark = [
@@ -21,9 +22,6 @@ pytestmark = [
 ]
 BANK = Sizes(tasks=2)
 FLAGS = (0.4, "gelu", "token", 0.7)
-needs_interpreter = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the kernels are compiled for the GPU here: tests/gpu"
-)
 each_backend = pytest.mark.parametrize(
     "backend", ["eager", pytest.param("triton", marks=needs_interpreter)]
 )

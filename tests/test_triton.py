@@ -16,15 +16,10 @@ from ept_fast import reconstruct_prompt, splice_prompt
 from ept_fast.backends import eager
 from ept_fast.backends import triton as backend
 from ept_fast.kernels import launch
-from tests.cases import PADDINGS, SEVEN, Case, Sizes, make_case, run
-from tests.parity import assert_as_exact_as_the_definition, cotangent_of
+from tests.cases import PADDINGS, Case, Sizes, make_case, run, shapes_of
+from tests.parity import assert_as_exact_as_the_definition, cotangent_of, needs_interpreter
 
-pytestmark = [
-    pytest.mark.skipif(
-        torch.cuda.is_available(), reason="the kernels are compiled for the GPU here: tests/gpu"
-    ),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = [needs_interpreter, pytest.mark.usefixtures("one_thread")]
 ACTIVATIONS = ("gelu", "relu", "silu", "identity")
 GATES = ("token", "prompt")
 PARTS: dict[str, dict[str, bool]] = {
@@ -542,20 +537,11 @@ class _Allocated(TorchDispatchMode):
 
 def _tensors(s: Sizes) -> tuple[list[Tensor], list[Tensor | None]]:
     """The seven of the first operation; ids, mask, task ids and table of the second."""
-    t = s.tasks or 1
-    shapes = {
-        "short_prompt": (s.m, s.d),
-        "offset_a": (s.n, s.r),
-        "offset_b": (s.r, s.d),
-        "space_down": (s.k, s.d, s.h),
-        "space_up": (s.k, s.h, s.d),
-        "gate_weight": (s.d, s.k),
-        "gate_bias": (s.k,),
-    }
     ids = torch.zeros(s.batch, s.length, dtype=torch.int64)
     tasks = None if s.tasks is None else torch.zeros(s.batch, dtype=torch.int64)
     table = torch.empty(11, s.d, dtype=torch.bfloat16)
-    return [torch.empty(t, *shapes[key]) for key in SEVEN], [
+    seven = [torch.empty(s.tasks or 1, *shape) for shape in shapes_of(s).values()]
+    return seven, [
         ids,
         torch.ones_like(ids),
         tasks,

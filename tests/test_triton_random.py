@@ -8,14 +8,9 @@ import torch
 from hypothesis import given, settings
 
 from tests.cases import PADDINGS, Sizes, make_case, run
-from tests.parity import cotangent_of
+from tests.parity import cotangent_of, needs_interpreter
 
-pytestmark = [
-    pytest.mark.skipif(
-        torch.cuda.is_available(), reason="the kernels are compiled for the GPU here: tests/gpu"
-    ),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = [needs_interpreter, pytest.mark.usefixtures("one_thread")]
 ACTIVATIONS = ("gelu", "relu", "silu", "identity")
 GATES = ("token", "prompt")
 

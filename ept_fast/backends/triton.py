@@ -53,6 +53,10 @@ def _version() -> tuple[int, ...] | None:
 _VERSION = _version()
 
 
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(str(part) for part in version)
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -61,14 +65,14 @@ def _refusal(version: tuple[int, ...] | None, architecture: str) -> str:
     """Why this version of Triton does not serve this architecture; empty where it does."""
     if version is None:
         return "triton is not installed"
-    name = ".".join(str(part) for part in version)
+    name = _dotted(version)
     if version < _OLDEST:
-        return f"triton {name} is older than {'.'.join(map(str, _OLDEST))}"
+        return f"triton {name} is older than {_dotted(_OLDEST)}"
     if architecture.startswith("sm_") and int(architecture[3:]) < 80:
         return f"{architecture} is older than sm_80"
     for bad, good_again, what in _KNOWN_BAD:
         if architecture == bad and version < good_again:
-            return f"triton {name} on {bad}: {what} before {'.'.join(str(p) for p in good_again)}"
+            return f"triton {name} on {bad}: {what} before {_dotted(good_again)}"
     return ""
 
 
@@ -79,7 +83,7 @@ def available() -> tuple[bool, str]:
         return not refusal, refusal or "the interpreter on a CPU, only where it is asked for"
     if not torch.cuda.is_available():
         return False, _refusal(_VERSION, "cpu") or "no GPU"
-    architecture = target(torch.device("cuda"))
+    architecture = target(torch.device("cuda", torch.cuda.current_device()))
     refusal = _refusal(_VERSION, architecture)
     return not refusal, refusal or f"fused kernels for {architecture}"
 

@@ -5,6 +5,7 @@
 # each has its own time limit, and one that fails loses none of those after it.
 #
 #   bench/on_gpu.sh              run; results in $OUT, or else bench/results/<device name>
+#   bench/on_gpu.sh --bench      the benchmarks alone, with all of the time for them
 #   bench/on_gpu.sh --dry-run    say which stages would run, and with what
 #   bench/on_gpu.sh --rehearse   run small parts on a CPU, in Triton's interpreter
 #
@@ -21,7 +22,7 @@ began=$SECONDS
 worst=0
 summary=()
 
-case $mode in run | --dry-run | --rehearse) ;; *)
+case $mode in run | --bench | --dry-run | --rehearse) ;; *)
   sed -n '2,/^set/p' bench/on_gpu.sh | grep '^#' >&2
   exit 2
   ;;
@@ -31,7 +32,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 # Another project's pytest plugins stay out; ours are named.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-unset EPT_FAST_BACKEND EPT_FAST_CHECK EPT_FAST_TUNED TRITON_INTERPRET EPT_FAST_TEST_DEVICE PYTEST_ADDOPTS
+unset EPT_FAST_BACKEND EPT_FAST_CHECK EPT_FAST_TUNED TRITON_INTERPRET EPT_FAST_TEST_DEVICE PYTEST_ADDOPTS PYTEST_XDIST_WORKER
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
@@ -81,6 +82,18 @@ gpu_tests() { # NAME LIMIT PROCESSES PYTEST-ARGUMENTS...
     --confcutdir tests/gpu "${several[@]}" -v --durations=5 --tb=short "$@"
 }
 
+benchmark() { # LIMIT SECONDS PYTEST-ARGUMENTS...: start no row after SECONDS
+  local limit=$1 seconds=$2
+  shift 2
+  if ! has pytest_benchmark; then
+    note benchmark "NOT RUN: pytest-benchmark is missing"
+    if ((worst < 1)); then worst=1; fi
+    return 0
+  fi
+  stage benchmark "$limit" "$python" -m pytest -p pytest_benchmark.plugin bench/ -v --tb=short \
+    --out "$out" --seconds "$seconds" "$@"
+}
+
 sanitizer() {
   local name=sanitizer limit=45 status
   local -a command=(compute-sanitizer --tool memcheck --error-exitcode 9
@@ -110,7 +123,7 @@ main() {
   "$python" - <<'EOF'
 import importlib.metadata, platform, torch
 print("python", platform.python_version(), " torch", torch.__version__, " cuda", torch.version.cuda)
-for name in ("triton", "numpy", "pytest", "pytest-xdist", "safetensors", "matplotlib", "hypothesis"):
+for name in ("triton", "numpy", "pytest", "pytest-benchmark", "pytest-xdist", "peft", "transformers", "safetensors", "matplotlib", "hypothesis"):
     try:
         print(name, importlib.metadata.version(name), end="  ")
     except importlib.metadata.PackageNotFoundError:
@@ -141,6 +154,7 @@ EOF
     export PYTHONPATH="$scratch:$PYTHONPATH"
     "$python" -c 'import bench.environment, tests.cases' || echo "bench and tests cannot be imported"
   fi
+  has peft || echo "peft is missing: its rows are left out"
   has matplotlib || echo "matplotlib is missing: there are no plots, the CSV is whole"
   has xdist || echo "pytest-xdist is missing: the tests run one after the other"
   [[ -d ../shared/golden ]] || echo "../shared/golden is missing: the golden vectors are skipped"
@@ -150,7 +164,10 @@ EOF
     gpu_tests parity 200 1 tests/gpu/test_parity.py -k 'odd and float32 and not parts'
     gpu_tests modes 60 1 tests/gpu/test_modes.py -k 'checked or autocast'
     stage small-run 60 "$python" -m tests.gpu.small_run
-    stage benchmark 90 "$python" -m bench.gpu_run --out "$out" --device cpu --seconds 15 --no-compiled
+    EPT_FAST_BACKEND=triton benchmark 100 15 --device cpu --quick --no-compiled -k 'splice'
+  elif [[ $mode == --bench ]]; then
+    reserve=0
+    benchmark 500 450
   else
     if grep -q ext_modules setup.py; then
       stage extension 120 "$python" setup.py build_ext --inplace
@@ -165,7 +182,7 @@ EOF
     sanitizer
     reserve=0
     local left=$((total - (SECONDS - began)))
-    stage benchmark "$left" "$python" -m bench.gpu_run --out "$out" --seconds "$((left - 30))"
+    benchmark "$left" "$((left - 45))"
   fi
 
   [[ $mode == --dry-run ]] && return 0

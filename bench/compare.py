@@ -1,0 +1,277 @@
+"""Judge a run by an older one on the same machine: ``python -m bench.compare OLD NEW``.
+
+What is judged does not depend on how fast the machine was on that day: our time by a peer's in the
+same round, and our memory and launches. Ends with 1 where something became worse by more than the
+noise that the two runs measured, with 0 where nothing did, with 2 where nothing can be said.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from bench.record import Row, read
+
+# Differences in these do not forbid a comparison, but a reader has to know of them.
+_ORIGIN = ("threads", "driver", "cuda", "torch", "triton", "transformers", "peft", "python")
+_JUDGED = ("ours_to_peer", "ours_to_peer_low", "ours_to_peer_high", "peak_mb")
+_NAMED = 10
+
+
+class Failure(click.ClickException):
+    """One line on standard error and exit code 2."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Change:
+    """One judged value that is outside the noise.
+
+    Attributes:
+        worse: a regression; otherwise an improvement.
+        measure: what was judged.
+        old, new: the row in either run.
+        values: the judged value in the old and in the new run, for a reader.
+    """
+
+    worse: bool
+    measure: str
+    old: Row
+    new: Row
+    values: tuple[str, str]
+
+
+def is_ours(row: Row) -> bool:
+    """Whether a row is our backend paired with itself, not with another peer."""
+    return row.ours != "" and row.peer == row.ours
+
+
+def noise(rows: Iterable[Row]) -> dict[str, float]:
+    """For each suite that pairs our backend with itself, how far such a ratio is from 1 at most."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if is_ours(row) and row.ours_to_peer is not None:
+            found[row.suite] = max(found.get(row.suite, 0.0), abs(row.ours_to_peer - 1))
+    return found
+
+
+def noise_of(suite: str, measured: dict[str, float]) -> float:
+    """The noise of a suite: its own, or the largest of all where it has none, or 0."""
+    return measured.get(suite, max(measured.values(), default=0.0))
+
+
+def work_name(row: Row) -> str:
+    """What was done, in words, without the peer."""
+    types = [row.embeddings, row.parameters]
+    parts = [row.operation, row.direction, row.shape, "/".join(dict.fromkeys(filter(None, types)))]
+    return ", ".join(filter(None, parts))
+
+
+def _ratio_change(old: Row, new: Row, allowed: float) -> Change | None:
+    """Where the two intervals (the ratio itself, if a run kept none) are that far apart."""
+    bounds, texts = [], []
+    for row in (old, new):
+        low, high = (
+            row.ours_to_peer if bound is None else bound
+            for bound in (row.ours_to_peer_low, row.ours_to_peer_high)
+        )
+        bounds += [low or 0.0, high or 0.0]
+        texts.append(f"{row.ours_to_peer:.3f} ({low:.3f} to {high:.3f})")
+    old_low, old_high, new_low, new_high = bounds
+    worse, better = new_low > old_high * (1 + allowed), new_high * (1 + allowed) < old_low
+    if not worse and not better:
+        return None
+    return Change(worse, f"our time by {new.peer}'s", old, new, (texts[0], texts[1]))
+
+
+def _peak_change(old: Row, new: Row) -> Change | None:
+    was, now = old.peak_mb or 0.0, new.peak_mb or 0.0
+    if abs(now - was) <= max(1.0, 0.01 * min(was, now)):
+        return None
+    return Change(now > was, "peak memory", old, new, (f"{was:.1f} MB", f"{now:.1f} MB"))
+
+
+def _launch_change(old: Row, new: Row) -> Change | None:
+    was, now = old.launches or 0, new.launches or 0
+    if now == was:
+        return None
+    return Change(now > was, "launches", old, new, (str(was), str(now)))
+
+
+def judge(old: list[Row], new: list[Row]) -> tuple[list[Change], int, int]:
+    """Compare the rows that both runs have.
+
+    Returns:
+        The changes beyond the noise, regressions first; how many values were judged; and how many
+        were not, as only one of the runs has them.
+    """
+    old_noise, new_noise = noise(old), noise(new)
+    before = {row.key: row for row in old}
+    pairs = [(before[row.key], row) for row in new if row.key in before]
+    changes: list[Change | None] = []
+    single = 0
+    for was, now in pairs:
+        if is_ours(was) != is_ours(now):  # a peer of one run is our backend in the other
+            continue
+        for name in ("peak_mb", "launches") if is_ours(now) else ("ours_to_peer",):
+            missing = [getattr(row, name) is None for row in (was, now)]
+            if any(missing):
+                single += not all(missing)
+            elif name == "peak_mb":
+                changes.append(_peak_change(was, now))
+            elif name == "launches":
+                changes.append(_launch_change(was, now))
+            else:
+                allowed = noise_of(now.suite, old_noise) + noise_of(now.suite, new_noise)
+                changes.append(_ratio_change(was, now, allowed))
+    found = sorted(filter(None, changes), key=lambda change: not change.worse)
+    return found, len(changes), single
+
+
+def _load(path: Path) -> list[Row]:
+    try:
+        rows = read(path)
+    except FileNotFoundError as error:
+        reason = error.strerror or str(error)
+        raise Failure(f"{path}: {reason}" if error.strerror else reason) from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise Failure(" ".join(f"{path}: cannot be read: {error}".split())) from error
+    if not rows:
+        raise Failure(f"{path}: expected rows of measurements, got none")
+    for row in rows:
+        if not row.date:
+            raise Failure(f"{path}: a row ends before its date: expected a whole file")
+        for name in _JUDGED:
+            value = getattr(row, name)
+            if value is not None and not math.isfinite(value):
+                raise Failure(f"{path}: {name} of {work_name(row)}: not finite: {value}")
+    return rows
+
+
+def _values(rows: Iterable[Row], column: str) -> str:
+    return ", ".join(sorted({getattr(row, column) for row in rows})) or "none"
+
+
+def _milliseconds(old: Row | None, new: Row | None) -> str:
+    shown = [
+        "-" if row is None or row.p50_ms is None else f"{row.p50_ms:.4g}" for row in (old, new)
+    ]
+    return " -> ".join(shown)
+
+
+def _table(changes: list[Change], old: list[Row], new: list[Row]) -> list[str]:
+    """A line for each change, with the times of ours and of the peer beside it."""
+    ours = [{row.key[:-1]: row for row in rows if is_ours(row)} for rows in (old, new)]
+    lines = [("", "what", "work", "old", "new", "our p50 (ms)", "peer's p50 (ms)")]
+    for change in changes:
+        work = change.new.key[:-1]
+        peer = "" if is_ours(change.new) else _milliseconds(change.old, change.new)
+        lines.append(
+            (
+                "regression" if change.worse else "improvement",
+                change.measure,
+                work_name(change.new),
+                *change.values,
+                _milliseconds(ours[0].get(work), ours[1].get(work)),
+                peer,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+
+
+def _noise_lines(old: list[Row], new: list[Row], suites: Iterable[str]) -> list[str]:
+    lines = []
+    for name, rows in (("old", old), ("new", new)):
+        measured = noise(rows)
+        if not measured:
+            lines.append(
+                f"noise of {name}: not measured, taken as 0: nothing was paired with itself"
+            )
+            continue
+        parts = [
+            f"{suite} {noise_of(suite, measured):.1%}"
+            + ("" if suite in measured else " (not measured: the largest of the others)")
+            for suite in suites
+        ]
+        lines.append(f"noise of {name}: {', '.join(parts)}")
+    return lines
+
+
+def _only(name: str, rows: list[Row], other: list[Row]) -> list[str]:
+    keys = {row.key for row in other}
+    alone = [f"{work_name(r)}, {r.peer} [{r.suite}]" for r in rows if r.key not in keys]
+    if not alone:
+        return []
+    more = f"; and {len(alone) - _NAMED} more" if len(alone) > _NAMED else ""
+    return [f"only in {name}: {_count(len(alone), 'row')}: {'; '.join(alone[:_NAMED])}{more}"]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+@click.command()
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+def main(old: Path, new: Path) -> None:
+    """Compare two runs on one device: folders of CSV files, or single files.
+
+    Judged are our time by a peer's in the same round, where the intervals are further apart than
+    the noise of the two runs added up, and our own peak memory (more than 1% and 1 MB) and
+    launches. Exit code 1: something is worse; 2: the runs cannot be compared.
+    """
+    before, after = _load(old), _load(new)
+    devices = [_values(rows, "device") for rows in (before, after)]
+    if len({row.device for row in before + after}) > 1:
+        raise Failure(
+            "the runs are of different devices, whose ratios say nothing of each other: "
+            f"{old}: {devices[0]}; {new}: {devices[1]}"
+        )
+    common = {row.key for row in before} & {row.key for row in after}
+    if not common:
+        raise Failure(f"nothing to compare: {old} and {new} have no row in common")
+    changes, judged, single = judge(before, after)
+    if not judged:
+        raise Failure(f"nothing to compare: no row of {old} and {new} has a value to judge")
+
+    click.echo(f"device: {devices[0]}")
+    for column in ("commit", "date"):
+        click.echo(f"{column}: {_values(before, column)} -> {_values(after, column)}")
+    for column in _ORIGIN:
+        was, now = _values(before, column), _values(after, column)
+        if was != now:
+            click.echo(f"note: {column} differs: {was} -> {now}")
+    if _values(before, "ours") != _values(after, "ours"):
+        click.echo(f"note: ours differs: {_values(before, 'ours')} -> {_values(after, 'ours')}")
+    suites = list(dict.fromkeys(row.suite for row in after if row.key in common))
+    for line in _noise_lines(before, after, suites):
+        click.echo(line)
+    if changes:
+        click.echo("")
+        for line in _table(changes, before, after):
+            click.echo(line)
+        click.echo("Milliseconds stand beside for a reader; they are not judged.\n")
+    for line in _only("old", before, after) + _only("new", after, before):
+        click.echo(line)
+    worse = sum(change.worse for change in changes)
+    better = len(changes) - worse
+    alone = f"; {_count(single, 'value')} in one run only" if single else ""
+    click.echo(
+        f"{_count(len(common), 'row')} in both, {_count(judged, 'value')} judged: "
+        f"{_count(worse, 'regression')}, {_count(better, 'improvement')}, "
+        f"{judged - worse - better} unchanged within the noise{alone}"
+    )
+    raise SystemExit(1 if worse else 0)
+
+
+if __name__ == "__main__":
+    main()

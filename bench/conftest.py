@@ -1,0 +1,109 @@
+"""``pytest bench/``: options, the run's stage, its order, and what it leaves at the end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# Before anything imports a library that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Threads wait without spinning: on shared cores a spinning one takes the time of one that works.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+from bench import plots, record, summary
+from bench.environment import origin_of, slug
+from bench.stage import Settings, Stage
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ept-fast benchmarks")
+    group.addoption("--quick", action="store_true", help="tiny sizes: a smoke test")
+    group.addoption("--out", type=Path, help="folder for CSV and plots (bench/results/<device>)")
+    group.addoption("--device", help="cuda or cpu (cuda where there is one)")
+    group.addoption("--row-seconds", type=float, help="about how long one row is measured")
+    group.addoption("--seconds", type=float, help="start no row after that many seconds")
+    group.addoption("--no-compiled", action="store_true", help="leave torch.compile out")
+
+
+def _device(config: pytest.Config) -> torch.device:
+    return torch.device(
+        config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = _device(config)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device: expected cpu on a machine without a CUDA device")
+    torch.set_float32_matmul_precision("highest")
+    quick = config.getoption("--quick")
+    folder = config.getoption("--out")
+    if folder is None:
+        # The smoke test's figures mean nothing, so they do not take the place of measured ones.
+        name = "quick" if quick else slug(origin_of(device)["device"])
+        folder = record.RESULTS / name
+    seconds = config.getoption("--row-seconds") or (0.5 if device.type == "cuda" else 2.5)
+    settings = Settings(
+        quick=quick,
+        seconds=0 if quick else seconds,
+        total=config.getoption("--seconds"),
+        compiled=not config.getoption("--no-compiled"),
+        folder=folder,
+    )
+    config.stash[_STAGE] = Stage(device, settings)
+
+
+_STAGE = pytest.StashKey[Stage]()
+
+
+@pytest.fixture(scope="session")
+def stage(pytestconfig: pytest.Config) -> Stage:
+    """What the rows of this run share."""
+    return pytestconfig.stash[_STAGE]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A suite's module lists its rows in ``cases(stage)``."""
+    if "case" in metafunc.fixturenames:
+        cases = metafunc.module.cases(metafunc.config.stash[_STAGE])
+        metafunc.parametrize("case", cases, ids=[case.id for case in cases])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is most wanted first; what the time does not reach is of the least worth."""
+    suites = {f"test_{suite}.py": i for i, suite in enumerate(record.SUITES)}
+    on_gpu = config.stash[_STAGE].on_gpu
+
+    def worth(item: pytest.Item) -> tuple[int, int]:
+        case = item.callspec.params["case"]  # type: ignore[attr-defined]
+        return _tier(case) if on_gpu else 0, suites.get(item.path.name, len(suites))
+
+    items.sort(key=worth)
+
+
+def _tier(case: Any) -> int:
+    """On a GPU, where time is short: the named goals' rows, then those of large sizes, the rest."""
+    shape = case.shape.name.partition(" ")[0]
+    if shape in ("t5-base", "llama-8b") and "float32" not in case.id:
+        return int("max-autotune" in case.id)
+    return 1 if shape in ("long", "tasks-64") and "float32" not in case.id else 2
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Draw the plots and say in ten lines what was measured."""
+    stage = config.stash[_STAGE]
+    if not stage.book.rows:
+        return
+    terminalreporter.section("benchmarks")
+    try:
+        plots.draw(stage.settings.folder)
+    except ImportError as error:
+        terminalreporter.write_line(f"no plots: {error}")
+    for line in summary.lines(stage.book.rows, stage.settings.folder):
+        terminalreporter.write_line(line)

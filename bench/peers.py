@@ -1,0 +1,219 @@
+"""Who is measured: our backends, the definition (plain and compiled), PEFT, and DePT's way.
+
+A peer is a forward function of :class:`bench.inputs.Inputs`, the tensors that it trains, and a
+definition: what its results have to agree with. Those that compute the same as we do share ours;
+PEFT's and DePT's are the definition at their own sizes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ept_fast
+from bench.inputs import SCALING, Inputs
+from bench.shapes import Shape
+from ept_fast import backends, reference
+
+REFERENCE = "reference"
+COMPILED = {"reference-compiled": "default", "reference-max-autotune": "max-autotune"}
+PEFT_TOKENS = 100
+PEFT = f"peft-{PEFT_TOKENS}"
+DEPT = "dept"
+
+Forward = Callable[[Inputs], Tensor]
+Leaves = Callable[[Inputs], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to do one piece of work.
+
+    ``definition`` and its ``leaves`` run on inputs in float64 (the exact result) and as they are
+    (the error that plain PyTorch makes).
+    """
+
+    name: str
+    forward: Forward
+    leaves: Leaves
+    definition: Forward
+    same_work: bool = True
+
+
+def ours(device: torch.device) -> str:
+    """The backend that a user gets on this device."""
+    return backends.select(None, {"prompt": torch.empty(1, 1, 1, device=device)})
+
+
+def others_of_ours(device: torch.device) -> list[str]:
+    """The package's further backends that work on this device."""
+    first = ours(device)
+    working = [name for name, works, _ in backends.describe() if works]
+    fit = ("cuda", "triton", "eager") if device.type == "cuda" or first != "eager" else ()
+    return [name for name in working if name in fit and name != first]
+
+
+def names(operation: str, device: torch.device) -> list[str]:
+    """The peers of an operation, ours first."""
+    found = [ours(device), *others_of_ours(device), REFERENCE, "reference-compiled"]
+    if device.type == "cuda":
+        found.append("reference-max-autotune")
+    if operation != "reconstruct":
+        found.append(DEPT)
+    if operation == "prompt path" and importlib.util.find_spec("peft") is not None:
+        found.append(PEFT)
+    return found
+
+
+def make(operation: str, name: str, shape: Shape, inputs: Inputs) -> Peer:
+    """A peer for inputs like these, which only tell the frozen table.
+
+    Raises:
+        ValueError: an unknown operation.
+    """
+    if name == DEPT:
+        return _dept(operation, shape)
+    if name == PEFT:
+        return _peft(inputs.weight)
+    definition = operation_of(operation, REFERENCE)
+    if name == REFERENCE:
+        forward = definition
+    elif name in COMPILED:
+        forward = torch.compile(definition, dynamic=False, mode=COMPILED[name])
+    else:
+        forward = operation_of(operation, name)
+    return Peer(name, forward, lambda inputs: trained(operation, inputs), definition)
+
+
+def trained(operation: str, inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors that an operation gives gradients to."""
+    if operation == "splice":
+        offset = {name: inputs.parameters[name] for name in ("offset_a", "offset_b")}
+        return {"prompt": inputs.prompt, **offset}
+    return inputs.parameters
+
+
+def operation_of(operation: str, backend: str) -> Forward:
+    """An operation's forward by one backend, or by the definition."""
+    plain = backend == REFERENCE
+    module: Any = reference if plain else ept_fast
+    options = {} if plain else {"backend": backend}
+
+    def reconstruct(inputs: Inputs) -> Tensor:
+        out: Tensor = module.reconstruct_prompt(**inputs.parameters, scaling=SCALING, **options)
+        return out
+
+    def splice(inputs: Inputs, prompt: Tensor) -> Tensor:
+        out: Tensor = module.splice_prompt(
+            prompt,
+            input_ids=inputs.input_ids,
+            weight=inputs.weight,
+            offset_a=inputs.parameters["offset_a"],
+            offset_b=inputs.parameters["offset_b"],
+            scaling=SCALING,
+            attention_mask=inputs.attention_mask,
+            task_ids=inputs.task_ids,
+            **options,
+        )
+        return out
+
+    forwards: dict[str, Forward] = {
+        "reconstruct": reconstruct,
+        "splice": lambda inputs: splice(inputs, inputs.prompt),
+        "prompt path": lambda inputs: splice(inputs, reconstruct(inputs)),
+    }
+    if operation not in forwards:
+        raise ValueError(f"operation: expected one of {', '.join(forwards)}, got {operation!r}")
+    return forwards[operation]
+
+
+def _dept(operation: str, shape: Shape) -> Peer:
+    """DePT's way: rows padded to the offset's whole length, an offset by column for all of it."""
+
+    def prompt_of(inputs: Inputs) -> Tensor:
+        return inputs.prompt if operation == "splice" else inputs.parameters["short_prompt"]
+
+    def padded(inputs: Inputs) -> Tensor:
+        return F.pad(inputs.input_ids, (0, shape.max_length - shape.length))
+
+    def forward(inputs: Inputs) -> Tensor:
+        text = F.embedding(padded(inputs), inputs.weight)
+        offset = SCALING * (inputs.parameters["offset_a"] @ inputs.parameters["offset_b"])
+        prompt = prompt_of(inputs)
+        head = prompt.to(text.dtype).expand(shape.batch, *prompt.shape)
+        return torch.cat([head, text + offset.to(text.dtype)], dim=1)
+
+    def definition(inputs: Inputs) -> Tensor:
+        return reference.splice_prompt(
+            prompt_of(inputs),
+            input_ids=padded(inputs),
+            weight=inputs.weight,
+            offset_a=inputs.parameters["offset_a"],
+            offset_b=inputs.parameters["offset_b"],
+            scaling=SCALING,
+        )
+
+    def leaves(inputs: Inputs) -> dict[str, Tensor]:
+        offset = {name: inputs.parameters[name] for name in ("offset_a", "offset_b")}
+        return {"prompt": prompt_of(inputs), **offset}
+
+    return Peer(DEPT, forward, leaves, definition, same_work=False)
+
+
+def _peft(table: Tensor) -> Peer:
+    """PEFT's prompt tuning on a model that hands its embeddings on, so only the prompt is timed."""
+    import peft
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    class Embeddings(PreTrainedModel):
+        config_class = PretrainedConfig
+        base_model_prefix = ""
+
+        def __init__(self, config: PretrainedConfig) -> None:
+            super().__init__(config)
+            self.embedding = nn.Embedding.from_pretrained(table, freeze=True)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embedding
+
+        def forward(
+            self,
+            input_ids: Tensor | None = None,
+            inputs_embeds: Tensor | None = None,
+            attention_mask: Tensor | None = None,
+            **options: Any,
+        ) -> Tensor | None:
+            return inputs_embeds
+
+    rows, width = table.shape
+    config = PretrainedConfig(
+        vocab_size=rows, hidden_size=width, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = peft.get_peft_model(
+        Embeddings(config),
+        peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=PEFT_TOKENS),
+    )
+    (prompt,) = (p for p in model.parameters() if p.requires_grad)
+    exact = prompt.detach().double().requires_grad_()
+
+    def forward(inputs: Inputs) -> Tensor:
+        out: Tensor = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
+        return out
+
+    def chosen(inputs: Inputs) -> Tensor:
+        return exact if inputs.prompt.dtype == torch.float64 else prompt
+
+    def definition(inputs: Inputs) -> Tensor:
+        return reference.splice_prompt(
+            chosen(inputs), input_ids=inputs.input_ids, weight=inputs.weight
+        )
+
+    return Peer(
+        PEFT, forward, lambda inputs: {"prompt": chosen(inputs)}, definition, same_work=False
+    )

@@ -1,0 +1,198 @@
+"""Rows of measurements and the files that hold them: ``bench/results/<device>/<suite>.csv``."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+# In the order of their worth: what is most wanted is measured first where time is short.
+SUITES = (
+    "floor",
+    "prompt_path",
+    "splice",
+    "training_step",
+    "reconstruct",
+    "inference",
+    "cold_start",
+    "sweeps",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One peer doing one piece of work; what does not apply is None or empty.
+
+    A round times our backend and then the peer, on the same inputs. Ratios are our time by the
+    peer's in the same round: below 1 we are faster. The peer that is ``ours`` itself is timed
+    against itself, which shows the run's noise.
+
+    Attributes:
+        suite: one of ``SUITES``; names the file.
+        operation: what is done, such as "splice" or "training step, compiled".
+        direction: "forward", "backward", "both", or empty.
+        shape: the name of the sizes, or "axis=value" in a sweep.
+        batch, length, hidden_size, num_virtual_tokens, max_length, rank, num_spaces, space_dim,
+            vocabulary, tasks: the sizes, in METHOD's words; ``tasks`` 0: a single prompt.
+        embeddings, parameters: types.
+        peer: who does the work.
+        ours: the backend that it is paired with.
+        p20_ms, p50_ms, p80_ms: quantiles of the time over the rounds; device time by events on a
+            GPU, elapsed time on a CPU.
+        host_ms: median until the call returns.
+        elapsed_ms: median until the device is done, called alone.
+        peak_mb: most memory allocated at once beyond what was there before (10⁶ bytes).
+        launches: kernels, copies and fills on the device, as the profiler counts them.
+        rounds: how many pairs.
+        floor_mb: what has to be read and written once (10⁶ bytes).
+        floor_ms: the time of that at the run's copy bandwidth, no less than an empty launch.
+        of_floor: floor_ms / p50_ms; 1 is the best possible.
+        ours_to_peer: median ratio of the pairs; ``_low`` and ``_high`` its 95% interval.
+        tokens_per_s: real text tokens.
+        error: the parity check's error by what it allows.
+        note: anything that a reader has to know.
+        threads ... date: where, when and with what.
+    """
+
+    suite: str
+    operation: str
+    direction: str
+    shape: str
+    batch: int | None
+    length: int | None
+    hidden_size: int | None
+    num_virtual_tokens: int | None
+    max_length: int | None
+    rank: int | None
+    num_spaces: int | None
+    space_dim: int | None
+    vocabulary: int | None
+    tasks: int | None
+    embeddings: str
+    parameters: str
+    peer: str
+    ours: str
+    p20_ms: float | None
+    p50_ms: float | None
+    p80_ms: float | None
+    host_ms: float | None
+    elapsed_ms: float | None
+    peak_mb: float | None
+    launches: int | None
+    rounds: int | None
+    floor_mb: float | None
+    floor_ms: float | None
+    of_floor: float | None
+    ours_to_peer: float | None
+    ours_to_peer_low: float | None
+    ours_to_peer_high: float | None
+    tokens_per_s: float | None
+    error: float | None
+    note: str
+    threads: str
+    device: str
+    driver: str
+    cuda: str
+    torch: str
+    triton: str
+    transformers: str
+    peft: str
+    python: str
+    commit: str
+    date: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a row is the measurement of: the same in two runs that can be compared."""
+        return (
+            self.suite,
+            self.operation,
+            self.direction,
+            self.shape,
+            self.embeddings,
+            self.parameters,
+            self.peer,
+        )
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of one file, or of every suite's file in a folder.
+
+    Raises:
+        FileNotFoundError: neither a file nor a folder with at least one suite's file.
+        ValueError: a file with other columns, or a value that is no number where one belongs.
+    """
+    if path.is_dir():
+        files = [path / f"{suite}.csv" for suite in SUITES if (path / f"{suite}.csv").is_file()]
+        if not files:
+            raise FileNotFoundError(f"{path}: expected a suite's CSV file, got none")
+        return [row for file in files for row in read(file)]
+    names = [field.name for field in fields(Row)]
+    text = path.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        raise ValueError(f"{path}: expected a line break at the end, got a file that was cut off")
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        if reader.fieldnames != names:
+            raise ValueError(f"{path}: expected the columns of bench.record.Row, got others")
+        return [_row(path, number, values) for number, values in enumerate(reader, 2)]
+    except csv.Error as error:
+        raise ValueError(f"{path}: expected a CSV file, got one with an error: {error}") from None
+
+
+def _row(path: Path, line: int, values: dict[str, str]) -> Row:
+    if None in values or None in values.values():
+        raise ValueError(f"{path}, line {line}: expected {len(fields(Row))} columns, got others")
+    converted: dict[str, Any] = {}
+    for field in fields(Row):
+        text = values[field.name]
+        if field.type == "str":
+            converted[field.name] = text
+            continue
+        kind = int if str(field.type).startswith("int") else float
+        try:
+            converted[field.name] = None if text == "" else kind(text)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{path}, line {line}: {field.name}: expected a number, got {text!r}"
+            ) from None
+    return Row(**converted)
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows to one file, whole or not at all; numbers to five digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            values = asdict(row).items()
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values})
+    temporary.replace(path)
+
+
+class Book:
+    """The rows of one run. Each is on the disk as soon as it is added; a row takes the place of an
+    older one of the same work, and older rows of other work stay."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        """Keep a row and write its suite's file."""
+        self.rows.append(row)
+        path = self.folder / f"{row.suite}.csv"
+        old = read(path) if path.is_file() else []
+        places = {r.key: i for i, r in enumerate(old)}
+        if row.key in places:
+            old[places[row.key]] = row
+        else:
+            old.append(row)
+        write(path, old)

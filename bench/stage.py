@@ -1,0 +1,290 @@
+"""One run of the benchmarks: its device, its clock, its floor, and the rows it leaves."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import gate, peers
+from bench.clock import Clock, Timing, Work, floor_works, quantiles
+from bench.environment import origin_of
+from bench.inputs import DTYPES, Inputs, cotangent, make_inputs
+from bench.record import Book, Row
+from bench.shapes import Shape
+
+_SETS_ON_GPU = 3  # inputs that take turns, so that the cache is cold
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run measures.
+
+    Attributes:
+        quick: a smoke test: tiny sizes and few rounds; its times mean nothing.
+        seconds: about how long the pairs of one row take.
+        total: start no row after that many seconds; None: no limit.
+        compiled: whether torch.compile takes part.
+    """
+
+    quick: bool
+    seconds: float
+    total: float | None
+    compiled: bool
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure: an operation of :mod:`bench.peers`, at a shape, by a peer."""
+
+    suite: str
+    operation: str
+    direction: str
+    shape: Shape
+    table: str
+    peer: str
+
+    @property
+    def id(self) -> str:
+        """The row's name in pytest."""
+        parts = (self.operation, self.direction, self.shape.name, self.table, self.peer)
+        return "-".join(part.replace(" ", "-") for part in parts)
+
+
+class Stage:
+    """What the rows of one run share; it holds the tensors of one shape at a time."""
+
+    def __init__(self, device: torch.device, settings: Settings) -> None:
+        self.device, self.settings = device, settings
+        self.on_gpu = device.type == "cuda"
+        fewest, most = (3, 3) if settings.quick else (7, 60)
+        self.clock = Clock(device, settings.seconds, fewest, most)
+        self.book = Book(settings.folder)
+        self.deadline = time.perf_counter() + (settings.total or float("inf"))
+        self.origin = origin_of(device)
+        self._floor: tuple[float, float] | None = None
+        self._held: dict[Any, Any] = {}
+        self._held_for: Any = None
+
+    # What is kept between the rows of a shape
+
+    def hold_for(self, key: Any) -> dict[Any, Any]:
+        """A place for what rows with this key share; that of any other key is let go."""
+        if key != self._held_for:
+            self._held.clear()
+            torch.compiler.reset()
+            gc.collect()
+            if self.on_gpu:
+                torch.cuda.empty_cache()
+            self._held_for = key
+        return self._held
+
+    def check_time(self) -> None:
+        """Skip where the run's time is over; what was measured so far is on the disk."""
+        if time.perf_counter() > self.deadline:
+            pytest.skip("left out: the time of the run is over")
+
+    # The floor
+
+    @property
+    def floor(self) -> tuple[float, float]:
+        """Megabytes a millisecond of a copy, milliseconds of an empty launch, of this run."""
+        if self._floor is None:
+            size = 1 << 30 if self.on_gpu else 1 << 28
+            works = floor_works(self.device, 1 << 22 if self.settings.quick else size)
+            p50 = {}
+            for name, (work, moved) in works.items():
+                rounds = 3 if self.settings.quick else 15
+                times = quantiles(self.clock.alone_ms(work, rounds))
+                p50[name] = times[1]
+                self._add_floor(name, moved, times, rounds)
+            moved = works["copy"][1]
+            self._floor = moved / 1e6 / p50["copy"], p50["empty launch"]
+        return self._floor
+
+    def _add_floor(
+        self, name: str, moved: int, times: tuple[float, float, float], rounds: int
+    ) -> None:
+        empty = dict.fromkeys(Row.__dataclass_fields__)
+        columns: dict[str, Any] = {
+            **empty,
+            **self.origin,
+            "suite": "floor",
+            "operation": name,
+            "direction": "",
+            "shape": f"{moved // 2 >> 20} MiB" if moved else "",
+            "embeddings": "",
+            "parameters": "",
+            "peer": "torch" if moved or not self.on_gpu else "triton",
+            "ours": "",
+            "note": "",
+            "rounds": rounds,
+            "floor_mb": moved / 1e6 or None,
+            **dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True)),
+        }
+        self.book.add(Row(**columns))
+
+    # Rows
+
+    def measure(
+        self,
+        benchmark: Any,
+        *,
+        suite: str,
+        operation: str,
+        direction: str,
+        shape: Shape,
+        embeddings: str,
+        peer: str,
+        ours: str,
+        work: Work,
+        our_work: Work,
+        floor_bytes: int | None = None,
+        tokens: int | None = None,
+        error: float | None = None,
+        parameters: str = "float32",
+        note: str = "",
+    ) -> Row | None:
+        """Time a peer's work beside ours and keep the row; None where pytest-benchmark is off."""
+        speed, launch = self.floor
+        benchmark.group = " ".join(x for x in (operation, direction, shape.name, embeddings) if x)
+        timing = self.clock.pair(our_work, work, benchmark)
+        if timing is None:
+            return None
+        floor_ms = None if floor_bytes is None else max(floor_bytes / 1e6 / speed, launch)
+        sizes = {k: v for k, v in asdict(shape).items() if k not in ("name", "shortest")}
+        row = Row(
+            suite=suite,
+            operation=operation,
+            direction=direction,
+            shape=shape.name,
+            **sizes,
+            embeddings=embeddings,
+            parameters=parameters,
+            peer=peer,
+            ours=ours,
+            **_columns(timing),
+            floor_mb=None if floor_bytes is None else floor_bytes / 1e6,
+            floor_ms=floor_ms,
+            of_floor=None if floor_ms is None else floor_ms / timing.p50_ms,
+            tokens_per_s=None if tokens is None else 1e3 * tokens / timing.p50_ms,
+            error=error,
+            note=note,
+            **self.origin,
+        )
+        self.book.add(row)
+        benchmark.extra_info.update(
+            ours_to_peer=row.ours_to_peer, peak_mb=row.peak_mb, of_floor=row.of_floor
+        )
+        return row
+
+    def operation_row(self, case: Case, benchmark: Any) -> Row | None:
+        """Check a peer of an operation for parity, then measure it.
+
+        Raises:
+            AssertionError: the check is red; nothing is timed then.
+        """
+        self.check_time()
+        held = self.hold_for((case.operation, case.shape, case.table))
+        if "inputs" not in held:
+            count = _SETS_ON_GPU if self.on_gpu else 1
+            held["inputs"] = make_inputs(case.shape, DTYPES[case.table], self.device, count)
+        sets: list[Inputs] = held["inputs"]
+        peer, error = self._checked(held, case, case.peer)
+        ours, _ = self._checked(held, case, peers.ours(self.device))
+        return self.measure(
+            benchmark,
+            suite=case.suite,
+            operation=case.operation,
+            direction=case.direction,
+            shape=case.shape,
+            embeddings="" if case.operation == "reconstruct" else case.table,
+            peer=peer.name,
+            ours=ours.name,
+            work=_work(case.direction, peer, sets),
+            our_work=_work(case.direction, ours, sets),
+            floor_bytes=_floor_bytes(case, sets[0]) if peer.same_work else None,
+            error=error,
+        )
+
+    def _checked(self, held: dict[Any, Any], case: Case, name: str) -> tuple[peers.Peer, float]:
+        """The peer and its error; made and checked once a shape."""
+        if name not in held:
+            inputs = held["inputs"][0]
+            peer = peers.make(case.operation, name, case.shape, inputs)
+            kind = "expected" if peer.same_work else f"expected of {name}"
+            if kind not in held:
+                held[kind] = gate.expected_of(peer, inputs)
+            error, where = gate.check(peer, inputs, held[kind])
+            held[name] = (peer, error, where)
+            if not peer.same_work:
+                del held[kind]
+        peer, error, where = held[name]
+        if not error <= 1:
+            pytest.fail(
+                f"{case.id}: parity: {name} is not timed: {where} is off by {error:.3g} times "
+                f"what is allowed",
+                pytrace=False,
+            )
+        return peer, error
+
+
+def _columns(timing: Timing) -> dict[str, Any]:
+    values = asdict(timing)
+    for suffix in ("", "_low", "_high"):
+        values[f"ours_to_peer{suffix}"] = values.pop(f"ratio{suffix}")
+    return values
+
+
+def _work(direction: str, peer: peers.Peer, sets: list[Inputs]) -> Work:
+    grads: dict[Any, Tensor] = {}
+
+    def chosen(i: int) -> Inputs:
+        return sets[i % len(sets)]
+
+    def gradients(state: tuple[Tensor, Inputs]) -> tuple[Tensor, ...]:
+        out, inputs = state
+        key = (out.shape, out.dtype)
+        if key not in grads:
+            grads[key] = cotangent(*key, out.device)
+        return torch.autograd.grad(out, list(peer.leaves(inputs).values()), grads[key])
+
+    if direction == "forward":
+        return Work(chosen, peer.forward)
+    if direction == "backward":
+        return Work(lambda i: (peer.forward(chosen(i)), chosen(i)), gradients)
+    return Work(chosen, lambda inputs: gradients((peer.forward(inputs), inputs)))
+
+
+def _floor_bytes(case: Case, inputs: Inputs) -> int:
+    """What has to be read and written once; parameters of tasks that no row has are not read."""
+    shape, width = case.shape, case.shape.hidden_size
+    parameters = _bytes(inputs.parameters.values())
+    out = shape.batch * (shape.num_virtual_tokens + shape.length) * width * inputs.weight.itemsize
+    used = 1.0 if inputs.task_ids is None else inputs.task_ids.unique().numel() / shape.tasks
+    small = _bytes([inputs.prompt, inputs.parameters["offset_a"], inputs.parameters["offset_b"]])
+    rows = inputs.input_ids.unique().numel() * width * inputs.weight.itemsize
+    integers = _bytes(
+        t for t in (inputs.input_ids, inputs.attention_mask, inputs.task_ids) if t is not None
+    )
+    parts = {
+        ("reconstruct", "forward"): parameters + inputs.prompt.nbytes,
+        ("reconstruct", "backward"): 2 * parameters + inputs.prompt.nbytes,
+        ("splice", "forward"): out + rows + integers + int(used * small),
+        ("splice", "backward"): out + int(used * small) + small,
+    }
+    if case.operation == "prompt path":
+        return sum(parts.values())
+    return parts[case.operation, case.direction]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)

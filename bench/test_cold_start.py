@@ -1,0 +1,166 @@
+"""What the first use costs: import, first call, compiling; each in fresh Python processes.
+
+A round starts a process for ours and then one for the peer. The time is taken inside, so the start
+of Python and the import of torch are not in it; caches of compiled code are empty in every process.
+The peer that compiles an empty function shows what the compiler itself takes to start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import peers
+from bench.clock import median_interval, quantiles
+from bench.record import Row
+from bench.shapes import NAMED, QUICK, Shape
+from bench.stage import Stage
+
+IMPORT, FIRST_CALL, COMPILE = "import", "first call", "compile"
+COMPILED, EMPTY = "reference-compiled", "empty function"
+
+_PACKAGE = "ept_fast"
+_ROUNDS = {IMPORT: 5, FIRST_CALL: 5, COMPILE: 3}
+_LIMIT = 300  # seconds of one process
+_ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: an operation by a peer, ours beside it."""
+
+    operation: str
+    ours: str
+    peer: str
+
+    @property
+    def id(self) -> str:
+        """The row's name in pytest."""
+        return f"{self.operation}-{self.peer}".replace(" ", "-")
+
+
+def cases(stage: Stage) -> list[Case]:
+    """Ours first in each operation; a smoke test has one peer of each."""
+    ours = peers.ours(stage.device)
+    found = {IMPORT: (_PACKAGE, "peft"), FIRST_CALL: (ours, peers.REFERENCE)}
+    if stage.settings.compiled:
+        found[COMPILE] = (ours, COMPILED, EMPTY)
+    wanted = slice(1, 2) if stage.settings.quick else slice(None)
+    return [
+        Case(operation, names[0], peer)
+        for operation, names in found.items()
+        for peer in names[wanted]
+    ]
+
+
+def test_cold_start(case: Case, stage: Stage, benchmark: Any) -> None:
+    """Processes in pairs. The first pair also checks its results, and a red check leaves no row."""
+    stage.check_time()
+    stage.hold_for(("cold start", case.operation))
+    quick = stage.settings.quick
+    shape = None if case.operation == IMPORT else (QUICK if quick else NAMED)[0]
+    table = "bfloat16" if stage.on_gpu else "float32"
+    seconds: dict[bool, list[float]] = {True: [], False: []}  # of ours, of the peer
+    error: float | None = None
+
+    def run(ours: bool) -> None:
+        nonlocal error
+        name = case.ours if ours else case.peer
+        if shape is None:
+            found = child(IMPORT, name)
+        elif name == EMPTY:
+            found = child(EMPTY, stage.device.type)
+        else:
+            check = not seconds[ours]
+            backend = peers.REFERENCE if name == COMPILED else name
+            options = (stage.device.type, case.operation == COMPILE, check)
+            found = child(FIRST_CALL, backend, shape.name, table, *options)
+        if not ours:
+            error = found.get("error", error)
+        if not found.get("error", 0.0) <= 1:
+            pytest.fail(
+                f"{case.id}: parity: {name} is off by {found['error']:.3g} times what is allowed",
+                pytrace=False,
+            )
+        seconds[ours].append(found["seconds"])
+
+    def setup() -> tuple[tuple[bool], dict[str, Any]]:
+        run(True)
+        return (False,), {}
+
+    if shape is None and not quick:
+        # Leaves bytecode behind: what is imported was imported before.
+        for name in (case.ours, case.peer):
+            child(IMPORT, name)
+    benchmark.group = f"{case.operation}, whole processes"
+    rounds = 1 if quick else _ROUNDS[case.operation]
+    benchmark.pedantic(run, setup=setup, teardown=lambda ours: None, rounds=rounds)
+    if not benchmark.enabled:
+        return
+    row = replace(_row(case, stage, shape, table, seconds[True], seconds[False]), error=error)
+    stage.book.add(row)
+    benchmark.extra_info["ours_to_peer"] = row.ours_to_peer
+
+
+def _row(
+    case: Case, stage: Stage, shape: Shape | None, table: str, own: list[float], times: list[float]
+) -> Row:
+    p20, p50, p80 = (1e3 * t for t in quantiles(times))
+    ratio, low, high = median_interval([a / b for a, b in zip(own, times, strict=True)])
+    sizes = {} if shape is None else asdict(shape)
+    columns: dict[str, Any] = {
+        **dict.fromkeys(Row.__dataclass_fields__),
+        **{k: v for k, v in sizes.items() if k not in ("name", "shortest")},
+        **stage.origin,
+        "suite": "cold_start",
+        "operation": case.operation,
+        "direction": "both" if shape else "",
+        "shape": shape.name if shape else "",
+        "embeddings": table if shape else "",
+        "parameters": "float32" if shape else "",
+        "peer": case.peer,
+        "ours": case.ours,
+        "p20_ms": p20,
+        "p50_ms": p50,
+        "p80_ms": p80,
+        "elapsed_ms": p50,
+        "rounds": len(times),
+        "ours_to_peer": ratio,
+        "ours_to_peer_low": low,
+        "ours_to_peer_high": high,
+        "note": "a fresh process each",
+    }
+    return Row(**columns)
+
+
+def child(what: str, *arguments: Any) -> dict[str, float]:
+    """What a process of :mod:`bench.cold_child` has measured, its caches empty.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it wrote.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                part for part in (str(_ROOT), os.environ.get("PYTHONPATH")) if part
+            ),
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+            "TRITON_CACHE_DIR": f"{folder}/triton",
+        }
+        command = [sys.executable, "-m", "bench.cold_child", json.dumps([what, *arguments])]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_LIMIT
+        )
+    if done.returncode:
+        raise RuntimeError(f"{what} {arguments}: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found

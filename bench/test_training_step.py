@@ -1,0 +1,121 @@
+"""The whole training step of a frozen backbone: loss, backward, AdamW; ours and what else there is.
+
+Peers: PEFT's prompt tuning of 100 tokens, DePT's way with as many parameters, and the backbone
+alone on embeddings that are there already: ours by that, less 1, is the share of our prompt path
+and of the optimizer. The backbones have random weights; at a CPU's sizes layers and vocabularies
+are cut (:data:`bench.models.ON_CPU`), which the rows' notes say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gate, models, peers
+from bench.inputs import DTYPES
+from bench.models import Backbone, Batch, Method
+from bench.stage import Stage
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a method's step on a backbone, at lengths of :data:`bench.models.LENGTHS`."""
+
+    backbone: Backbone
+    lengths: str
+    compiled: bool
+    peer: str
+
+    @property
+    def id(self) -> str:
+        """The row's name in pytest."""
+        kind = "compiled" if self.compiled else "eager"
+        return f"{self.backbone.name}-{self.lengths}-{kind}-{self.peer}"
+
+
+def cases(stage: Stage) -> list[Case]:
+    """What shares a model side by side; torch.compile last, as it takes the longest to start."""
+    ours = [peers.ours(stage.device), *peers.others_of_ours(stage.device)]
+    names = [*ours, models.PEFT, models.DEPT, models.BACKBONE]
+    if stage.settings.quick:
+        found = [Case(b, "20-40", False, name) for b in models.QUICK for name in names]
+        compiled = [Case(models.QUICK[-1], "20-40", True, name) for name in (ours[0], models.PEFT)]
+    else:
+        backbones = models.ON_GPU if stage.on_gpu else models.ON_CPU
+        found = [
+            Case(b, lengths, False, name)
+            for b in backbones
+            for lengths in models.LENGTHS
+            for name in names
+        ]
+        # On a CPU compiling takes longer than it is worth at a second length.
+        compiled = [
+            replace(case, compiled=True)
+            for case in found
+            if stage.on_gpu or case.lengths == "20-40"
+        ]
+    return found + compiled if stage.settings.compiled else found
+
+
+def test_training_step(case: Case, stage: Stage, benchmark: Any) -> None:
+    """Parity of loss and gradients first, then time."""
+    stage.check_time()
+    held = stage.hold_for(("training step", case.backbone, case.lengths, case.compiled))
+    table = "bfloat16" if stage.on_gpu else "float32"
+    shape = models.shape_of(case.backbone, case.lengths)
+    if "model" not in held:
+        held["model"] = models.make_model(case.backbone, DTYPES[table], stage.device)
+        held["batch"] = models.make_batch(case.backbone, shape, stage.device)
+    batch: Batch = held["batch"]
+    ours = _checked(held, case, peers.ours(stage.device))
+    peer = _checked(held, case, case.peer)
+    notes = (case.backbone.note, peer.method.note)
+    stage.measure(
+        benchmark,
+        suite="training_step",
+        operation="training step, compiled" if case.compiled else "training step",
+        direction="both",
+        shape=shape,
+        embeddings=table,
+        peer=peer.method.name,
+        ours=ours.method.name,
+        work=models.step(peer.method, peer.loss, batch),
+        our_work=models.step(ours.method, ours.loss, batch),
+        tokens=int(batch.attention_mask.sum()),
+        error=peer.error,
+        note="; ".join(note for note in notes if note),
+    )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A method, its loss as it is timed, and what the check has found."""
+
+    method: Method
+    loss: Any
+    error: float
+    where: str
+
+
+def _checked(held: dict[Any, Any], case: Case, name: str) -> _Checked:
+    """The method by name; made and checked once a backbone and length."""
+    if name not in held:
+        model, batch = held["model"], held["batch"]
+        if "exact model" not in held:
+            held["exact model"] = models.exact_copy(model)
+        method = models.make(name, model, case.backbone, batch)
+        expected = models.expected_of(method, model, held["exact model"], batch)
+        loss = torch.compile(method.loss, dynamic=False) if case.compiled else method.loss
+        found = models.results(method, loss, model, batch)
+        held[name] = _Checked(method, loss, *gate.compare(found, expected))
+    checked: _Checked = held[name]
+    if not checked.error <= 1:
+        pytest.fail(
+            f"{case.id}: parity: {name} is not timed: {checked.where} is off by "
+            f"{checked.error:.3g} times what is allowed",
+            pytrace=False,
+        )
+    return checked

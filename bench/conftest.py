@@ -9,8 +9,6 @@ from typing import Any
 # Before anything imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Threads wait without spinning: on shared cores a spinning one takes the time of one that works.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -58,8 +58,10 @@ def _version(package: str) -> str:
 def origin_of(device: torch.device) -> dict[str, str]:
     """The columns of a row that say where, when and with what it was measured."""
     on_gpu = device.type == "cuda"
+    # How threads wait for each other changes the time of every small operation.
+    policy = os.environ.get("OMP_WAIT_POLICY", "").lower()
     return {
-        "threads": str(torch.get_num_threads()),
+        "threads": f"{torch.get_num_threads()} {policy}".strip(),
         "device": torch.cuda.get_device_name(device) if on_gpu else machine(),
         "driver": _driver() if on_gpu else "",
         "cuda": (torch.version.cuda or "") if on_gpu else "",

@@ -104,10 +104,21 @@ def _for_each_device(suites: Sequence[str], table: Callable[[list[Row]], list[st
             if lines:
                 lines.append("")
             lines += [f"**{_values(rows, 'device')}**", "", *made, ""]
-            if notes := dict.fromkeys(f"{row.peer}: {row.note}" for row in rows if row.note):
+            if notes := _notes(rows):
                 lines += [f"Notes: {'; '.join(notes)}.", ""]
             lines.append(origin_line(rows))
     return "\n".join(lines or ["Not measured yet."]) + "\n"
+
+
+def _notes(rows: Iterable[Row]) -> list[str]:
+    """What rows say beside their figures; with the peer's name where only one peer says so."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        for note in filter(None, row.note.split("; ")):
+            found.setdefault(note, set()).add(row.peer)
+    return [
+        note if len(peers) > 1 else f"{next(iter(peers))}: {note}" for note, peers in found.items()
+    ]
 
 
 def _others(rows: Iterable[Row]) -> list[str]:

@@ -50,7 +50,7 @@ MANY_TASKS = tuple(
 # Small, odd and padded: a smoke test's sizes, and a rehearsal's in Triton's interpreter.
 QUICK = (
     Shape("tiny", 3, 9, 32, 4, 12, 3, 2, 4, 50, shortest=4),
-    Shape("tiny-bank", 3, 9, 32, 4, 12, 3, 2, 4, 50, tasks=2),
+    Shape("tiny-bank", 5, 9, 32, 4, 12, 3, 2, 4, 50, tasks=2),
 )
 
 _SWEPT = replace(_T5, name="swept", batch=8, length=128, max_length=512, rank=16)

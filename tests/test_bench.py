@@ -206,7 +206,7 @@ def test_the_interval_of_a_median() -> None:
 
 def test_what_has_to_be_moved() -> None:
     """Outputs and used rows once; of a bank only the parameters of tasks that a row has."""
-    shape = replace(QUICK[1], tasks=5)
+    shape = replace(QUICK[1], batch=3, tasks=5)
     (inputs,) = make_inputs(shape, torch.bfloat16, CPU, 1)
     inputs = replace(
         inputs,

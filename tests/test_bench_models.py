@@ -281,7 +281,7 @@ def test_a_wrong_server_is_not_timed(run: Stage, at: int, monkeypatch: pytest.Mo
 def test_rows_served_task_by_task_are_those_of_the_mixed_batch(run: Stage) -> None:
     mixed = [case for case in test_inference.cases(run) if case.operation == test_inference.MIXED]
     (inputs,) = make_inputs(mixed[0].shape, torch.float32, CPU, 1)
-    inputs = replace(test_inference._with_mask(inputs), task_ids=torch.tensor([1, 0, 1]))
+    inputs = replace(test_inference._with_mask(inputs), task_ids=torch.tensor([1, 0, 1, 1, 0]))
     prompt = test_inference.make_prompt(mixed[0].shape, inputs, backend=None)
     found = {}
     for case in mixed:

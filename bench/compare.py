@@ -250,8 +250,12 @@ def main(old: Path, new: Path) -> None:
         was, now = _values(before, column), _values(after, column)
         if was != now:
             click.echo(f"note: {column} differs: {was} -> {now}")
-    if _values(before, "ours") != _values(after, "ours"):
-        click.echo(f"note: ours differs: {_values(before, 'ours')} -> {_values(after, 'ours')}")
+    was, now = (
+        _values([row for row in rows if row.key in common and row.ours], "ours")
+        for rows in (before, after)
+    )
+    if was != now:
+        click.echo(f"note: ours differs: {was} -> {now}")
     suites = list(dict.fromkeys(row.suite for row in after if row.key in common))
     for line in _noise_lines(before, after, suites):
         click.echo(line)

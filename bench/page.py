@@ -22,6 +22,10 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
 RESULTS = ROOT / "bench" / "results"
 
+# The folders that are on the page, in the repository: a reader's own runs do not change it. None:
+# every folder.
+PUBLISHED: tuple[str, ...] | None = ("intel-xeon-processor-2-cores",)
+
 _DASH = "–"
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -30,12 +34,14 @@ Finding = tuple[str, str, bool]
 
 
 def devices() -> tuple[list[list[Row]], list[str]]:
-    """The rows of each device's folder under ``RESULTS``, and why others were left out.
+    """The rows of each published device's folder under ``RESULTS``, and why others were left out.
 
     A folder without a suite's file is another job's and needs no reason.
     """
     found, reasons = [], []
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        if PUBLISHED is not None and folder.name not in PUBLISHED:
+            continue
         try:
             found.append(read(folder))
         except FileNotFoundError:

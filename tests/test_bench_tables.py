@@ -474,6 +474,7 @@ def test_less_than_three_sizes_have_no_exponent() -> None:
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder of results."""
     monkeypatch.setattr(page, "RESULTS", tmp_path)
+    monkeypatch.setattr(page, "PUBLISHED", None)
     return tmp_path
 
 
@@ -608,6 +609,16 @@ def test_devices_stand_one_after_another(results: Path) -> None:
     (results / "accuracy" / "results.csv").write_text("task,accuracy\n")
     table = page.operations_table()
     assert [line for line in table.splitlines() if line.startswith("**")] == ["**A**", "**B**"]
+
+
+def test_a_run_that_is_not_published_is_not_on_the_page(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(results / "a-machine", [make_row(device="A")])
+    save(results / "quick", [make_row(device="B")])
+    monkeypatch.setattr(page, "PUBLISHED", ("a-machine",))
+    assert "**A**" in page.operations_table()
+    assert "**B**" not in page.operations_table()
 
 
 def test_nothing_measured_is_said(results: Path) -> None:

@@ -94,27 +94,27 @@ benchmark() { # LIMIT SECONDS PYTEST-ARGUMENTS...: start no row after SECONDS
     --out "$out" --seconds "$seconds" "$@"
 }
 
-sanitizer() {
-  local name=sanitizer limit=45 status
-  local -a command=(compute-sanitizer --tool memcheck --error-exitcode 9
+sanitizer() { # TOOL LIMIT
+  local name=$1 limit=$2 status
+  local -a command=(compute-sanitizer --tool "$name" --error-exitcode 9
     "$python" -m tests.gpu.small_run)
   if [[ $mode == --dry-run ]]; then
-    stage $name $limit "${command[@]}"
+    stage "$name" "$limit" "${command[@]}"
     return
   fi
   if ! command -v compute-sanitizer >/dev/null; then
-    note $name "skipped: compute-sanitizer is not on the PATH"
+    note "$name" "skipped: compute-sanitizer is not on the PATH"
     return
   fi
   local before=$worst
   # Without PyTorch's allocator every tensor is an allocation that the tool knows the end of.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage $name $limit "${command[@]}" > >(tee "$scratch/sanitizer") 2>&1
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$name" "$limit" "${command[@]}" > >(tee "$scratch/$name") 2>&1
   status=$?
   sleep 1 # for tee
-  if ((status != 0)) && ! grep -q '^the device answers' "$scratch/sanitizer"; then
+  if ((status != 0)) && ! grep -q '^the device answers' "$scratch/$name"; then
     worst=$before
     unset 'summary[-1]'
-    note $name "skipped: compute-sanitizer does not work on this machine"
+    note "$name" "skipped: compute-sanitizer does not work on this machine"
   fi
 }
 
@@ -169,17 +169,17 @@ EOF
     reserve=0
     benchmark 500 450
   else
-    if grep -q ext_modules setup.py; then
-      stage extension 120 "$python" setup.py build_ext --inplace
-    else
-      note extension "skipped: setup.py builds no extension"
-    fi
+    # Where this fails, the tests of the CUDA backend are skipped and say why.
+    export EPT_FAST_CACHE=${EPT_FAST_CACHE:-$scratch/cache}
+    stage extension 120 "$python" -c 'from ept_fast.extension import library; library.load(); print(library.state().text)'
     gpu_tests parity 150 10 tests/gpu/test_parity.py
     gpu_tests behaviour 90 6 tests/gpu/test_determinism.py tests/gpu/test_modes.py
     gpu_tests cost 60 1 tests/gpu/test_cost.py
     gpu_tests large 50 1 tests/gpu/test_large.py
     gpu_tests compile 80 4 tests/gpu/test_compile.py
-    sanitizer
+    sanitizer memcheck 45
+    sanitizer racecheck 30
+    sanitizer initcheck 30
     reserve=0
     local left=$((total - (SECONDS - began)))
     benchmark "$left" "$((left - 45))"

@@ -52,7 +52,8 @@ def _clean(command: F) -> F:
             # Only what the package raises on purpose; any other is a defect: keep its traceback.
             if type(error).__name__ == "NonFiniteLossError":
                 raise _Failure(str(error), 1) from error
-            if str(error).startswith(("backend:", "EPT_FAST_BACKEND:")):
+            by_name = type(error).__name__ == "ExtensionError"
+            if by_name or str(error).startswith(("backend:", "EPT_FAST_BACKEND:")):
                 raise _Failure(str(error), 2) from error
             raise
 
@@ -270,7 +271,9 @@ def info(as_json: bool) -> None:
     import torch
 
     from ept_fast.backends import describe
+    from ept_fast.extension import library
 
+    found = library.state()
     backends = [{"name": n, "works": ok, "reason": reason} for n, ok, reason in describe()]
     facts: dict[str, Any] = {
         "ept_fast": ept_fast.__version__,
@@ -280,6 +283,12 @@ def info(as_json: bool) -> None:
         "transformers": _installed("transformers"),
         "devices": _devices(torch),
         "backends": backends,
+        "cuda_library": {
+            "built": found.path is not None,
+            "architectures": list(found.architectures),
+            "path": None if found.path is None else str(found.path),
+            "state": found.text,
+        },
     }
     if as_json:
         click.echo(json.dumps(facts, indent=2))

@@ -56,8 +56,8 @@ def reconstruct_prompt(
         gate: ``"token"``: one softmax a token; ``"prompt"``: one for all tokens of the prompt.
         temperature: τ > 0, divides the gate's logits.
         fusion: whether the prompt attends to the offset.
-        backend: ``"triton"``, ``"eager"`` or ``"reference"``; else ``EPT_FAST_BACKEND``; else the
-            first that supports the call.
+        backend: ``"triton"``, ``"cuda"``, ``"eager"`` or ``"reference"``; else
+            ``EPT_FAST_BACKEND``; else the first that supports the call.
 
     Returns:
         P′, ``[(T,) m, d]`` in the type of ``short_prompt``.

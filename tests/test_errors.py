@@ -436,13 +436,13 @@ MISTAKES = (
     _reconstruct(
         "unknown backend",
         ValueError,
-        "backend: expected one of triton, eager, reference, got 'tpu'",
+        "backend: expected one of triton, cuda, eager, reference, got 'tpu'",
         backend="tpu",
     ),
     _splice(
         "unknown backend of the splice",
         ValueError,
-        "backend: expected one of triton, eager, reference, got 'tpu'",
+        "backend: expected one of triton, cuda, eager, reference, got 'tpu'",
         backend="tpu",
     ),
     # config
@@ -530,7 +530,7 @@ def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _ran_on(reconstruct_prompt(**arguments, backend="eager")) == "eager"
     monkeypatch.setenv("EPT_FAST_BACKEND", "warp")
     with pytest.raises(
-        ValueError, match="EPT_FAST_BACKEND: expected one of triton, eager, reference"
+        ValueError, match="EPT_FAST_BACKEND: expected one of triton, cuda, eager, reference"
     ):
         reconstruct_prompt(**arguments)
 

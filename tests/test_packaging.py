@@ -177,7 +177,23 @@ def test_wheel_holds_the_package_and_nothing_else(root: Path, built: Built) -> N
         if p.is_file() and p.suffix in {".py", ".typed"}
     }
     in_tree |= {f"ept_fast/kernels/{p.name}" for p in (root / "kernels").glob("*.py")}
+    in_tree |= {f"ept_fast/csrc/{name}" for name in cuda_sources(root)}
     assert set(package) == in_tree
+
+
+def cuda_sources(root: Path) -> set[str]:
+    """What the CUDA library is built from, without what is for the tests."""
+    names = {p.name for p in (root / "csrc").iterdir() if p.suffix in {".h", ".cu"}}
+    assert "kernels.h" in names
+    return names | {"binding.cpp"}
+
+
+def test_wheel_is_pure(built: Built) -> None:
+    assert built.wheel.name == f"ept_fast-{ept_fast.__version__}-py3-none-any.whl"
+    assert not [name for name in names_in(built.wheel) if name.endswith((".so", ".o"))]
+    with zipfile.ZipFile(built.wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/WHEEL"))
+        assert "Root-Is-Purelib: true" in archive.read(name).decode()
 
 
 def test_both_wheels_hold_the_same(built: Built) -> None:
@@ -188,7 +204,9 @@ def test_both_wheels_hold_the_same(built: Built) -> None:
                 assert one.read(name) == other.read(name), name
 
 
-def test_sdist_holds_the_kernels_once_and_no_links(root: Path, built: Built) -> None:
+def test_sdist_holds_the_kernels_and_cuda_sources_once_and_no_links(
+    root: Path, built: Built
+) -> None:
     with tarfile.open(built.sdist) as archive:
         members = archive.getmembers()
     assert not [m.name for m in members if not (m.isfile() or m.isdir())]
@@ -196,7 +214,11 @@ def test_sdist_holds_the_kernels_once_and_no_links(root: Path, built: Built) -> 
     assert {f for f in files if f.endswith(".py") and "kernels/" in f} == {
         f"ept_fast/kernels/{p.name}" for p in (root / "kernels").glob("*.py")
     }
-    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "csrc/README.md"} <= set(files)
+    suffixes = (".h", ".cu", ".cpp")
+    assert {f for f in files if f.endswith(suffixes)} == {
+        f"ept_fast/csrc/{name}" for name in cuda_sources(root)
+    }
+    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= set(files)
 
 
 def test_metadata(built: Built) -> None:

@@ -73,11 +73,13 @@ def test_launches(backend: str, name: str, types: str, tmp_path: Path) -> None:
         "splice forward": _launches(lambda: case.splice(leaf, backend), tmp_path),
         "splice backward": _launches(lambda: backward(out, inputs, cotangent), tmp_path),
     }
+    # The CUDA kernels look at masks and task ids once, in a launch of their own.
+    plan = int(backend == "cuda" and (padding != "none" or sizes.tasks is not None))
     most = {
         "reconstruct forward": 3,
         "reconstruct backward": 3,
-        "splice forward": 1,
-        "splice backward": 2,
+        "splice forward": 1 + plan,
+        "splice backward": 2 + plan,
     }
     assert {key: names for key, names in counted.items() if len(names) > most[key]} == {}
 

@@ -1,0 +1,208 @@
+// The contract between the kernels and whoever launches them: plain C++, neither torch nor CUDA.
+//
+// A caller fills a struct, asks for the size of its workspace, allocates it together with the
+// outputs, and launches. A launch allocates nothing, waits for nothing and reads no tensor on the
+// host. Symbols are those of docs/method.md; T tasks come first in every tensor of parameters.
+//
+// Every tensor has elements: a call with an empty one (m, n, r, d, K, h, T, batch or length of 0) is
+// the caller's to answer without a kernel, save where a field below says otherwise.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;  // what cudaStream_t points to
+
+namespace ept {
+
+// Types of parameters, embeddings and gradients, in any mixture.
+enum class Type : int32_t {
+  float32 = 0,
+  float16 = 1,
+  bfloat16 = 2,
+  // Types of masks, ids and task ids only; a bool or uint8 mask is passed as int8.
+  int8 = 3,
+  int16 = 4,
+  int32 = 5,
+  int64 = 6,
+};
+
+// A tensor as it lies in memory. Strides count elements, first axis first, and may be 0 (expanded);
+// those of axes that the tensor does not have are not read. `data == nullptr`: not given.
+struct View {
+  void* data = nullptr;
+  Type type = Type::float32;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+enum class Activation : int32_t { gelu = 0, relu = 1, silu = 2, identity = 3 };
+enum class Gate : int32_t { token = 0, prompt = 1 };
+
+// The largest sizes that the kernels serve.
+inline constexpr int64_t max_rank = 256;     // r
+inline constexpr int64_t max_spaces = 512;   // K·h
+inline constexpr int64_t max_size = 1 << 30; // any one axis
+
+// What a launch came to. `error` is a cudaError_t, 0 for success; `kernel` names the kernel that
+// was to be launched, and is never null.
+struct Status {
+  int error = 0;
+  const char* kernel = "";
+};
+
+// CUDA's words for an error, such as "invalid device function".
+const char* error_string(int error);
+
+// Operation 1, forward. Offset and spaces are each given whole or not at all; with neither, the
+// result is the short prompt itself.
+struct ReconstructForward {
+  int64_t tasks = 1;      // T
+  int64_t tokens = 0;     // m
+  int64_t positions = 0;  // n; 0 without the offset
+  int64_t rank = 0;       // r; 0 without the offset
+  int64_t spaces = 0;     // K; 0 without the spaces
+  int64_t dim = 0;        // h; 0 without the spaces
+  int64_t width = 0;      // d
+
+  View short_prompt;  // P [T, m, d]
+  View offset_a;      // A [T, n, r]
+  View offset_b;      // B [T, r, d]
+  View space_down;    // D [T, K, d, h]
+  View space_up;      // U [T, K, h, d]
+  View gate_weight;   // G [T, d, K]
+  View gate_bias;     // b [T, K]
+
+  double scaling = 1;      // c
+  double temperature = 1;  // τ
+  Activation activation = Activation::gelu;
+  Gate gate = Gate::token;
+
+  // Outputs, contiguous. The prompt has the type of short_prompt; what is saved is float32 and
+  // null where it does not apply.
+  void* prompt = nullptr;   // P′ [T, m, d]
+  float* query = nullptr;   // Q [T, m, r]                with the offset
+  float* lse = nullptr;     // [T, m]                     with the offset
+  float* mix = nullptr;     // O [T, m, r]                with the offset
+  float* hidden = nullptr;  // Hin [T, m, K·h]            with the spaces
+  float* gates = nullptr;   // g [T, m, K]                with the spaces
+  float* cross = nullptr;   // S [T, r, K·h + K]          with both
+
+  void* workspace = nullptr;  // reconstruct_forward_workspace bytes, aligned to 16
+};
+
+// Operation 1, backward. Sizes, tensors and flags as in the forward.
+struct ReconstructBackward {
+  int64_t tasks = 1;
+  int64_t tokens = 0;
+  int64_t positions = 0;
+  int64_t rank = 0;
+  int64_t spaces = 0;
+  int64_t dim = 0;
+  int64_t width = 0;
+
+  View grad;  // Y = dL/dP′ [T, m, d]
+  View short_prompt;
+  View offset_a;
+  View offset_b;
+  View space_down;
+  View space_up;
+  View gate_weight;
+  View gate_bias;  // read for its type only
+
+  // What the forward saved: float32, contiguous, null where it does not apply.
+  const float* query = nullptr;
+  const float* lse = nullptr;
+  const float* mix = nullptr;
+  const float* hidden = nullptr;
+  const float* gates = nullptr;
+  const float* cross = nullptr;
+
+  double scaling = 1;
+  double temperature = 1;
+  Activation activation = Activation::gelu;
+  Gate gate = Gate::token;
+
+  // Gradients, contiguous, each in its parameter's type and shape; null where the parameter is not
+  // given.
+  void* d_short_prompt = nullptr;
+  void* d_offset_a = nullptr;
+  void* d_offset_b = nullptr;
+  void* d_space_down = nullptr;
+  void* d_space_up = nullptr;
+  void* d_gate_weight = nullptr;
+  void* d_gate_bias = nullptr;
+
+  void* workspace = nullptr;  // reconstruct_backward_workspace bytes, aligned to 16
+};
+
+// Operation 2, forward. Either ids and a table, or embeddings.
+//
+// A token id outside the table, or a task id outside the bank, makes NaN of its token or row, and
+// nothing is read through it.
+struct SpliceForward {
+  int64_t batch = 0;
+  int64_t length = 0;      // S; may be 0: the prompt alone
+  int64_t tasks = 1;       // T
+  int64_t tokens = 0;      // m; may be 0: the text alone
+  int64_t width = 0;       // d
+  int64_t rank = 0;        // r; 0 without the offset
+  int64_t vocabulary = 0;  // rows of the table; 0 where source is embeddings
+
+  View prompt;          // P′ [T, m, d]
+  View input_ids;       // [batch, S], int32 or int64; not given: source is embeddings
+  View source;          // [vocabulary, d], the table, or [batch, S, d], the embeddings
+  View offset_a;        // A [T, n, r], n >= S; not given: no offset, and the mask is not read
+  View offset_b;        // B [T, r, d]
+  View attention_mask;  // [batch, S], any integer type, 0: padding; not given: all tokens are real
+  View task_ids;        // [batch], int32 or int64; not given: T is 1
+
+  double scaling = 1;  // c
+
+  void* out = nullptr;  // [batch, m + S, d], contiguous, the source's type
+
+  void* workspace = nullptr;  // splice_forward_workspace bytes, aligned to 16; may be 0 bytes
+};
+
+// Operation 2, backward: the gradients of prompt and offset, each where it is asked for.
+struct SpliceBackward {
+  int64_t batch = 0;
+  int64_t length = 0;     // S; may be 0: d_offset_a and d_offset_b are then zeros
+  int64_t tasks = 1;      // T
+  int64_t tokens = 0;     // m; may be 0 where d_prompt is null
+  int64_t width = 0;      // d
+  int64_t positions = 0;  // n >= S; positions from S on get zeros
+  int64_t rank = 0;       // r
+
+  View grad;            // of the output, [batch, m + S, d]
+  View prompt;          // P′ [T, m, d], read for its type only
+  View offset_a;        // A [T, n, r]; not needed without d_offset_a
+  View offset_b;        // B [T, r, d]; not needed without d_offset_a
+  View attention_mask;  // [batch, S]
+  View task_ids;        // [batch]; not given: T is 1
+
+  double scaling = 1;
+
+  // Gradients, contiguous, each in its parameter's type and shape; null where it is not needed.
+  // Those of the offset are needed both or neither.
+  void* d_prompt = nullptr;
+  void* d_offset_a = nullptr;
+  void* d_offset_b = nullptr;
+
+  void* workspace = nullptr;  // splice_backward_workspace bytes, aligned to 16; may be 0 bytes
+};
+
+// Bytes of workspace for a call: from its sizes and from which of its tensors are given. The
+// structs' pointers need not be valid yet, but have to be null or not as they will be; outputs and
+// the workspace itself may still be null, save the gradients of SpliceBackward, which say what is
+// needed: any other address will do for them.
+int64_t reconstruct_forward_workspace(const ReconstructForward& call);
+int64_t reconstruct_backward_workspace(const ReconstructBackward& call);
+int64_t splice_forward_workspace(const SpliceForward& call);
+int64_t splice_backward_workspace(const SpliceBackward& call);
+
+// Launch on a stream of the current device.
+Status reconstruct_forward(const ReconstructForward& call, CUstream_st* stream);
+Status reconstruct_backward(const ReconstructBackward& call, CUstream_st* stream);
+Status splice_forward(const SpliceForward& call, CUstream_st* stream);
+Status splice_backward(const SpliceBackward& call, CUstream_st* stream);
+
+}  // namespace ept

@@ -1,0 +1,472 @@
+"""The CUDA kernels as a backend on a CPU: `csrc/host.cpp`, built with the system's C++ compiler.
+
+The library is called through ctypes with the tensors' own memory. What it writes lies between guard
+zones, which are looked at after every call, and is full of NaN before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ept_fast import backends
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+_FLAGS = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+_GUARD = 256  # bytes on either side
+_TYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.bool: 3,
+    torch.uint8: 3,
+    torch.int8: 3,
+    torch.int16: 4,
+    torch.int32: 5,
+    torch.int64: 6,
+}
+_ACTIVATIONS = ("gelu", "relu", "silu", "identity")
+_GATES = ("token", "prompt")
+_Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class _View(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("stride", ctypes.c_int64 * 4),
+    ]
+
+
+def _fields(text: str) -> list[tuple[str, Any]]:
+    """``kind: name name ...`` line by line, in the order of kernels.h."""
+    kinds = {
+        "size": ctypes.c_int64,
+        "view": _View,
+        "number": ctypes.c_double,
+        "choice": ctypes.c_int32,
+        "memory": ctypes.c_void_p,
+    }
+    lines = (line.split(":") for line in text.strip().splitlines())
+    return [(name, kinds[kind.strip()]) for kind, names in lines for name in names.split()]
+
+
+class _ReconstructForward(ctypes.Structure):
+    _fields_ = _fields(
+        """
+        size: tasks tokens positions rank spaces dim width
+        view: short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
+        number: scaling temperature
+        choice: activation gate
+        memory: prompt query lse mix hidden gates cross workspace
+        """
+    )
+
+
+class _ReconstructBackward(ctypes.Structure):
+    _fields_ = _fields(
+        """
+        size: tasks tokens positions rank spaces dim width
+        view: grad short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
+        memory: query lse mix hidden gates cross
+        number: scaling temperature
+        choice: activation gate
+        memory: d_short_prompt d_offset_a d_offset_b d_space_down d_space_up
+        memory: d_gate_weight d_gate_bias workspace
+        """
+    )
+
+
+class _SpliceForward(ctypes.Structure):
+    _fields_ = _fields(
+        """
+        size: batch length tasks tokens width rank vocabulary
+        view: prompt input_ids source offset_a offset_b attention_mask task_ids
+        number: scaling
+        memory: out workspace
+        """
+    )
+
+
+class _SpliceBackward(ctypes.Structure):
+    _fields_ = _fields(
+        """
+        size: batch length tasks tokens width positions rank
+        view: grad prompt offset_a offset_b attention_mask task_ids
+        number: scaling
+        memory: d_prompt d_offset_a d_offset_b workspace
+        """
+    )
+
+
+_STRUCTS = (_View, _ReconstructForward, _ReconstructBackward, _SpliceForward, _SpliceBackward)
+
+
+def compiler() -> str | None:
+    """The C++ compiler of this machine, if it has one."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+def build(folder: Path, *flags: str) -> Path:
+    """The library, compiled into a folder."""
+    path = folder / "libept_host.so"
+    found = compiler()
+    assert found is not None
+    command = [found, *_FLAGS, *flags, str(CSRC / "host.cpp"), "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return path
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library: the one that ``EPT_HOST_LIBRARY`` names, or built once for the process."""
+    given = os.environ.get("EPT_HOST_LIBRARY")
+    if given:
+        loaded = ctypes.CDLL(given)
+    elif compiler() is None:
+        pytest.skip("no C++ compiler on this machine")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = ctypes.CDLL(str(build(Path(folder))))
+    loaded.ept_failure.restype = ctypes.c_char_p
+    loaded.ept_from_half.restype = ctypes.c_float
+    for name in ("bfloat16", "half"):
+        getattr(loaded, f"ept_{name}").argtypes = [ctypes.c_float]
+        getattr(loaded, f"ept_{name}").restype = ctypes.c_uint16
+    for name in ("largest_grid", "most_shared_bytes", "struct_size"):
+        getattr(loaded, f"ept_{name}").restype = ctypes.c_int64
+    sizes = [loaded.ept_struct_size(index) for index in range(len(_STRUCTS))]
+    assert sizes == [ctypes.sizeof(struct) for struct in _STRUCTS], "not the structs of kernels.h"
+    return loaded
+
+
+_order = [0]
+
+
+@contextmanager
+def downwards() -> Iterator[None]:
+    """Threads of a phase, and blocks of a launch, run in the opposite order."""
+    _order.append(1)
+    yield
+    _order.pop()
+
+
+def as_backend(monkeypatch: pytest.MonkeyPatch, name: str = "host") -> None:
+    """Have this module stand among the backends under a name, for calls that ask for it."""
+    order = {**backends._IN_ORDER, name: sys.modules[__name__]}
+    monkeypatch.setattr(backends, "_IN_ORDER", order)
+    monkeypatch.setattr(backends, "_NAMES", (*order, backends.REFERENCE))
+
+
+def supports(tensors: dict[str, Tensor | None], by_name: bool = False) -> tuple[bool, str]:
+    """Whatever the kernels serve, where they are asked for by name."""
+    return by_name, "the kernels on a host"
+
+
+class Memory:
+    """Outputs and workspace of one call, each between guard zones."""
+
+    def __init__(self) -> None:
+        self._bounds: list[tuple[Tensor, int, int]] = []
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32, shift: int = 0) -> Tensor:
+        """Full of NaN; ``shift``: elements that it starts past a multiple of 16 bytes."""
+        number = 1
+        for size in shape:
+            number *= size
+        before = _GUARD + shift * dtype.itemsize
+        memory = torch.full((before + number * dtype.itemsize + _GUARD,), 0xAB, dtype=torch.uint8)
+        inside = memory[before : before + number * dtype.itemsize]
+        inside.fill_(0xFF)
+        self._bounds.append((memory, before, number * dtype.itemsize))
+        return inside.view(dtype).view(shape)
+
+    def check(self) -> None:
+        """Nothing was written outside."""
+        for memory, before, number in self._bounds:
+            assert (memory[:before] == 0xAB).all()
+            assert (memory[before + number :] == 0xAB).all()
+
+
+def _view(tensor: Tensor | None) -> _View:
+    if tensor is None:
+        return _View()
+    strides = (*tensor.stride(), 0, 0, 0, 0)[:4]
+    return _View(tensor.data_ptr(), _TYPES[tensor.dtype], strides)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+_NOWHERE = 4096  # an address that is given and never read
+
+
+def _run(name: str, call: ctypes.Structure, memory: Memory) -> None:
+    """Allocate the workspace, call, look at the guard zones."""
+    loaded = library()
+    size = getattr(loaded, f"ept_{name}_workspace")
+    size.restype = ctypes.c_int64
+    workspace = memory.empty(size(ctypes.byref(call)), dtype=torch.uint8)
+    call.workspace = workspace.data_ptr()  # type: ignore[attr-defined]
+    error = getattr(loaded, f"ept_{name}")(ctypes.byref(call), _order[-1])
+    assert error == 0, loaded.ept_failure().decode()
+    memory.check()
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a call would take."""
+
+    workspace: int  # bytes
+    launches: int
+    grid: int  # blocks of the largest launch
+    shared: int  # bytes of shared memory, the most of any block
+
+
+def count(name: str, sizes: dict[str, int], views: dict[str, torch.dtype], *given: str) -> Counted:
+    """Plan a call without memory: its sizes, types of its tensors, outputs it asks for."""
+    loaded = library()
+    call = {
+        "reconstruct_forward": _ReconstructForward,
+        "reconstruct_backward": _ReconstructBackward,
+        "splice_forward": _SpliceForward,
+        "splice_backward": _SpliceBackward,
+    }[name](
+        **sizes,
+        **{key: _View(_NOWHERE, _TYPES[dtype]) for key, dtype in views.items()},
+        **dict.fromkeys(given, _NOWHERE),
+    )
+    size = getattr(loaded, f"ept_{name}_workspace")
+    size.restype = ctypes.c_int64
+    loaded.ept_only_count(1)
+    error = getattr(loaded, f"ept_{name}")(ctypes.byref(call), _order[-1])
+    loaded.ept_only_count(0)
+    assert error == 0
+    return Counted(
+        size(ctypes.byref(call)),
+        loaded.ept_launches(),
+        loaded.ept_largest_grid(),
+        loaded.ept_most_shared_bytes(),
+    )
+
+
+def _sizes(
+    short_prompt: Tensor, offset_a: Tensor | None, space_down: Tensor | None
+) -> dict[str, int]:
+    tasks, tokens, width = short_prompt.shape
+    sizes = {"tasks": tasks, "tokens": tokens, "width": width}
+    if offset_a is not None:
+        sizes |= {"positions": offset_a.shape[1], "rank": offset_a.shape[2]}
+    if space_down is not None:
+        sizes |= {"spaces": space_down.shape[1], "dim": space_down.shape[3]}
+    return sizes
+
+
+_SEVEN = (
+    "short_prompt",
+    "offset_a",
+    "offset_b",
+    "space_down",
+    "space_up",
+    "gate_weight",
+    "gate_bias",
+)
+
+
+def reconstruct_forward(
+    short_prompt: Tensor,
+    offset_a: Tensor | None,
+    offset_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    scaling: float,
+    activation: str,
+    gate: str,
+    temperature: float,
+) -> _Seven:
+    seven = (short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
+    sizes = _sizes(short_prompt, offset_a, space_down)
+    memory = Memory()
+    tasks, m, width = short_prompt.shape
+    out = memory.empty(tasks, m, width, dtype=short_prompt.dtype)
+    saved: dict[str, Tensor] = {}
+    if offset_a is not None:
+        rank = offset_a.shape[2]
+        saved["query"] = memory.empty(tasks, m, rank)
+        saved["lse"] = memory.empty(tasks, m)
+        saved["mix"] = memory.empty(tasks, m, rank)
+    if space_down is not None:
+        spaces, dim = space_down.shape[1], space_down.shape[3]
+        saved["hidden"] = memory.empty(tasks, m, spaces * dim)
+        saved["gates"] = memory.empty(tasks, m, spaces)
+        if offset_a is not None:
+            saved["cross"] = memory.empty(tasks, offset_a.shape[2], spaces * dim + spaces)
+    call = _ReconstructForward(
+        **sizes,
+        **{name: _view(tensor) for name, tensor in zip(_SEVEN, seven, strict=True)},
+        scaling=scaling,
+        temperature=temperature,
+        activation=_ACTIVATIONS.index(activation),
+        gate=_GATES.index(gate),
+        prompt=out.data_ptr(),
+        **{name: tensor.data_ptr() for name, tensor in saved.items()},
+    )
+    _run("reconstruct_forward", call, memory)
+    query, lse, mix, hidden, gates, cross = (
+        saved.get(name, torch.empty(0))
+        for name in ("query", "lse", "mix", "hidden", "gates", "cross")
+    )
+    return out, query, lse, mix, hidden, gates, cross
+
+
+def reconstruct_backward(
+    grad: Tensor,
+    short_prompt: Tensor,
+    offset_a: Tensor | None,
+    offset_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    query: Tensor,
+    lse: Tensor,
+    mix: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    cross: Tensor,
+    scaling: float,
+    activation: str,
+    gate: str,
+    temperature: float,
+) -> _Seven:
+    seven = (short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
+    memory = Memory()
+    grads = [None if t is None else memory.empty(*t.shape, dtype=t.dtype) for t in seven]
+    saved = {
+        "query": query,
+        "lse": lse,
+        "mix": mix,
+        "hidden": hidden,
+        "gates": gates,
+        "cross": cross,
+    }
+    saved = {name: tensor.contiguous() for name, tensor in saved.items() if tensor.numel()}
+    call = _ReconstructBackward(
+        **_sizes(short_prompt, offset_a, space_down),
+        grad=_view(grad),
+        **{name: _view(tensor) for name, tensor in zip(_SEVEN, seven, strict=True)},
+        **{name: tensor.data_ptr() for name, tensor in saved.items()},
+        scaling=scaling,
+        temperature=temperature,
+        activation=_ACTIVATIONS.index(activation),
+        gate=_GATES.index(gate),
+        **{f"d_{name}": _address(tensor) for name, tensor in zip(_SEVEN, grads, strict=True)},
+    )
+    _run("reconstruct_backward", call, memory)
+    p, a, b, down, up, weight, bias = (torch.empty(0) if t is None else t for t in grads)
+    return p, a, b, down, up, weight, bias
+
+
+def splice_forward(
+    prompt: Tensor,
+    input_ids: Tensor | None,
+    weight: Tensor | None,
+    inputs_embeds: Tensor | None,
+    offset_a: Tensor | None,
+    offset_b: Tensor | None,
+    attention_mask: Tensor | None,
+    task_ids: Tensor | None,
+    scaling: float,
+    shift: int = 0,
+) -> Tensor:
+    """``shift``: elements that the output starts past a multiple of 16 bytes."""
+    text = input_ids if inputs_embeds is None else inputs_embeds
+    source = weight if inputs_embeds is None else inputs_embeds
+    assert text is not None
+    assert source is not None
+    batch, length = text.shape[:2]
+    tasks, m, width = prompt.shape
+    memory = Memory()
+    out = memory.empty(batch, m + length, width, dtype=source.dtype, shift=shift)
+    call = _SpliceForward(
+        batch=batch,
+        length=length,
+        tasks=tasks,
+        tokens=m,
+        width=width,
+        rank=0 if offset_a is None else offset_a.shape[2],
+        vocabulary=source.shape[0] if inputs_embeds is None else 0,
+        prompt=_view(prompt),
+        input_ids=_view(input_ids if inputs_embeds is None else None),
+        source=_view(source),
+        offset_a=_view(offset_a),
+        offset_b=_view(offset_b),
+        attention_mask=_view(attention_mask),
+        task_ids=_view(task_ids),
+        scaling=scaling,
+        out=out.data_ptr(),
+    )
+    _run("splice_forward", call, memory)
+    return out
+
+
+def splice_backward(
+    grad: Tensor,
+    prompt: Tensor,
+    offset_a: Tensor | None,
+    offset_b: Tensor | None,
+    attention_mask: Tensor | None,
+    task_ids: Tensor | None,
+    scaling: float,
+    need_prompt: bool,
+    need_offset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, total, width = grad.shape
+    tasks, m, _ = prompt.shape
+    memory = Memory()
+    d_prompt = memory.empty(*prompt.shape, dtype=prompt.dtype) if need_prompt else None
+    d_a = d_b = None
+    if need_offset and offset_a is not None and offset_b is not None:
+        d_a = memory.empty(*offset_a.shape, dtype=offset_a.dtype)
+        d_b = memory.empty(*offset_b.shape, dtype=offset_b.dtype)
+    call = _SpliceBackward(
+        batch=batch,
+        length=total - m,
+        tasks=tasks,
+        tokens=m,
+        width=width,
+        positions=0 if offset_a is None else offset_a.shape[1],
+        rank=0 if offset_a is None else offset_a.shape[2],
+        grad=_view(grad),
+        prompt=_view(prompt),
+        offset_a=_view(offset_a),
+        offset_b=_view(offset_b),
+        attention_mask=_view(attention_mask),
+        task_ids=_view(task_ids),
+        scaling=scaling,
+        d_prompt=_address(d_prompt),
+        d_offset_a=_address(d_a),
+        d_offset_b=_address(d_b),
+    )
+    _run("splice_backward", call, memory)
+    empty = torch.empty(0)
+    p, a, b = (empty if t is None else t for t in (d_prompt, d_a, d_b))
+    return p, a, b

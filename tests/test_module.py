@@ -538,7 +538,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "backend": (
         lambda: make_prompt(backend="fast")(make_ids()),
         ValueError,
-        "backend: expected one of triton, eager, reference, got 'fast'",
+        "backend: expected one of triton, cuda, eager, reference, got 'fast'",
     ),
 }
 

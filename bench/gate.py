@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -67,6 +68,16 @@ def compare(found: dict[str, Tensor], expected: Expected) -> tuple[float, str]:
         if ratio > worst:
             worst, where = ratio, name
     return worst, where
+
+
+def refuse_red(case: str, name: str, error: float, where: str) -> None:
+    """Fail a row whose check is red: the peer, or ours beside it, is not timed."""
+    if not error <= 1:
+        pytest.fail(
+            f"{case}: parity: {name} is not timed: {where} is off by {error:.3g} times what is "
+            f"allowed",
+            pytrace=False,
+        )
 
 
 def _largest(value: Tensor, exact: Tensor) -> float:

@@ -19,12 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from bench.clock import Work
 from bench.gate import Expected
+from bench.peers import DEPT, PEFT, PEFT_TOKENS
 from bench.shapes import Shape
 from ept_fast import EPTConfig, FusedEPTPrompt, reference
 
-PROMPT_TOKENS = 100  # of the plain prompt that sets everyone's budget of parameters
-PEFT = f"peft-{PROMPT_TOKENS}"
-DEPT = "dept"
 BACKBONE = "backbone"
 MAX_LENGTH = 256
 
@@ -97,13 +95,13 @@ def shape_of(backbone: Backbone, lengths: str) -> Shape:
 
 def our_config(backbone: Backbone) -> EPTConfig:
     """Ours at the budget of a plain prompt."""
-    return EPTConfig.from_budget(backbone.hidden_size, PROMPT_TOKENS, max_length=MAX_LENGTH)
+    return EPTConfig.from_budget(backbone.hidden_size, PEFT_TOKENS, max_length=MAX_LENGTH)
 
 
 def dept_config(backbone: Backbone) -> EPTConfig:
     """DePT at the budget of a plain prompt: no fusion, no subspaces, so a larger rank."""
     return EPTConfig.from_budget(
-        backbone.hidden_size, PROMPT_TOKENS, max_length=MAX_LENGTH, num_spaces=0, fusion=False
+        backbone.hidden_size, PEFT_TOKENS, max_length=MAX_LENGTH, num_spaces=0, fusion=False
     )
 
 
@@ -328,7 +326,7 @@ def _peft(model: Any, backbone: Backbone) -> Method:
         model,
         peft.PromptTuningConfig(
             task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
-            num_virtual_tokens=PROMPT_TOKENS,
+            num_virtual_tokens=PEFT_TOKENS,
             num_transformer_submodules=1,
         ),
     ).eval()
@@ -347,10 +345,10 @@ def _peft(model: Any, backbone: Backbone) -> Method:
         prompt = trained["short_prompt"]
         head = prompt.to(text.dtype).expand(len(text), *prompt.shape)
         embeds = torch.cat([head, text], dim=1)
-        mask = _mask(batch, PROMPT_TOKENS)
-        return Seen(embeds, mask, _labels(backbone, batch, PROMPT_TOKENS))
+        mask = _mask(batch, PEFT_TOKENS)
+        return Seen(embeds, mask, _labels(backbone, batch, PEFT_TOKENS))
 
-    note = f"{PROMPT_TOKENS} tokens"
+    note = f"{PEFT_TOKENS} tokens"
     return Method(PEFT, trained, [{"params": [prompt]}], loss, seen, note)
 
 

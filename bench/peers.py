@@ -80,7 +80,7 @@ def make(operation: str, name: str, shape: Shape, inputs: Inputs) -> Peer:
     if name == DEPT:
         return _dept(operation, shape)
     if name == PEFT:
-        return _peft(inputs.weight)
+        return peft_prompt(inputs.weight)
     definition = operation_of(operation, REFERENCE)
     if name == REFERENCE:
         forward = definition
@@ -166,7 +166,7 @@ def _dept(operation: str, shape: Shape) -> Peer:
     return Peer(DEPT, forward, leaves, definition, same_work=False)
 
 
-def _peft(table: Tensor) -> Peer:
+def peft_prompt(table: Tensor) -> Peer:
     """PEFT's prompt tuning on a model that hands its embeddings on, so only the prompt is timed."""
     import peft
     from transformers import PretrainedConfig, PreTrainedModel

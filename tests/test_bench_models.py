@@ -159,7 +159,7 @@ def test_the_backbone_sees_what_each_method_says() -> None:
     for name, before, length in [
         ("eager", 20, 40),
         (DEPT, 20, models.MAX_LENGTH),
-        (PEFT, models.PROMPT_TOKENS, 40),
+        (PEFT, models.PEFT_TOKENS, 40),
         (BACKBONE, 20, 40),
     ]:
         setup.method(name).loss(setup.batch)
@@ -173,7 +173,7 @@ def test_the_backbone_sees_what_each_method_says() -> None:
 @pytest.mark.parametrize("backbone", [*models.ON_CPU, *models.QUICK], ids=lambda b: b.name)
 def test_everyone_has_the_budget_of_the_plain_prompt(backbone: Backbone) -> None:
     d = backbone.hidden_size
-    budget = models.PROMPT_TOKENS * d
+    budget = models.PEFT_TOKENS * d
     ours, dept = models.our_config(backbone), models.dept_config(backbone)
     one_rank = models.MAX_LENGTH + d
     assert budget - one_rank < ours.num_parameters <= budget

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ept_fast.backends import eager
+from ept_fast.backends.eager import is_degenerate
 from ept_fast.kernels.launch import target
 
 __all__ = [
@@ -104,13 +105,9 @@ def _operators() -> Any:
     return torch.ops.ept_fast
 
 
-def _degenerate(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.numel() == 0 for tensor in tensors)
-
-
 def _is_plain(short_prompt: Tensor, *rest: Tensor | None) -> bool:
     """Whether nothing is left of operation 1 but a copy, or a tensor is empty."""
-    return _degenerate(short_prompt, *rest) or all(tensor is None for tensor in rest)
+    return is_degenerate(short_prompt, *rest) or all(tensor is None for tensor in rest)
 
 
 def reconstruct_forward(
@@ -191,7 +188,7 @@ def splice_forward(
         attention_mask,
         task_ids,
     )
-    if _degenerate(*given):
+    if is_degenerate(*given):
         return eager.splice_forward(*given, scaling)
     result: Tensor = _operators().cuda_splice_forward(*given, scaling)
     return result
@@ -210,7 +207,7 @@ def splice_backward(
 ) -> _Three:
     """Gradients of prompt, offset_a and offset_b in their types from that of the output."""
     given = (grad, prompt, offset_a, offset_b, attention_mask, task_ids)
-    if _degenerate(*given):
+    if is_degenerate(*given):
         return eager.splice_backward(*given, scaling, need_prompt, need_offset)
     result: _Three = _operators().cuda_splice_backward(*given, scaling, need_prompt, need_offset)
     return result

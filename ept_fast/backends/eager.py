@@ -43,6 +43,11 @@ def supports(tensors: dict[str, Tensor | None], by_name: bool = False) -> tuple[
 # Operation 1
 
 
+def is_degenerate(*tensors: Tensor | None) -> bool:
+    """Whether any tensor has no elements: what is left of a call then is done here."""
+    return any(tensor is not None and tensor.numel() == 0 for tensor in tensors)
+
+
 def _side_by_side(space_down: Tensor, gate_weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[D | G], [T, d, K·h + K]."""
     tasks, spaces, width, dim = space_down.shape

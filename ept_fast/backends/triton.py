@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ept_fast.backends import eager
+from ept_fast.backends.eager import is_degenerate
 from ept_fast.kernels.launch import target
 
 __all__ = [
@@ -127,11 +128,6 @@ def _sizes_fit(tensors: dict[str, Tensor | None]) -> tuple[bool, str]:
     return True, "fused kernels"
 
 
-def _degenerate(*tensors: Tensor | None) -> bool:
-    """Whether any tensor has no elements: what is left then is plain PyTorch's to do."""
-    return any(tensor is not None and tensor.numel() == 0 for tensor in tensors)
-
-
 def reconstruct_forward(
     short_prompt: Tensor,
     offset_a: Tensor | None,
@@ -149,7 +145,7 @@ def reconstruct_forward(
     from ept_fast.kernels import reconstruct
 
     seven = (short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
-    owner = eager if _degenerate(*seven) else reconstruct
+    owner = eager if is_degenerate(*seven) else reconstruct
     result: _Seven = owner.reconstruct_forward(*seven, scaling, activation, gate, temperature)
     return result
 
@@ -179,7 +175,7 @@ def reconstruct_backward(
 
     seven = (short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
     saved = (query, lse, mix, hidden, gates, cross)
-    owner = eager if _degenerate(*seven) else reconstruct
+    owner = eager if is_degenerate(*seven) else reconstruct
     result: _Seven = owner.reconstruct_backward(
         grad, *seven, *saved, scaling, activation, gate, temperature
     )

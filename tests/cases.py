@@ -20,6 +20,27 @@ SEVEN = (
     "gate_bias",
 )
 PADDINGS = ("none", "right", "left", "holes", "rows")
+ACTIVATIONS = ("gelu", "relu", "silu", "identity")
+GATES = ("token", "prompt")
+PARTS: dict[str, dict[str, bool]] = {
+    "all": {},
+    "no fusion": {"fusion": False},
+    "no spaces": {"spaces": False},
+    "no offset": {"offset": False},
+    "prompt only": {"offset": False, "spaces": False},
+}
+# Of the embeddings and of the parameters.
+TYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16 table": (torch.bfloat16, torch.float32),
+    "fp16 table": (torch.float16, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "bf16 parameters": (torch.float32, torch.bfloat16),
+    "fp16 parameters": (torch.float32, torch.float16),
+    "fp16 table, bf16 parameters": (torch.float16, torch.bfloat16),
+    "bf16 table, fp16 parameters": (torch.bfloat16, torch.float16),
+}
 
 
 @dataclass(frozen=True)
@@ -154,3 +175,10 @@ def run(case: Case, backend: str, cotangent: Tensor) -> dict[str, Tensor]:
     out.backward(cotangent.to(out.dtype))
     grads = {name: t.grad for name, t in case.parameters.items() if t.grad is not None}
     return {"output": out.detach(), **grads}
+
+
+def typed(case: Case, types: str) -> Case:
+    """The case in a pair of ``TYPES``."""
+    table, parameters = TYPES[types]
+    case = case.to(parameters)
+    return replace(case, weight=case.weight.to(table))

@@ -16,33 +16,24 @@ from ept_fast import reconstruct_prompt, splice_prompt
 from ept_fast.backends import eager
 from tests import host_kernels as kernels
 from tests import test_golden
-from tests.cases import PADDINGS, SEVEN, Case, Sizes, make_case, run
+from tests.cases import (
+    ACTIVATIONS,
+    GATES,
+    PADDINGS,
+    PARTS,
+    SEVEN,
+    TYPES,
+    Sizes,
+    make_case,
+    run,
+    typed,
+)
 from tests.parity import assert_as_exact_as_the_definition, cotangent_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "host"),
     pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compiler on this machine"),
 ]
-ACTIVATIONS = ("gelu", "relu", "silu", "identity")
-GATES = ("token", "prompt")
-PARTS: dict[str, dict[str, bool]] = {
-    "all": {},
-    "no fusion": {"fusion": False},
-    "no spaces": {"spaces": False},
-    "no offset": {"offset": False},
-    "prompt only": {"offset": False, "spaces": False},
-}
-TYPES = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16 table": (torch.bfloat16, torch.float32),
-    "fp16 table": (torch.float16, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "bf16 parameters": (torch.float32, torch.bfloat16),
-    "fp16 parameters": (torch.float32, torch.float16),
-    "fp16 table, bf16 parameters": (torch.float16, torch.bfloat16),
-    "bf16 table, fp16 parameters": (torch.bfloat16, torch.float16),
-}
 SHAPES = {
     "one": Sizes(m=1, n=1, r=1, k=1, h=1, d=1, batch=1, length=1),
     "prime": Sizes(m=7, n=29, r=5, k=3, h=5, d=37, batch=5, length=23),
@@ -65,12 +56,6 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.as_backend(monkeypatch)
 
 
-def _typed(case: Case, types: str) -> Case:
-    table, parameters = TYPES[types]
-    case = case.to(parameters)
-    return replace(case, weight=case.weight.to(table))
-
-
 # Parity
 
 
@@ -81,7 +66,7 @@ def test_parity_of_types(types: str) -> None:
         make_case(SHAPES[shape], padding=padding, dtype=torch.float32, seed=seed)
         for seed, (shape, padding) in enumerate(TABLE)
     )
-    assert_as_exact_as_the_definition((_typed(case, types) for case in cases), "host")
+    assert_as_exact_as_the_definition((typed(case, types) for case in cases), "host")
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -103,7 +88,7 @@ def test_parity_of_flags(activation: str, gate: str) -> None:
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_text_is_rounded_once(types: str, padding: str) -> None:
     """With an offset that float32 holds exactly the result is the rounded sum, bit for bit."""
-    case = _typed(make_case(Sizes(d=24), padding=padding, dtype=torch.float32), types)
+    case = typed(make_case(Sizes(d=24), padding=padding, dtype=torch.float32), types)
     prompt, a, b = (
         torch.randint(-4, 5, case.parameters[name].shape, generator=torch.Generator()).float()
         for name in SEVEN[:3]
@@ -193,7 +178,7 @@ def _laid_out(tensor: Tensor, layout: str) -> Tensor:
 def test_strides_change_no_bit(layout: str, tasks: int | None, types: str) -> None:
     """d = 24 moves in vectors where it is plain, and element by element where it is not."""
     sizes = Sizes(m=5, n=12, r=3, k=2, h=4, d=24, batch=4, length=9, tasks=tasks)
-    case = _typed(make_case(sizes, padding="left", dtype=torch.float32), types)
+    case = typed(make_case(sizes, padding="left", dtype=torch.float32), types)
     cotangent = cotangent_of(case)
     plain = run(case, "host", cotangent)
     strided = {
@@ -403,7 +388,7 @@ def test_the_order_of_threads_changes_no_bit(shape: str, gate: str, types: str) 
     """A phase in which a thread read what another one writes would differ, and so would a race
     between blocks."""
     case = make_case(SHAPES[shape], padding="holes", dtype=torch.float32, gate=gate)
-    case = _typed(case, types)
+    case = typed(case, types)
     cotangent = cotangent_of(case)
     upwards = run(case, "host", cotangent)
     with kernels.downwards():

@@ -16,30 +16,21 @@ from ept_fast import reconstruct_prompt, splice_prompt
 from ept_fast.backends import eager
 from ept_fast.backends import triton as backend
 from ept_fast.kernels import launch
-from tests.cases import PADDINGS, Case, Sizes, make_case, run, shapes_of
+from tests.cases import (
+    ACTIVATIONS,
+    GATES,
+    PADDINGS,
+    PARTS,
+    TYPES,
+    Sizes,
+    make_case,
+    run,
+    shapes_of,
+    typed,
+)
 from tests.parity import assert_as_exact_as_the_definition, cotangent_of, needs_interpreter
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("one_thread")]
-ACTIVATIONS = ("gelu", "relu", "silu", "identity")
-GATES = ("token", "prompt")
-PARTS: dict[str, dict[str, bool]] = {
-    "all": {},
-    "no fusion": {"fusion": False},
-    "no spaces": {"spaces": False},
-    "no offset": {"offset": False},
-    "prompt only": {"offset": False, "spaces": False},
-}
-TYPES = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16 table": (torch.bfloat16, torch.float32),
-    "fp16 table": (torch.float16, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "bf16 parameters": (torch.float32, torch.bfloat16),
-    "fp16 parameters": (torch.float32, torch.float16),
-    "fp16 table, bf16 parameters": (torch.float16, torch.bfloat16),
-    "bf16 table, fp16 parameters": (torch.bfloat16, torch.float16),
-}
 SHAPES = {
     "one": Sizes(m=1, n=1, r=1, k=1, h=1, d=1, batch=1, length=1),
     "prime": Sizes(m=7, n=29, r=5, k=3, h=5, d=37, batch=5, length=23),
@@ -49,12 +40,6 @@ SHAPES = {
     "blocks": Sizes(m=19, n=70, r=33, k=3, h=12, d=130, batch=9, length=67),
 }
 EVERY_ROW = ("prime", "blocks")
-
-
-def _typed(case: Case, types: str) -> Case:
-    table, parameters = TYPES[types]
-    case = case.to(parameters)
-    return replace(case, weight=case.weight.to(table))
 
 
 # Parity
@@ -74,7 +59,7 @@ def test_parity_of_types(types: str) -> None:
         make_case(SHAPES[shape], padding=padding, dtype=torch.float32, seed=seed)
         for seed, (shape, padding) in enumerate(TABLE)
     )
-    assert_as_exact_as_the_definition((_typed(case, types) for case in cases), "triton")
+    assert_as_exact_as_the_definition((typed(case, types) for case in cases), "triton")
 
 
 @pytest.mark.parametrize("gate", GATES)

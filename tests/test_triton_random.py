@@ -7,12 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.cases import PADDINGS, Sizes, make_case, run
+from tests.cases import ACTIVATIONS, GATES, PADDINGS, Sizes, make_case, run
 from tests.parity import cotangent_of, needs_interpreter
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("one_thread")]
-ACTIVATIONS = ("gelu", "relu", "silu", "identity")
-GATES = ("token", "prompt")
 
 
 def _draw_sizes(data: st.DataObject) -> Sizes:

@@ -23,7 +23,6 @@ from ept_fast.checkpoint import (
     write_tensors,
 )
 from ept_fast.config import EPTConfig, check_choice, check_number
-from ept_fast.integrations import POOLINGS
 from ept_fast.module import CONFIG_FILE, TENSOR_FILE, FusedEPTPrompt
 
 __all__ = [
@@ -140,7 +139,7 @@ class EPTForSequenceClassification(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_choice("pooling", pooling, POOLINGS)
+        check_choice("pooling", pooling, ("mean", "model"))
         check_number("head_dropout", head_dropout)
         if not 0 <= head_dropout < 1:
             raise ValueError(f"head_dropout: expected 0 <= head_dropout < 1, got {head_dropout}")

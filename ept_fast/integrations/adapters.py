@@ -1,0 +1,142 @@
+"""The folder of a saved adapter: prompt, head and a description with the checksums of both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ept_fast.checkpoint import (
+    CheckpointError,
+    check_tensors,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from ept_fast.config import EPTConfig
+from ept_fast.integrations import POOLINGS, TASKS
+from ept_fast.module import CONFIG_FILE, TENSOR_FILE
+
+__all__ = [
+    "ADAPTER_FILE",
+    "HEAD_FILE",
+    "read_adapter",
+    "read_config",
+    "read_head",
+    "write_adapter",
+]
+
+ADAPTER_FILE = "adapter.json"
+HEAD_FILE = "head.safetensors"
+
+_FORMAT: dict[str, Any] = {"format": "ept_fast", "format_version": 2}
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "task": (str,),
+    "base_model": (str, type(None)),
+    "base_model_type": (str, type(None)),
+    "labels": (list, type(None)),
+    "pooling": (str, type(None)),
+    "head": (str, type(None)),
+    "head_dropout": (float, int),
+    "sha256": (dict,),
+    "extra": (dict,),
+}
+
+
+def write_adapter(
+    folder: Path, head: Mapping[str, Tensor] | None, values: Mapping[str, Any], config: EPTConfig
+) -> None:
+    """Write head and description beside a prompt that is in the folder already.
+
+    The description comes last: it holds the checksums of the other files, so that a folder cut off
+    half-way is refused by :func:`read_adapter`.
+    """
+    if head is None:
+        (folder / HEAD_FILE).unlink(missing_ok=True)  # of an adapter that stood here before
+    else:
+        write_tensors(folder / HEAD_FILE, head, config.to_json())
+    sums = _checksums(folder, head is not None)
+    write_json(folder / ADAPTER_FILE, {**_FORMAT, **values, "sha256": sums})
+
+
+def read_adapter(folder: str | Path) -> dict[str, Any]:
+    """The checked description of an adapter.
+
+    Returns:
+        ``task``, ``base_model``, ``base_model_type``, ``labels``, ``pooling``, ``head``
+        (``"linear"``, ``"model"`` or None), ``head_dropout``, ``sha256`` and ``extra``.
+
+    Raises:
+        CheckpointError: missing or foreign, or a file is not the one it was written with.
+    """
+    path = Path(folder) / ADAPTER_FILE
+    values = read_json(path)
+    missing = sorted({*_FORMAT, *_FIELDS} - set(values))
+    if missing or any(values[name] != value for name, value in _FORMAT.items()):
+        got = f"no {', '.join(missing)}" if missing else str({n: values[n] for n in _FORMAT})
+        raise CheckpointError(f"{path}: expected an adapter with {_FORMAT}, got {got}")
+    for name, kinds in _FIELDS.items():
+        if not isinstance(values[name], kinds) or isinstance(values[name], bool):
+            names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise CheckpointError(
+                f"{path}: {name}: expected {names}, got {type(values[name]).__name__}"
+            )
+    choices = {"task": TASKS, "pooling": (*POOLINGS, None), "head": ("linear", "model", None)}
+    for name, allowed in choices.items():
+        if values[name] not in allowed:
+            raise CheckpointError(
+                f"{path}: {name}: expected one of {allowed}, got {values[name]!r}"
+            )
+    labels = values["labels"]
+    if labels is not None and not all(isinstance(label, str) for label in labels):
+        raise CheckpointError(f"{path}: labels: expected strings, got {labels!r}")
+    if not 0 <= values["head_dropout"] < 1:
+        raise CheckpointError(
+            f"{path}: head_dropout: expected 0 <= head_dropout < 1, got {values['head_dropout']}"
+        )
+    if _checksums(Path(folder), values["head"] is not None) != values["sha256"]:
+        raise CheckpointError(
+            f"{path}: sha256: expected the files it was saved with, got others "
+            f"(damaged, or a save that was cut off)"
+        )
+    return values
+
+
+def read_config(folder: Path, width: int) -> EPTConfig:
+    """The config of the prompt in an adapter's folder, for embeddings of this width."""
+    path = folder / CONFIG_FILE
+    values = read_json(path)
+    values.pop("num_tasks", None)
+    try:
+        config = EPTConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if config.hidden_size != width:
+        raise CheckpointError(
+            f"{path}: hidden_size: expected {width} as in the backbone, got {config.hidden_size}"
+        )
+    return config
+
+
+def read_head(folder: Path, head: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a head of these very sizes."""
+    tensors, _ = read_tensors(folder / HEAD_FILE)
+    shapes = {name: tuple(p.shape) for name, p in head.state_dict().items()}
+    check_tensors(folder / HEAD_FILE, tensors, shapes)
+    return tensors
+
+
+def _checksums(folder: Path, head: bool) -> dict[str, str]:
+    sums = {}
+    for name in (CONFIG_FILE, TENSOR_FILE, *((HEAD_FILE,) if head else ())):
+        try:
+            sums[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / name}: expected a readable file, got {error.strerror or error}"
+            ) from None
+    return sums

@@ -1,0 +1,200 @@
+"""What the wrapper has to know of a frozen ``transformers`` model, and how one is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ept_fast.config import check_choice
+from ept_fast.integrations import TASKS
+
+__all__ = [
+    "accepted_arguments",
+    "check_backbone",
+    "column_free_length",
+    "embedding_width",
+    "first_position",
+    "load_backbone",
+    "load_tokenizer",
+    "output_width",
+    "own_head",
+    "position_table",
+    "text_limit",
+]
+
+_AUTO = {
+    "SEQ_CLS": transformers.AutoModel,
+    "TOKEN_CLS": transformers.AutoModel,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+}
+_AUTO_WITH_HEAD = {
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+}
+# Names of the classes that have a head for the task themselves.
+_HEADED = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+
+
+def load_backbone(
+    name: str,
+    task: str = "SEQ_CLS",
+    *,
+    labels: tuple[str, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """A pretrained model by folder or hub id, of the kind that the task needs.
+
+    Args:
+        name: folder or hub id.
+        task: as in :func:`ept_fast.get_ept_model`. ``"SEQ_CLS"``, ``"TOKEN_CLS"`` and
+            ``"FEATURE_EXTRACTION"`` load the model without a head, and of an encoder-decoder the
+            encoder.
+        labels: names of the classes; then the model is loaded with a head for them.
+        dtype: type of the weights.
+
+    Raises:
+        ValueError: nothing loadable under that name.
+    """
+    check_choice("task", task, TASKS)
+    logging: Any = transformers.utils.logging
+    bars = logging.is_progress_bar_enabled()
+    if Path(name).is_dir():
+        logging.disable_progress_bar()  # reading a local file needs none
+    try:
+        if labels is None:
+            backbone: Any = _AUTO[task].from_pretrained(name, dtype=dtype)
+        else:
+            ids = dict(enumerate(labels))
+            backbone = _AUTO_WITH_HEAD[task].from_pretrained(name, dtype=dtype, id2label=ids)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found(name, error)) from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    whole = task == "SEQ_2_SEQ_LM" or not backbone.config.is_encoder_decoder
+    return backbone if whole else backbone.get_encoder()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a pretrained model; ``ValueError`` where there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found(name, error)) from None
+
+
+def _not_found(name: str, error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return f"model: expected a folder or hub id of a pretrained model, got {name!r} ({reason})"
+
+
+def accepted_arguments(backbone: nn.Module) -> frozenset[str]:
+    """The names that the backbone's forward takes."""
+    return frozenset(inspect.signature(backbone.forward).parameters)
+
+
+def check_backbone(backbone: Any, task: str) -> None:
+    """Raise TypeError unless the model can be called with embeddings and has what the task needs.
+
+    Models that are not of ``transformers`` are asked for their signature only.
+    """
+    accepted = accepted_arguments(backbone) if isinstance(backbone, nn.Module) else frozenset()
+    missing = [name for name in ("inputs_embeds", "attention_mask") if name not in accepted]
+    if missing or not hasattr(backbone, "get_input_embeddings") or not hasattr(backbone, "config"):
+        raise TypeError(
+            f"model: expected a model with a config, get_input_embeddings() and a forward that "
+            f"takes inputs_embeds and attention_mask, got {type(backbone).__name__}"
+            f"({', '.join(sorted(accepted))})"
+        )
+    name = type(backbone).__name__
+    if ("decoder_input_ids" in accepted) != (task == "SEQ_2_SEQ_LM"):
+        expected = (
+            "an encoder-decoder"
+            if task == "SEQ_2_SEQ_LM"
+            else "a model without a decoder_input_ids (of an encoder-decoder, its get_encoder())"
+        )
+        raise TypeError(f"model: expected {expected} for task {task}, got {name}")
+    if not isinstance(backbone, transformers.PreTrainedModel):
+        return
+    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        if backbone.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+            raise TypeError(
+                f"model: expected a model with a language-model head for task {task}, got {name}"
+            )
+    elif backbone.base_model is not backbone and not own_head(backbone, task):
+        suffix = f" or a model {_HEADED[task]}" if task in _HEADED else ""
+        raise TypeError(
+            f"model: expected a model without a head{suffix} for task {task}, got {name}"
+        )
+
+
+def own_head(backbone: nn.Module, task: str) -> dict[str, nn.Module]:
+    """The modules of a classifier model that are not in its encoder; none of a bare encoder."""
+    if task not in _HEADED or _HEADED[task] not in type(backbone).__name__:
+        return {}
+    prefix = getattr(backbone, "base_model_prefix", "")
+    return {
+        name: child
+        for name, child in backbone.named_children()
+        if name != prefix and any(True for _ in child.parameters())
+    }
+
+
+def embedding_width(backbone: Any) -> int:
+    """d, the width of the backbone's token embeddings (not always its hidden size)."""
+    layer = backbone.get_input_embeddings()
+    return int(getattr(layer, "embedding_dim", layer.weight.shape[-1]))
+
+
+def output_width(backbone: Any) -> int:
+    """Width of the last hidden states; OPT may project them back to its embeddings' width."""
+    config = backbone.config
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
+
+
+def text_limit(backbone: Any, num_virtual_tokens: int) -> int | None:
+    """The longest text, in tokens, that fits behind the prompt; None without a limit."""
+    positions = getattr(backbone.config, "max_position_embeddings", None)
+    if positions is None or positions <= 0:  # relative positions
+        return None
+    return int(positions) - first_position(backbone) - num_virtual_tokens
+
+
+def position_table(backbone: nn.Module) -> nn.Embedding | None:
+    """The table of learned absolute positions, or None."""
+    for name, layer in backbone.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(layer, nn.Embedding) and (last == "wpe" or "position" in last):
+            return layer
+    return None
+
+
+def first_position(backbone: nn.Module) -> int:
+    """Where the backbone's position ids start: RoBERTa and its kin count from padding_idx + 1."""
+    table = position_table(backbone)
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+
+
+def column_free_length(backbone: Any) -> float:
+    """The longest row whose outputs do not depend on the columns that its tokens stand in.
+
+    A causal model whose attention sees every earlier position goes by its position ids alone: no
+    limit. Windows count columns, so a row longer than the shortest one depends on them. Without
+    position ids, or where states or convolutions run over the columns, every row does: 0.
+    """
+    config = backbone.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    attention = {"full_attention", "sliding_attention", "chunked_attention"}
+    if "position_ids" not in accepted_arguments(backbone) or kinds - attention:
+        return 0
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    windows = [getattr(config, name, None) for name in names]
+    return min((w for w in windows if isinstance(w, int)), default=math.inf)

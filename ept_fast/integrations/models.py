@@ -1,0 +1,419 @@
+"""Prompts before frozen models, a class a task, and the function that picks it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
+
+from ept_fast.config import EPTConfig, check_choice, check_number
+from ept_fast.integrations import POOLINGS, TASKS
+from ept_fast.integrations.backbones import column_free_length, output_width, own_head
+from ept_fast.integrations.model import (
+    IGNORED,
+    Description,
+    EPTModel,
+    Text,
+    replace_fields,
+    token_loss,
+)
+
+__all__ = [
+    "EPTModel",
+    "EPTModelForCausalLM",
+    "EPTModelForFeatureExtraction",
+    "EPTModelForSeq2SeqLM",
+    "EPTModelForSequenceClassification",
+    "EPTModelForTokenClassification",
+    "get_ept_model",
+]
+
+
+def get_ept_model(
+    model: nn.Module,
+    config: EPTConfig,
+    task: str,
+    *,
+    adapter_name: str = "default",
+    labels: Sequence[str] | None = None,
+    pooling: str | None = None,
+    head_dropout: float = 0.0,
+    init: str | Tensor = "vocab",
+    text: str | None = None,
+    tokenizer: Any = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    base_model: str | None = None,
+    backend: str | None = None,
+) -> EPTModel:
+    """Freeze a model and put a trainable prompt before it, with a trainable head where one is due.
+
+    Any architecture will do whose forward takes ``inputs_embeds`` and ``attention_mask``. The model
+    is not copied: ``unload()`` gives it back as it was.
+
+    Args:
+        model: a ``transformers`` model of the kind that the task needs: for ``"SEQ_2_SEQ_LM"`` an
+            encoder-decoder (the prompt goes before the encoder's text), for ``"CAUSAL_LM"`` a
+            decoder with its language-model head, for ``"SEQ_CLS"`` and ``"TOKEN_CLS"`` a bare
+            model or one with a head for the task, for ``"FEATURE_EXTRACTION"`` a bare model.
+        config: sizes and choices of the prompt; ``hidden_size`` is the width of the embeddings.
+        task: ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"CAUSAL_LM"``, ``"SEQ_2_SEQ_LM"`` or
+            ``"FEATURE_EXTRACTION"``.
+        adapter_name: name of this adapter.
+        labels: names of the classes, in the order of the logits. A bare model gets a linear head
+            for them. A model with a head for the task keeps it (a copy of it is trained); they are
+            ``config.id2label`` then.
+        pooling: for ``"SEQ_CLS"``, what a linear head sees: ``"mean"`` over the text's real tokens,
+            the ``"first"`` or the ``"last"`` of them, or ``"model"``, the bare model's own
+            ``pooler_output``. For a model with a head, ``"model"`` is that head: an encoder's reads
+            what it always reads (BERT's the first position, a prompt token now), a decoder's the
+            last real token. Default: ``"model"`` with a head, ``"mean"`` without.
+        head_dropout: dropout probability before a linear head.
+        init, text, tokenizer, generator, dtype: as in :class:`ept_fast.FusedEPTPrompt`.
+        base_model: folder or hub id of the model, saved with adapters; found from the model where
+            not given.
+        backend: as in :func:`ept_fast.reconstruct_prompt`.
+
+    Raises:
+        TypeError: a model that cannot be called with embeddings or lacks what the task needs.
+        ValueError: an unknown task, labels or sizes that do not fit.
+
+    Example:
+        >>> import transformers
+        >>> sizes = dict(vocab_size=99, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+        >>> gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+        >>> config = EPTConfig(32, num_virtual_tokens=4, max_length=32, rank=2)
+        >>> model = get_ept_model(gpt2, config, "CAUSAL_LM")
+        >>> ids = torch.tensor([[5, 6, 7]])
+        >>> model(input_ids=ids, labels=ids).logits.shape
+        torch.Size([1, 3, 99])
+    """
+    check_choice("task", task, TASKS)
+    wrapped = EPTModel._classes[task](model, base_model=base_model, backend=backend)
+    try:
+        wrapped.add_adapter(
+            adapter_name,
+            config,
+            labels=labels,
+            pooling=pooling,
+            head_dropout=head_dropout,
+            init=init,
+            text=text,
+            tokenizer=tokenizer,
+            generator=generator,
+            dtype=dtype,
+        )
+    except BaseException:
+        wrapped.unload()
+        raise
+    return wrapped.train()
+
+
+class EPTModelForCausalLM(EPTModel):
+    """A prompt before a decoder. ``labels`` [B, S] are the text's own; -100 is left out.
+
+    The first token of a text is predicted by the prompt's last position, so its label counts too.
+    ``pack_index`` [R, W] packs several texts into a row (:mod:`ept_fast.integrations.packing`).
+    """
+
+    task = "CAUSAL_LM"
+
+    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        self._column_free = column_free_length(model)
+
+    def _run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        pack_index = kwargs.pop("pack_index", None)
+        if pack_index is not None:
+            from ept_fast.integrations.packing import packed_forward
+
+            if text.input_ids is None:
+                raise ValueError("input_ids: expected ids for packed rows, got inputs_embeds")
+            ids, mask = text.input_ids, text.attention_mask
+            return packed_forward(self, ids, mask, labels, pack_index, **kwargs)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        kept = kwargs.pop("logits_to_keep", 0)
+        length, m = text.length, self.prompt.config.num_virtual_tokens
+        if m + length > self._column_free:
+            text = text.compacted()
+        if "logits_to_keep" in self._accepted:
+            kwargs["logits_to_keep"] = length + 1  # the text's, and what predicts its first token
+        output = self.backbone(**self._inputs(text, kwargs))
+        logits, loss = output.logits, None
+        if labels is not None:
+            before = logits.shape[1] - length - 1
+            targets = F.pad(text.compact(labels), (before, 1), value=IGNORED)
+            loss = token_loss(logits, targets, num_items)
+        logits = text.restore(logits[:, logits.shape[1] - length :])
+        if kept:
+            logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
+        return replace_fields(output, loss=loss, logits=logits)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """What the backbone's ``generate`` gives for these arguments, behind the active prompt.
+
+        See :func:`ept_fast.integrations.generation.generate_causal`.
+        """
+        if self._disabled:
+            return self.backbone.generate(input_ids, attention_mask=attention_mask, **kwargs)
+        from ept_fast.integrations.generation import generate_causal
+
+        return generate_causal(self, input_ids, attention_mask, **kwargs)
+
+
+class EPTModelForSeq2SeqLM(EPTModel):
+    """A prompt before an encoder-decoder's encoder. ``labels`` [B, T] are the decoder's.
+
+    ``decoder_input_ids`` follow from the labels where they are not given.
+    """
+
+    task = "SEQ_2_SEQ_LM"
+
+    def _run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        num_items = kwargs.pop("num_items_in_batch", None)
+        given = ("decoder_input_ids", "decoder_inputs_embeds")
+        if labels is not None and all(kwargs.get(name) is None for name in given):
+            ids = self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
+            kwargs["decoder_input_ids"] = ids
+        # Encoders of this kind count positions by column.
+        output = self.backbone(**self._inputs(text.compacted(), kwargs))
+        loss = None if labels is None else token_loss(output.logits, labels, num_items)
+        return replace_fields(output, loss=loss)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """What the backbone's ``generate`` gives for these arguments, behind the active prompt.
+
+        See :func:`ept_fast.integrations.generation.generate_seq2seq`.
+        """
+        if self._disabled:
+            return self.backbone.generate(input_ids, attention_mask=attention_mask, **kwargs)
+        from ept_fast.integrations.generation import generate_seq2seq
+
+        return generate_seq2seq(self, input_ids, attention_mask, **kwargs)
+
+
+class EPTModelForFeatureExtraction(EPTModel):
+    """A prompt before a bare model: ``last_hidden_state`` [B, S, h] of the text."""
+
+    task = "FEATURE_EXTRACTION"
+    accepts_loss_kwargs = False
+
+    def _run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        if labels is not None:
+            raise ValueError(f"labels: expected None for task {self.task}, got some")
+        text = text.compacted()
+        output = self.backbone(**self._inputs(text, kwargs))
+        hidden = output.last_hidden_state[:, self.prompt.config.num_virtual_tokens :]
+        return replace_fields(output, last_hidden_state=text.restore(hidden))
+
+
+class _Headed(EPTModel):
+    """What the two tasks with a head share: a linear head of ours, or copies of the model's own.
+
+    The active adapter's copy stands in the model in place of the original, which waits in
+    ``base_head``.
+    """
+
+    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        self.base_head = nn.ModuleDict(own_head(model, self.task))
+        self._encoder_name = self.backbone.base_model_prefix if self.base_head else ""
+
+    @property
+    def encoder(self) -> Any:
+        """The backbone without its own head."""
+        return getattr(self.backbone, self._encoder_name) if self.base_head else self.backbone
+
+    def _describe(
+        self, labels: Sequence[str] | None, pooling: str | None, head_dropout: float
+    ) -> Description:
+        check_number("head_dropout", head_dropout)
+        if not 0 <= head_dropout < 1:
+            raise ValueError(f"head_dropout: expected 0 <= head_dropout < 1, got {head_dropout}")
+        own = bool(self.base_head) and pooling in (None, "model")
+        if own:
+            self._check_own_head(head_dropout)
+            known = tuple(str(name) for _, name in sorted(self.config.id2label.items()))
+            if labels is not None and len(labels) != len(known):
+                raise ValueError(
+                    f"labels: expected {len(known)} names as in the model's head, "
+                    f"got {list(labels)}"
+                )
+            names = known if labels is None else tuple(labels)
+            return Description(names, self._pooling(pooling), "model")
+        names = tuple(labels or ())
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(f"labels: expected at least 2 different names, got {list(names)}")
+        return Description(names, self._pooling(pooling), "linear", float(head_dropout))
+
+    def _pooling(self, pooling: str | None) -> str | None:
+        if pooling is not None:
+            raise ValueError(f"pooling: expected None for task {self.task}, got {pooling!r}")
+        return None
+
+    def _check_own_head(self, head_dropout: float) -> None:
+        if head_dropout:
+            raise ValueError(
+                f"head_dropout: expected 0 with the model's own head, got {head_dropout}"
+            )
+        for name, parameter in self.base_head.named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"model: expected a head that can be trained, got {name} quantised to "
+                    f"{parameter.dtype} (leave it out of the quantisation)"
+                )
+
+    def _new_head(self, description: Description, generator: torch.Generator | None) -> nn.Module:
+        if description.head == "model":
+            return copy.deepcopy(self.base_head)
+        width, count = output_width(self.encoder), len(description.labels or ())
+        head = nn.Linear(width, count)
+        head.weight = nn.Parameter(torch.randn(count, width, generator=generator) * 0.02)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def _place(self, head: nn.ModuleDict) -> None:
+        for name, module in head.items():
+            setattr(self.backbone, name, module)
+
+    def _place_active(self) -> None:
+        own = self.description.head == "model"
+        self._place(self.head if own else self.base_head)  # type: ignore[arg-type]
+
+    def set_adapter(self, name: str) -> None:
+        """As :meth:`EPTModel.set_adapter`; the adapter's head takes its place in the model."""
+        super().set_adapter(name)
+        self._place_active()
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[EPTModel]:
+        """The plain model with its own head, for the length of a ``with`` block."""
+        with super().disable_adapter():
+            self._place(self.base_head)
+            try:
+                yield self
+            finally:
+                self._place_active()
+
+    def unload(self) -> Any:
+        """As :meth:`EPTModel.unload`."""
+        self._place(self.base_head)
+        return super().unload()
+
+    def _linear(self, values: Tensor) -> Tensor:
+        """Logits of a linear head in float32, from the encoder's values ``[..., h]``."""
+        head: Any = self.head
+        p = self.description.head_dropout
+        values = F.dropout(values.to(head.weight.dtype), p, self.training)
+        return head(values).float()  # type: ignore[no-any-return]
+
+
+class EPTModelForSequenceClassification(_Headed):
+    """A prompt before a model that classifies whole texts. ``labels`` are ``[B]`` integers.
+
+    With the model's own head also those of its regression ([B] floats) or of several classes at
+    once ([B, C] floats). ``logits`` are ``[B, C]``.
+    """
+
+    task = "SEQ_CLS"
+    accepts_loss_kwargs = False
+
+    def _pooling(self, pooling: str | None) -> str | None:
+        chosen = pooling or ("model" if self.base_head else "mean")
+        check_choice("pooling", chosen, POOLINGS)
+        return chosen
+
+    def _run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        text = text.compacted()
+        inputs = self._inputs(text, kwargs)
+        if self.description.head == "linear":
+            output = self.encoder(**inputs)
+            logits = self._linear(self._pool(output, text.attention_mask))
+        elif "score" in self.base_head:
+            # A decoder's own forward would take the last column, padded or not.
+            output = self.encoder(**inputs)
+            score: Any = self.backbone.score
+            logits = score(self._text_value(output, text.attention_mask, "last")).float()
+        else:
+            output = self.backbone(**inputs)
+            logits = output.logits
+        loss = None if labels is None else self._loss(logits, labels)
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=getattr(output, "hidden_states", None),
+            attentions=getattr(output, "attentions", None),
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """By the kind of labels, as the model's config says or its head's width."""
+        kind = getattr(self.config, "problem_type", None) if self.base_head else None
+        if kind == "regression" or (kind is None and logits.shape[-1] == 1):
+            return F.mse_loss(logits.squeeze(-1).float(), labels.squeeze(-1).float())
+        if kind == "multi_label_classification" or labels.is_floating_point():
+            return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+        return F.cross_entropy(logits.float(), labels.view(-1))
+
+    def _pool(self, output: Any, mask: Tensor) -> Tensor:
+        pooling = self.pooling
+        if pooling == "model":
+            pooled: Tensor | None = getattr(output, "pooler_output", None)
+            if pooled is None:
+                raise ValueError(
+                    f'pooling: expected a backbone with a pooler for "model", '
+                    f"got {type(self.backbone).__name__}"
+                )
+            return pooled
+        assert pooling is not None
+        return self._text_value(output, mask, pooling)
+
+    def _text_value(self, output: Any, mask: Tensor, pooling: str) -> Tensor:
+        """``[B, h]``, from rows padded on the right."""
+        hidden: Tensor = output.last_hidden_state[:, self.prompt.config.num_virtual_tokens :]
+        if pooling == "first":
+            return hidden[:, 0]
+        counts = (mask != 0).sum(-1, keepdim=True)
+        if pooling == "last":
+            last = (counts - 1).clamp_min(0).unsqueeze(-1)
+            return hidden.gather(1, last.expand(-1, -1, hidden.shape[-1])).squeeze(1)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        weights = mask.to(hidden.dtype)
+        # A row of padding only pools to zero.
+        return (weights.unsqueeze(1) @ hidden).squeeze(1) / counts.clamp_min(1)
+
+
+class EPTModelForTokenClassification(_Headed):
+    """A prompt before a model that classifies tokens. ``labels`` are ``[B, S]``, -100 left out."""
+
+    task = "TOKEN_CLS"
+
+    def _run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        num_items = kwargs.pop("num_items_in_batch", None)
+        m = self.prompt.config.num_virtual_tokens
+        text = text.compacted()
+        inputs = self._inputs(text, kwargs)
+        if self.description.head == "linear":
+            output = self.encoder(**inputs)
+            logits = self._linear(output.last_hidden_state[:, m:])
+        else:
+            output = self.backbone(**inputs)
+            logits = output.logits[:, m:]
+        logits = text.restore(logits)
+        return TokenClassifierOutput(
+            loss=None if labels is None else token_loss(logits, labels, num_items),
+            logits=logits,
+            hidden_states=getattr(output, "hidden_states", None),
+            attentions=getattr(output, "attentions", None),
+        )

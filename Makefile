@@ -19,14 +19,15 @@ export HF_HUB_OFFLINE := 1
 
 # Threads wait without spinning: on cores shared with other work, spinning made a step of the demo
 # several times slower.
-demo test: export OMP_WAIT_POLICY ?= PASSIVE
+demo test support: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test check format bench hooks clean
+.PHONY: help install demo test support check format bench hooks clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train, evaluate, save and load an EPT prompt on a small frozen encoder"
 	@echo "make test     run all tests, in TEST_WORKERS processes"
+	@echo "make support  run the tests of the support matrix and write docs/support.md"
 	@echo "make check    ruff, ruff format --check, mypy"
 	@echo "make format   let ruff mend and format the code"
 	@echo "make bench    time everything against its peers; BENCH_ARGS=--quick: a smoke test"
@@ -49,6 +50,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+support: $(STAMP)
+	$(BIN)/python -m tests.support --workers $(TEST_WORKERS)
 
 check: $(STAMP)
 	$(BIN)/ruff check

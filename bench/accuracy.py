@@ -320,14 +320,12 @@ def build(study: Study, methods: Sequence[str]) -> tuple[dict[str, Any], list[di
     """Models of these methods on one frozen encoder, and batches of sst2's training rows."""
     import torch
 
-    from ept_fast.integrations.transformers import (
-        EPTForSequenceClassification,
-        embedding_width,
-        load_backbone,
-        load_tokenizer,
-    )
+    from ept_fast import get_ept_model
+    from ept_fast.integrations.backbones import embedding_width, load_backbone, load_tokenizer
+    from ept_fast.training.batches import Collator, GroupedBatches
     from ept_fast.training.config import TrainConfig
-    from ept_fast.training.data import Collator, GroupedBatches, LabelSet, read_split, tokenise
+    from ept_fast.training.data import LabelSet, read_split
+    from ept_fast.training.tokens import tokenise
 
     torch.set_num_threads(study.threads)
     rows = read_split(study.data / "sst2", "train")
@@ -344,10 +342,11 @@ def build(study: Study, methods: Sequence[str]) -> tuple[dict[str, Any], list[di
         config = TrainConfig(
             model=study.model, data="-", output="-", **{**SIZES, **METHODS[method]}
         )
-        model = EPTForSequenceClassification(
+        model = get_ept_model(
             backbone,
             config.prompt_config(embedding_width(backbone)),
-            labels.names,
+            "SEQ_CLS",
+            labels=labels.names,
             generator=torch.Generator().manual_seed(0),
         )
         rates = GRID["middle"]

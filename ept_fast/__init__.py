@@ -11,27 +11,50 @@ from ept_fast.functional import reconstruct_prompt, splice_prompt
 from ept_fast.module import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt
 
 if TYPE_CHECKING:
+    from ept_fast.integrations.bank import EPTBank
+    from ept_fast.integrations.interchange import (
+        PlainPrompt,
+        export_peft,
+        export_plain,
+        import_dept,
+        import_peft,
+        import_plain,
+    )
     from ept_fast.integrations.models import EPTModel, get_ept_model
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "EPTBank",
     "EPTConfig",
     "EPTModel",
     "EPTOutput",
     "FoldedEPTPrompt",
     "FusedEPTPrompt",
+    "PlainPrompt",
     "__version__",
+    "export_peft",
+    "export_plain",
     "get_ept_model",
+    "import_dept",
+    "import_peft",
+    "import_plain",
     "reconstruct_prompt",
     "splice_prompt",
 ]
 
 # Imported on first use: they need transformers, which the core does without.
 _LAZY = {
+    "EPTBank": "ept_fast.integrations.bank",
     "EPTModel": "ept_fast.integrations.models",
+    "PlainPrompt": "ept_fast.integrations.interchange",
+    "export_peft": "ept_fast.integrations.interchange",
+    "export_plain": "ept_fast.integrations.interchange",
     "get_ept_model": "ept_fast.integrations.models",
+    "import_dept": "ept_fast.integrations.interchange",
+    "import_peft": "ept_fast.integrations.interchange",
+    "import_plain": "ept_fast.integrations.interchange",
 }
 
 

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
+from ept_fast.reading import (
+    CheckpointError,
+    open_inside,
+    parse_json,
+    read_adapter_json,
+    read_json,
+    shorten,
+)
+
 __all__ = [
     "CheckpointError",
+    "Header",
+    "check_shapes",
     "check_tensors",
     "json_bytes",
+    "load_tensors",
+    "read_adapter_json",
+    "read_header",
     "read_json",
     "read_tensors",
+    "saved_config",
     "tensor_bytes",
     "write_bytes",
     "write_files",
@@ -30,11 +47,10 @@ __all__ = [
 FORMAT = "ept_fast"
 FORMAT_VERSION = "1"
 
+# Bytes; no adapter's header comes near.
+HEADER_LIMIT = 1 << 20
+
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class CheckpointError(ValueError):
-    """An adapter file that is missing, truncated, foreign, or at odds with its config or module."""
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
@@ -77,27 +93,6 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_bytes(path, json_bytes(values))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: no such file, not JSON, or not an object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: expected a readable file, got {error.strerror or error}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: expected a JSON object, got damaged text ({error})"
-        ) from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
-
-
 def tensor_bytes(tensors: Mapping[str, Tensor], config: str) -> bytes:
     """Tensors and the JSON text of their config in the safetensors format.
 
@@ -118,50 +113,151 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], config: str) -> Non
     write_bytes(path, tensor_bytes(tensors, config))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Read what :func:`write_tensors` wrote: the tensors (on the CPU) and the config's JSON text.
+class Header(NamedTuple):
+    """What a safetensors file says of itself before any value is read."""
+
+    metadata: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of a safetensors file.
 
     Raises:
-        CheckpointError: no such file, truncated, damaged, or not written by this package.
+        CheckpointError: as :func:`read_file`, truncated or damaged.
+    """
+    with open_inside(path) as file:
+        return _header(path, file)
+
+
+def read_tensors(
+    path: Path, expected: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """Read what :func:`write_tensors` wrote: the tensors (on the CPU) and the config's JSON text.
+
+    Args:
+        path: the file.
+        expected: the shape of every tensor; a file with others is refused before its values are
+            read, and one with values that are not finite floats after.
+
+    Raises:
+        CheckpointError: as :func:`read_header`, not written by this package, not as expected.
+    """
+    header, tensors = load_tensors(path, expected)
+    return tensors, saved_config(path, header)
+
+
+def load_tensors(
+    path: Path, expected: Mapping[str, tuple[int, ...]] | None = None, *, others: bool = False
+) -> tuple[Header, dict[str, Tensor]]:
+    """Header and tensors of anyone's safetensors file.
+
+    Args:
+        path: the file.
+        expected: as in :func:`read_tensors`.
+        others: leave out tensors that are not expected, where they would be an error else.
+
+    Raises:
+        CheckpointError: as :func:`read_tensors`.
+    """
+    with open_inside(path) as file:
+        header = _header(path, file)
+        if expected is not None:
+            check_shapes(path, header.shapes, expected, others=others)
+        file.seek(0)
+        data = file.read()
+    try:
+        tensors = deserialize_tensors(data)
+    except (SafetensorError, KeyError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{path}: expected a whole safetensors file, got: {shorten(str(error))}"
+        ) from None
+    if expected is not None:
+        tensors = {name: tensors[name] for name in expected}
+        check_tensors(path, tensors, expected)
+    return header, tensors
+
+
+def _header(path: Path, file: BinaryIO) -> Header:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8 or length > HEADER_LIMIT:
+        raise CheckpointError(
+            f"{path}: expected a whole safetensors file, got {size} bytes with a header of "
+            f"{length} (at most {HEADER_LIMIT})"
+        )
+    entries = parse_json(path, file.read(length))
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__: expected texts, got {shorten(metadata)}")
+    shapes = {}
+    for name, entry in entries.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise CheckpointError(
+                f"{path}: {shorten(name)}: expected a tensor with a shape, got {shorten(entry)}"
+            )
+        # Each value takes a byte at least, so that nothing larger than the file is made for it.
+        if math.prod(shape) > size:
+            raise CheckpointError(
+                f"{path}: {shorten(name)}: expected a shape that fits into {size} bytes, "
+                f"got {shorten(tuple(shape))}"
+            )
+        shapes[name] = tuple(shape)
+    return Header(metadata, shapes)
+
+
+def saved_config(path: Path, header: Header) -> str:
+    """The JSON text of the config that the tensors were saved with.
+
+    Raises:
+        CheckpointError: not a file of this package, or of a later version.
     """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: expected a whole safetensors file, got: {error}") from None
-    return tensors, _config_of(path, metadata)
-
-
-def _config_of(path: Path, metadata: Mapping[str, str]) -> str:
-    try:
-        ours = json.loads(metadata[FORMAT])
+        ours = parse_json(path, header.metadata[FORMAT])
         version, config = ours["format_version"], ours["config"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, ValueError):
         raise CheckpointError(
-            f"{path}: expected a file written by {FORMAT}, got metadata {sorted(metadata)}"
+            f"{path}: expected a file written by {FORMAT}, "
+            f"got metadata {shorten(sorted(header.metadata))}"
         ) from None
     if version != FORMAT_VERSION or not isinstance(config, str):
-        raise CheckpointError(f"{path}: expected format version {FORMAT_VERSION}, got {version!r}")
+        raise CheckpointError(
+            f"{path}: expected format version {FORMAT_VERSION}, got {shorten(version)}"
+        )
     return config
+
+
+def check_shapes(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    others: bool = False,
+) -> None:
+    """Raise CheckpointError unless names and shapes are these, or these among ``others``."""
+    missing = sorted(set(expected) - set(shapes))
+    foreign = [] if others else sorted(set(shapes) - set(expected))
+    if missing or foreign:
+        raise CheckpointError(
+            f"{path}: expected the tensors {sorted(expected)}, got {shorten(sorted(shapes))} "
+            f"(missing {missing}, foreign {shorten(foreign)})"
+        )
+    for name, shape in expected.items():
+        if tuple(shapes[name]) != tuple(shape):
+            raise CheckpointError(
+                f"{path}: {name}: expected shape {tuple(shape)}, got {shorten(tuple(shapes[name]))}"
+            )
 
 
 def check_tensors(
     path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise CheckpointError unless names and shapes are these and the values finite floats."""
-    missing, foreign = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing or foreign:
-        raise CheckpointError(
-            f"{path}: expected the tensors {sorted(expected)}, got {sorted(tensors)} "
-            f"(missing {missing}, foreign {foreign})"
-        )
-    for name, shape in expected.items():
+    check_shapes(path, {name: tuple(t.shape) for name, t in tensors.items()}, expected)
+    for name in expected:
         tensor = tensors[name]
-        if tuple(tensor.shape) != tuple(shape):
-            raise CheckpointError(
-                f"{path}: {name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}"
-            )
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{path}: {name}: expected a floating dtype, got {tensor.dtype}")
         if not bool(torch.isfinite(tensor).all()):

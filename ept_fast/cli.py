@@ -18,8 +18,8 @@ import click
 import ept_fast
 from ept_fast.config import ACTIVATIONS, GATES
 from ept_fast.integrations import POOLINGS
-from ept_fast.training.config import DEVICES, INITS, KEEPS, METHODS, TrainConfig
-from ept_fast.training.metrics import METRICS
+from ept_fast.training.config import DEVICES, INITS, KEEPS, METHODS, TASKS, TrainConfig
+from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
 
 __all__ = ["main"]
 
@@ -63,7 +63,7 @@ def _clean(command: F) -> F:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(ept_fast.__version__, prog_name="ept-fast")
 def main() -> None:
-    """Train and use EPT soft prompts on frozen pretrained encoders."""
+    """Train and use EPT soft prompts on frozen pretrained models."""
 
 
 def _option(*names: str, **settings: Any) -> Callable[[F], F]:
@@ -72,8 +72,27 @@ def _option(*names: str, **settings: Any) -> Callable[[F], F]:
     return click.option(*names, default=_DEFAULTS[field], show_default=True, **settings)
 
 
+_separator = click.option(
+    "--separator",
+    default=_DEFAULTS["separator"],
+    show_default="a line end",
+    help="Put between text and target (causal).",
+)
+
+
+def _writing(command: F) -> F:
+    """Options of commands that write texts with a trained adapter."""
+    count = click.IntRange(min=1)
+    for name, text in (
+        ("--num-beams", "To write with (seq2seq, causal); as in training where not given."),
+        ("--max-new-tokens", "Of a written text; as long as targets were where not given."),
+    ):
+        command = click.option(name, type=count, help=text)(command)
+    return command
+
+
 @main.command()
-@click.option("--model", required=True, help="Folder or hub id of the frozen encoder.")
+@click.option("--model", required=True, help="Folder or hub id of the frozen model.")
 @click.option(
     "--data",
     required=True,
@@ -81,16 +100,20 @@ def _option(*names: str, **settings: Any) -> Callable[[F], F]:
     "data set of the datasets library.",
 )
 @click.option("--output", required=True, type=click.Path(), help="Folder for the results.")
+@_option("--task", type=click.Choice(TASKS), help="Labels, or target texts to write.")
 @_option("--method", type=click.Choice(METHODS))
 @_option("--eval-data", help="File of evaluation rows; else the split validation or test.")
 @_option("--eval-fraction", type=float, help="Training rows held out where there is neither.")
 @_option("--text-field", help="Column of the text.")
 @_option("--pair-field", help="Column of the second text.")
 @_option("--label-field", help="Column of the label.")
+@_option("--target-field", help="Column of the target text (seq2seq, causal).")
 @_option("--num-labels", type=int, help="Classes, where the training rows miss some.")
 @_option("--prompt-length", type=int, help="The budget, in tokens of a plain prompt.")
 @_option("--num-virtual-tokens", type=int, help="Length of the short prompt (ept, dept).")
 @_option("--max-length", type=int, help="Tokens of a text that are read.")
+@_option("--max-target-length", type=int, help="Tokens of a target (seq2seq, causal).")
+@_separator
 @_option("--num-spaces", type=int, help="Subspaces (ept); 0 for none.")
 @_option("--space-dim", type=int, help="Width of a subspace (ept).")
 @_option("--alpha", type=float, help="The offset is scaled by alpha / sqrt(rank).")
@@ -99,7 +122,7 @@ def _option(*names: str, **settings: Any) -> Callable[[F], F]:
 @_option("--temperature", type=float, help="Of the gate.")
 @_option("--fusion/--no-fusion", help="Prompt fusion (ept).")
 @_option("--init", type=click.Choice(INITS), help="Where the prompt starts.")
-@_option("--pooling", type=click.Choice(POOLINGS))
+@_option("--pooling", type=click.Choice(POOLINGS), help="What the head sees (classification).")
 @_option("--head-dropout", type=float)
 @_option("--prompt-lr", type=float, help="Learning rate of the short prompt.")
 @_option("--offset-lr", type=float, help="Learning rate of the offset.")
@@ -110,13 +133,19 @@ def _option(*names: str, **settings: Any) -> Callable[[F], F]:
 @_option("--max-grad-norm", type=float, help="0 leaves gradients alone.")
 @_option("--batch-size", type=int)
 @_option("--eval-batch-size", type=int)
+@_option("--gradient-accumulation-steps", type=int, help="Batches of an optimizer step.")
 @_option("--max-steps", type=int, help="Optimizer steps, in place of --epochs.")
 @_option("--epochs", type=float)
 @_option("--eval-steps", type=int, help="Steps between evaluations and checkpoints.")
 @_option("--eval-before/--no-eval-before", help="Evaluate before the first step.")
 @_option("--keep", type=click.Choice(KEEPS), help="Which evaluation's weights to keep.")
-@_option("--metric", type=click.Choice(METRICS), help="What --keep best goes by.")
+@_option("--metric", type=click.Choice(METRICS + TEXT_METRICS), help="What --keep best goes by.")
+@_option("--eval-generate", type=int, help="Evaluation rows to write texts for; 0 for none.")
+@_option("--max-new-tokens", type=int, help="Of a written text; as --max-target-length.")
+@_option("--num-beams", type=int, help="To write with; 1 is greedy.")
 @_option("--group-by-length/--no-group-by-length", help="Batches of similar lengths.")
+@_option("--packing/--no-packing", help="Several texts in a row (causal).")
+@_option("--pack-length", type=int, help="Text tokens of a packed row.")
 @_option("--seed", type=int)
 @_option("--bf16/--no-bf16", help="Default: on a GPU that supports it.")
 @_option("--device", type=click.Choice(DEVICES))
@@ -125,36 +154,50 @@ def _option(*names: str, **settings: Any) -> Callable[[F], F]:
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @_clean
 def train(resume: bool, overwrite: bool, quiet: bool, **settings: Any) -> None:
-    """Train an adapter for text classification.
+    """Train an adapter to classify texts, or to write a text for a text.
 
-    Leaves adapter/, metrics.json, learning_curves.png and gate_weights.png in --output.
+    Leaves adapter/, metrics.json, learning_curves.png, gate_weights.png and, for texts, samples.md
+    in --output.
     """
     from ept_fast.training.job import train as run
 
     config = TrainConfig(**settings)
     metrics = run(config, resume=resume, overwrite=overwrite, progress=not quiet)
+    if os.environ.get("RANK", "0") != "0":  # one of torchrun's processes speaks for all
+        return
     for line in describe_run(metrics, Path(config.output)):
         click.echo(line)
 
 
 def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
     """What a finished run has to say, a line each."""
-    name, before, after = metrics["config"]["metric"], metrics["before"], metrics["after"]
-    start = "not measured" if before is None else f"{before[name]:.4f}"
+    judged_by, before, after = metrics["metric"], metrics["before"], metrics["after"]
     counts = metrics["parameters"]
     trained, whole = counts["prompt"] + counts["head"], sum(counts.values())
     rows = metrics["rows"]
-    lines = [
-        f"{name}: {start} before, {after[name]:.4f} after {after['step']} steps "
-        f"({rows['evaluation']} rows)",
+    names = [judged_by]
+    if metrics["config"]["task"] != "classification":
+        names += [name for name in TEXT_METRICS if name in after and name != judged_by]
+    lines = []
+    for name in names:
+        start = "not measured" if before is None else f"{before[name]:.4f}"
+        count = len(metrics["samples"]) if name in GENERATED_METRICS else rows["evaluation"]
+        lines.append(
+            f"{name.replace('_', ' ')}: {start} before, {after[name]:.4f} after "
+            f"{after['step']} steps ({count} rows)"
+        )
+    lines += [
         f"time per step: {1000 * metrics['seconds_per_step']:.0f} ms (median)",
         f"parameters trained: {trained:,} (prompt {counts['prompt']:,}, head {counts['head']:,}), "
         f"{100 * trained / whole:.2f}% of {whole:,}",
     ]
+    every = rows["train"] + rows["evaluation"]
     cut = rows["train_cut"] + rows["evaluation_cut"]
     if cut:
-        length = metrics["prompt"]["max_length"]
-        lines.append(f"rows cut to {length} tokens: {cut} of {rows['train'] + rows['evaluation']}")
+        lines.append(f"rows cut to {rows['max_length']} tokens: {cut} of {every}")
+    cut = rows.get("train_targets_cut", 0) + rows.get("evaluation_targets_cut", 0)
+    if cut:
+        lines.append(f"targets cut: {cut} of {every}")
     lines.append(f"adapter: {output / 'adapter'}")
     lines.append(f"metrics: {output / 'metrics.json'}")
     pictures = [str(output / "learning_curves.png")]
@@ -162,6 +205,8 @@ def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
         lines.append(f"pictures: {pictures[0]} (no subspaces, so no gate weights to draw)")
     else:
         lines.append(f"pictures: {pictures[0]}, {output / 'gate_weights.png'}")
+    if metrics["samples"]:
+        lines.append(f"samples: {output / 'samples.md'}")
     return lines
 
 
@@ -169,39 +214,35 @@ def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
 @click.option("--adapter", required=True, type=click.Path(), help="Folder of an adapter or a run.")
 @click.option("--data", required=True, help="As in train.")
 @click.option("--split", default="test", show_default=True, help="Which split of --data.")
-@click.option("--model", help="The encoder, in place of the one saved with the adapter.")
+@click.option("--model", help="The model, in place of the one saved with the adapter.")
 @_option("--text-field", help="Column of the text.")
 @_option("--pair-field", help="Column of the second text.")
 @_option("--label-field", help="Column of the label.")
+@_option("--target-field", help="Column of the target text.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--eval-generate",
+    type=click.IntRange(min=0),
+    help="Rows to write texts for (seq2seq, causal); all where not given.",
+)
+@_writing
 @_option("--device", type=click.Choice(DEVICES))
 @_clean
 def evaluate(
     adapter: str,
     data: str,
-    split: str,
-    model: str | None,
     text_field: str,
     pair_field: str,
     label_field: str,
-    batch_size: int,
-    device: str,
+    target_field: str,
+    **how: Any,
 ) -> None:
-    """Print an adapter's metrics on labelled rows, as JSON."""
+    """Print an adapter's metrics on rows with labels or targets, as JSON."""
     from ept_fast.training.data import Fields
     from ept_fast.training.job import evaluate as run
 
-    fields = Fields(text_field, pair_field, label_field)
-    metrics = run(
-        adapter,
-        data,
-        split=split,
-        batch_size=batch_size,
-        model=model,
-        device=device,
-        fields=fields,
-    )
-    click.echo(json.dumps(metrics, indent=2))
+    fields = Fields(text_field, pair_field, label_field, target_field)
+    click.echo(json.dumps(run(adapter, data, fields=fields, **how), indent=2))
 
 
 @main.command()
@@ -216,10 +257,11 @@ def evaluate(
     help="txt is a text a line. auto: by the suffix; standard input is txt.",
 )
 @click.option("--output", type=click.Path(), help="File; standard output where not given.")
-@click.option("--model", help="The encoder, in place of the one saved with the adapter.")
+@click.option("--model", help="The model, in place of the one saved with the adapter.")
 @_option("--text-field", help="Column of the text.")
 @_option("--pair-field", help="Column of the second text.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@_writing
 @_option("--device", type=click.Choice(DEVICES))
 @_clean
 def predict(
@@ -227,13 +269,14 @@ def predict(
     source: str,
     form: str,
     output: str | None,
-    model: str | None,
     text_field: str,
     pair_field: str,
-    batch_size: int,
-    device: str,
+    **how: Any,
 ) -> None:
-    """Write each text's label and probabilities, a JSON object a line."""
+    """Write the answer to each text, a JSON object a line.
+
+    That is its label and probabilities, or the text that the model writes for it (output).
+    """
     from ept_fast.checkpoint import write_bytes
     from ept_fast.training.data import DataError, Fields, parse_rows
     from ept_fast.training.job import predict as run
@@ -249,8 +292,8 @@ def predict(
         suffix, name = Path(source).suffix, source
     if form != "auto":
         suffix = f".{form}"
-    rows = parse_rows(data, suffix, name, fields=Fields(text_field, pair_field), labelled=False)
-    results = run(adapter, rows, batch_size=batch_size, model=model, device=device)
+    rows = parse_rows(data, suffix, name, fields=Fields(text_field, pair_field), answer="none")
+    results = run(adapter, rows, **how)
     pairs = rows.pairs or (None,) * len(rows)
     lines = []
     for text, pair, result in zip(rows.texts, pairs, results, strict=True):

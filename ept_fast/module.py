@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,24 +11,36 @@ import torch
 from torch import Tensor, nn
 
 from ept_fast.checkpoint import (
-    CheckpointError,
-    check_tensors,
+    check_shapes,
     json_bytes,
-    read_json,
+    read_header,
     read_tensors,
+    saved_config,
     tensor_bytes,
     write_files,
 )
 from ept_fast.config import EPTConfig, check_choice, check_count
+from ept_fast.folded import offset_table, splice_table, table_pays
 from ept_fast.functional import reconstruct_prompt, splice_prompt
+from ept_fast.reading import CheckpointError, parse_json, read_adapter_json, shorten
+from ept_fast.sharding import check_whole, fill, gather, writing_process
 from ept_fast.validation import check_input_ids, check_splice_values
 
-__all__ = ["CONFIG_FILE", "TENSOR_FILE", "EPTOutput", "FoldedEPTPrompt", "FusedEPTPrompt"]
+__all__ = [
+    "CONFIG_FILE",
+    "TENSOR_FILE",
+    "EPTOutput",
+    "FoldedEPTPrompt",
+    "FusedEPTPrompt",
+    "SplicedPrompt",
+    "read_prompt_config",
+]
 
 CONFIG_FILE = "ept_config.json"
 TENSOR_FILE = "ept_model.safetensors"
 
 _INITS = ("vocab", "text", "random")
+_OFFSETS = ("low_rank", "table", "auto", "none")
 _GROUPS = {
     "prompt": ("short_prompt",),
     "offset": ("offset_a", "offset_b"),
@@ -51,13 +64,14 @@ class EPTOutput(NamedTuple):
     position_ids: Tensor
 
 
-class _SplicedPrompt(nn.Module):
+class SplicedPrompt(nn.Module):
     """What the trainable and the folded prompt share: the embedding layer and the splice."""
 
     offset_a: Tensor | None
     offset_b: Tensor | None
+    equal_lengths = True  # no row has padding inside its prompt
 
-    def __init__(self, config: EPTConfig, embedding: nn.Module, backend: str | None) -> None:
+    def __init__(self, config: EPTConfig, embedding: nn.Module | None, backend: str | None) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
@@ -66,9 +80,18 @@ class _SplicedPrompt(nn.Module):
         self._embedding = (embedding,)
 
     @property
-    def embedding(self) -> nn.Module:
-        """The backbone's embedding layer."""
+    def embedding(self) -> nn.Module | None:
+        """The backbone's embedding layer; None where the prompt was made without one."""
         return self._embedding[0]
+
+    def set_input_embeddings(self, embedding: nn.Module) -> None:
+        """Look up ``input_ids`` in this layer from now on; nothing is moved.
+
+        Raises:
+            ValueError: the layer has another width.
+        """
+        _check_width(embedding, self.config)
+        self._embedding = (embedding,)
 
     def reconstruct(self) -> Tensor:
         """P′, ``[(T,) m, d]``."""
@@ -93,18 +116,24 @@ class _SplicedPrompt(nn.Module):
             :class:`EPTOutput`.
 
         Raises:
-            TypeError, ValueError: as :func:`ept_fast.splice_prompt`; S > max_length where rank > 0.
+            TypeError, ValueError: as :func:`ept_fast.splice_prompt`; S > max_length where rank > 0;
+                ``input_ids`` without an embedding layer.
             IndexError: an id outside the vocabulary or the bank.
         """
         weight = None
         if input_ids is not None and inputs_embeds is None:
-            if _is_plain_table(self.embedding):
-                weight = _embedding_weight(self.embedding)
+            embedding = self.embedding
+            if embedding is None:
+                raise ValueError(
+                    "input_ids: expected inputs_embeds, as the prompt has no embedding layer "
+                    "(set_input_embeddings gives it one), got input_ids"
+                )
+            if _is_plain_table(embedding):
+                weight = _embedding_weight(embedding)
             else:
-                inputs_embeds = self._look_up(input_ids)
+                inputs_embeds = self._look_up(embedding, input_ids)
                 input_ids = None
-        embeds = splice_prompt(
-            self.reconstruct(),
+        embeds = self._splice(
             input_ids=input_ids,
             weight=weight,
             inputs_embeds=inputs_embeds,
@@ -113,26 +142,31 @@ class _SplicedPrompt(nn.Module):
             scaling=self.config.scaling,
             attention_mask=attention_mask,
             task_ids=task_ids,
-            backend=self.backend,
         )
-        batch, total, _ = embeds.shape
-        length = total - self.config.num_virtual_tokens
         if attention_mask is None:
-            attention_mask = torch.ones(batch, length, dtype=torch.int64, device=embeds.device)
-        head = attention_mask.new_ones(batch, self.config.num_virtual_tokens)
-        mask = torch.cat([head, attention_mask], dim=1)
-        return EPTOutput(embeds, mask, mask.cumsum(1, dtype=torch.int64) - 1)
+            kind: dict[str, Any] = {"dtype": torch.int64, "device": embeds.device}
+            mask = torch.ones(embeds.shape[:2], **kind)
+            ranks = torch.arange(embeds.shape[1], **kind).expand(mask.shape)
+        else:
+            head = attention_mask.new_ones(len(embeds), self.config.num_virtual_tokens)
+            mask = torch.cat([head, attention_mask], dim=1)
+            ranks = mask.cumsum(1, dtype=torch.int64) - 1
+        return EPTOutput(embeds, mask, ranks)
+
+    def _splice(self, **arguments: Any) -> Tensor:
+        """``[B, m + S, d]``; the arguments of :func:`ept_fast.splice_prompt` but the prompt."""
+        return splice_prompt(self.reconstruct(), **arguments, backend=self.backend)
 
     @torch.no_grad()
-    def _look_up(self, input_ids: Tensor) -> Tensor:
+    def _look_up(self, embedding: nn.Module, input_ids: Tensor) -> Tensor:
         """Call the layer: scaled, quantised or hooked layers do their own lookup."""
         check_input_ids(input_ids, None)
         if torch.compiler.is_compiling():
-            return self.embedding(input_ids)  # type: ignore[no-any-return]
+            return embedding(input_ids)  # type: ignore[no-any-return]
         try:
-            return self.embedding(input_ids)  # type: ignore[no-any-return]
+            return embedding(input_ids)  # type: ignore[no-any-return]
         except IndexError:
-            rows = getattr(self.embedding, "num_embeddings", None)
+            rows = getattr(embedding, "num_embeddings", None)
             if isinstance(rows, int):
                 check_splice_values(input_ids, rows, None, None, 0)  # names row and column
             raise
@@ -142,7 +176,7 @@ class _SplicedPrompt(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.config.to_dict().items())
 
 
-class FusedEPTPrompt(_SplicedPrompt):
+class FusedEPTPrompt(SplicedPrompt):
     """An EPT prompt for a frozen backbone: the trainable tensors and nothing else.
 
     With ``num_tasks=T`` it is a bank: every tensor has a leading axis T and ``forward`` takes
@@ -153,7 +187,9 @@ class FusedEPTPrompt(_SplicedPrompt):
 
     Args:
         config: sizes and choices; ``hidden_size`` must be the layer's width.
-        embedding: the backbone's embedding layer, as ``model.get_input_embeddings()`` gives it.
+        embedding: the backbone's embedding layer, as ``model.get_input_embeddings()`` gives it;
+            None for a prompt that is called with ``inputs_embeds`` only, and has a tensor as
+            ``init``.
         init: the rows that the prompt starts from: ``"vocab"`` (sampled from the table, without its
             padding row), ``"text"`` (of ``text``, repeated as needed), ``"random"`` (normal, with
             the table's standard deviation), or a tensor ``[L, d]`` or ``[T, L, d]`` with L >= m.
@@ -188,7 +224,7 @@ class FusedEPTPrompt(_SplicedPrompt):
     def __init__(
         self,
         config: EPTConfig,
-        embedding: nn.Module,
+        embedding: nn.Module | None = None,
         *,
         init: str | Tensor = "vocab",
         text: str | None = None,
@@ -203,17 +239,13 @@ class FusedEPTPrompt(_SplicedPrompt):
         super().__init__(config, embedding, backend)
         if num_tasks is not None:
             check_count("num_tasks", num_tasks, 1)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}")
+        _check_floating(dtype)
         self.num_tasks = num_tasks
-        width = _embedding_width(embedding)
-        if width != config.hidden_size:
-            raise ValueError(
-                f"embedding: expected width hidden_size {config.hidden_size}, got {width}"
-            )
+        if embedding is not None:
+            _check_width(embedding, config)
         rows = _LongPrompt(config, embedding, init, text, tokenizer, num_tasks, generator)
         tasks = [self._initial_tensors(rows.of_task(t), generator) for t in range(num_tasks or 1)]
-        device = _embedding_weight(embedding).device
+        device = rows.device
         for name in _NAMES:
             if tasks[0].get(name) is None:
                 self.register_parameter(name, None)
@@ -246,8 +278,10 @@ class FusedEPTPrompt(_SplicedPrompt):
     def reconstruct(self) -> Tensor:
         """The reconstructed prompt P′, ``[(T,) m, d]``, in the parameters' type."""
         c = self.config
+        tensors = {name: getattr(self, name) for name in _NAMES}
+        check_whole(tensors)
         return reconstruct_prompt(
-            **{name: getattr(self, name) for name in _NAMES},
+            **tensors,
             scaling=c.scaling,
             activation=c.activation,
             gate=c.gate,
@@ -284,9 +318,21 @@ class FusedEPTPrompt(_SplicedPrompt):
                 logits = logits.mean(-2, keepdim=True).expand_as(logits)
             return logits.softmax(-1)
 
-    def fold(self) -> FoldedEPTPrompt:
-        """The same prompt for inference: P′ computed once, nothing trainable, the same outputs."""
-        return FoldedEPTPrompt(self)
+    def fold(self, dtype: torch.dtype | None = None, offset: str = "low_rank") -> FoldedEPTPrompt:
+        """The same prompt for inference: P′ computed once, nothing trainable, the same outputs.
+
+        Args:
+            dtype: type of P′ and of the offset table, rounded to it once; that of the parameters
+                where it is not given. A and B keep theirs.
+            offset: what the text's offsets are read from: ``"low_rank"``, A and B, to the bit as in
+                training; ``"table"``, a table c·A·B ``[(T,) n, d]``; ``"auto"``, the table where it
+                was measured to be faster: on a CPU with the ``eager`` backend, if it takes no more
+                than 64 MiB; ``"none"``, nowhere, for a model that adds the offset itself.
+
+        Raises:
+            TypeError, ValueError: another dtype or offset.
+        """
+        return FoldedEPTPrompt(self, dtype, offset)
 
     def parameter_groups(
         self, prompt_lr: float, offset_lr: float, space_lr: float
@@ -310,18 +356,22 @@ class FusedEPTPrompt(_SplicedPrompt):
         """Write the tensors and the config into ``folder``, each file whole or not at all.
 
         Both are on the disk under temporary names before either takes the place of an older one.
+        Parameters that are sharded are gathered: every process has to call this then, and one of
+        them writes.
 
         Raises:
-            ValueError: a tensor holds NaN or infinity.
+            ValueError: a tensor holds NaN or infinity, or is partitioned by DeepSpeed ZeRO-3.
         """
         folder = Path(folder)
         values = {**self.config.to_dict(), "num_tasks": self.num_tasks}
-        tensors = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+        tensors = gather(dict(self.named_parameters(recurse=False)))
         files = {
             folder / TENSOR_FILE: tensor_bytes(tensors, json.dumps(values)),
             folder / CONFIG_FILE: json_bytes(values),
         }
-        write_files(files)
+        with writing_process(self.parameters(recurse=False)) as writes:
+            if writes:
+                write_files(files)
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Read tensors that :meth:`save_pretrained` wrote for this very config into this module.
@@ -344,13 +394,11 @@ class FusedEPTPrompt(_SplicedPrompt):
                     f"{Path(folder) / TENSOR_FILE}: {name}: expected values in the range of "
                     f"{value.dtype}, got larger ones in {tensors[name].dtype}"
                 )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(values[name])
+        fill(parameters, values)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, embedding: nn.Module, *, backend: str | None = None
+        cls, folder: str | Path, embedding: nn.Module | None = None, *, backend: str | None = None
     ) -> FusedEPTPrompt:
         """Build the prompt that :meth:`save_pretrained` wrote, on this backbone's embedding layer.
 
@@ -359,40 +407,98 @@ class FusedEPTPrompt(_SplicedPrompt):
             ValueError: the embedding layer has another width.
         """
         config, num_tasks, tensors = _read_folder(Path(folder))
-        rows = torch.zeros(config.num_virtual_tokens + config.rank, config.hidden_size)
+        return cls.from_tensors(config, tensors, embedding, num_tasks=num_tasks, backend=backend)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: EPTConfig,
+        tensors: Mapping[str, Tensor],
+        embedding: nn.Module | None = None,
+        *,
+        num_tasks: int | None = None,
+        backend: str | None = None,
+    ) -> FusedEPTPrompt:
+        """The prompt with these values, each in its own type.
+
+        Args:
+            config: sizes and choices.
+            tensors: every parameter by its name. They are not copied where they are on the
+                embedding layer's device (the CPU without a layer) already.
+            embedding: as for the class.
+            num_tasks: T, for a bank.
+            backend: as for the class.
+
+        Raises:
+            ValueError: other names or shapes than the config's; the layer has another width.
+        """
+        expected = _expected_shapes(config, num_tasks)
+        got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if got != expected:
+            raise ValueError(f"tensors: expected the shapes {expected}, got {got}")
         prompt = cls(
             config,
             embedding,
-            init=rows,
+            init=torch.zeros(config.num_virtual_tokens + config.rank, config.hidden_size),
             num_tasks=num_tasks,
             generator=torch.Generator(),  # every value is replaced; the global one stays as it is
             backend=backend,
         )
         for name, parameter in list(prompt.named_parameters(recurse=False)):
-            setattr(prompt, name, nn.Parameter(tensors[name].to(parameter.device)))
+            setattr(prompt, name, nn.Parameter(tensors[name].detach().to(parameter.device)))
         return prompt
 
 
-class FoldedEPTPrompt(_SplicedPrompt):
-    """A prompt for inference: P′ as a constant ``[(T,) m, d]``, the offset still low-rank.
+class FoldedEPTPrompt(SplicedPrompt):
+    """A prompt for inference: P′ as a constant ``[(T,) m, d]``, the offset low-rank or a table.
 
-    Made by :meth:`FusedEPTPrompt.fold`; its outputs are, to the bit, those of its source.
+    Made by :meth:`FusedEPTPrompt.fold`. With the default choices its outputs are, to the bit, those
+    of its source; else they differ by the rounding of P′ and of the table.
     """
 
     prompt: Tensor
+    offset_table: Tensor | None
 
-    def __init__(self, source: FusedEPTPrompt) -> None:
+    def __init__(
+        self,
+        source: FusedEPTPrompt,
+        dtype: torch.dtype | None = None,
+        offset: str = "low_rank",
+    ) -> None:
         super().__init__(source.config, source.embedding, source.backend)
+        if dtype is not None:
+            _check_floating(dtype)
+        check_choice("offset", offset, _OFFSETS)
         self.num_tasks = source.num_tasks
         with torch.no_grad():
-            self.register_buffer("prompt", source.reconstruct().detach().clone())
+            prompt = source.reconstruct().detach().clone()
+        self.register_buffer("prompt", prompt if dtype is None else prompt.to(dtype))
         for name in _GROUPS["offset"]:
-            tensor = getattr(source, name)
+            tensor = None if offset == "none" else getattr(source, name)
             self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+        a, b = self.offset_a, self.offset_b
+        table = None
+        if a is not None and b is not None and offset in ("table", "auto"):
+            size = (b.dtype if dtype is None else dtype).itemsize
+            if offset == "table" or table_pays(prompt, a, size, self.backend):
+                table = offset_table(a, b, self.config.scaling, dtype)
+        self.register_buffer("offset_table", table)
 
     def reconstruct(self) -> Tensor:
         """The constant prompt P′, ``[(T,) m, d]``."""
         return self.prompt
+
+    def _splice(self, **arguments: Any) -> Tensor:
+        if self.offset_table is None:
+            out = super()._splice(**arguments)
+            length, most = out.shape[1] - self.config.num_virtual_tokens, self.config.max_length
+            if self.config.rank and self.offset_a is None and length > most:
+                name = "input_ids" if arguments["input_ids"] is not None else "inputs_embeds"
+                raise ValueError(
+                    f"{name}: expected at most max_length {most} text positions, got {length}"
+                )
+            return out
+        return splice_table(self.prompt, self.offset_table, **arguments)
 
 
 class _LongPrompt:
@@ -401,24 +507,43 @@ class _LongPrompt:
     def __init__(
         self,
         config: EPTConfig,
-        embedding: nn.Module,
+        embedding: nn.Module | None,
         init: str | Tensor,
         text: str | None,
         tokenizer: Any,
         num_tasks: int | None,
         generator: torch.Generator | None,
     ) -> None:
-        self.config, self.embedding, self.generator = config, embedding, generator
+        self.config, self.layer, self.generator = config, embedding, generator
         self.init = init
         self.given: Tensor | None = None
         if isinstance(init, Tensor):
             self.given = self._check_rows(init, num_tasks)
         else:
             check_choice("init", init, _INITS)
+            if embedding is None:
+                raise ValueError(f"init: expected a tensor where embedding is None, got {init!r}")
             if init != "text" and text is not None:
                 raise ValueError(f'text: expected None unless init="text", got {text!r}')
             if init == "text":
                 self.given = self._embed(_text_ids(text, tokenizer))
+
+    @property
+    def embedding(self) -> nn.Module:
+        if self.layer is None:
+            c = self.config
+            raise ValueError(
+                f"init: expected at least num_virtual_tokens + rank = "
+                f"{c.num_virtual_tokens + c.rank} rows where embedding is None, got fewer"
+            )
+        return self.layer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters go."""
+        if self.layer is not None:
+            return _embedding_weight(self.layer).device
+        return self.init.device if isinstance(self.init, Tensor) else torch.device("cpu")
 
     def of_task(self, task: int) -> Tensor:
         """Float32 rows on the CPU, ``[at least m + r, d]`` (m where r is 0)."""
@@ -435,8 +560,7 @@ class _LongPrompt:
         return torch.cat([rows, self._sample(missing)]) if missing > 0 else rows
 
     def _sample(self, count: int) -> Tensor:
-        weight = _embedding_weight(self.embedding)
-        size = weight.shape[0]
+        size = _embedding_weight(self.embedding).shape[0]
         order = torch.randperm(size, generator=self.generator)
         padding = getattr(self.embedding, "padding_idx", None)
         if padding is not None and size > 1:
@@ -448,8 +572,8 @@ class _LongPrompt:
 
     @torch.no_grad()
     def _embed(self, ids: Tensor) -> Tensor:
-        device = _embedding_weight(self.embedding).device
-        rows: Tensor = self.embedding(ids.to(device))  # the layer itself: it may scale its rows
+        # the layer itself: it may scale its rows
+        rows: Tensor = self.embedding(ids.to(self.device))
         return rows.detach().float().cpu()
 
     def _check_rows(self, rows: Tensor, num_tasks: int | None) -> Tensor:
@@ -470,6 +594,11 @@ class _LongPrompt:
         return rows.detach().float().cpu()
 
 
+def _check_floating(dtype: object) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}")
+
+
 def _text_ids(text: str | None, tokenizer: Any) -> Tensor:
     if not isinstance(text, str) or tokenizer is None:
         raise ValueError(
@@ -484,6 +613,8 @@ def _text_ids(text: str | None, tokenizer: Any) -> Tensor:
 
 def _embedding_weight(embedding: nn.Module) -> Tensor:
     weight = getattr(embedding, "weight", None)
+    if isinstance(weight, Tensor):
+        check_whole({"embedding.weight": weight})
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         raise TypeError(
             f"embedding: expected a layer with a weight table [V, d], "
@@ -494,6 +625,12 @@ def _embedding_weight(embedding: nn.Module) -> Tensor:
 
 def _embedding_width(embedding: nn.Module) -> int:
     return int(getattr(embedding, "embedding_dim", _embedding_weight(embedding).shape[-1]))
+
+
+def _check_width(embedding: nn.Module, config: EPTConfig) -> None:
+    width = _embedding_width(embedding)
+    if width != config.hidden_size:
+        raise ValueError(f"embedding: expected width hidden_size {config.hidden_size}, got {width}")
 
 
 def _is_plain_table(embedding: nn.Module) -> bool:
@@ -507,27 +644,36 @@ def _is_plain_table(embedding: nn.Module) -> bool:
     )
 
 
-def _read_folder(folder: Path) -> tuple[EPTConfig, int | None, dict[str, Tensor]]:
-    """Config, number of tasks and tensors of an adapter folder, all of it checked."""
+def read_prompt_config(folder: Path) -> tuple[EPTConfig, int | None]:
+    """Config and number of tasks of a prompt's folder, before any tensor is read.
+
+    Raises:
+        CheckpointError: a missing or damaged file, or tensors of other names and shapes.
+    """
     path = folder / TENSOR_FILE
-    values = read_json(folder / CONFIG_FILE)
-    tensors, inside = read_tensors(path)
-    try:
-        saved = json.loads(inside)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected a config in the metadata, got {error}") from None
+    values = read_adapter_json(folder / CONFIG_FILE)
+    header = read_header(path)
+    saved = parse_json(path, saved_config(path, header))
     try:
         if saved != values:
             raise ValueError(
-                f"expected the config the tensors were saved with ({saved}), got {values}"
+                f"expected the config the tensors were saved with ({shorten(saved)}), "
+                f"got {shorten(values)}"
             )
         num_tasks = values.pop("num_tasks", None)
         if num_tasks is not None:
             check_count("num_tasks", num_tasks, 1)
         config = EPTConfig.from_dict(values)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
-    check_tensors(path, tensors, _expected_shapes(config, num_tasks))
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {str(error)[:1000]}") from None
+    check_shapes(path, header.shapes, _expected_shapes(config, num_tasks))
+    return config, num_tasks
+
+
+def _read_folder(folder: Path) -> tuple[EPTConfig, int | None, dict[str, Tensor]]:
+    """Config, number of tasks and tensors of a prompt's folder, all of it checked."""
+    config, num_tasks = read_prompt_config(folder)
+    tensors, _ = read_tensors(folder / TENSOR_FILE, _expected_shapes(config, num_tasks))
     return config, num_tasks, tensors
 
 

@@ -130,6 +130,20 @@ _T5 = {
     "dropout_rate": 0.1,
     "decoder_start_token_id": 0,
 }
+_BART = {
+    "d_model": WIDTH,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": POSITIONS,
+    "init_std": 0.2,
+    "dropout": 0.1,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
 
 ARCHITECTURES = (
     Architecture("T5", BOTH, "t5", {**_T5, "feed_forward_proj": "gelu"}, _BOTH),
@@ -140,26 +154,7 @@ ARCHITECTURES = (
         {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
         _BOTH,
     ),
-    Architecture(
-        "BART",
-        BOTH,
-        "bart",
-        {
-            "d_model": WIDTH,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 2,
-            "decoder_attention_heads": 2,
-            "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48,
-            "max_position_embeddings": POSITIONS,
-            "init_std": 0.2,
-            "dropout": 0.1,
-            "decoder_start_token_id": 2,
-            "forced_eos_token_id": None,
-        },
-        _BOTH,
-    ),
+    Architecture("BART", BOTH, "bart", _BART, _BOTH),
     Architecture("Llama", DECODER, "llama", {**_GROUPED, "attention_dropout": 0.1}, _DECODER),
     Architecture("Qwen2", DECODER, "qwen2", {**_GROUPED, "attention_dropout": 0.1}, _DECODER),
     Architecture("Qwen3", DECODER, "qwen3", {**_GROUPED, "attention_dropout": 0.1}, _DECODER),
@@ -174,7 +169,7 @@ ARCHITECTURES = (
         "Gemma 2",
         DECODER,
         "gemma2",
-        {**_GROUPED, "sliding_window": 5, "query_pre_attn_scalar": 8},
+        {**_GROUPED, "sliding_window": 5, "query_pre_attn_scalar": 8, "attention_dropout": 0.1},
         _DECODER,
     ),
     Architecture(
@@ -185,6 +180,7 @@ ARCHITECTURES = (
             **_GROUPED,
             "sliding_window": 5,
             "query_pre_attn_scalar": 8,
+            "attention_dropout": 0.1,
             "layer_types": ["sliding_attention", "full_attention"],
         },
         ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"),
@@ -310,7 +306,99 @@ ARCHITECTURES = (
         _ENCODER,
     ),
 )
-BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+
+# Less common kinds, each with something that the ones above have not. Their invariances are tested,
+# and nothing else.
+FURTHER = (
+    Architecture("Gemma", DECODER, "gemma", _GROUPED, ("CAUSAL_LM", "FEATURE_EXTRACTION")),
+    Architecture("Phi-3", DECODER, "phi3", {**_SIZES, "sliding_window": 5}, _DECODER),
+    Architecture(
+        "GPT-J",
+        DECODER,
+        "gptj",
+        {
+            "n_embd": WIDTH,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": POSITIONS,
+            "rotary_dim": 8,
+            "initializer_range": 0.2,
+            "resid_pdrop": 0.1,
+        },
+        ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"),
+    ),
+    Architecture(
+        "Falcon, ALiBi",
+        DECODER,
+        "falcon",
+        {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "initializer_range": 0.2,
+            "alibi": True,
+            "hidden_dropout": 0.1,
+        },
+        _DECODER,
+    ),
+    Architecture(
+        "Mamba",
+        DECODER,
+        "mamba",
+        {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 2,
+            "state_size": 4,
+            "initializer_range": 0.2,
+        },
+        ("CAUSAL_LM", "FEATURE_EXTRACTION"),
+    ),
+    Architecture(
+        "LFM2",
+        DECODER,
+        "lfm2",
+        {
+            **_GROUPED,
+            "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+        },
+        ("CAUSAL_LM", "FEATURE_EXTRACTION"),
+    ),
+    Architecture("mBART", BOTH, "mbart", _BART, _BOTH),
+    Architecture("M2M100", BOTH, "m2m_100", _BART, _BOTH),
+    Architecture(
+        "MPNet", ENCODER, "mpnet", {**_BERT, "pad_token_id": 1, "bos_token_id": 0}, _ENCODER
+    ),
+    Architecture("EuroBERT", ENCODER, "eurobert", {**_GROUPED, "attention_dropout": 0.1}, _ENCODER),
+    Architecture(
+        "XLNet",
+        ENCODER,
+        "xlnet",
+        {
+            "d_model": WIDTH,
+            "n_layer": 2,
+            "n_head": 2,
+            "d_inner": 48,
+            "initializer_range": 0.2,
+            "dropout": 0.1,
+        },
+        ("TOKEN_CLS", "FEATURE_EXTRACTION"),
+    ),
+)
+BY_NAME = {architecture.name: architecture for architecture in (*ARCHITECTURES, *FURTHER)}
+
+# Not every model can have a prompt put before it: the first takes ids only, the second no mask.
+UNFIT = (
+    Architecture(
+        "CPM-Ant",
+        DECODER,
+        "cpmant",
+        {"hidden_size": WIDTH, "num_attention_heads": 2, "dim_head": 16, "dim_ff": 48}
+        | {"num_hidden_layers": 2, "prompt_types": 2, "prompt_length": 2, "segment_types": 2},
+        ("CAUSAL_LM",),
+    ),
+    Architecture("FNet", ENCODER, "fnet", {**_SIZES, "hidden_dropout_prob": 0.1}, _ENCODER),
+)
 
 
 def names(task: str | None = None, kind: str | None = None) -> list[str]:

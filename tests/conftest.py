@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.utils.deterministic
 
+from tests import support
+
 # The kernels run in Triton's interpreter where there is no GPU to compile them for; triton reads
 # this when it is imported.
 if not torch.cuda.is_available():
@@ -40,13 +42,19 @@ def _poison_memory(on: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = on
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    support.add_option(parser)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    support.register(config)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     _poison_memory(True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    support.note_cells(items)
     if torch.cuda.is_available():
         return
     for item in items:

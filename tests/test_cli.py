@@ -19,7 +19,15 @@ import ept_fast
 from ept_fast import backends
 from ept_fast.cli import main
 from ept_fast.training.config import TrainConfig
-from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
+from tests.tiny import (
+    answer_rows,
+    save_llama,
+    save_model,
+    save_task,
+    small_run,
+    task_rows,
+    write_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,6 +136,58 @@ def test_predict_writes_a_line_a_text(case: str, trained: Workplace, tmp_path: P
     assert (tmp_path / "new" / "labels.jsonl").read_text() == piped.stdout
 
 
+@pytest.fixture(scope="module")
+def writing(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A run of a text task made by the command line, and what it said."""
+    folder = tmp_path_factory.mktemp("writing")
+    model = save_llama(folder / "model", steps=20)
+    data = save_task(folder / "data", answer_rows)
+    settings = small_run(
+        model, data, folder / "out",
+        task="causal", max_target_length=3, prompt_length=48, max_steps=6, eval_steps=3,
+        eval_generate=5, gradient_accumulation_steps=2, separator=" :",
+    )  # fmt: skip
+    result = call("train", *options(settings), "--packing", "--quiet")
+    assert result.exit_code == 0, result.output
+    return Workplace(model, data, folder / "out", result.stdout)
+
+
+def test_a_text_task_says_what_came_out(writing: Workplace) -> None:
+    metrics = json.loads((writing.output / "metrics.json").read_text())
+    lines = dict(line.split(": ", 1) for line in writing.said.splitlines())
+    for name, rows in (("token_accuracy", 40), ("loss", 40), ("exact_match", 5), ("f1", 5)):
+        before, after = metrics["before"][name], metrics["after"][name]
+        expected = f"{before:.4f} before, {after:.4f} after 6 steps ({rows} rows)"
+        assert lines[name.replace("_", " ")] == expected
+    assert "head 0" in lines["parameters trained"]
+    cut = metrics["rows"]["train_targets_cut"] + metrics["rows"]["evaluation_targets_cut"]
+    assert lines["targets cut"] == f"{cut} of 136"  # a target of three words and an end
+    assert cut == 68
+    assert Path(lines["samples"]).read_text().count("\n## ") == 5
+    assert metrics["config"]["packing"] is True
+
+
+def test_a_text_task_is_evaluated_and_predicts(writing: Workplace, tmp_path: Path) -> None:
+    words = ("--adapter", writing.output, "--data", writing.data, "--split", "validation")
+    result = call("evaluate", *words, "--eval-generate", "5")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    after = json.loads((writing.output / "metrics.json").read_text())["after"]
+    for name in ("loss", "token_accuracy", "exact_match", "f1"):
+        assert found[name] == pytest.approx(after[name], rel=1e-5)
+    assert (found["rows"], found["rows_generated"]) == (40, 5)
+    result = call(
+        "predict", "--adapter", writing.output, "--max-new-tokens", "2", "--num-beams", "2",
+        stdin="the play was fine\na dull song\n",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["text"] for line in lines] == ["the play was fine", "a dull song"]
+    for line in lines:
+        assert set(line) == {"text", "output"}
+        assert len(line["output"].split()) <= 2
+
+
 def test_every_field_has_an_option_with_its_default() -> None:
     command = main.commands["train"]
     context = click.Context(command)
@@ -145,7 +205,7 @@ def test_every_field_has_an_option_with_its_default() -> None:
 MISTAKES: dict[str, tuple[str, str]] = {
     "no such model": (
         "train --model {data} --data {data} --output {out}",
-        "model: expected a folder or hub id of a pretrained encoder",
+        "model: expected a folder or hub id of a pretrained model",
     ),
     "no such data": (
         "train --model {model} --data {out}.jsonl --output {out}",
@@ -166,6 +226,18 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "budget too small": (
         "train --model {model} --data {data} --output {out} --prompt-length 5",
         "prompt_length: expected a budget of at least",
+    ),
+    "packed encoder-decoder": (
+        "train --model {model} --data {data} --output {out} --task seq2seq --packing",
+        "packing: expected the task causal (an encoder-decoder counts positions by column)",
+    ),
+    "labels in place of targets": (
+        "train --model {model} --data {data} --output {out} --task seq2seq",
+        "train.jsonl, line 1: target: expected the field, got only text, label",
+    ),
+    "metric of another task": (
+        "train --model {model} --data {data} --output {out} --metric f1",
+        "metric: expected one of accuracy, macro_f1, matthews, got 'f1'",
     ),
     "prompt too long": (
         "train --model {model} --data {data} --output {out} --method pt",

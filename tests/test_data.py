@@ -12,20 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from ept_fast.training.batches import Collator, GroupedBatches, length_batches
 from ept_fast.training.data import (
-    Collator,
     DataError,
     Fields,
-    GroupedBatches,
     LabelSet,
     Rows,
-    Tokenised,
     hold_out,
-    length_batches,
     read_rows,
     read_split,
-    tokenise,
 )
+from ept_fast.training.tokens import Tokenised, tokenise
 from tests.tiny import save_model, save_task, write_rows
 
 GOOD_LINE = '{"text": "a", "label": 0}'
@@ -145,7 +142,7 @@ def test_other_column_names_and_unlabelled_rows(tmp_path: Path) -> None:
     path.write_text('{"q": "a", "y": "yes", "text": 1}\n')
     rows = read_rows(path, fields=Fields(text="q", label="y"))
     assert (rows.texts, rows.labels) == (("a",), ("yes",))
-    assert read_rows(path, fields=Fields(text="q"), labelled=False).labels is None
+    assert read_rows(path, fields=Fields(text="q"), answer="none").labels is None
 
 
 def test_splits_of_a_folder(tmp_path: Path) -> None:

@@ -191,8 +191,9 @@ def test_example_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(example, "README.md", "exec"), names)
-    assert (tmp_path / "my-prompt" / "ept_model.safetensors").is_file()
-    folded, spliced = names["serving"], names["spliced"]
-    batch = names["batch"]
-    again = folded(batch["input_ids"], attention_mask=batch["attention_mask"])
-    assert again.inputs_embeds.shape == spliced.inputs_embeds.shape
+    assert (tmp_path / "my-adapter" / "ept_model.safetensors").is_file()
+    loaded, batch = names["model"], names["batch"]
+    folded = loaded(**batch).logits
+    assert folded.shape == (2, 2)
+    loaded.unfold()
+    assert loaded(**batch).logits.equal(folded)

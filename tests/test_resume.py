@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ept_fast import CheckpointError
-from ept_fast.integrations.transformers import HEAD_FILE
+from ept_fast.integrations.adapters import HEAD_FILE
 from ept_fast.module import TENSOR_FILE
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train
@@ -28,7 +28,7 @@ CHILD = """
 import sys, time
 import torch
 torch.set_num_threads(1)
-from ept_fast.integrations import transformers as integration
+from ept_fast.integrations import adapters
 from ept_fast.training import trainer
 from ept_fast.training.trainer import PromptTrainer
 from ept_fast.cli import main
@@ -50,7 +50,7 @@ elif place == "inside a checkpoint":
 elif place == "while old checkpoints go":
     before(trainer.shutil, "rmtree", lambda path, **k: not k and path.name == "checkpoint-10")
 elif place == "inside the final adapter":
-    before(integration, "write_tensors", lambda path, *a: path.parent.name == "adapter")
+    before(adapters, "write_tensors", lambda path, *a: path.parent.name == "adapter")
 main()
 """
 

@@ -14,14 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ept_fast import CheckpointError, EPTConfig
-from ept_fast.integrations.transformers import (
-    ADAPTER_FILE,
-    HEAD_FILE,
-    EPTForSequenceClassification,
-    load_backbone,
-    text_limit,
-)
+from ept_fast import CheckpointError, EPTConfig, EPTModel, get_ept_model
+from ept_fast.integrations.adapters import ADAPTER_FILE, HEAD_FILE
+from ept_fast.integrations.backbones import load_backbone, text_limit
 from ept_fast.module import TENSOR_FILE
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, read_rows
@@ -59,7 +54,7 @@ def make_classifier(backbone: nn.Module, seed: int = 0, **choices: Any) -> Any:
     """A classifier whose every trained tensor is random, so that each of them matters."""
     generator = torch.Generator().manual_seed(seed)
     settings: dict[str, Any] = {"labels": ("no", "yes", "maybe"), "generator": generator, **choices}
-    model = EPTForSequenceClassification(backbone, settings.pop("config", PROMPT), **settings)
+    model = get_ept_model(backbone, settings.pop("config", PROMPT), "SEQ_CLS", **settings)
     with torch.no_grad():
         for parameter in (*model.prompt.parameters(), *model.head.parameters()):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
@@ -237,7 +232,7 @@ def test_too_long_a_text_is_an_error_before_the_backbone(tmp_path: Path) -> None
     [
         ({"labels": ("a",)}, ValueError, "labels: expected at least 2 different names"),
         ({"labels": ("a", "a")}, ValueError, "labels: expected at least 2 different names"),
-        ({"pooling": "max"}, ValueError, "pooling: expected one of mean, model, got 'max'"),
+        ({"pooling": "max"}, ValueError, "pooling: expected one of mean, first, last, model"),
         ({"head_dropout": 1.0}, ValueError, "head_dropout: expected 0 <= head_dropout < 1"),
         ({"config": EPTConfig(16, rank=2)}, ValueError, "hidden_size 16, got 32"),
         (
@@ -255,8 +250,8 @@ def test_classifier_errors(
 
 
 def test_a_module_without_embeddings_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"backbone: expected an encoder .* got Linear\(input\)"):
-        EPTForSequenceClassification(nn.Linear(2, 2), PROMPT, ("a", "b"))
+    with pytest.raises(TypeError, match=r"model: expected a model with .* got Linear\(input\)"):
+        get_ept_model(nn.Linear(2, 2), PROMPT, "SEQ_CLS", labels=("a", "b"))
 
 
 def test_pooler_that_is_not_there_is_an_error() -> None:
@@ -273,9 +268,10 @@ def test_saved_adapter_gives_the_same_logits(model_folder: Path, tmp_path: Path)
     backbone = load_backbone(str(model_folder))
     model = make_classifier(backbone, base_model=str(model_folder), head_dropout=0.25).eval()
     model.save_pretrained(tmp_path / "adapter", extra={"note": 1})
-    again = EPTForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    again = EPTModel.from_pretrained(tmp_path / "adapter")
     assert not again.training
-    assert (again.labels, again.pooling, again.dropout.p) == (model.labels, "mean", 0.25)
+    assert (again.labels, again.pooling) == (model.labels, "mean")
+    assert again.description.head_dropout == 0.25
     assert torch.equal(again(**make_batch()).logits, model(**make_batch()).logits)
     names = sorted(path.name for path in (tmp_path / "adapter").iterdir())
     assert names == [ADAPTER_FILE, "ept_config.json", TENSOR_FILE, HEAD_FILE]
@@ -314,9 +310,12 @@ DAMAGE = {
         "adapter.json: expected a JSON object",
     ),
     "another format": (edit(format="other"), "expected an adapter with .* got .*'other'"),
-    "newer format": (edit(format_version=2), "expected an adapter with .* got .*2"),
+    "newer format": (edit(format_version=3), "expected an adapter with .* got .*3"),
     "field missing": (edit(labels="gone"), "got no labels"),
-    "another model": (edit(base_model_type="gpt2"), "base_model_type: expected 'gpt2'"),
+    "another model": (
+        edit(base_model_type="gpt2"),
+        "base_model_type: expected 'bert' as in this model, got 'gpt2'",
+    ),
     "other labels": (edit(labels=["a", "b"]), "head.safetensors: .*expected shape"),
 }
 
@@ -327,10 +326,10 @@ def test_damaged_adapters_are_refused(case: str, model_folder: Path, tmp_path: P
     backbone = load_backbone(str(model_folder))
     folder = tmp_path / "adapter"
     make_classifier(backbone, base_model=str(model_folder)).save_pretrained(folder)
-    EPTForSequenceClassification.from_pretrained(folder, backbone)
+    EPTModel.from_pretrained(folder, backbone)
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        EPTForSequenceClassification.from_pretrained(folder, backbone)
+        EPTModel.from_pretrained(folder, backbone)
 
 
 def test_a_refused_load_changes_nothing(model_folder: Path, tmp_path: Path) -> None:
@@ -532,11 +531,11 @@ def test_named_labels_pairs_and_held_out_rows(model_folder: Path, tmp_path: Path
     assert metrics["labels"] == ["happy", "sad"]
     assert (metrics["rows"]["train"], metrics["rows"]["evaluation"]) == (30, 10)
     assert metrics["rows"]["train_cut"] > 0
-    result = predict(tmp_path / "out", read_rows(data, labelled=False))[0]
+    result = predict(tmp_path / "out", read_rows(data, answer="none"))[0]
     assert result["label"] in ("happy", "sad")
     single = write_rows(tmp_path / "single.jsonl", task_rows(4, 0))
     with pytest.raises(DataError, match="text_pair: expected a second text as in training"):
-        predict(tmp_path / "out", read_rows(single, labelled=False))
+        predict(tmp_path / "out", read_rows(single, answer="none"))
     with pytest.raises(DataError, match=r"single\.jsonl: text_pair: expected a second text"):
         evaluate(tmp_path / "out", single)
 
@@ -633,7 +632,7 @@ def test_bf16_on_a_cpu_runs_where_asked(
     ("changes", "message"),
     [
         ({"method": "lora"}, "method: expected one of ept, dept, pt, got 'lora'"),
-        ({"pooling": "max"}, "pooling: expected one of mean, model"),
+        ({"pooling": "max"}, "pooling: expected one of mean, first, last, model"),
         ({"keep": "first"}, "keep: expected one of last, best"),
         ({"metric": "f2"}, "metric: expected one of accuracy, macro_f1, matthews"),
         ({"device": "tpu"}, "device: expected one of auto, cpu"),

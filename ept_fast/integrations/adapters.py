@@ -10,16 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ept_fast.checkpoint import (
-    CheckpointError,
-    check_tensors,
-    read_json,
     read_tensors,
     write_json,
     write_tensors,
 )
 from ept_fast.config import EPTConfig
 from ept_fast.integrations import POOLINGS, TASKS
-from ept_fast.module import CONFIG_FILE, TENSOR_FILE
+from ept_fast.module import CONFIG_FILE, TENSOR_FILE, read_prompt_config
+from ept_fast.reading import CheckpointError, read_adapter_json, read_file
 
 __all__ = [
     "ADAPTER_FILE",
@@ -74,7 +72,7 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
         CheckpointError: missing or foreign, or a file is not the one it was written with.
     """
     path = Path(folder) / ADAPTER_FILE
-    values = read_json(path)
+    values = read_adapter_json(path)
     missing = sorted({*_FORMAT, *_FIELDS} - set(values))
     if missing or any(values[name] != value for name, value in _FORMAT.items()):
         got = f"no {', '.join(missing)}" if missing else str({n: values[n] for n in _FORMAT})
@@ -109,12 +107,9 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
 def read_config(folder: Path, width: int) -> EPTConfig:
     """The config of the prompt in an adapter's folder, for embeddings of this width."""
     path = folder / CONFIG_FILE
-    values = read_json(path)
-    values.pop("num_tasks", None)
-    try:
-        config = EPTConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    config, num_tasks = read_prompt_config(folder)
+    if num_tasks is not None:
+        raise CheckpointError(f"{path}: num_tasks: expected null, got {num_tasks}")
     if config.hidden_size != width:
         raise CheckpointError(
             f"{path}: hidden_size: expected {width} as in the backbone, got {config.hidden_size}"
@@ -124,19 +119,11 @@ def read_config(folder: Path, width: int) -> EPTConfig:
 
 def read_head(folder: Path, head: nn.Module) -> dict[str, Tensor]:
     """The tensors of a head of these very sizes."""
-    tensors, _ = read_tensors(folder / HEAD_FILE)
     shapes = {name: tuple(p.shape) for name, p in head.state_dict().items()}
-    check_tensors(folder / HEAD_FILE, tensors, shapes)
+    tensors, _ = read_tensors(folder / HEAD_FILE, shapes)
     return tensors
 
 
 def _checksums(folder: Path, head: bool) -> dict[str, str]:
-    sums = {}
-    for name in (CONFIG_FILE, TENSOR_FILE, *((HEAD_FILE,) if head else ())):
-        try:
-            sums[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder / name}: expected a readable file, got {error.strerror or error}"
-            ) from None
-    return sums
+    names = (CONFIG_FILE, TENSOR_FILE, *((HEAD_FILE,) if head else ()))
+    return {name: hashlib.sha256(read_file(folder / name)).hexdigest() for name in names}

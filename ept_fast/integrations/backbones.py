@@ -15,19 +15,27 @@ from ept_fast.config import check_choice
 from ept_fast.integrations import TASKS
 
 __all__ = [
+    "ATTENTION",
     "accepted_arguments",
     "check_backbone",
     "column_free_length",
     "embedding_width",
     "first_position",
+    "layer_kinds",
     "load_backbone",
     "load_tokenizer",
     "output_width",
     "own_head",
     "position_table",
+    "position_table_name",
+    "reads_last_column",
     "text_limit",
 ]
 
+# Kinds of layers that keep keys and values of each position and nothing else.
+ATTENTION = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
+
+_LAYER_FIELDS = ("layer_types", "layers_block_type", "block_types")  # of a config
 _AUTO = {
     "SEQ_CLS": transformers.AutoModel,
     "TOKEN_CLS": transformers.AutoModel,
@@ -108,7 +116,7 @@ def check_backbone(backbone: Any, task: str) -> None:
     """
     accepted = accepted_arguments(backbone) if isinstance(backbone, nn.Module) else frozenset()
     missing = [name for name in ("inputs_embeds", "attention_mask") if name not in accepted]
-    if missing or not hasattr(backbone, "get_input_embeddings") or not hasattr(backbone, "config"):
+    if missing or not _has_embeddings(backbone) or not hasattr(backbone, "config"):
         raise TypeError(
             f"model: expected a model with a config, get_input_embeddings() and a forward that "
             f"takes inputs_embeds and attention_mask, got {type(backbone).__name__}"
@@ -134,6 +142,20 @@ def check_backbone(backbone: Any, task: str) -> None:
         raise TypeError(
             f"model: expected a model without a head{suffix} for task {task}, got {name}"
         )
+
+
+def _has_embeddings(backbone: Any) -> bool:
+    """Whether there is a layer that token ids become embeddings in."""
+    try:
+        return backbone.get_input_embeddings() is not None
+    except (AttributeError, NotImplementedError):  # as of a model of characters
+        return False
+
+
+def reads_last_column(backbone: Any) -> bool:
+    """Whether a classifier's own head takes the last column of its rows, as XLNet's does."""
+    summary = getattr(backbone.config, "summary_type", None)
+    return hasattr(backbone, "sequence_summary") and summary == "last"
 
 
 def own_head(backbone: nn.Module, task: str) -> dict[str, nn.Module]:
@@ -168,19 +190,31 @@ def text_limit(backbone: Any, num_virtual_tokens: int) -> int | None:
     return int(positions) - first_position(backbone) - num_virtual_tokens
 
 
-def position_table(backbone: nn.Module) -> nn.Embedding | None:
-    """The table of learned absolute positions, or None."""
+def position_table_name(backbone: nn.Module) -> str | None:
+    """Where the table of learned absolute positions is, or None."""
     for name, layer in backbone.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(layer, nn.Embedding) and (last == "wpe" or "position" in last):
-            return layer
+            return str(name)
     return None
+
+
+def position_table(backbone: nn.Module) -> nn.Embedding | None:
+    """The table of learned absolute positions, or None."""
+    name = position_table_name(backbone)
+    return None if name is None else backbone.get_submodule(name)  # type: ignore[return-value]
 
 
 def first_position(backbone: nn.Module) -> int:
     """Where the backbone's position ids start: RoBERTa and its kin count from padding_idx + 1."""
     table = position_table(backbone)
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+
+
+def layer_kinds(backbone: Any) -> set[str]:
+    """What the config says the layers are; nothing where they are all alike."""
+    values = (getattr(backbone.config, name, None) or () for name in _LAYER_FIELDS)
+    return {kind for kinds in values for kind in kinds}
 
 
 def column_free_length(backbone: Any) -> float:
@@ -191,9 +225,7 @@ def column_free_length(backbone: Any) -> float:
     position ids, or where states or convolutions run over the columns, every row does: 0.
     """
     config = backbone.config
-    kinds = set(getattr(config, "layer_types", None) or ())
-    attention = {"full_attention", "sliding_attention", "chunked_attention"}
-    if "position_ids" not in accepted_arguments(backbone) or kinds - attention:
+    if "position_ids" not in accepted_arguments(backbone) or layer_kinds(backbone) - ATTENTION:
         return 0
     names = ("sliding_window", "attention_chunk_size", "window_size")
     windows = [getattr(config, name, None) for name in names]

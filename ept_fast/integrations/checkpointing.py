@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ept_fast.config import check_count
 
 __all__ = ["disable", "enable", "set_mode"]
 
 
-def enable(backbone: nn.Module, options: dict[str, Any] | None) -> None:
+def enable(
+    backbone: nn.Module,
+    options: dict[str, Any] | None,
+    every_n_layers: int = 1,
+    offload: bool = False,
+) -> None:
     """Have the backbone's layers recomputed in the backward pass, without their dropout.
 
     A layer checks for training mode before it recomputes, and some drop out by the same flag. So
     the flag is on around the layer (:func:`set_mode`) and off inside it, in both of its
     computations. The model's own method would besides have the text's embeddings require gradients.
 
+    Args:
+        backbone: the model.
+        options: of ``torch.utils.checkpoint.checkpoint``.
+        every_n_layers: 1 for all layers, 2 for the first, the third and so on.
+        offload: whether what is kept for the recomputation goes to the CPU.
+
     Raises:
         ValueError: the model has no layers that can be recomputed.
     """
+    check_count("every_n_layers", every_n_layers, 1)
     layers = _layers(backbone)
     if not layers:
         raise ValueError(
@@ -30,9 +46,9 @@ def enable(backbone: nn.Module, options: dict[str, Any] | None) -> None:
             f"got {type(backbone).__name__}"
         )
     run = functools.partial(checkpoint, **{"use_reentrant": False, **(options or {})})
-    for layer in layers:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = functools.partial(_recompute, layer, run)
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index % every_n_layers == 0
+        layer._gradient_checkpointing_func = functools.partial(_recompute, layer, run, offload)
 
 
 def disable(backbone: nn.Module) -> None:
@@ -51,8 +67,11 @@ def _layers(backbone: nn.Module) -> list[Any]:
     return [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def _recompute(layer: nn.Module, run: Callable[..., Any], forward: Any, *args: Any) -> Any:
-    return run(functools.partial(_in_evaluation, layer, forward), *args)
+def _recompute(
+    layer: nn.Module, run: Callable[..., Any], offload: bool, forward: Any, *args: Any
+) -> Any:
+    with save_on_cpu(pin_memory=True) if offload else contextlib.nullcontext():
+        return run(functools.partial(_in_evaluation, layer, forward), *args)
 
 
 def _in_evaluation(layer: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput  # type: ignore[attr-defined]
 
 from ept_fast.checkpoint import CheckpointError
-from ept_fast.config import EPTConfig
+from ept_fast.config import EPTConfig, check_choice
+from ept_fast.folded import offset_table
 from ept_fast.integrations import checkpointing
 from ept_fast.integrations.adapters import (
     ADAPTER_FILE,
@@ -30,14 +31,28 @@ from ept_fast.integrations.backbones import (
     embedding_width,
     first_position,
     load_backbone,
-    position_table,
+    position_table_name,
     text_limit,
 )
+from ept_fast.integrations.positions import check_sums, looked_up, with_offset
+from ept_fast.integrations.quantised import allow_packing, prevent_packing
 from ept_fast.module import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.precision import accumulation_dtype
+from ept_fast.sharding import fill, gather, reshard, writing_process
 
-__all__ = ["EPTModel", "Text", "replace_fields", "token_loss"]
+__all__ = [
+    "Description",
+    "EPTModel",
+    "Text",
+    "check_adapter_name",
+    "keep_logits",
+    "next_labels",
+    "replace_fields",
+    "token_loss",
+]
 
 IGNORED = -100
+_OFFSETS = ("low_rank", "table", "auto", "positions")
 
 
 @dataclass(frozen=True)
@@ -121,9 +136,11 @@ class EPTModel(nn.Module):
         heads: the adapters' heads, by name, where the task has one.
         base_model_name: folder or hub id of the backbone, saved with adapters; or None.
         active_adapter: name of the adapter that forward uses.
+        descriptions: what each adapter is besides its tensors, by name.
     """
 
     task: ClassVar[str]
+    has_head: ClassVar[bool] = False
     accepts_loss_kwargs = True  # transformers' Trainer then gives num_items_in_batch
     _classes: ClassVar[dict[str, type[EPTModel]]] = {}
 
@@ -139,11 +156,13 @@ class EPTModel(nn.Module):
     ) -> None:
         super().__init__()
         check_backbone(model, self.task)
+        self._packing = prevent_packing(model)
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._modes = [(m, m.training) for m in model.modules()]
         self.prompts = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.folded = nn.ModuleDict()
+        self.position_tables = nn.ModuleDict()
         self.backbone = model.requires_grad_(False).eval()
         name = getattr(self.backbone.config, "_name_or_path", None) or None
         if base_model is None and name is not None and Path(name).is_dir():
@@ -151,14 +170,21 @@ class EPTModel(nn.Module):
         self.base_model_name = base_model or name
         self.backend = backend
         self.active_adapter = ""
-        self._descriptions: dict[str, Description] = {}
+        self.descriptions: dict[str, Description] = {}
         self._accepted = accepted_arguments(model)
         self._first_position = first_position(model)
-        self._has_position_table = position_table(model) is not None
+        self._table_name = position_table_name(model)
+        # While copies of it stand in the model. In a tuple, so that it is not registered again.
+        self._own_table: tuple[nn.Module, ...] = ()
         self._disabled = False
         self._checkpoints = False
         self.register_state_dict_post_hook(_keep_adapters)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_adapters)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def of_task(task: str) -> type[EPTModel]:
+        """The class of a task."""
+        return EPTModel._classes[task]
 
     # What a model of transformers offers
 
@@ -174,13 +200,22 @@ class EPTModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the prompt is."""
-        return next(self.prompt.parameters()).device
+        """Where the token embeddings are."""
+        return self.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the token embeddings."""
         return self.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Read by DDP, which would send the frozen model's buffers before every forward.
+
+        Its parameters are sent once, when DDP is made: where a part of them was drawn at random,
+        as a pooler that no checkpoint has, the processes then agree.
+        """
+        return [f"backbone.{name}" for name, _ in self.backbone.named_buffers()]
 
     def get_input_embeddings(self) -> Any:
         """The backbone's embedding layer."""
@@ -204,18 +239,23 @@ class EPTModel(nn.Module):
         return self
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """Recompute the backbone's layers in the backward pass, to save their activations.
 
         Args:
             gradient_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``, such as
                 ``{"use_reentrant": False}``.
+            every_n_layers: 1 for all layers, 2 for every second one.
+            offload: whether what is kept for the recomputation goes to the CPU.
 
         Raises:
             ValueError: the backbone cannot.
         """
-        checkpointing.enable(self.backbone, gradient_checkpointing_kwargs)
+        checkpointing.enable(self.backbone, gradient_checkpointing_kwargs, every_n_layers, offload)
         self._checkpoints = True
         checkpointing.set_mode(self.backbone, self.training)
 
@@ -228,10 +268,13 @@ class EPTModel(nn.Module):
     activation_checkpointing_disable = gradient_checkpointing_disable
 
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """:meth:`gradient_checkpointing_enable` by its newer name."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -243,7 +286,7 @@ class EPTModel(nn.Module):
     @property
     def adapter_names(self) -> tuple[str, ...]:
         """Names of the adapters, in the order they came."""
-        return tuple(self._descriptions)
+        return tuple(self.descriptions)
 
     @property
     def prompt(self) -> FusedEPTPrompt:
@@ -259,9 +302,10 @@ class EPTModel(nn.Module):
     @property
     def head(self) -> nn.Module | None:
         """The active adapter's head, or None."""
-        return self._head_of(self.active_adapter)
+        return self.head_of(self.active_adapter)
 
-    def _head_of(self, name: str) -> nn.Module | None:
+    def head_of(self, name: str) -> nn.Module | None:
+        """An adapter's head, or None."""
         if name not in self.heads:  # a ModuleDict has no get()
             return None
         return self.heads[name]
@@ -269,7 +313,7 @@ class EPTModel(nn.Module):
     @property
     def description(self) -> Description:
         """What the active adapter is besides its tensors."""
-        return self._descriptions[self.active_adapter]
+        return self.descriptions[self.active_adapter]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -314,9 +358,9 @@ class EPTModel(nn.Module):
         Raises:
             TypeError, ValueError: arguments that do not fit; the model is as before then.
         """
-        self._check_name(name)
+        check_adapter_name(name, self.descriptions)
         described = self._describe(labels, pooling, head_dropout)
-        limit = text_limit(self.backbone, 0) if self._has_position_table else None
+        limit = None if self._table_name is None else text_limit(self.backbone, 0)
         if (
             limit is not None
             and isinstance(config, EPTConfig)
@@ -337,35 +381,23 @@ class EPTModel(nn.Module):
             backend=self.backend,
         )
         head = self._new_head(described, generator)
+        if head is not None:
+            head.to(next(prompt.parameters()).device)
+        self.place(name, prompt, head, described)
+
+    def place(
+        self, name: str, prompt: nn.Module, head: nn.Module | None, description: Description
+    ) -> None:
+        """Put a ready adapter under this name; the first one becomes active."""
         self.prompts[name] = prompt
         if head is not None:
-            self.heads[name] = head.to(next(prompt.parameters()).device)
-        self._descriptions[name] = described
+            self.heads[name] = head
+        self.descriptions[name] = description
         self.set_adapter(self.active_adapter or name)
 
-    def _check_name(self, name: str) -> None:
-        plain = isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
-        if not plain or not name.isascii() or hasattr(nn.ModuleDict, name):
-            raise ValueError(
-                f"adapter_name: expected letters, digits, _ and -, and no name of a method of "
-                f"ModuleDict, got {name!r}"
-            )
-        if name in self._descriptions:
-            raise ValueError(f"adapter_name: expected a new name, got {name!r}, which is there")
-
-    def _check_room(self, config: EPTConfig) -> None:
-        if not isinstance(config, EPTConfig):
-            raise TypeError(f"config: expected an EPTConfig, got {type(config).__name__}")
-        most = text_limit(self.backbone, config.num_virtual_tokens)
-        if self._has_position_table and most is not None and most < 1:
-            raise ValueError(
-                f"num_virtual_tokens: expected room for text in the model's "
-                f"{self.config.max_position_embeddings} positions, got {config.num_virtual_tokens}"
-            )
-
     def _known(self, name: str) -> str:
-        if name not in self._descriptions:
-            known = ", ".join(self._descriptions)
+        if name not in self.descriptions:
+            known = ", ".join(self.descriptions)
             raise ValueError(f"adapter_name: expected one of {known}, got {name!r}")
         return name
 
@@ -391,6 +423,7 @@ class EPTModel(nn.Module):
         for group in (self.prompts, self.heads):
             for other, module in group.items():
                 module.requires_grad_(other == name)
+        self._place_positions()
         self.train(self.training)
 
     def delete_adapter(self, name: str) -> None:
@@ -401,19 +434,21 @@ class EPTModel(nn.Module):
         """
         if self._known(name) == self.active_adapter:
             raise ValueError(f"adapter_name: expected one that is not active, got {name!r}")
-        for group in (self.prompts, self.heads, self.folded):
+        for group in (self.prompts, self.heads, self.folded, self.position_tables):
             if name in group:
                 del group[name]
-        del self._descriptions[name]
+        del self.descriptions[name]
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[EPTModel]:
         """The plain backbone, for the length of a ``with`` block."""
         before, self._disabled = self._disabled, True
+        self._place_positions(plain=True)
         try:
             yield self
         finally:
             self._disabled = before
+            self._place_positions(plain=before)
 
     def unload(self) -> Any:
         """Take the backbone out: the model that was given, as it was; this object is done with.
@@ -421,6 +456,8 @@ class EPTModel(nn.Module):
         Its head, the ``requires_grad`` of its parameters and its modules' modes are restored.
         """
         self.gradient_checkpointing_disable()
+        self._place_positions(plain=True)
+        allow_packing(self._packing)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         for module, mode in self._modes:
@@ -428,18 +465,94 @@ class EPTModel(nn.Module):
         backbone, self.backbone = self.backbone, None
         return backbone
 
-    def fold(self) -> None:
+    def fold(self, dtype: torch.dtype | None = None, offset: str = "low_rank") -> None:
         """Compute every adapter's prompt once, for inference; switches to evaluation mode.
 
         :meth:`unfold`, :meth:`train` and loading undo it.
+
+        Args:
+            dtype: as in :meth:`ept_fast.FusedEPTPrompt.fold`.
+            offset: ``"low_rank"``, ``"table"`` or ``"auto"``, as there; or ``"positions"``, for a
+                model with a table of learned absolute positions: each adapter's offset goes into a
+                copy of that table, and the active adapter's copy stands in the model in place of
+                the table, which comes back when another one is active or nothing is folded.
+
+        Raises:
+            TypeError, ValueError: another dtype or offset; a model that does not add a table of
+                positions to its embeddings. Nothing is folded then.
         """
+        check_choice("offset", offset, _OFFSETS)
         self.eval()
-        for name, prompt in self.prompts.items():
-            self.folded[name] = prompt.fold()  # type: ignore[operator]
+        self.unfold()
+        inside = offset == "positions"
+        if inside and self._table_name is None:
+            raise ValueError(
+                f"offset: expected a model with a table of learned absolute positions for "
+                f'"positions", got {type(self.backbone).__name__}'
+            )
+        if self._table_name is not None and inside:
+            self._own_table = (self.backbone.get_submodule(self._table_name),)
+        try:
+            for name, prompt in self.prompts.items():
+                self.folded[name] = prompt.fold(dtype, "low_rank" if inside else offset)  # type: ignore[operator]
+                if inside and prompt.config.rank:  # type: ignore[union-attr]
+                    self._fold_into_positions(name, dtype)
+        except BaseException:
+            self.unfold()
+            raise
+        self._place_positions()
+
+    @torch.no_grad()
+    def _fold_into_positions(self, name: str, dtype: torch.dtype | None) -> None:
+        """Move a folded adapter's offset into a copy of the table of positions, and check it."""
+        active, self.active_adapter = self.active_adapter, name
+        try:
+            prompt: Any = self.prompt
+            m, n = prompt.config.num_virtual_tokens, prompt.config.max_length
+            length = min(n, 32, n if self.text_limit is None else self.text_limit)
+            ids = torch.arange(length, device=self.device).unsqueeze(0)
+            ids = ids % self.get_input_embeddings().weight.shape[0]
+            expected = self._outputs(ids)
+            self.folded[name] = prompt.fold(dtype, "none")
+            without: list[Tensor] = []
+            table: Any = self.backbone.get_submodule(self._table_name)
+            start = looked_up(table, lambda: without.append(self._outputs(ids)), m + length) + m
+            wide = accumulation_dtype(table.weight, prompt.offset_b)
+            offset = offset_table(prompt.offset_a, prompt.offset_b, prompt.config.scaling, wide)
+            self.position_tables[name] = with_offset(table, start, offset)
+            self._place_positions()
+            check_sums(self._outputs(ids), expected, without[0])
+        finally:
+            self.active_adapter = active
+            self._place_positions()
+
+    def _outputs(self, input_ids: Tensor) -> Tensor:
+        """What the part of the backbone that reads the text makes of ids without padding."""
+        embeds, mask, ranks = self.splice(input_ids)
+        reader = self._reader()
+        inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask}
+        if "position_ids" in accepted_arguments(reader):
+            inputs["position_ids"] = ranks + self._first_position
+        return reader(**inputs, return_dict=True)[0]  # type: ignore[no-any-return]
+
+    def _reader(self) -> Any:
+        return self.backbone
+
+    def _place_positions(self, plain: bool = False) -> None:
+        """Put the active adapter's table of positions into the backbone, or the model's own."""
+        if not self._own_table:
+            return
+        name = self.active_adapter
+        folded = name in self.position_tables and not plain
+        table = self.position_tables[name] if folded else self._own_table[0]
+        self.backbone.set_submodule(self._table_name, table)
 
     def unfold(self) -> None:
-        """Use the trainable prompts again."""
+        """Use the trainable prompts, and the model's own positions, again."""
         self.folded.clear()
+        self.position_tables.clear()
+        self._place_positions()
+        self._own_table = ()
 
     # Numbers
 
@@ -486,7 +599,8 @@ class EPTModel(nn.Module):
     ) -> None:
         """Write an adapter into ``folder``: safetensors and JSON, never the backbone.
 
-        Each file is written whole or not at all, the description last.
+        Each file is written whole or not at all, the description last. Where FSDP2 shards the model
+        every process has to call this, and one of them writes.
 
         Args:
             folder: made where it is missing.
@@ -499,13 +613,14 @@ class EPTModel(nn.Module):
         name = self._known(adapter_name or self.active_adapter)
         folder = Path(folder)
         prompt: Any = self.prompts[name]
-        module = self._head_of(name)
-        head = None if module is None else module.state_dict()
-        for key, tensor in (*prompt.state_dict().items(), *(head or {}).items()):
+        module = self.head_of(name)
+        reshard(self)
+        head = None if module is None else gather(module.state_dict())
+        for key, tensor in (*gather(prompt.state_dict()).items(), *(head or {}).items()):
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{key}: expected finite values to save, got NaN or infinity")
         prompt.save_pretrained(folder)
-        described = self._descriptions[name]
+        described = self.descriptions[name]
         values = {
             "task": self.task,
             "base_model": self.base_model_name,
@@ -516,7 +631,9 @@ class EPTModel(nn.Module):
             "head_dropout": described.head_dropout,
             "extra": dict(extra or {}),
         }
-        write_adapter(folder, head, values, prompt.config)
+        with writing_process(prompt.parameters()) as writes:
+            if writes:
+                write_adapter(folder, head, values, prompt.config)
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Read an adapter of the same task, sizes and labels into the active one.
@@ -541,25 +658,28 @@ class EPTModel(nn.Module):
                 is as before then.
         """
         folder = Path(folder)
-        self._check_name(name)
+        check_adapter_name(name, self.descriptions)
         described = self._read_description(folder)
-        config = read_config(folder, embedding_width(self.backbone))
-        before = self.active_adapter
-        self.add_adapter(
-            name,
-            config,
-            labels=described.labels,
-            pooling=described.pooling,
-            head_dropout=described.head_dropout,
-            init=torch.zeros(config.num_virtual_tokens + config.rank, config.hidden_size),
-            generator=torch.Generator(),  # every value is replaced; the global one stays as it is
-        )
+        read_config(folder, embedding_width(self.backbone))
         try:
-            self._load(folder, name)
-        except BaseException:
-            self.active_adapter = before
-            self.delete_adapter(name)
-            raise
+            chosen = self._describe(described.labels, described.pooling, described.head_dropout)
+        except ValueError as error:
+            raise CheckpointError(f"{folder / ADAPTER_FILE}: {error}") from None
+        if chosen != described:
+            raise CheckpointError(
+                f"{folder / ADAPTER_FILE}: head: expected {chosen.head!r} as this model needs, "
+                f"got {described.head!r}"
+            )
+        layer = self.get_input_embeddings()
+        prompt = FusedEPTPrompt.from_pretrained(folder, layer, backend=self.backend)
+        head = self._new_head(described, torch.Generator())
+        if head is not None:
+            tensors = read_head(folder, head)
+            if described.head == "linear":
+                head.to(next(iter(tensors.values())).dtype)
+            head.load_state_dict(tensors)
+            head.to(self.device)
+        self.place(name, prompt, head, described)
 
     def _read_description(self, folder: Path) -> Description:
         values = read_adapter(folder)
@@ -575,11 +695,12 @@ class EPTModel(nn.Module):
 
     def _load(self, folder: Path, name: str) -> None:
         prompt: Any = self.prompts[name]
-        head = self._head_of(name)
+        head = self.head_of(name)
         tensors = {} if head is None else read_head(folder, head)
+        reshard(self)
         prompt.load_pretrained(folder)
         if head is not None:
-            head.load_state_dict(tensors)
+            fill(head.state_dict(), tensors)
         self.unfold()
 
     @classmethod
@@ -618,7 +739,7 @@ class EPTModel(nn.Module):
                 raise ValueError(f"base_model: expected a folder or hub id, {folder} names none")
             labels = tuple(values["labels"] or ()) if values["head"] == "model" else None
             model = load_backbone(name, values["task"], labels=labels)
-        chosen = EPTModel._classes[values["task"]](model, base_model=name, backend=backend)
+        chosen = EPTModel.of_task(values["task"])(model, base_model=name, backend=backend)
         chosen.load_adapter(folder, adapter_name)
         return chosen.eval()
 
@@ -677,7 +798,7 @@ class EPTModel(nn.Module):
         return self._run(text, labels, kwargs)
 
     def _check_length(self, length: int) -> None:
-        limit = self.text_limit if self._has_position_table else None
+        limit = None if self._table_name is None else self.text_limit
         if limit is not None and length > limit:
             raise ValueError(
                 f"input_ids: expected at most {limit} positions (the model's "
@@ -701,26 +822,88 @@ class EPTModel(nn.Module):
 
     def _inputs(self, text: Text, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments that the backbone is called with."""
+        return self._inputs_in_order(text, kwargs, compact=False)[0]
+
+    def _inputs_in_order(
+        self, text: Text, kwargs: dict[str, Any], compact: bool
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """The keyword arguments that the backbone is called with, and the order of their columns.
+
+        Where prompts differ in length, the shorter ones of a batch have padding before them;
+        ``compact`` moves it behind the text, for models that go by columns.
+        """
         task_ids = kwargs.pop("task_ids", None)
-        spliced = self.splice(text.input_ids, text.inputs_embeds, text.attention_mask, task_ids)
+        embeds, mask, ranks = self.splice(
+            text.input_ids, text.inputs_embeds, text.attention_mask, task_ids
+        )
+        token_type_ids, order = text.token_type_ids, None
+        if token_type_ids is not None:
+            token_type_ids = F.pad(token_type_ids, (self.prompt.config.num_virtual_tokens, 0))
+        if compact and not self.active_prompt.equal_lengths:
+            moved = Text(None, embeds, mask, token_type_ids).compacted()
+            _, embeds, mask, token_type_ids, order = moved  # type: ignore[assignment]
+            ranks = mask.cumsum(1, dtype=torch.int64) - 1
         inputs: dict[str, Any] = {
-            "inputs_embeds": spliced.inputs_embeds,
-            "attention_mask": spliced.attention_mask,
+            "inputs_embeds": embeds,
+            "attention_mask": mask,
             "return_dict": True,
         }
         if "position_ids" in self._accepted:
-            inputs["position_ids"] = spliced.position_ids + self._first_position
-        if text.token_type_ids is not None and "token_type_ids" in self._accepted:
-            m = self.prompt.config.num_virtual_tokens
-            inputs["token_type_ids"] = F.pad(text.token_type_ids, (m, 0))
+            inputs["position_ids"] = ranks + self._first_position
+        if token_type_ids is not None and "token_type_ids" in self._accepted:
+            inputs["token_type_ids"] = token_type_ids
         if "use_cache" in self._accepted:
             inputs["use_cache"] = False
-        return inputs | kwargs
+        return inputs | kwargs, order
+
+    def _of_text(self, values: Tensor, order: Tensor | None) -> Tensor:
+        """What belongs to the text, ``[B, S, ...]``, of values of the backbone's columns."""
+        if order is not None:
+            values = _taken(values, order.argsort(dim=1))
+        return values[:, self.prompt.config.num_virtual_tokens :]
+
+
+def check_adapter_name(name: str, taken: Container[str]) -> None:
+    """Raise ValueError unless the name is plain and new."""
+    plain = isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
+    if not plain or not name.isascii() or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"adapter_name: expected letters, digits, _ and -, and no name of a method of "
+            f"ModuleDict, got {name!r}"
+        )
+    if name in taken:
+        raise ValueError(f"adapter_name: expected a new name, got {name!r}, which is there")
 
 
 def replace_fields(output: ModelOutput, **fields: Any) -> Any:
     """The same output with other values in these fields."""
     return type(output)(**{**output, **fields})
+
+
+def keep_logits(logits: Tensor, kept: int | Tensor) -> Tensor:
+    """The last ``kept`` columns, all where that is 0, or the columns of these numbers."""
+    if isinstance(kept, Tensor):
+        return logits[:, kept]
+    return logits[:, -kept:] if kept else logits
+
+
+def next_labels(labels: Tensor, mask: Tensor) -> Tensor:
+    """Each label at the position that predicts its token, which is the real token before it.
+
+    Args:
+        labels: ``[B, S]`` integers; those of padding are left out.
+        mask: ``[B, S]`` of 0 and 1.
+
+    Returns:
+        ``[B, 1 + S]``: the prompt's last position, which predicts a row's first token, and the
+        text's; -100 where nothing is to be predicted.
+    """
+    real = mask != 0
+    own = torch.arange(1, labels.shape[1] + 1, device=labels.device).expand_as(labels)
+    before = F.pad(own.where(real, 0).cummax(1).values[:, :-1], (1, 0))
+    # Padding writes to its own position and each token to another real one: none is written twice.
+    targets = labels.new_full((labels.shape[0], labels.shape[1] + 1), IGNORED)
+    return targets.scatter(1, before.where(real, own), labels.where(real, IGNORED))
 
 
 def token_loss(logits: Tensor, labels: Tensor, num_items: Any = None) -> Tensor:

@@ -14,15 +14,23 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 
 from ept_fast.config import EPTConfig, check_choice, check_number
 from ept_fast.integrations import POOLINGS, TASKS
-from ept_fast.integrations.backbones import column_free_length, output_width, own_head
+from ept_fast.integrations.backbones import (
+    column_free_length,
+    output_width,
+    own_head,
+    reads_last_column,
+)
 from ept_fast.integrations.model import (
     IGNORED,
     Description,
     EPTModel,
     Text,
+    keep_logits,
+    next_labels,
     replace_fields,
     token_loss,
 )
+from ept_fast.integrations.prefix import PrefixCache, prefix_forward
 
 __all__ = [
     "EPTModel",
@@ -95,7 +103,7 @@ def get_ept_model(
         torch.Size([1, 3, 99])
     """
     check_choice("task", task, TASKS)
-    wrapped = EPTModel._classes[task](model, base_model=base_model, backend=backend)
+    wrapped = EPTModel.of_task(task)(model, base_model=base_model, backend=backend)
     try:
         wrapped.add_adapter(
             adapter_name,
@@ -116,10 +124,12 @@ def get_ept_model(
 
 
 class EPTModelForCausalLM(EPTModel):
-    """A prompt before a decoder. ``labels`` [B, S] are the text's own; -100 is left out.
+    """A prompt before a decoder. ``labels`` [B, S] are the text's own; -100 and padding's are left
+    out.
 
     The first token of a text is predicted by the prompt's last position, so its label counts too.
     ``pack_index`` [R, W] packs several texts into a row (:mod:`ept_fast.integrations.packing`).
+    ``prefix`` takes the prompt's keys and values from :meth:`prefix_cache`.
     """
 
     task = "CAUSAL_LM"
@@ -129,6 +139,9 @@ class EPTModelForCausalLM(EPTModel):
         self._column_free = column_free_length(model)
 
     def _run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        prefix = kwargs.pop("prefix", None)
+        if prefix is not None:
+            return prefix_forward(self, prefix, text, labels, kwargs)
         pack_index = kwargs.pop("pack_index", None)
         if pack_index is not None:
             from ept_fast.integrations.packing import packed_forward
@@ -147,13 +160,19 @@ class EPTModelForCausalLM(EPTModel):
         output = self.backbone(**self._inputs(text, kwargs))
         logits, loss = output.logits, None
         if labels is not None:
-            before = logits.shape[1] - length - 1
-            targets = F.pad(text.compact(labels), (before, 1), value=IGNORED)
-            loss = token_loss(logits, targets, num_items)
+            targets = next_labels(text.compact(labels), text.attention_mask)
+            before = logits.shape[1] - targets.shape[1]
+            loss = token_loss(logits, F.pad(targets, (before, 0), value=IGNORED), num_items)
         logits = text.restore(logits[:, logits.shape[1] - length :])
-        if kept:
-            logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
-        return replace_fields(output, loss=loss, logits=logits)
+        return replace_fields(output, loss=loss, logits=keep_logits(logits, kept))
+
+    def prefix_cache(self) -> PrefixCache:
+        """The keys and values of the active prompt, to be given to calls as ``prefix``.
+
+        Raises:
+            ValueError: a backbone with layers that keep something else.
+        """
+        return PrefixCache(self)
 
     @torch.no_grad()
     def generate(
@@ -161,7 +180,7 @@ class EPTModelForCausalLM(EPTModel):
     ) -> Any:
         """What the backbone's ``generate`` gives for these arguments, behind the active prompt.
 
-        See :func:`ept_fast.integrations.generation.generate_causal`.
+        ``prefix`` and all else: :func:`ept_fast.integrations.generation.generate_causal`.
         """
         if self._disabled:
             return self.backbone.generate(input_ids, attention_mask=attention_mask, **kwargs)
@@ -182,12 +201,19 @@ class EPTModelForSeq2SeqLM(EPTModel):
         num_items = kwargs.pop("num_items_in_batch", None)
         given = ("decoder_input_ids", "decoder_inputs_embeds")
         if labels is not None and all(kwargs.get(name) is None for name in given):
-            ids = self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
-            kwargs["decoder_input_ids"] = ids
+            prepare = getattr(self.backbone, "prepare_decoder_input_ids_from_labels", None)
+            if prepare is None:  # the model shifts the labels in its forward
+                kwargs["labels"] = labels
+            else:
+                kwargs["decoder_input_ids"] = prepare(labels=labels)
         # Encoders of this kind count positions by column.
-        output = self.backbone(**self._inputs(text.compacted(), kwargs))
+        inputs, _ = self._inputs_in_order(text.compacted(), kwargs, compact=True)
+        output = self.backbone(**inputs)
         loss = None if labels is None else token_loss(output.logits, labels, num_items)
         return replace_fields(output, loss=loss)
+
+    def _reader(self) -> Any:
+        return self.backbone.get_encoder()
 
     @torch.no_grad()
     def generate(
@@ -214,8 +240,9 @@ class EPTModelForFeatureExtraction(EPTModel):
         if labels is not None:
             raise ValueError(f"labels: expected None for task {self.task}, got some")
         text = text.compacted()
-        output = self.backbone(**self._inputs(text, kwargs))
-        hidden = output.last_hidden_state[:, self.prompt.config.num_virtual_tokens :]
+        inputs, order = self._inputs_in_order(text, kwargs, compact=True)
+        output = self.backbone(**inputs)
+        hidden = self._of_text(output.last_hidden_state, order)
         return replace_fields(output, last_hidden_state=text.restore(hidden))
 
 
@@ -226,6 +253,8 @@ class _Headed(EPTModel):
     ``base_head``.
     """
 
+    has_head = True
+
     def __init__(self, model: nn.Module, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self.base_head = nn.ModuleDict(own_head(model, self.task))
@@ -235,6 +264,9 @@ class _Headed(EPTModel):
     def encoder(self) -> Any:
         """The backbone without its own head."""
         return getattr(self.backbone, self._encoder_name) if self.base_head else self.backbone
+
+    def _reader(self) -> Any:
+        return self.encoder
 
     def _describe(
         self, labels: Sequence[str] | None, pooling: str | None, head_dropout: float
@@ -277,7 +309,7 @@ class _Headed(EPTModel):
 
     def _new_head(self, description: Description, generator: torch.Generator | None) -> nn.Module:
         if description.head == "model":
-            return copy.deepcopy(self.base_head)
+            return _trainable_copy(self.base_head)
         width, count = output_width(self.encoder), len(description.labels or ())
         head = nn.Linear(width, count)
         head.weight = nn.Parameter(torch.randn(count, width, generator=generator) * 0.02)
@@ -320,6 +352,20 @@ class _Headed(EPTModel):
         return head(values).float()  # type: ignore[no-any-return]
 
 
+def _trainable_copy(head: nn.ModuleDict) -> nn.ModuleDict:
+    """Of a head in half precision one in float32, where small steps are not rounded away."""
+    copied = copy.deepcopy(head)
+    for module in copied.values():
+        dtypes = {p.dtype for p in module.parameters()}
+        if dtypes - {torch.float32, torch.float64}:
+            module.float().register_forward_pre_hook(_in_float32)
+    return copied
+
+
+def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.float() if isinstance(a, Tensor) else a for a in args)
+
+
 class EPTModelForSequenceClassification(_Headed):
     """A prompt before a model that classifies whole texts. ``labels`` are ``[B]`` integers.
 
@@ -333,19 +379,25 @@ class EPTModelForSequenceClassification(_Headed):
     def _pooling(self, pooling: str | None) -> str | None:
         chosen = pooling or ("model" if self.base_head else "mean")
         check_choice("pooling", chosen, POOLINGS)
+        if chosen == "model" and self.base_head and reads_last_column(self.backbone):
+            raise ValueError(
+                f'pooling: expected "mean", "first" or "last" for {type(self.backbone).__name__}, '
+                f"whose own head reads the last column, padding or not, got {pooling!r}"
+            )
         return chosen
 
     def _run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
         text = text.compacted()
-        inputs = self._inputs(text, kwargs)
+        inputs, order = self._inputs_in_order(text, kwargs, compact=True)
         if self.description.head == "linear":
             output = self.encoder(**inputs)
-            logits = self._linear(self._pool(output, text.attention_mask))
+            logits = self._linear(self._pool(output, order, text.attention_mask))
         elif "score" in self.base_head:
             # A decoder's own forward would take the last column, padded or not.
             output = self.encoder(**inputs)
+            hidden = self._of_text(output.last_hidden_state, order)
             score: Any = self.backbone.score
-            logits = score(self._text_value(output, text.attention_mask, "last")).float()
+            logits = score(_text_value(hidden, text.attention_mask, "last")).float()
         else:
             output = self.backbone(**inputs)
             logits = output.logits
@@ -366,7 +418,7 @@ class EPTModelForSequenceClassification(_Headed):
             return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
         return F.cross_entropy(logits.float(), labels.view(-1))
 
-    def _pool(self, output: Any, mask: Tensor) -> Tensor:
+    def _pool(self, output: Any, order: Tensor | None, mask: Tensor) -> Tensor:
         pooling = self.pooling
         if pooling == "model":
             pooled: Tensor | None = getattr(output, "pooler_output", None)
@@ -377,21 +429,21 @@ class EPTModelForSequenceClassification(_Headed):
                 )
             return pooled
         assert pooling is not None
-        return self._text_value(output, mask, pooling)
+        return _text_value(self._of_text(output.last_hidden_state, order), mask, pooling)
 
-    def _text_value(self, output: Any, mask: Tensor, pooling: str) -> Tensor:
-        """``[B, h]``, from rows padded on the right."""
-        hidden: Tensor = output.last_hidden_state[:, self.prompt.config.num_virtual_tokens :]
-        if pooling == "first":
-            return hidden[:, 0]
-        counts = (mask != 0).sum(-1, keepdim=True)
-        if pooling == "last":
-            last = (counts - 1).clamp_min(0).unsqueeze(-1)
-            return hidden.gather(1, last.expand(-1, -1, hidden.shape[-1])).squeeze(1)
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        weights = mask.to(hidden.dtype)
-        # A row of padding only pools to zero.
-        return (weights.unsqueeze(1) @ hidden).squeeze(1) / counts.clamp_min(1)
+
+def _text_value(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """``[B, h]`` of hidden states ``[B, S, h]`` of rows padded on the right."""
+    if pooling == "first":
+        return hidden[:, 0]
+    counts = (mask != 0).sum(-1, keepdim=True)
+    if pooling == "last":
+        last = (counts - 1).clamp_min(0).unsqueeze(-1)
+        return hidden.gather(1, last.expand(-1, -1, hidden.shape[-1])).squeeze(1)
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    weights = mask.to(hidden.dtype)
+    # A row of padding only pools to zero.
+    return (weights.unsqueeze(1) @ hidden).squeeze(1) / counts.clamp_min(1)
 
 
 class EPTModelForTokenClassification(_Headed):
@@ -401,15 +453,14 @@ class EPTModelForTokenClassification(_Headed):
 
     def _run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
         num_items = kwargs.pop("num_items_in_batch", None)
-        m = self.prompt.config.num_virtual_tokens
         text = text.compacted()
-        inputs = self._inputs(text, kwargs)
+        inputs, order = self._inputs_in_order(text, kwargs, compact=True)
         if self.description.head == "linear":
             output = self.encoder(**inputs)
-            logits = self._linear(output.last_hidden_state[:, m:])
+            logits = self._linear(self._of_text(output.last_hidden_state, order))
         else:
             output = self.backbone(**inputs)
-            logits = output.logits[:, m:]
+            logits = self._of_text(output.logits, order)
         logits = text.restore(logits)
         return TokenClassifierOutput(
             loss=None if labels is None else token_loss(logits, labels, num_items),

@@ -1,1 +1,1 @@
-"""Training, evaluation and prediction of prompts on a frozen encoder; needs the ``train`` extra."""
+"""Training, evaluation and prediction of prompts on frozen models; needs the ``train`` extra."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from ept_fast.config import EPTConfig, check_choice, check_count, check_flag, check_number
 from ept_fast.integrations import POOLINGS
-from ept_fast.training.metrics import METRICS
+from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
 
-__all__ = ["DEVICES", "INITS", "KEEPS", "METHODS", "TrainConfig"]
+__all__ = ["DEVICES", "INITS", "KEEPS", "METHODS", "TASKS", "TrainConfig"]
 
+TASKS = ("classification", "seq2seq", "causal")
 METHODS = ("ept", "dept", "pt")
 INITS = ("vocab", "random")
 KEEPS = ("last", "best")
@@ -27,38 +28,56 @@ class TrainConfig:
     ``"ept"`` on both and on subspaces, with fusion. The default sizes and rates are this project's.
 
     Attributes:
-        model: folder or hub id of the frozen encoder.
+        model: folder or hub id of the frozen model.
         data: a folder of ``<split>.jsonl`` (``.csv``, ``.tsv``), a file of training rows, or the
             name of a data set of the ``datasets`` library.
         output: folder for the adapter, the metrics and the pictures.
+        task: ``"classification"`` (an encoder with a linear head), ``"seq2seq"`` (an
+            encoder-decoder that writes a target for a text) or ``"causal"`` (a decoder that
+            continues a text with a target; without targets it learns the texts themselves).
         method: ``"ept"``, ``"dept"`` or ``"pt"``.
         eval_data: a file of evaluation rows; else the split ``validation`` (or ``test``) of
             ``data``, else ``eval_fraction`` of the training rows, held out.
         eval_fraction: that fraction.
-        text_field, pair_field, label_field: the columns' names.
+        text_field, pair_field, label_field, target_field: the columns' names.
         num_labels: number of classes, where integer labels may miss some; else found in the data.
         prompt_length: l; the budget is l·d trainable prompt parameters.
         num_virtual_tokens: m, for ``"ept"`` and ``"dept"``.
-        max_length: n, text tokens that are read; longer text is cut.
+        max_length: text tokens that are read; longer text is cut. It is n, but for ``"causal"``,
+            where the offset covers the target as well.
+        max_target_length: tokens of a target that are learnt, for text tasks.
+        separator: put behind the text where a target follows it, for ``"causal"``.
         num_spaces: K, for ``"ept"``.
         space_dim: h, for ``"ept"``.
         alpha, activation, gate, temperature: as in :class:`ept_fast.EPTConfig`.
         fusion: prompt fusion, for ``"ept"``.
         init: ``"vocab"`` or ``"random"``.
-        pooling: ``"mean"`` over the text's real tokens or the ``"model"``'s own.
+        pooling: what the head of ``"classification"`` sees: the ``"mean"`` over the text's real
+            tokens, the ``"first"`` or the ``"last"`` of them, or the ``"model"``'s own.
         head_dropout: dropout probability before the head.
         prompt_lr, offset_lr, space_lr, head_lr: peak learning rates.
         weight_decay: AdamW's, on every trained tensor.
         warmup_ratio: fraction of the steps with a rising rate; then it falls linearly to 0.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
-        batch_size, eval_batch_size: rows of a batch.
+        batch_size, eval_batch_size: rows of a batch; with ``packing`` packed rows.
+        gradient_accumulation_steps: batches of an optimizer step, which then counts as one batch of
+            all their rows: every row (for text tasks every label token) weighs the same.
         max_steps: optimizer steps; or else ``epochs``.
         epochs: passes over the training rows.
         eval_steps: steps between evaluations and checkpoints; a tenth of the run where not given.
         eval_before: whether to evaluate before the first step too.
         keep: whether the adapter is that of the ``"last"`` step or of the ``"best"`` evaluation.
-        metric: what ``"best"`` goes by.
+        metric: what ``"best"`` goes by. For ``"classification"`` one of ``"accuracy"`` (the
+            default), ``"macro_f1"`` and ``"matthews"``; for text tasks one of
+            ``"token_accuracy"`` (the default), ``"exact_match"``, ``"f1"`` and ``"loss"``.
+        eval_generate: evaluation rows, evenly spread, for which text tasks generate a text at each
+            evaluation, for exact match and F1; 0 for none.
+        max_new_tokens: tokens to generate at most; ``max_target_length`` where not given.
+        num_beams: beams to generate with; 1 is greedy.
         group_by_length: batches of rows of similar length.
+        packing: several texts in one row behind one prompt, for ``"causal"``.
+        pack_length: text tokens of a packed row at most; where not given, as many as the longest
+            single row may have.
         seed: of everything random. On a CPU the same seed gives the same weights to the bit.
         bf16: bfloat16 autocast; where not given, on a GPU that supports it.
         device: ``"auto"`` (a GPU where there is one) or ``"cpu"``.
@@ -70,16 +89,20 @@ class TrainConfig:
     model: str
     data: str
     output: str
+    task: str = "classification"
     method: str = "ept"
     eval_data: str | None = None
     eval_fraction: float = 0.1
     text_field: str = "text"
     pair_field: str = "text_pair"
     label_field: str = "label"
+    target_field: str = "target"
     num_labels: int | None = None
     prompt_length: int = 100
     num_virtual_tokens: int = 20
     max_length: int = 128
+    max_target_length: int = 64
+    separator: str = "\n"
     num_spaces: int = 3
     space_dim: int = 4
     alpha: float = 8.0
@@ -99,41 +122,53 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     batch_size: int = 16
     eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
     max_steps: int | None = None
     epochs: float = 3.0
     eval_steps: int | None = None
     eval_before: bool = True
     keep: str = "last"
-    metric: str = "accuracy"
+    metric: str | None = None
+    eval_generate: int = 64
+    max_new_tokens: int | None = None
+    num_beams: int = 1
     group_by_length: bool = True
+    packing: bool = False
+    pack_length: int | None = None
     seed: int = 0
     bf16: bool | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("model", "data", "output", "text_field", "pair_field", "label_field"):
+        fields = ("text_field", "pair_field", "label_field", "target_field")
+        for name in ("model", "data", "output", *fields):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name}: expected a non-empty string, got {value!r}")
+        if not isinstance(self.separator, str):
+            raise TypeError(f"separator: expected a string, got {type(self.separator).__name__}")
+        check_choice("task", self.task, TASKS)
         check_choice("method", self.method, METHODS)
         check_choice("init", self.init, INITS)
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("keep", self.keep, KEEPS)
-        check_choice("metric", self.metric, METRICS)
         check_choice("device", self.device, DEVICES)
-        for name in ("fusion", "eval_before", "group_by_length"):
+        for name in ("fusion", "eval_before", "group_by_length", "packing"):
             check_flag(name, getattr(self, name))
         if self.bf16 is not None:
             check_flag("bf16", self.bf16)
         for name in ("batch_size", "eval_batch_size", "prompt_length", "max_length"):
             check_count(name, getattr(self, name), 1)
-        for name in ("num_virtual_tokens", "space_dim"):
+        for name in ("num_virtual_tokens", "space_dim", "max_target_length", "num_beams"):
             check_count(name, getattr(self, name), 1)
-        check_count("num_spaces", self.num_spaces, 0)
-        check_count("seed", self.seed, 0)
-        for name, least in (("max_steps", 1), ("eval_steps", 1), ("num_labels", 2)):
+        check_count("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        for name in ("num_spaces", "seed", "eval_generate"):
+            check_count(name, getattr(self, name), 0)
+        optional = {"max_steps": 1, "eval_steps": 1, "num_labels": 2, "max_new_tokens": 1}
+        for name, least in {**optional, "pack_length": 1}.items():
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least)
+        self._check_task()
         for name in ("prompt_lr", "offset_lr", "space_lr", "head_lr", "epochs", "temperature"):
             check_number(name, getattr(self, name), positive=True)
         for name in ("alpha", "weight_decay", "warmup_ratio", "max_grad_norm", "head_dropout"):
@@ -149,6 +184,29 @@ class TrainConfig:
             raise ValueError(
                 f"eval_fraction: expected a fraction between 0 and 1, got {self.eval_fraction}"
             )
+
+    def _check_task(self) -> None:
+        if self.metric is not None:
+            known = METRICS if self.task == "classification" else TEXT_METRICS
+            check_choice("metric", self.metric, known)
+        if self.metric in GENERATED_METRICS and not self.eval_generate:
+            raise ValueError(
+                f"eval_generate: expected an integer >= 1 for the metric {self.metric}, got 0"
+            )
+        if self.packing and self.task != "causal":
+            reason = " (an encoder-decoder counts positions by column)"
+            raise ValueError(
+                f"packing: expected the task causal{reason * (self.task == 'seq2seq')}, "
+                f"got {self.task}"
+            )
+        if self.pack_length is not None and not self.packing:
+            raise ValueError(f"pack_length: expected None without packing, got {self.pack_length}")
+
+    @property
+    def judged_by(self) -> str:
+        """The metric that runs are judged by: ``metric``, or the task's default."""
+        default = METRICS[0] if self.task == "classification" else TEXT_METRICS[0]
+        return self.metric or default
 
     def prompt_config(self, hidden_size: int, max_length: int | None = None) -> EPTConfig:
         """The prompt's sizes for embeddings of width ``hidden_size``, solved from the budget.

@@ -1,4 +1,4 @@
-"""Labelled texts from files, checked line by line, and batches of them without needless padding."""
+"""Rows from files, checked line by line: texts with labels, or with target texts."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from ept_fast.config import check_choice
 
 __all__ = [
+    "ANSWERS",
     "SUFFIXES",
-    "Collator",
     "DataError",
     "Fields",
-    "GroupedBatches",
     "LabelSet",
     "Rows",
-    "Tokenised",
     "hold_out",
-    "length_batches",
+    "parse_rows",
     "read_rows",
     "read_split",
     "splits_of",
-    "tokenise",
 ]
 
 SUFFIXES = (".jsonl", ".csv", ".tsv")
-_MEGABATCH = 50  # batches that are sorted by length together
+# What a row has beside its text; "optional target": in all rows of a file or in none.
+ANSWERS = ("label", "target", "optional target", "none")
 
 
 class DataError(ValueError):
@@ -48,6 +47,7 @@ class Fields:
     text: str = "text"
     text_pair: str = "text_pair"
     label: str = "label"
+    target: str = "target"
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Rows:
         labels: integers from 0, or names; None where the rows have none.
         source: where they come from, for messages.
         lines: the line of each row in its file, from 1.
+        targets: the text that is to follow each text, or None where the rows have none.
     """
 
     texts: tuple[str, ...]
@@ -67,6 +68,7 @@ class Rows:
     labels: tuple[int, ...] | tuple[str, ...] | None
     source: str
     lines: tuple[int, ...]
+    targets: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -83,11 +85,13 @@ class Rows:
             pairs=pick(self.pairs),
             labels=pick(self.labels),
             lines=pick(self.lines),
+            targets=pick(self.targets),
         )
 
     def fingerprint(self) -> str:
-        """A hash of texts and labels, the same for the same rows in the same order."""
-        content = json.dumps([self.texts, self.pairs, self.labels])
+        """A hash of texts and answers, the same for the same rows in the same order."""
+        columns: list[Any] = [self.texts, self.pairs, self.labels]
+        content = json.dumps(columns if self.targets is None else [*columns, self.targets])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -172,12 +176,24 @@ class LabelSet:
 class _Builder:
     """Collects checked rows of one file."""
 
-    def __init__(self, source: str, fields: Fields, labelled: bool) -> None:
-        self.source, self.fields, self.labelled = source, fields, labelled
+    def __init__(self, source: str, fields: Fields, answer: str) -> None:
+        self.source, self.fields, self.answer = source, fields, answer
         self.texts: list[str] = []
         self.pairs: list[str] = []
         self.labels: list[Any] = []
+        self.targets: list[str] = []
         self.lines: list[int] = []
+
+    @property
+    def paired(self) -> bool:
+        """Whether second texts are read: a target belongs to one text."""
+        return self.answer in ("label", "none")
+
+    @property
+    def needed(self) -> list[str]:
+        """The fields that every row must have."""
+        answers = {"label": [self.fields.label], "target": [self.fields.target]}
+        return [self.fields.text, *answers.get(self.answer, [])]
 
     def fail(self, line: int, name: str, expected: str, got: str) -> DataError:
         return DataError(f"{self.source}, line {line}: {name}: expected {expected}, got {got}")
@@ -207,28 +223,42 @@ class _Builder:
             raise self.fail(line, name, f"{kind} as in the rows before", _show(value))
         return value
 
+    def optional(
+        self, line: int, name: str, what: str, row: Mapping[str, object], before: list[str]
+    ) -> str | None:
+        """The text in a field that all rows have or none; None stands for a missing one."""
+        found = row.get(name) is not None
+        if self.texts and found != bool(before):
+            had, got = (f"a {what}", "none") if before else ("none", "one")
+            raise self.fail(line, name, f"{had} as in the rows before", got)
+        return self.text(line, name, row[name]) if found else None
+
     def add(self, line: int, row: Mapping[str, object]) -> None:
         f = self.fields
-        if f.text not in row:
-            raise self.fail(line, f.text, "the field", f"only {', '.join(map(str, row)) or 'none'}")
+        for name in self.needed:
+            if name not in row:
+                got = f"only {', '.join(map(str, row)) or 'none'}"
+                raise self.fail(line, name, "the field", got)
         text = self.text(line, f.text, row[f.text])
-        paired = row.get(f.text_pair) is not None
-        if self.texts and paired != bool(self.pairs):
-            had = "a second text" if self.pairs else "none"
-            got = "one" if paired else "none"
-            raise self.fail(line, f.text_pair, f"{had} as in the rows before", got)
-        pair = self.text(line, f.text_pair, row[f.text_pair]) if paired else None
-        label = None
-        if self.labelled:
-            if f.label not in row:
-                raise self.fail(line, f.label, "the field", f"only {', '.join(map(str, row))}")
+        pair = target = label = None
+        if self.paired:
+            pair = self.optional(line, f.text_pair, "second text", row, self.pairs)
+        if self.answer == "label":
             label = self.label(line, row[f.label])
+        elif self.answer == "target":
+            target = self.text(line, f.target, row[f.target])
+        elif self.answer == "optional target":
+            target = self.optional(line, f.target, "target", row, self.targets)
         self.texts.append(text)
         self.lines.append(line)
-        if pair is not None:
-            self.pairs.append(pair)
-        if label is not None:
-            self.labels.append(label)
+        columns: list[tuple[list[Any], Any]] = [
+            (self.pairs, pair),
+            (self.labels, label),
+            (self.targets, target),
+        ]
+        for column, value in columns:
+            if value is not None:
+                column.append(value)
 
     def rows(self) -> Rows:
         if not self.texts:
@@ -236,9 +266,10 @@ class _Builder:
         return Rows(
             texts=tuple(self.texts),
             pairs=tuple(self.pairs) if self.pairs else None,
-            labels=tuple(self.labels) if self.labelled else None,
+            labels=tuple(self.labels) if self.answer == "label" else None,
             source=self.source,
             lines=tuple(self.lines),
+            targets=tuple(self.targets) if self.targets else None,
         )
 
 
@@ -247,17 +278,19 @@ def _show(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def read_rows(path: str | Path, *, fields: Fields | None = None, labelled: bool = True) -> Rows:
+def read_rows(path: str | Path, *, fields: Fields | None = None, answer: str = "label") -> Rows:
     """Read a JSONL, CSV, TSV or plain text file; the suffix says which.
 
     JSONL: an object a line, other fields are ignored. CSV: a header, quoting as usual. TSV: a
-    header, no quoting, as in GLUE. ``.txt``: a text a line, never labelled. Blank lines are
+    header, no quoting, as in GLUE. ``.txt``: a text a line, never with an answer. Blank lines are
     skipped.
 
     Args:
         path: the file.
         fields: the names of the columns.
-        labelled: whether every row must have a label; otherwise labels are not read.
+        answer: what each row has beside its text: a ``"label"``, a ``"target"``, an ``"optional
+            target"`` (in all rows or in none), or ``"none"``. Second texts are read beside labels
+            and where there is no answer.
 
     Raises:
         DataError: a missing file, an unknown suffix or a malformed line, which the message names.
@@ -268,23 +301,24 @@ def read_rows(path: str | Path, *, fields: Fields | None = None, labelled: bool 
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{path}: expected a readable file, got {reason}") from None
-    return parse_rows(data, path.suffix, str(path), fields=fields, labelled=labelled)
+    return parse_rows(data, path.suffix, str(path), fields=fields, answer=answer)
 
 
 def parse_rows(
-    data: bytes, suffix: str, source: str, *, fields: Fields | None = None, labelled: bool = True
+    data: bytes, suffix: str, source: str, *, fields: Fields | None = None, answer: str = "label"
 ) -> Rows:
     """:func:`read_rows` of a file's bytes; ``source`` names them in messages."""
+    check_choice("answer", answer, ANSWERS)
     readers: dict[str, Callable[[str, _Builder], None]] = {
         ".jsonl": _read_jsonl,
         ".csv": _read_csv,
         ".tsv": _read_tsv,
-        ".txt": _read_text,
     }
-    if suffix.lower() not in readers or (suffix.lower() == ".txt" and labelled):
-        kinds = ", ".join(SUFFIXES if labelled else readers)
-        raise DataError(f"{source}: expected a file ending in {kinds}, got {suffix!r}")
-    builder = _Builder(source, fields or Fields(), labelled)
+    if answer in ("none", "optional target"):
+        readers[".txt"] = _read_text
+    if suffix.lower() not in readers:
+        raise DataError(f"{source}: expected a file ending in {', '.join(readers)}, got {suffix!r}")
+    builder = _Builder(source, fields or Fields(), answer)
     readers[suffix.lower()](_decode(data, source), builder)
     return builder.rows()
 
@@ -352,29 +386,23 @@ def _read_tsv(text: str, builder: _Builder) -> None:
 
 
 def _add_records(records: Iterator[tuple[int, list[str]]], builder: _Builder) -> None:
-    fields = builder.fields
     line, header = next(records, (1, []))
-    needed = [fields.text, *([fields.label] if builder.labelled else [])]
-    for name in needed:
+    for name in builder.needed:
         if name not in header:
             raise builder.fail(line, name, "a column in the header", ", ".join(header) or "none")
     if len(set(header)) < len(header):
         raise builder.fail(line, "header", "different names", ", ".join(header))
     kept = list(records)
-    integers = (
-        all(
-            len(r) == len(header) and _is_integer(r[header.index(fields.label)])
-            for _, r in kept[:1]
-        )
-        if builder.labelled
-        else False
+    label = builder.fields.label if builder.answer == "label" else None
+    integers = label is not None and all(
+        len(r) == len(header) and _is_integer(r[header.index(label)]) for _, r in kept[:1]
     )
     for line, record in kept:
         if len(record) != len(header):
             raise builder.fail(line, "row", f"{len(header)} columns", str(len(record)))
         row: dict[str, object] = dict(zip(header, record, strict=True))
-        if builder.labelled and integers and _is_integer(record[header.index(fields.label)]):
-            row[fields.label] = int(record[header.index(fields.label)])
+        if label is not None and integers and _is_integer(str(row[label])):
+            row[label] = int(str(row[label]))
         builder.add(line, row)
 
 
@@ -405,7 +433,7 @@ def read_split(
     split: str,
     *,
     fields: Fields | None = None,
-    labelled: bool = True,
+    answer: str = "label",
     optional: bool = False,
 ) -> Rows | None:
     """One split of a folder, of a data set of the ``datasets`` library, or a file itself.
@@ -416,7 +444,7 @@ def read_split(
             data set, where the ``datasets`` library is installed.
         split: its name.
         fields: the names of the columns.
-        labelled: whether every row must have a label.
+        answer: as in :func:`read_rows`.
         optional: whether None stands for a missing split.
 
     Raises:
@@ -426,7 +454,7 @@ def read_split(
     if path.is_dir():
         found = splits_of(path)
         if split in found:
-            return read_rows(found[split], fields=fields, labelled=labelled)
+            return read_rows(found[split], fields=fields, answer=answer)
         if optional:
             return None
         names = ", ".join(found) or "none"
@@ -434,13 +462,13 @@ def read_split(
     if path.exists():
         if optional and split != "train":
             return None
-        return read_rows(path, fields=fields, labelled=labelled)
+        return read_rows(path, fields=fields, answer=answer)
     if path.suffix.lower() in (*SUFFIXES, ".txt"):
         raise DataError(f"{path}: expected a readable file, got no such file")
-    return _read_hub(str(source), split, fields or Fields(), labelled, optional)
+    return _read_hub(str(source), split, fields or Fields(), answer, optional)
 
 
-def _read_hub(name: str, split: str, fields: Fields, labelled: bool, optional: bool) -> Rows | None:
+def _read_hub(name: str, split: str, fields: Fields, answer: str, optional: bool) -> Rows | None:
     try:
         datasets = importlib.import_module("datasets")
     except ModuleNotFoundError:
@@ -458,7 +486,7 @@ def _read_hub(name: str, split: str, fields: Fields, labelled: bool, optional: b
         if optional:
             return None
         raise DataError(f"data: {name}: expected a split {split}, got {', '.join(found)}")
-    builder = _Builder(f"{name}[{split}]", fields, labelled)
+    builder = _Builder(f"{name}[{split}]", fields, answer)
     for number, row in enumerate(found[split], 1):
         builder.add(number, row)
     return builder.rows()
@@ -471,155 +499,3 @@ def hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return rows.take(sorted(order[count:])), rows.take(sorted(order[:count]))
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """Token ids of a split; indexing gives the features of a row.
-
-    Attributes:
-        features: per row ``input_ids`` and, where the tokenizer gives them, ``token_type_ids``.
-        labels: class indices, or None.
-        num_cut: rows that were longer than the limit and lost their end.
-    """
-
-    features: tuple[dict[str, list[int]], ...]
-    labels: tuple[int, ...] | None
-    num_cut: int
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row: dict[str, Any] = dict(self.features[index])
-        if self.labels is not None:
-            row["labels"] = self.labels[index]
-        return row
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [len(row["input_ids"]) for row in self.features]
-
-
-def tokenise(
-    rows: Rows, tokenizer: Any, max_length: int, labels: LabelSet | None = None
-) -> Tokenised:
-    """Tokenise every row once, cutting those longer than ``max_length`` tokens."""
-    ids = None if labels is None else labels.ids(rows)
-
-    def encode(part: Rows, cut: bool) -> list[dict[str, Any]]:
-        limit = {"truncation": True, "max_length": max_length} if cut else {"truncation": False}
-        encoded = tokenizer(
-            list(part.texts),
-            None if part.pairs is None else list(part.pairs),
-            padding=False,
-            return_attention_mask=False,
-            verbose=False,
-            **limit,
-        )
-        names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
-        return [{name: encoded[name][i] for name in names} for i in range(len(part))]
-
-    features = encode(rows, cut=False)
-    long = [i for i, row in enumerate(features) if len(row["input_ids"]) > max_length]
-    if long:
-        for i, row in zip(long, encode(rows.take(long), cut=True), strict=True):
-            features[i] = row
-    return Tokenised(tuple(features), ids, len(long))
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads the rows of a batch to its longest, on the tokenizer's side.
-
-    Attributes:
-        pad_token_id: filled into ``input_ids``; masked out.
-        padding_side: ``"right"`` or ``"left"``.
-    """
-
-    pad_token_id: int = 0
-    padding_side: str = "right"
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> Collator:
-        """The collator that fits a tokenizer."""
-        pad = tokenizer.pad_token_id
-        return cls(0 if pad is None else int(pad), tokenizer.padding_side)
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-
-        def pad(values: list[int], filler: int) -> list[int]:
-            gap = [filler] * (longest - len(values))
-            return gap + values if self.padding_side == "left" else values + gap
-
-        batch = {
-            "input_ids": torch.tensor([pad(r["input_ids"], self.pad_token_id) for r in rows]),
-            "attention_mask": torch.tensor([pad([1] * len(r["input_ids"]), 0) for r in rows]),
-        }
-        if "token_type_ids" in rows[0]:
-            batch["token_type_ids"] = torch.tensor([pad(r["token_type_ids"], 0) for r in rows])
-        if "labels" in rows[0]:
-            batch["labels"] = torch.tensor([r["labels"] for r in rows])
-        return batch
-
-
-class GroupedBatches:
-    """The batches of a whole run, as a batch sampler: a pure function of the seed.
-
-    Every epoch is a fresh permutation of the rows. With grouping it is cut into runs of up to 50
-    batches that are sorted by length and whose batches are then shuffled, so a batch pads
-    little and the lengths still come in random order. Nothing depends on a random state outside, so
-    a resumed run sees the same batches.
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows of a batch; one batch of an epoch may have fewer.
-        num_batches: batches of the whole run.
-        seed: of the order.
-        group: whether to group by length.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        num_batches: int,
-        seed: int,
-        group: bool = True,
-    ) -> None:
-        self.lengths, self.batch_size, self.num_batches = lengths, batch_size, num_batches
-        self.seed, self.group = seed, group
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        left = self.num_batches
-        while left:
-            for batch in self._epoch(generator)[:left]:
-                left -= 1
-                yield batch
-
-    def _epoch(self, generator: torch.Generator) -> list[list[int]]:
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        size = self.batch_size
-        if not self.group:
-            return [order[i : i + size] for i in range(0, len(order), size)]
-        batches = []
-        # At least four runs an epoch, or a small task would give the same batches every time.
-        run = size * max(1, min(_MEGABATCH, len(order) // (4 * size)))
-        for start in range(0, len(order), run):
-            part = sorted(order[start : start + run], key=lambda i: self.lengths[i])
-            cut = [part[i : i + size] for i in range(0, len(part), size)]
-            shuffle = torch.randperm(len(cut), generator=generator).tolist()
-            batches += [cut[i] for i in shuffle]
-        return batches
-
-
-def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of rows of similar length, the longest first; for evaluation."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

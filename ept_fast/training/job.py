@@ -1,9 +1,8 @@
-"""The three jobs on sequence classification: train, evaluate, predict."""
+"""The training job: from a config to a folder with an adapter, its metrics and its pictures."""
 
 from __future__ import annotations
 
-import importlib.util
-import math
+import dataclasses
 import platform
 import resource
 import shutil
@@ -17,24 +16,21 @@ import torch
 
 import ept_fast
 from ept_fast.checkpoint import CheckpointError, read_json, write_json
+from ept_fast.training import parallel
 from ept_fast.training.config import TrainConfig
-from ept_fast.training.data import (
-    Collator,
-    DataError,
-    Fields,
-    LabelSet,
-    Rows,
-    hold_out,
-    read_split,
-    tokenise,
-)
-from ept_fast.training.metrics import classification_metrics
+from ept_fast.training.data import DataError, Fields, LabelSet, Rows, hold_out, read_split
+from ept_fast.training.inference import Adapter, evaluate, load_adapter, predict
+from ept_fast.training.libraries import MissingLibraryError, require
+from ept_fast.training.metrics import GENERATED_METRICS
 
 if TYPE_CHECKING:
-    from ept_fast.integrations.transformers import EPTForSequenceClassification
+    from ept_fast.integrations.models import EPTModel
+    from ept_fast.training.evaluation import Evaluation
+    from ept_fast.training.tokens import TextForm, Tokenised
     from ept_fast.training.trainer import PromptTrainer
 
 __all__ = [
+    "Adapter",
     "MissingLibraryError",
     "TaskData",
     "evaluate",
@@ -48,20 +44,7 @@ __all__ = [
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 _OURS = ("adapter", "best", "checkpoints")
-_OUR_FILES = (RUN_FILE, METRICS_FILE, "learning_curves.png", "gate_weights.png")
-
-
-class MissingLibraryError(ImportError):
-    """A library of the ``train`` extra is not installed."""
-
-
-def require(*names: str) -> None:
-    """Raise MissingLibraryError, with what to install, unless these modules can be imported."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingLibraryError(
-            f'{", ".join(missing)} not installed: pip install "ept-fast[train]"'
-        )
+_OUR_FILES = (RUN_FILE, METRICS_FILE, "learning_curves.png", "gate_weights.png", "samples.md")
 
 
 @dataclass(frozen=True)
@@ -78,14 +61,17 @@ def load_task(config: TrainConfig) -> TaskData:
     Raises:
         DataError: a missing file or split, or a malformed line.
     """
-    fields = Fields(config.text_field, config.pair_field, config.label_field)
-    train_rows = read_split(config.data, "train", fields=fields)
+    from ept_fast.training.tasks import ANSWERS, check_targets
+
+    names = (config.text_field, config.pair_field, config.label_field, config.target_field)
+    how: dict[str, Any] = {"fields": Fields(*names), "answer": ANSWERS[config.task]}
+    train_rows = read_split(config.data, "train", **how)
     if config.eval_data is not None:
-        evaluation = read_split(config.eval_data, "validation", fields=fields)
+        evaluation = read_split(config.eval_data, "validation", **how)
     else:
         evaluation = None
         for split in ("validation", "test"):
-            evaluation = evaluation or read_split(config.data, split, fields=fields, optional=True)
+            evaluation = evaluation or read_split(config.data, split, optional=True, **how)
     assert train_rows is not None  # only None where optional
     if evaluation is None:
         train_rows, evaluation = hold_out(train_rows, config.eval_fraction, config.seed)
@@ -94,6 +80,8 @@ def load_task(config: TrainConfig) -> TaskData:
             f"{evaluation.source}: {config.pair_field}: expected the same texts as in "
             f"{train_rows.source}, one has a second text and the other has none"
         )
+    targets = train_rows.targets is not None
+    check_targets(evaluation, targets, config.target_field, train_rows.source)
     return TaskData(train_rows, evaluation)
 
 
@@ -108,8 +96,12 @@ def train(
     """Train an adapter and leave it in ``config.output``, with metrics and pictures.
 
     The folder then holds ``adapter/`` (safetensors and JSON), ``metrics.json``,
-    ``learning_curves.png``, ``gate_weights.png`` (where the prompt has subspaces), ``run.json`` and
-    ``checkpoints/``. Nothing in it is touched before arguments, data and model are found good.
+    ``learning_curves.png``, ``gate_weights.png`` (where the prompt has subspaces), ``samples.md``
+    (what the model writes, for text tasks), ``run.json`` and ``checkpoints/``. Nothing in it is
+    touched before arguments, data and model are found good.
+
+    Started by ``torchrun``, the processes share the rows of every step; ``batch_size`` is then that
+    of each of them. One of them writes the folder.
 
     Args:
         config: the run.
@@ -130,7 +122,14 @@ def train(
         MissingLibraryError: the ``train`` extra is not installed.
     """
     require("transformers", "accelerate", "matplotlib")
-    from ept_fast.training.trainer import PromptTrainer, newest_checkpoint
+    with parallel.session(cpu=config.device == "cpu"):
+        return _train(config, resume, overwrite, progress, data)
+
+
+def _train(
+    config: TrainConfig, resume: bool, overwrite: bool, progress: bool, data: TaskData | None
+) -> dict[str, Any]:
+    from ept_fast.training.trainer import PromptTrainer, newest_checkpoint, train_batches
 
     output = Path(config.output)
     _check_output(output, resume, overwrite)
@@ -138,61 +137,60 @@ def train(
     run = {
         "config": config.to_dict(),
         "data": {"train": task.train.fingerprint(), "evaluation": task.evaluation.fingerprint()},
+        "processes": parallel.world_size(),
     }
     if resume and (output / RUN_FILE).exists():
         _check_same_run(output / RUN_FILE, run)
         if (output / METRICS_FILE).exists():
             return read_json(output / METRICS_FILE)
-    model, tokenizer, labels = _build(config, task.train)
-    limit = _text_limit(model, tokenizer)
-    train_set = tokenise(task.train, tokenizer, limit, labels)
-    eval_set = tokenise(task.evaluation, tokenizer, limit, labels)
-    epoch = math.ceil(len(train_set) / config.batch_size)
-    checkpoints = output / "checkpoints"
-    bf16 = config.bf16
-    if bf16 is None:
-        on_gpu = config.device == "auto" and torch.cuda.is_available()
-        bf16 = on_gpu and torch.cuda.is_bf16_supported()
-    if overwrite and not resume:
-        _clear(output)
-    write_json(output / RUN_FILE, run)
+    work = _prepare(config, task)
+    batches = train_batches(config, work.rows, 0, work.pack_length)
+    parallel.wait()  # every process has looked at the folder as it was
+    if parallel.is_main():
+        if overwrite and not resume:
+            _clear(output)
+        write_json(output / RUN_FILE, run)
+    parallel.wait()
     trainer = PromptTrainer(
-        model,
+        work.model,
         config,
-        train_set,
-        eval_set,
-        Collator.of(tokenizer),
-        max_steps=config.max_steps or max(1, math.ceil(epoch * config.epochs)),
-        folder=checkpoints,
-        bf16=bf16,
-        progress=progress,
+        work.rows,
+        work.collator,
+        work.evaluation,
+        max_steps=config.max_steps or batches.steps_of(config.epochs),
+        folder=output / "checkpoints",
+        bf16=work.bf16,
+        progress=progress and parallel.is_main(),
+        pack_length=work.pack_length,
     )
-    checkpoint = newest_checkpoint(checkpoints) if resume else None
+    checkpoint = newest_checkpoint(trainer.checkpoints) if resume else None
     if checkpoint is None and config.eval_before:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.evaluations or trainer.evaluations[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
-    best = max(trainer.evaluations, key=lambda e: e[config.metric])
-    kept = best if config.keep == "best" else trainer.evaluations[-1]
+    best = trainer.best()
+    parallel.wait()
     if config.keep == "best":
-        model.load_pretrained(trainer.best_folder(best["step"]))
-    extra = {"integer_labels": labels.integers, "text_pair": task.train.pairs is not None}
-    model.save_pretrained(output / "adapter", extra=extra)
+        work.model.load_pretrained(trainer.best_folder(best["step"]))
     metrics = {
         "before": trainer.evaluations[0] if config.eval_before else None,
-        "after": kept,
+        "after": best if config.keep == "best" else trainer.evaluations[-1],
         "best": best,
-        **_facts(config, model, trainer),
+        **_facts(config, work, trainer),
         "rows": {
-            "train": len(train_set),
-            "train_cut": train_set.num_cut,
-            "evaluation": len(eval_set),
-            "evaluation_cut": eval_set.num_cut,
+            "train": len(work.rows),
+            "train_cut": work.rows.num_cut,
+            "evaluation": len(task.evaluation),
+            **work.cut,
         },
+        "samples": work.evaluation.samples(work.model),
     }
-    _draw(output, metrics, model)
-    write_json(output / METRICS_FILE, metrics)  # last: a folder with it is a finished run
+    if parallel.is_main():
+        work.model.save_pretrained(output / "adapter", extra=work.extra)
+        _draw(output, metrics)
+        write_json(output / METRICS_FILE, metrics)  # last: a folder with it is a finished run
+    parallel.wait()
     return metrics
 
 
@@ -217,6 +215,7 @@ def _check_same_run(path: Path, run: dict[str, Any]) -> None:
         # Where the folder lies may change; everything that decides the weights may not.
         changed = [n for n in new if n != "output" and old.get(n, None) != new[n]]
         same_rows = saved["data"] == run["data"]
+        processes = saved["processes"]
     except (KeyError, AttributeError):
         raise CheckpointError(f"{path}: expected the description of a run, got others") from None
     if changed:
@@ -226,6 +225,10 @@ def _check_same_run(path: Path, run: dict[str, Any]) -> None:
         )
     if not same_rows:
         raise ValueError("data: expected the rows of the run to resume, got others")
+    if processes != run["processes"]:
+        raise ValueError(
+            f"WORLD_SIZE: expected {processes} as in the run to resume, got {run['processes']}"
+        )
 
 
 def _clear(output: Path) -> None:
@@ -235,52 +238,177 @@ def _clear(output: Path) -> None:
         shutil.rmtree(output / name, ignore_errors=True)
 
 
-def _build(config: TrainConfig, rows: Rows) -> tuple[EPTForSequenceClassification, Any, LabelSet]:
-    from ept_fast.integrations.transformers import (
-        EPTForSequenceClassification,
-        embedding_width,
-        load_backbone,
-        load_tokenizer,
-        text_limit,
+@dataclass(frozen=True)
+class _Work:
+    """What a run is done with.
+
+    Attributes:
+        model: the model.
+        rows: the training rows.
+        collator: makes their batches.
+        evaluation: judges the model.
+        bf16: whether to run under bfloat16 autocast.
+        pack_length: text tokens of a packed row; None where rows are not packed.
+        cut: numbers of rows that lost tokens, beside those of ``rows``, and the limit.
+        extra: what is kept with the adapter.
+    """
+
+    model: EPTModel
+    rows: Tokenised
+    collator: Any
+    evaluation: Evaluation
+    bf16: bool
+    pack_length: int | None
+    cut: dict[str, int]
+    extra: dict[str, Any]
+
+
+def _prepare(config: TrainConfig, task: TaskData) -> _Work:
+    from ept_fast.integrations.backbones import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    labels = LabelSet.of(task.train, config.num_labels) if config.task == "classification" else None
+    model = _build(config, labels)
+    bf16 = config.bf16
+    if bf16 is None:
+        on_gpu = config.device == "auto" and torch.cuda.is_available()
+        bf16 = on_gpu and torch.cuda.is_bf16_supported()
+    if labels is not None:
+        return _prepare_classes(config, task, model, tokenizer, labels, bf16)
+    return _prepare_texts(config, task, model, tokenizer, bf16)
+
+
+def _prepare_classes(
+    config: TrainConfig,
+    task: TaskData,
+    model: EPTModel,
+    tokenizer: Any,
+    labels: LabelSet,
+    bf16: bool,
+) -> _Work:
+    from ept_fast.training.batches import Collator
+    from ept_fast.training.evaluation import ClassEvaluation
+    from ept_fast.training.tasks import token_limit
+    from ept_fast.training.tokens import tokenise
+
+    limit = token_limit(model, tokenizer)
+    rows = tokenise(task.train, tokenizer, limit, labels)
+    others = tokenise(task.evaluation, tokenizer, limit, labels)
+    collator = Collator.of(tokenizer)
+    return _Work(
+        model,
+        rows,
+        collator,
+        ClassEvaluation(others, collator, config.eval_batch_size, bf16),
+        bf16,
+        None,
+        {"evaluation_cut": others.num_cut, "max_length": limit},
+        {"integer_labels": labels.integers, "text_pair": task.train.pairs is not None},
     )
 
-    labels = LabelSet.of(rows, config.num_labels)
-    tokenizer = load_tokenizer(config.model)
-    backbone = load_backbone(config.model)
+
+def _prepare_texts(
+    config: TrainConfig, task: TaskData, model: EPTModel, tokenizer: Any, bf16: bool
+) -> _Work:
+    from ept_fast.integrations.packing import check_packing
+    from ept_fast.training.batches import Collator, PackingCollator
+    from ept_fast.training.evaluation import TextEvaluation, spread
+    from ept_fast.training.generation import Writer
+    from ept_fast.training.tasks import text_form
+    from ept_fast.training.tokens import tokenise_text
+
+    targets = task.train.targets is not None
+    if config.metric in GENERATED_METRICS and not targets:
+        raise ValueError(
+            f"metric: expected one of token_accuracy, loss for rows without targets, "
+            f"got {config.metric!r}"
+        )
+    form = text_form(model, tokenizer, config, targets)
+    rows = tokenise_text(task.train, tokenizer, form)
+    others = tokenise_text(task.evaluation, tokenizer, form)
+    causal = config.task == "causal"
+    collator = Collator.of(tokenizer, "right" if causal else None)
+    pack_length = None
+    if config.packing:
+        pack_length = config.pack_length or _longest(form)
+        m = model.prompt.config.num_virtual_tokens
+        check_packing(model.backbone, m + _longest(form))
+    beams = config.num_beams
+    tokens = config.max_new_tokens or form.max_target_length
+    asked = spread(task.evaluation, config.eval_generate) if config.eval_generate else None
+    evaluation = TextEvaluation(
+        others,
+        collator,
+        config.eval_batch_size,
+        asked,
+        form,
+        Writer(tokenizer, config.eval_batch_size, tokens, beams, bf16),
+        bf16,
+    )
+    return _Work(
+        model,
+        rows,
+        PackingCollator(collator) if config.packing else collator,
+        evaluation,
+        bf16,
+        pack_length,
+        {
+            "evaluation_cut": others.num_cut,
+            "max_length": form.max_length,
+            "train_targets_cut": rows.num_targets_cut,
+            "evaluation_targets_cut": others.num_targets_cut,
+        },
+        {"form": dataclasses.asdict(form), "num_beams": beams},
+    )
+
+
+def _longest(form: TextForm) -> int:
+    """Tokens of a causal model's longest row."""
+    return form.max_length + (form.max_target_length if form.targets else 0)
+
+
+def _build(config: TrainConfig, labels: LabelSet | None) -> EPTModel:
+    from ept_fast.integrations.backbones import embedding_width, load_backbone, text_limit
+    from ept_fast.integrations.models import get_ept_model
+    from ept_fast.training.tasks import WRAPPER_TASKS
+
+    task = WRAPPER_TASKS[config.task]
+    backbone = load_backbone(config.model, task)
     tokens = config.prompt_length if config.method == "pt" else config.num_virtual_tokens
     most = text_limit(backbone, tokens)
-    length = config.max_length if most is None else max(min(config.max_length, most), 1)
+    wanted = config.max_length + (config.max_target_length if config.task == "causal" else 0)
+    length = wanted if most is None else max(min(wanted, most), 1)
     folder = Path(config.model)
-    model = EPTForSequenceClassification(
+    head: dict[str, Any] = {}
+    if labels is not None:
+        head = {
+            "labels": labels.names,
+            "pooling": config.pooling,
+            "head_dropout": config.head_dropout,
+        }
+    return get_ept_model(
         backbone,
         config.prompt_config(embedding_width(backbone), length),
-        labels.names,
-        pooling=config.pooling,
-        head_dropout=config.head_dropout,
+        task,
         base_model=str(folder.resolve()) if folder.is_dir() else config.model,
         init=config.init,
         generator=torch.Generator().manual_seed(config.seed),
+        **head,
     )
-    return model, tokenizer, labels
 
 
-def _text_limit(model: EPTForSequenceClassification, tokenizer: Any) -> int:
-    limits = [model.prompt.config.max_length, int(tokenizer.model_max_length)]
-    return min(limits if model.text_limit is None else [*limits, model.text_limit])
-
-
-def _facts(
-    config: TrainConfig, model: EPTForSequenceClassification, trainer: PromptTrainer
-) -> dict[str, Any]:
+def _facts(config: TrainConfig, work: _Work, trainer: PromptTrainer) -> dict[str, Any]:
     import transformers
 
-    kind = model.head.weight.device.type
+    model = work.model
+    kind = model.device.type
     on_gpu = kind == "cuda"
     return {
         "curves": {"loss": trainer.losses, "evaluation": trainer.evaluations},
         "steps": trainer.state.global_step,
         "seconds_per_step": statistics.median(trainer.seconds),
-        "tokens": trainer.tokens,
+        "tokens": parallel.total(trainer.tokens),
+        "positions": parallel.total(trainer.positions),
         "parameters": model.parameter_counts(),
         "prompt": model.prompt.config.to_dict(),
         "gate_weights": model.prompt.gate_weights().cpu().tolist()
@@ -291,8 +419,10 @@ def _facts(
         if on_gpu
         else f"{platform.machine()} {kind.upper()}",
         "threads": torch.get_num_threads(),
-        "bf16": trainer.bf16,
+        "processes": parallel.world_size(),
+        "bf16": work.bf16,
         "labels": list(model.labels),
+        "metric": config.judged_by,
         "seed": config.seed,
         "config": config.to_dict(),
         "versions": {
@@ -310,142 +440,17 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _draw(output: Path, metrics: dict[str, Any], model: EPTForSequenceClassification) -> None:
-    from ept_fast.training.report import draw_gate_weights, draw_learning_curves
+def _draw(output: Path, metrics: dict[str, Any]) -> None:
+    from ept_fast.training.report import draw_gate_weights, draw_learning_curves, write_samples
 
     curves = metrics["curves"]
     draw_learning_curves(
         curves["loss"],
         curves["evaluation"],
         output / "learning_curves.png",
-        metric=metrics["config"]["metric"],
+        metric=metrics["metric"],
     )
     if metrics["gate_weights"] is not None:
         draw_gate_weights(metrics["gate_weights"], output / "gate_weights.png")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A trained adapter, ready for prediction."""
-
-    model: EPTForSequenceClassification
-    tokenizer: Any
-    labels: LabelSet
-    paired: bool
-
-
-def load_adapter(folder: str | Path, *, model: str | None = None, device: str = "auto") -> Adapter:
-    """Load an adapter (or a run's output folder) and the encoder it was trained on.
-
-    Args:
-        folder: the adapter.
-        model: folder or hub id of the encoder, in place of the one saved with the adapter.
-        device: ``"auto"`` or ``"cpu"``.
-
-    Raises:
-        CheckpointError: a missing, damaged or foreign adapter.
-        ValueError: the encoder cannot be found.
-        MissingLibraryError: the ``train`` extra is not installed.
-    """
-    require("transformers")
-    from ept_fast.integrations.transformers import (
-        EPTForSequenceClassification,
-        load_tokenizer,
-        read_adapter,
-    )
-
-    path = Path(folder)
-    if (path / "adapter").is_dir():
-        path = path / "adapter"
-    elif not path.is_dir():
-        raise CheckpointError(f"adapter: expected a folder, got {folder}")
-    values = read_adapter(path)
-    trained = EPTForSequenceClassification.from_pretrained(path, base_model=model)
-    if device == "auto" and torch.cuda.is_available():
-        trained.to("cuda")
-    extra = values["extra"]
-    labels = LabelSet(tuple(values["labels"]), bool(extra.get("integer_labels", False)))
-    name = model or values["base_model"]
-    return Adapter(trained, load_tokenizer(name), labels, bool(extra.get("text_pair", False)))
-
-
-def evaluate(
-    adapter: str | Path | Adapter,
-    data: str | Path | Rows,
-    *,
-    split: str = "test",
-    batch_size: int = 64,
-    model: str | None = None,
-    device: str = "auto",
-    fields: Fields | None = None,
-) -> dict[str, Any]:
-    """Metrics of an adapter on labelled rows.
-
-    Args:
-        adapter: folder of an adapter or of a run, or a loaded one.
-        data: as :class:`TrainConfig`'s ``data``, or rows.
-        split: which split of it.
-        batch_size: rows of a batch.
-        model: the encoder, in place of the one saved with the adapter.
-        device: ``"auto"`` or ``"cpu"``.
-        fields: the columns' names.
-
-    Returns:
-        ``accuracy``, ``macro_f1``, ``matthews``, ``rows`` and ``rows_cut``.
-    """
-    loaded = _loaded(adapter, model, device)
-    rows = data if isinstance(data, Rows) else read_split(data, split, fields=fields)
-    assert rows is not None  # only None where optional
-    logits, cut = _logits(loaded, rows, batch_size)
-    labels = loaded.labels.ids(rows)
-    metrics = classification_metrics(logits.argmax(-1), labels, len(loaded.labels.names))
-    return {**metrics, "rows": len(rows), "rows_cut": cut}
-
-
-def predict(
-    adapter: str | Path | Adapter,
-    rows: Rows,
-    *,
-    batch_size: int = 64,
-    model: str | None = None,
-    device: str = "auto",
-) -> list[dict[str, Any]]:
-    """The label and the classes' probabilities of each row, in order.
-
-    Args:
-        adapter: folder of an adapter or of a run, or a loaded one.
-        rows: texts, labelled or not.
-        batch_size: rows of a batch.
-        model: the encoder, in place of the one saved with the adapter.
-        device: ``"auto"`` or ``"cpu"``.
-
-    Returns:
-        Dicts of ``label`` (of the type it had in training) and ``probabilities`` (by name).
-    """
-    loaded = _loaded(adapter, model, device)
-    logits, _ = _logits(loaded, rows, batch_size)
-    names = loaded.labels.names
-    results = []
-    for row in logits.softmax(-1):
-        best = int(row.argmax())
-        label = best if loaded.labels.integers else names[best]
-        probabilities = dict(zip(names, row.tolist(), strict=True))
-        results.append({"label": label, "probabilities": probabilities})
-    return results
-
-
-def _loaded(adapter: str | Path | Adapter, model: str | None, device: str) -> Adapter:
-    if isinstance(adapter, Adapter):
-        return adapter
-    return load_adapter(adapter, model=model, device=device)
-
-
-def _logits(adapter: Adapter, rows: Rows, batch_size: int) -> tuple[torch.Tensor, int]:
-    from ept_fast.training.trainer import predict_logits
-
-    if (rows.pairs is not None) != adapter.paired:
-        expected, got = ("a second text", "none") if adapter.paired else ("no second text", "one")
-        raise DataError(f"{rows.source}: text_pair: expected {expected} as in training, got {got}")
-    tokens = tokenise(rows, adapter.tokenizer, _text_limit(adapter.model, adapter.tokenizer))
-    collator = Collator.of(adapter.tokenizer)
-    return predict_logits(adapter.model, tokens, collator, batch_size), tokens.num_cut
+    if metrics["samples"]:
+        write_samples(metrics["samples"], output / "samples.md")

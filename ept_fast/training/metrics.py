@@ -1,16 +1,30 @@
-"""Accuracy, macro F1 and Matthews correlation from a confusion matrix."""
+"""Metrics of classes from a confusion matrix, and metrics of generated and predicted tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["METRICS", "classification_metrics", "confusion_matrix"]
+__all__ = [
+    "GENERATED_METRICS",
+    "METRICS",
+    "TEXT_METRICS",
+    "classification_metrics",
+    "confusion_matrix",
+    "exact_match",
+    "goodness",
+    "normalised",
+    "perplexity",
+    "token_f1",
+]
 
 METRICS = ("accuracy", "macro_f1", "matthews")
+GENERATED_METRICS = ("exact_match", "f1")
+TEXT_METRICS = ("token_accuracy", *GENERATED_METRICS, "loss")
 
 
 def confusion_matrix(
@@ -48,3 +62,37 @@ def classification_metrics(
         "macro_f1": float(f1),
         "matthews": covariance / math.sqrt(spread) if spread > 0 else 0.0,
     }
+
+
+def goodness(metric: str, value: float) -> float:
+    """The value of a metric, turned round where less is better."""
+    return -value if metric == "loss" else value
+
+
+def perplexity(loss: float) -> float:
+    """exp of the mean loss of a token in nats; at most 1e308, to stay a finite number."""
+    return math.exp(min(loss, 709.0))
+
+
+def normalised(text: str) -> str:
+    """The text without spaces at its ends, runs of white space made one space; case counts."""
+    return " ".join(text.split())
+
+
+def exact_match(output: str, target: str) -> bool:
+    """Whether two texts are the same once both are :func:`normalised`.
+
+    Tokenizers keep runs of spaces or drop them, so only the words and their order can count.
+    """
+    return normalised(output) == normalised(target)
+
+
+def token_f1(output: Sequence[Hashable], target: Sequence[Hashable]) -> float:
+    """Harmonic mean of precision and recall of the output's tokens, as bags without order.
+
+    Both without tokens: 1; one of them: 0.
+    """
+    if not output or not target:
+        return float(len(output) == len(target))
+    common = sum((Counter(output) & Counter(target)).values())
+    return 2 * common / (len(output) + len(target))

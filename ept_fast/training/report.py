@@ -1,4 +1,4 @@
-"""The pictures of a run: its learning curves, and its gate's weights."""
+"""The report of a run: its learning curves, its gate's weights, and what it writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from matplotlib.ticker import MaxNLocator
 
 from ept_fast.checkpoint import write_bytes
 
-__all__ = ["draw_gate_weights", "draw_learning_curves", "save_figure", "smoothed"]
+__all__ = [
+    "draw_gate_weights",
+    "draw_learning_curves",
+    "save_figure",
+    "smoothed",
+    "write_samples",
+]
 
 _BLUE, _ORANGE, _GREY = "#2b6cb0", "#c05621", "#a0aec0"
 
@@ -128,3 +134,30 @@ def draw_gate_weights(weights: Sequence[Sequence[float]], path: str | Path) -> N
                     color="white" if dark else "black",
                 )
     save_figure(figure, path)
+
+
+def write_samples(samples: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write generated texts as Markdown: of each row the text, the target and the output.
+
+    Args:
+        samples: dicts of ``text`` and ``output`` and, where rows have targets, ``target``,
+            ``exact_match`` and ``f1``.
+        path: the file.
+    """
+    lines = ["# What the adapter writes", ""]
+    judged = [sample for sample in samples if "f1" in sample]
+    if judged:
+        right = sum(bool(sample["exact_match"]) for sample in judged)
+        mean = sum(float(sample["f1"]) for sample in judged) / len(judged)
+        lines += [f"{right} of {len(judged)} outputs match their target; mean F1 {mean:.3f}.", ""]
+    for number, sample in enumerate(samples, 1):
+        verdict = ""
+        if "f1" in sample:
+            verdict = ": match" if sample["exact_match"] else f": F1 {sample['f1']:.3f}"
+        lines += [f"## {number}{verdict}", ""]
+        for name in ("text", "target", "output"):
+            if name in sample:
+                # An indented block shows any text as it is, whatever Markdown is in it.
+                block = str(sample[name]).splitlines() or [""]
+                lines += [f"{name}:", "", *(f"    {line}" for line in block), ""]
+    write_bytes(Path(path), "\n".join(lines).encode())

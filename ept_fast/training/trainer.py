@@ -17,17 +17,20 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback
 
 from ept_fast.checkpoint import CheckpointError, read_json, write_json
-from ept_fast.integrations.transformers import EPTForSequenceClassification
+from ept_fast.integrations.models import EPTModel
+from ept_fast.training import parallel
+from ept_fast.training.batches import Collator, GroupedBatches, PackedBatches, PackingCollator
 from ept_fast.training.config import TrainConfig
-from ept_fast.training.data import Collator, GroupedBatches, Tokenised, length_batches
-from ept_fast.training.metrics import classification_metrics
+from ept_fast.training.evaluation import Evaluation
+from ept_fast.training.metrics import goodness
+from ept_fast.training.tokens import Tokenised
 
 __all__ = [
     "COMPLETE_FILE",
     "NonFiniteLossError",
     "PromptTrainer",
     "newest_checkpoint",
-    "predict_logits",
+    "train_batches",
 ]
 
 COMPLETE_FILE = "complete.json"  # written last: a checkpoint folder without it was cut off
@@ -57,69 +60,79 @@ def _steps(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-@torch.no_grad()
-def predict_logits(
-    model: EPTForSequenceClassification,
-    rows: Tokenised,
-    collator: Collator,
-    batch_size: int,
-    *,
-    bf16: bool = False,
-) -> Tensor:
-    """Logits ``[N, C]`` float32 on the CPU, in the order of the rows; in evaluation mode.
+def train_batches(
+    config: TrainConfig, rows: Tokenised, num_steps: int, pack_length: int | None
+) -> GroupedBatches:
+    """The batches that this process trains on.
 
-    Rows of similar length share a batch. No random state is touched.
+    Args:
+        config: the run.
+        rows: its training rows.
+        num_steps: optimizer steps.
+        pack_length: text tokens of a packed row; None where rows are not packed.
+
+    Raises:
+        ValueError: too few rows for the parts of a step, or one too long to be packed.
     """
-    device = model.head.weight.device
-    training = model.training
-    model.eval()
-    logits = torch.empty(len(rows), len(model.labels))
-    for indices in length_batches(rows.lengths, batch_size):
-        batch = collator([rows[i] for i in indices])
-        batch.pop("labels", None)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = model(**{name: value.to(device) for name, value in batch.items()})
-        logits[indices] = output.logits.float().cpu()
-    model.train(training)
-    return logits
+    parts = {
+        "parts": config.gradient_accumulation_steps,
+        "rank": parallel.rank(),
+        "world_size": parallel.world_size(),
+    }
+    size, seed = config.batch_size, config.seed
+    if pack_length is not None:
+        return PackedBatches(rows.lengths, size, num_steps, seed, pack_length, **parts)
+    return GroupedBatches(rows.lengths, size, num_steps, seed, config.group_by_length, **parts)
+
+
+def _class_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Cross-entropy of a part of a step, as a share of the mean over all of the step's rows."""
+    total = F.cross_entropy(output.logits, labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
 class PromptTrainer(transformers.Trainer):
-    """Trains prompt and head of an :class:`EPTForSequenceClassification`.
+    """Trains prompt and head of an :class:`EPTModel`.
 
     What differs from its base: four learning rates; batches whose order depends on the seed alone;
     checkpoints that hold no backbone and end with a marker file; a stop at the first non-finite
-    loss; evaluation on length-sorted batches. One process, one device.
+    loss; evaluation by :class:`Evaluation`. The loss of a step is the mean over all of its rows,
+    for text tasks over all of its label tokens, however they are divided among the batches of
+    gradient accumulation and among processes.
 
     Args:
         model: the model.
         config: the run.
-        train_rows, eval_rows: its data.
+        train_rows: its data.
         collator: makes the batches.
+        evaluation: judges the model.
         max_steps: optimizer steps of the run.
         folder: where checkpoints go.
         bf16: whether to run under bfloat16 autocast.
         progress: whether to show a progress bar.
+        pack_length: text tokens of a packed row; None where rows are not packed.
     """
 
     def __init__(
         self,
-        model: EPTForSequenceClassification,
+        model: EPTModel,
         config: TrainConfig,
         train_rows: Tokenised,
-        eval_rows: Tokenised,
-        collator: Collator,
+        collator: Collator | PackingCollator,
+        evaluation: Evaluation,
         *,
         max_steps: int,
         folder: Path,
         bf16: bool,
         progress: bool,
+        pack_length: int | None = None,
     ) -> None:
         every = config.eval_steps or max(1, -(-max_steps // 10))
         arguments = transformers.TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=config.batch_size,
             per_device_eval_batch_size=config.eval_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
             max_steps=max_steps,
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(max_steps * config.warmup_ratio),
@@ -138,23 +151,27 @@ class PromptTrainer(transformers.Trainer):
             disable_tqdm=True,
             log_level="error",
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
         )
-        if arguments.world_size > 1:
-            raise ValueError(f"WORLD_SIZE: expected one process, got {arguments.world_size}")
         arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over every visible GPU
         self.run_config = config
         self.collator = collator
+        self.evaluation = evaluation
+        self.pack_length = pack_length
         self.losses: list[float] = []
         self.evaluations: list[dict[str, Any]] = []
         self.seconds: list[float] = []
         self.tokens = 0
+        self.positions = 0
         self.bf16 = bf16
+        self._step_loss = 0.0
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=train_rows,
-            eval_dataset=eval_rows,
+            eval_dataset=train_rows,  # asked for, and never read: `evaluation` has its own rows
             data_collator=collator,
+            compute_loss_func=_class_loss if config.task == "classification" else None,
             callbacks=[_Clock(self.seconds), *([_Bar(self)] if progress else [])],
         )
         self.remove_callback(PrinterCallback)
@@ -169,12 +186,9 @@ class PromptTrainer(transformers.Trainer):
         return self.checkpoints.parent / "best" / f"step-{step}"
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The batches of the whole run; to the base class it is one epoch."""
-        c = self.run_config
+        """This process's batches of the whole run; to the base class it is one epoch."""
         rows: Any = self.train_dataset
-        batches = GroupedBatches(
-            rows.lengths, c.batch_size, self.args.max_steps, c.seed, c.group_by_length
-        )
+        batches = train_batches(self.run_config, rows, self.args.max_steps, self.pack_length)
         return DataLoader(rows, batch_sampler=batches, collate_fn=self.collator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -191,38 +205,42 @@ class PromptTrainer(transformers.Trainer):
     ) -> Tensor:
         """One forward and backward; a non-finite loss stops the run before any weight changes."""
         self.tokens += int(inputs["attention_mask"].sum())
+        rows, width = inputs.get("pack_index", inputs["input_ids"]).shape
+        trained: Any = self.model
+        self.positions += rows * (trained.prompt.config.num_virtual_tokens + width)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        value = loss.item()
+        value = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(value):
             raise self._non_finite("the loss", self.state.global_step + 1)
-        self.losses.append(value)
+        self._step_loss += value
+        if self.accelerator.sync_gradients:  # the last batch of the step
+            self.losses.append(self._step_loss)
+            self._step_loss = 0.0
         return loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss, accuracy, macro F1 and Matthews correlation of the evaluation rows."""
-        model: Any = self.model
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        size = self.run_config.eval_batch_size
-        logits = predict_logits(model, rows, self.collator, size, bf16=self.bf16)
-        labels = torch.tensor(rows.labels)
-        loss = float(F.cross_entropy(logits, labels))
+        """Loss and metrics of the evaluation rows."""
+        metrics = self.evaluation(self.model)
         step = self.state.global_step
-        if not math.isfinite(loss):
+        if not math.isfinite(metrics["loss"]):
             raise self._non_finite("the evaluation loss", step)
-        metrics = classification_metrics(logits.argmax(-1), labels, len(model.labels))
-        self.evaluations.append({"step": step, "loss": loss, **metrics})
+        self.evaluations.append({"step": step, **metrics})
         if self.run_config.keep == "best":
-            self._keep_best(step, metrics[self.run_config.metric])
-        named = {f"{metric_key_prefix}_{k}": v for k, v in {"loss": loss, **metrics}.items()}
+            self._keep_best(step)
+        named = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
         # The base class clears its request to evaluate here; else it would evaluate again.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
-    def _keep_best(self, step: int, value: float) -> None:
-        earlier = [e[self.run_config.metric] for e in self.evaluations[:-1]]
-        if not earlier or value > max(earlier):
+    def best(self) -> dict[str, Any]:
+        """The best evaluation so far, the first of equals."""
+        metric = self.run_config.judged_by
+        return max(self.evaluations, key=lambda e: goodness(metric, e[metric]))
+
+    def _keep_best(self, step: int) -> None:
+        if self.best() is self.evaluations[-1] and parallel.is_main():
             model: Any = self.model
             # Earlier ones stay: a run that resumes on a GPU may not find this one best again.
             model.save_pretrained(self.best_folder(step), extra={"step": step})
@@ -236,14 +254,23 @@ class PromptTrainer(transformers.Trainer):
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise self._non_finite(f"the weight {name}", self.state.global_step)
         folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left here
+        if parallel.is_main():
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed run left here
+        parallel.wait()
         super()._save_checkpoint(model, trial)
         progress = {
             "losses": self.losses,
             "evaluations": self.evaluations,
             "seconds": self.seconds,
-            "tokens": self.tokens,
+            "tokens": parallel.total(self.tokens),
+            "positions": parallel.total(self.positions),
         }
+        parallel.wait()  # every process has written its random state
+        if parallel.is_main():
+            self._complete(folder, progress)
+
+    def _complete(self, folder: Path, progress: dict[str, Any]) -> None:
+        """Mark a checkpoint as whole, and remove those that it makes needless."""
         write_json(folder / PROGRESS_FILE, progress)
         write_json(folder / COMPLETE_FILE, {"step": self.state.global_step})
         complete = sorted(
@@ -269,7 +296,9 @@ class PromptTrainer(transformers.Trainer):
             self.losses[:] = progress["losses"]
             self.evaluations[:] = progress["evaluations"]
             self.seconds[:] = progress["seconds"]
-            self.tokens = progress["tokens"]
+            # What all processes have seen is kept by one of them.
+            self.tokens = progress["tokens"] * parallel.is_main()
+            self.positions = progress["positions"] * parallel.is_main()
         except KeyError as error:
             raise CheckpointError(f"{path}: expected the field {error}, got none") from None
 
@@ -306,7 +335,7 @@ class _Bar(transformers.TrainerCallback):
         recent = self.trainer.losses[-20:]
         shown = {"loss": f"{sum(recent) / len(recent):.3f}"}
         if self.trainer.evaluations:
-            name = self.trainer.run_config.metric
+            name = self.trainer.run_config.judged_by
             shown[name] = f"{self.trainer.evaluations[-1][name]:.3f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)

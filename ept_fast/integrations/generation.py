@@ -1,0 +1,515 @@
+"""``generate`` of ``transformers`` behind a prompt.
+
+A decoder's own ``generate`` runs on a view of it: an object of a subclass of its class that shares
+all of its state. The loop sees token ids and the text's mask only, so lengths, caches, beams,
+logits processors and streamers mean what they mean without a prompt. Two of its methods differ:
+what a step is fed, which is ``[padding | prompt | text]`` first and then each new token with its
+offset, and the length of a static cache. The backbone itself is not touched, so several threads
+may generate with it, each with an adapter of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationMixin
+
+from ept_fast.functional import splice_prompt
+from ept_fast.integrations.backbones import (
+    column_free_length,
+    first_position,
+    position_table,
+    text_limit,
+)
+from ept_fast.integrations.prefix import PrefixCache
+
+__all__ = ["generate_causal", "generate_seq2seq"]
+
+# Modes that call the model past what a step is fed, or change the text: the prompt would be lost.
+_REFUSED = (
+    "assistant_early_exit",
+    "guidance_scale",
+    "prefill_chunk_size",
+    "speculation_type",
+    "token_healing",
+    "use_mtp",
+)
+_COMPUTED = ("inputs", "inputs_embeds", "position_ids", "token_type_ids", "encoder_outputs")
+
+
+@torch.no_grad()
+def generate_causal(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    task_ids: Tensor | None = None,
+    prefix: PrefixCache | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What the decoder's ``generate`` gives for these arguments, behind the active prompt.
+
+    Every token has its offset by its rank among the row's real tokens, generated ones too, up to
+    ``max_length`` of the prompt's config; a token generated later than that gets none.
+
+    Args:
+        model: with ``backbone``, ``active_prompt`` and ``splice``, as
+            :class:`ept_fast.integrations.models.EPTModelForCausalLM`.
+        input_ids: ``[B, S]``, padded in any way.
+        attention_mask: ``[B, S]`` of 0 and 1. Where it is not given, zeros at the padding token if
+            the generation config names one that does not end texts too, as ``generate`` does.
+        task_ids: ``[B]`` integers, for a bank of prompts.
+        prefix: the prompt's keys and values, from ``prefix_cache()``: they are then not computed
+            again. Every row needs a token; where there is padding, it comes between prompt and
+            text, which has to be nothing to the model.
+        **kwargs: of the backbone's ``generate``. ``max_length`` and ``min_length`` count text and
+            new tokens; the prompt does not count.
+
+    Returns:
+        What ``generate`` returns: ``[B, S + new]``, the text as it was given and the new tokens, or
+        an output object with such ``sequences``.
+
+    Raises:
+        TypeError: a backbone that cannot generate.
+        ValueError: text longer than the offset covers or than the backbone has positions for; more
+            new tokens than it has positions or a given cache has room for; an argument that is not
+            supported behind a prompt.
+        IndexError: an id outside the vocabulary.
+    """
+    backbone = _generating(model)
+    if "generate" in vars(backbone):
+        raise TypeError(
+            f"model: expected the generate of {type(backbone).__name__}'s class, "
+            f"got another one set on the model itself"
+        )
+    _refuse(backbone, kwargs)
+    if prefix is not None:
+        prefix.check(model, task_ids)
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("past_key_values: expected None beside prefix, got a cache")
+    spliced, mask = _spliced(model, input_ids, attention_mask, task_ids, kwargs)
+    length = input_ids.shape[1]
+    m = spliced.shape[1] - length
+    missing = (mask[:, :m] == 0).sum(1, keepdim=True)
+    mask = mask[:, m:]
+    order = mask.argsort(dim=1, stable=True)  # padding first
+    mask = mask.gather(1, order)
+    rows = spliced[:, m:]
+    text = _Text(
+        prompt=model.active_prompt,
+        head=spliced[:, :m],
+        rows=rows.gather(1, order.unsqueeze(-1).expand_as(rows)),
+        input_ids=input_ids.gather(1, order),
+        padding=(mask == 0).sum(1, keepdim=True),
+        missing=missing,
+        task_ids=task_ids,
+        first_position=first_position(backbone),
+        seeded=prefix is not None,
+    )
+    lengths = ("max_length", "max_new_tokens")
+    run = _Run(
+        backbone,
+        text,
+        max_length=_longest(backbone, text),
+        default_length=all(_setting(backbone, kwargs, name) is None for name in lengths),
+        moved=bool((order.diff(dim=1) < 0).any()),
+        prefix=prefix,
+    )
+    output = _view(backbone, run).generate(text.input_ids, attention_mask=mask, **kwargs)
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    copies = sequences.shape[0] // input_ids.shape[0]
+    sequences[:, :length] = input_ids.repeat_interleave(copies, 0)  # padded as it was given
+    return output
+
+
+@torch.no_grad()
+def generate_seq2seq(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    task_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What the encoder-decoder's ``generate`` gives for these arguments, behind the active prompt.
+
+    The prompt goes before the encoder's text. What is generated is the decoder's own and has no
+    offset.
+
+    Args:
+        model: with ``backbone`` and ``splice``, as
+            :class:`ept_fast.integrations.models.EPTModelForSeq2SeqLM`.
+        input_ids: ``[B, S]``, padded in any way.
+        attention_mask: ``[B, S]`` of 0 and 1; as in :func:`generate_causal` where it is not given.
+        task_ids: ``[B]`` integers, for a bank of prompts.
+        **kwargs: of the backbone's ``generate``.
+
+    Returns:
+        What ``generate`` returns: the decoder's ids, or an output object with ``sequences``.
+
+    Raises:
+        TypeError: a backbone that cannot generate.
+        ValueError: text longer than the offset covers or than the backbone has positions for.
+        IndexError: an id outside the vocabulary.
+    """
+    backbone = _generating(model)
+    _refuse(backbone, kwargs, ())
+    spliced, mask = _spliced(model, input_ids, attention_mask, task_ids, kwargs)
+    m = spliced.shape[1] - input_ids.shape[1]
+    limit = text_limit(backbone, m) if position_table(backbone) is not None else None
+    if limit is not None and input_ids.shape[1] > limit:
+        raise ValueError(
+            f"input_ids: expected at most {limit} positions, which the model has without the "
+            f"prompt's {m}, got {input_ids.shape[1]}"
+        )
+    # Encoders count positions by column, so padding goes to the right.
+    order = (1 - mask).argsort(dim=1, stable=True)
+    return backbone.generate(
+        inputs_embeds=spliced.gather(1, order.unsqueeze(-1).expand_as(spliced)),
+        attention_mask=mask.gather(1, order),
+        **kwargs,
+    )
+
+
+def _generating(model: Any) -> Any:
+    """The backbone, if it can generate now."""
+    backbone = model.backbone
+    if not isinstance(backbone, GenerationMixin):
+        raise TypeError(
+            f"model: expected a transformers model that can generate, got {type(backbone).__name__}"
+        )
+    if getattr(model, "training", False) and getattr(model, "is_gradient_checkpointing", False):
+        raise ValueError(
+            "model: expected evaluation mode (model.eval()) where gradient checkpointing is on, "
+            "as its layers keep no cache in training mode, got training mode"
+        )
+    return backbone
+
+
+def _setting(backbone: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """A choice as ``generate`` finds it: its arguments, a given config, the model's config."""
+    given = getattr(kwargs.get("generation_config"), name, None)
+    own = getattr(backbone.generation_config, name, None)
+    return next((v for v in (kwargs.get(name), given, own) if v is not None), None)
+
+
+def _refuse(backbone: Any, kwargs: dict[str, Any], settings: tuple[str, ...] = _REFUSED) -> None:
+    for name in _COMPUTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: expected None (generate takes input_ids), got one")
+    for name in settings:
+        value = _setting(backbone, kwargs, name)
+        if value and not (name == "guidance_scale" and value == 1):
+            raise ValueError(f"{name}: expected None behind a prompt, got {value!r}")
+    if _setting(backbone, kwargs, "cache_implementation") == "paged":
+        raise ValueError("cache_implementation: expected another one behind a prompt, got 'paged'")
+
+
+def _spliced(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    task_ids: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """``[B, m + S, d]`` as in a forward pass, and its mask ``[B, m + S]`` of int64."""
+    if attention_mask is None and isinstance(input_ids, Tensor):
+        pad, end = (_setting(model.backbone, kwargs, f"{n}_token_id") for n in ("pad", "eos"))
+        if pad is not None and pad not in (end if isinstance(end, list) else [end]):
+            attention_mask = (input_ids != pad).long()
+    spliced = model.splice(input_ids=input_ids, attention_mask=attention_mask, task_ids=task_ids)
+    return spliced.inputs_embeds, spliced.attention_mask.long()
+
+
+def _longest(backbone: Any, text: _Text) -> int | None:
+    """The most columns of text and new tokens that there are positions for; None for no limit."""
+    m = text.head.shape[1]
+    limit = text_limit(backbone, m) if position_table(backbone) is not None else None
+    if limit is None:
+        return None
+    # The last new token is not fed, and padding takes no position.
+    return limit + 1 + int((text.padding + text.missing).min())
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Prompt and text of a call, the text's padding moved to the left.
+
+    Attributes:
+        prompt: the active prompt.
+        head: P′ of each row, ``[B, m, d]``.
+        rows: the text's embeddings with their offsets, ``[B, S, d]``.
+        input_ids: ``[B, S]``.
+        padding: columns of padding, ``[B, 1]``.
+        missing: columns by which a row's prompt is shorter than m, its padding, ``[B, 1]``.
+        task_ids: ``[B]``, for a bank of prompts.
+        first_position: the backbone's first position id.
+        seeded: whether the cache begins with the prompt: ``[prompt | padding | text]``.
+    """
+
+    prompt: Any
+    head: Tensor
+    rows: Tensor
+    input_ids: Tensor
+    padding: Tensor
+    missing: Tensor
+    task_ids: Tensor | None
+    first_position: int
+    seeded: bool
+
+    def inputs(self, input_ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Embeddings and position ids of the columns from ``start`` on.
+
+        Args:
+            input_ids: ``[N, L]``, the text and what came after it; N is B times a number of copies
+                (beams, several answers), those of a row beside each other.
+            start: columns of ``[padding | prompt | text]`` that the backbone has seen.
+
+        Returns:
+            ``[N, m + L - start, d]`` and ``[N, m + L - start]``.
+        """
+        m, length = self.head.shape[1], self.rows.shape[1]
+        copies = input_ids.shape[0] // self.rows.shape[0]
+        padding = self.padding.repeat_interleave(copies, 0)
+        columns = torch.arange(start, m + input_ids.shape[1], device=input_ids.device)
+        rank = columns - padding  # [N, m + L - start]
+        missing = self.missing.repeat_interleave(copies, 0)
+        position_ids = (rank - missing).clamp_min(0) + self.first_position
+        seen = max(start - m, 0)  # columns of text
+        later = max(length, seen)
+        rows = self._new(input_ids[:, later:], rank[:, later + m - start :] - m, copies)
+        if seen < length:
+            if not input_ids[:, :length].equal(self.input_ids.repeat_interleave(copies, 0)):
+                raise ValueError(
+                    "input_ids: expected the text that generate was called with and what came "
+                    "after it, got other tokens"
+                )
+            text = self.rows[:, seen:].repeat_interleave(copies, 0)
+            rows = torch.cat([text, rows], 1)
+        if start == 0:
+            head = self.head.repeat_interleave(copies, 0)
+            rows = _move_padding(torch.cat([head, rows], 1), padding, m)
+        return rows, position_ids
+
+    def mask(self, attention_mask: Tensor) -> Tensor:
+        """The mask of prompt and text, ``[N, m + L]``, of that of the text, padded on the left."""
+        m = self.head.shape[1]
+        copies = attention_mask.shape[0] // self.rows.shape[0]
+        if self.seeded:
+            mask = F.pad(attention_mask, (m, 0), value=1)
+            before = self.missing.repeat_interleave(copies, 0)
+        else:
+            # Zeros are on the left, so the prompt's ones can as well be put last.
+            mask = F.pad(attention_mask, (0, m), value=1)
+            before = (self.padding + self.missing).repeat_interleave(copies, 0)
+        return mask * (torch.arange(mask.shape[1], device=mask.device) >= before)
+
+    def _new(self, input_ids: Tensor, position: Tensor, copies: int) -> Tensor:
+        """Generated tokens ``[N, k]`` at these ranks: with the offset below n, else without."""
+        embeds: Tensor = self.prompt.embedding(input_ids)
+        a, b = self.prompt.offset_a, self.prompt.offset_b
+        if a is None or embeds.numel() == 0:
+            return embeds
+        covered = (position < a.shape[-2]).unsqueeze(-1)
+        at = position.clamp_max(a.shape[-2] - 1)  # [N, k]
+        options: dict[str, Any] = {
+            "scaling": self.prompt.config.scaling,
+            "backend": self.prompt.backend,
+        }
+        if self.task_ids is None:
+            # All of them are spliced as one row of text, each with its own row of A as its offset.
+            options["inputs_embeds"] = embeds.flatten(0, 1).unsqueeze(0)
+            options["offset_a"], options["offset_b"] = (a[at] * covered).flatten(0, 1), b
+            return splice_prompt(self.head[0, :1], **options)[0, 1:].view_as(embeds)
+        # Each row is a task of its own, with its own rows of A.
+        tasks = self.task_ids.repeat_interleave(copies, 0)
+        options["offset_a"], options["offset_b"] = a[tasks.unsqueeze(1), at] * covered, b[tasks]
+        options["task_ids"] = torch.arange(len(tasks), device=tasks.device)
+        head = self.head[:, :1].repeat_interleave(copies, 0)
+        return splice_prompt(head, inputs_embeds=embeds, **options)[:, 1:]
+
+
+def _move_padding(rows: Tensor, padding: Tensor, m: int) -> Tensor:
+    """``[prompt | padding | text]`` to ``[padding | prompt | text]``, ``[N, m + L, d]``."""
+    column = torch.arange(rows.shape[1], device=rows.device)
+    source = torch.where(column < padding + m, column - padding, column)
+    source = torch.where(column < padding, column + m, source)  # [N, m + L]
+    return rows.gather(1, source.unsqueeze(-1).expand_as(rows))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the view of a backbone has besides the backbone's own state.
+
+    Attributes:
+        backbone: what the view calls.
+        text: prompt and text.
+        max_length: the most columns of text and new tokens; None for no limit.
+        default_length: whether the caller left the length open.
+        moved: whether tokens had to be moved to put the padding on the left.
+        prefix: the prompt's keys and values, or None.
+    """
+
+    backbone: Any
+    text: _Text
+    max_length: int | None
+    default_length: bool
+    moved: bool
+    prefix: PrefixCache | None
+
+    @property
+    def prompt_length(self) -> int:
+        """m."""
+        return self.text.head.shape[1]
+
+    def check_length(self, config: Any) -> None:
+        """Raise ValueError where positions would run out; shorten a length that nobody chose."""
+        limit, length = self.max_length, self.text.rows.shape[1]
+        if limit is None:
+            return
+        if self.default_length and limit > length:
+            config.max_length = min(config.max_length, limit)
+        if config.max_length > limit:
+            raise ValueError(
+                f"max_length: expected at most {limit} for text and new tokens, as the prompt "
+                f"takes {self.prompt_length} of the model's positions, got {config.max_length} "
+                f"({length} and {config.max_length - length})"
+            )
+
+    def check_cache(self, cache: Any, config: Any) -> None:
+        """Raise ValueError for a given cache that is too short or does not begin as the text does.
+
+        One that holds the beginning of this conversation goes on from there.
+        """
+        m, length = self.prompt_length, self.text.rows.shape[1]
+        layers = [layer for layer in cache.layers if not getattr(layer, "is_sliding", False)]
+        room = min(
+            (getattr(layer, "max_cache_len", math.inf) for layer in layers), default=math.inf
+        )
+        if m + config.max_length - 1 > room:
+            raise ValueError(
+                f"past_key_values: expected room for {m + config.max_length - 1} positions (the "
+                f"prompt's {m} and all but the last of max_length {config.max_length}), got {room}"
+            )
+        seen = int(cache.get_seq_length())
+        if seen and not m <= seen < m + length:
+            raise ValueError(
+                f"past_key_values: expected {m} positions of the prompt and fewer than {length} "
+                f"of the text, got {seen} positions"
+            )
+        if seen and (self.moved or int(self.text.padding.max()) > seen - m):
+            raise ValueError(
+                "attention_mask: expected padding on the left only, all of it in the columns "
+                "that past_key_values holds, got other padding"
+            )
+
+    def check_prefix(self, config: Any) -> None:
+        """Raise ValueError for rows that cannot go behind a prompt that is computed already."""
+        padding, length = int(self.text.padding.max()), self.text.rows.shape[1]
+        if padding == length:
+            raise ValueError("input_ids: expected a token in every row beside prefix, got none")
+        longest, limit = self.prompt_length + config.max_length, column_free_length(self.backbone)
+        if padding and longest > limit:
+            raise ValueError(
+                f"attention_mask: expected rows of one length beside prefix, as this model tells "
+                f"columns apart in rows longer than {limit}, got padding and {longest} columns"
+            )
+
+    def seed(self, cache: Any, copies: int) -> None:
+        """Begin an empty cache with the prompt, ``copies`` times for each row."""
+        assert self.prefix is not None
+        if cache is None:
+            raise ValueError("use_cache: expected True beside prefix, got False")
+        text = self.text
+        rows = text.padding.new_zeros(len(text.rows)) if text.task_ids is None else text.task_ids
+        self.prefix.write(cache, rows.repeat_interleave(copies, 0))
+
+
+class _Prompted:
+    """The methods of a view, before those of the backbone's class."""
+
+    _ept_run: _Run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs.get("input_ids") is not None:
+            raise ValueError(
+                "generate: expected a mode that prepares the model's inputs step by step, "
+                "got one that calls the model with token ids, past the prompt"
+            )
+        return self._ept_run.backbone(**kwargs)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """The backbone's, which it keeps from one call to the next."""
+        return self._ept_run.backbone.get_compiled_call(compile_config)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Any,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What the backbone is fed: all columns that its cache does not hold, as embeddings."""
+        text, m = self._ept_run.text, self._ept_run.prompt_length
+        if next_sequence_length is not None and not is_first_iteration:
+            start = m + input_ids.shape[1] - next_sequence_length
+        else:
+            start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        rows, positions = text.inputs(input_ids, start)
+        if attention_mask is not None:
+            kwargs["attention_mask"] = text.mask(attention_mask)
+        if position_ids is not None:
+            kwargs["position_ids"] = positions
+        if kwargs.get("cache_position") is not None:  # the columns fed, in transformers 5.0 to 5.2
+            kwargs["cache_position"] = start + torch.arange(rows.shape[1], device=rows.device)
+        kwargs["past_key_values"] = past_key_values
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
+        if start == 0:
+            return prepare(input_ids, inputs_embeds=rows, is_first_iteration=True, **kwargs)  # type: ignore[no-any-return]
+        new = input_ids[:, input_ids.shape[1] - rows.shape[1] :]
+        inputs = prepare(new, is_first_iteration=is_first_iteration, **kwargs)
+        return {**inputs, "input_ids": None, "inputs_embeds": rows}
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Room for the prompt; here all lengths are known, and nothing has been computed yet."""
+        run = self._ept_run
+        run.check_length(generation_config)
+        if model_kwargs.get("past_key_values") is not None:
+            run.check_cache(model_kwargs["past_key_values"], generation_config)
+        max_cache_length += run.prompt_length
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
+        prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if run.prefix is not None:
+            run.check_prefix(generation_config)
+            copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+            run.seed(model_kwargs.get("past_key_values"), copies)
+
+
+@functools.cache
+def _view_class(kind: Any) -> Any:
+    # transformers goes by the names of classes in places.
+    return type(kind.__name__, (_Prompted, kind), {"__module__": kind.__module__})
+
+
+def _view(backbone: Any, run: _Run) -> Any:
+    """The backbone's state under a class that generates behind the prompt."""
+    kind: Any = type(backbone)
+    view = object.__new__(_view_class(kind))
+    vars(view).update(vars(backbone), _ept_run=run)
+    return view

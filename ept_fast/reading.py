@@ -1,0 +1,144 @@
+"""Files that may come from anywhere: opened in their own folder only, parsed strictly."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = [
+    "JSON_LIMIT",
+    "CheckpointError",
+    "open_inside",
+    "parse_json",
+    "read_adapter_json",
+    "read_file",
+    "read_json",
+    "shorten",
+]
+
+# Bytes; no adapter's description comes near.
+JSON_LIMIT = 4 << 20
+
+_JSON_DEPTH = 32
+
+
+class CheckpointError(ValueError):
+    """An adapter file that is missing, truncated, foreign, or at odds with its config or module."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: no such file, not JSON (a repeated key and NaN are none), nested deeper
+            than anything that is written here, or not an object.
+    """
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    return parse_json(path, data)
+
+
+def read_adapter_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from an adapter's folder, which may come from anywhere.
+
+    Raises:
+        CheckpointError: as :func:`read_json` and :func:`read_file`.
+    """
+    return parse_json(path, read_file(path, limit=JSON_LIMIT))
+
+
+def read_file(path: Path, *, limit: int | None = None) -> bytes:
+    """The bytes of a file in an adapter's folder.
+
+    Raises:
+        CheckpointError: no regular file, a link that leads out of the folder, or more than
+            ``limit`` bytes.
+    """
+    with open_inside(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise CheckpointError(f"{path}: expected at most {limit} bytes, got {size}")
+        return file.read()
+
+
+@contextmanager
+def open_inside(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file that lies in the folder in which it is named."""
+    try:
+        folder, real = path.parent.resolve(strict=True), path.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:  # also a loop of links, NUL in a name
+        raise _unreadable(path, error) from None
+    if not (real.is_relative_to(folder) or real.parent == _hub_files(folder)):
+        raise CheckpointError(f"{path}: expected a file in this folder, got a link to {real}")
+    # Neither waiting for a pipe's writer nor following a link put there since.
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        with open(real, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError(f"{path}: expected a regular file, got another kind of file")
+            yield file
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _hub_files(folder: Path) -> Path | None:
+    """Where the cache of the Hugging Face hub keeps the files that a snapshot's folder links to."""
+    for parent in folder.parents:
+        if parent.name == "snapshots":
+            return parent.parent / "blobs"
+    return None
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return CheckpointError(f"{path}: expected a readable file, got {reason}")
+
+
+def parse_json(path: Path, data: bytes | str) -> dict[str, Any]:
+    """The JSON object in ``data``, which comes from ``path``; errors as :func:`read_json`."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: expected a JSON object, got damaged text ({error})"
+        ) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    level: list[Any] = [values]
+    for _ in range(_JSON_DEPTH):
+        level = [inner for value in level for inner in _containers(value)]
+    if level:
+        raise CheckpointError(f"{path}: expected at most {_JSON_DEPTH} levels of JSON, got more")
+    return values
+
+
+def _containers(value: Any) -> list[Any]:
+    inner = value.values() if isinstance(value, dict) else value
+    return [each for each in inner if isinstance(each, (dict, list))]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {shorten(key)} twice")
+        values[key] = value
+    return values
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text}, which JSON has not")
+
+
+def shorten(value: object, length: int = 300) -> str:
+    """``repr`` for a message: cut where a damaged file would make it endless."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."

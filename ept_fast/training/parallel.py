@@ -1,0 +1,72 @@
+"""The processes of a run started by ``torchrun``; where there is only one, nothing happens here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+__all__ = ["gather", "is_main", "rank", "session", "share", "total", "wait", "world_size"]
+
+V = TypeVar("V")
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Go on only when every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def share(items: Sequence[V]) -> Sequence[V]:
+    """The part of the items that is this process's to do."""
+    return items[rank() :: world_size()]
+
+
+def gather(found: dict[int, V]) -> dict[int, V]:
+    """What all processes found, by number, in order of the numbers."""
+    parts: list[dict[int, V]] = [found]
+    if world_size() > 1:
+        parts = [{} for _ in range(world_size())]
+        dist.all_gather_object(parts, found)
+    whole = {number: value for part in parts for number, value in part.items()}
+    return dict(sorted(whole.items()))
+
+
+def total(number: int) -> int:
+    """The sum over all processes."""
+    return sum(gather({rank(): number}).values())
+
+
+@contextlib.contextmanager
+def session(cpu: bool) -> Iterator[None]:
+    """Join the other processes that ``torchrun`` started, and part from them at the end."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
+    if alone or dist.is_initialized():
+        yield
+        return
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    PartialState(cpu=cpu)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        PartialState._reset_state()

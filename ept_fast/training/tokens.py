@@ -1,0 +1,213 @@
+"""Rows as token ids: texts to classify, texts with targets, and texts to continue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ept_fast.config import check_choice, check_count, check_flag
+from ept_fast.training.data import LabelSet, Rows
+
+__all__ = [
+    "IGNORED",
+    "TextForm",
+    "Tokenised",
+    "end_token",
+    "tokenise",
+    "tokenise_inputs",
+    "tokenise_text",
+]
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """How rows of a text task become token ids; kept with the adapter, for prediction.
+
+    Attributes:
+        task: ``"seq2seq"`` or ``"causal"``.
+        max_length: tokens of a text that are read.
+        max_target_length: tokens of a target that are learnt, its end token among them.
+        separator: put behind the text where a target follows it; for ``"causal"``.
+        targets: whether rows have targets; else the texts themselves are learnt.
+    """
+
+    task: str
+    max_length: int
+    max_target_length: int
+    separator: str = "\n"
+    targets: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("task", self.task, ("seq2seq", "causal"))
+        check_count("max_length", self.max_length, 1)
+        check_count("max_target_length", self.max_target_length, 1)
+        check_flag("targets", self.targets)
+        if not isinstance(self.separator, str):
+            raise TypeError(f"separator: expected a string, got {type(self.separator).__name__}")
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids of a split; indexing gives the features of a row, or of each of a list of rows.
+
+    Attributes:
+        features: per row ``input_ids`` and, where the tokenizer gives them, ``token_type_ids``;
+            for text tasks also ``labels``, -100 where nothing is to be predicted.
+        labels: class indices, or None.
+        num_cut: rows whose text was longer than the limit and lost a part.
+        num_targets_cut: rows whose target was, and lost its end.
+    """
+
+    features: tuple[dict[str, list[int]], ...]
+    labels: tuple[int, ...] | None
+    num_cut: int
+    num_targets_cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int | Sequence[int]) -> Any:
+        if not isinstance(index, int):
+            return [self[i] for i in index]
+        row: dict[str, Any] = dict(self.features[index])
+        if self.labels is not None:
+            row["labels"] = self.labels[index]
+        return row
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row that the model reads at once: those of the text."""
+        return [len(row["input_ids"]) for row in self.features]
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Tokens that are to be predicted."""
+        return sum(label != IGNORED for row in self.features for label in row.get("labels", ()))
+
+
+def tokenise(
+    rows: Rows, tokenizer: Any, max_length: int, labels: LabelSet | None = None
+) -> Tokenised:
+    """Tokenise every row once, cutting those longer than ``max_length`` tokens."""
+    ids = None if labels is None else labels.ids(rows)
+
+    def encode(part: Rows, cut: bool) -> list[dict[str, Any]]:
+        limit = {"truncation": True, "max_length": max_length} if cut else {"truncation": False}
+        encoded = tokenizer(
+            list(part.texts),
+            None if part.pairs is None else list(part.pairs),
+            padding=False,
+            return_attention_mask=False,
+            verbose=False,
+            **limit,
+        )
+        names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
+        return [{name: encoded[name][i] for name in names} for i in range(len(part))]
+
+    features = encode(rows, cut=False)
+    long = [i for i, row in enumerate(features) if len(row["input_ids"]) > max_length]
+    if long:
+        for i, row in zip(long, encode(rows.take(long), cut=True), strict=True):
+            features[i] = row
+    return Tokenised(tuple(features), ids, len(long))
+
+
+def end_token(tokenizer: Any) -> int:
+    """The id of the tokenizer's end token.
+
+    Raises:
+        ValueError: it has none, so that a model could not be taught where to stop.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer: expected one with an end token (eos_token), "
+            f"got {type(tokenizer).__name__} without"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def tokenise_inputs(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
+    """What the model reads of each row before it generates.
+
+    For ``"seq2seq"`` the text as the tokenizer gives it, with its end cut off where it is too long.
+    For ``"causal"`` the text and the separator, without an end token; where it is too long, its
+    beginning is cut off, since what stands next to the target matters most.
+    """
+    plain = Rows(rows.texts, None, None, rows.source, rows.lines)
+    if form.task == "seq2seq":
+        return tokenise(plain, tokenizer, form.max_length)
+    end, start = end_token(tokenizer), tokenizer.bos_token_id
+    separator = form.separator if form.targets else ""
+    features = []
+    cut = 0
+    for ids in _encode(tokenizer, [text + separator for text in rows.texts], True):
+        if ids[-1:] == [end]:
+            ids.pop()
+        if len(ids) > form.max_length:
+            cut += 1
+            kept = ids[:1] if ids[0] == start else []
+            ids = kept + ids[len(ids) - form.max_length + len(kept) :]
+        features.append({"input_ids": ids})
+    return Tokenised(tuple(features), None, cut)
+
+
+def tokenise_text(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
+    """Rows of a text task with their labels.
+
+    For ``"seq2seq"`` the labels are the target as the tokenizer gives it, with an end token. For
+    ``"causal"`` the target and an end token follow the text, which itself is not learnt; without
+    targets the text itself is, and an end token (the token that starts every text is not). A target
+    that is too long, or a text that is learnt itself, loses its end, and the end token with it, so
+    that nobody is taught to stop there.
+    """
+    end = end_token(tokenizer)
+    if form.task == "causal" and not form.targets:
+        return _tokenise_plain(rows, tokenizer, form.max_length, end)
+    inputs = tokenise_inputs(rows, tokenizer, form)
+    whole = form.task == "seq2seq"  # a decoder's text may start and end with tokens of its own
+    features = []
+    cut = 0
+    targets = _encode(tokenizer, rows.targets or (), whole, target=True)
+    for row, ids in zip(inputs.features, targets, strict=True):
+        target = ids if ids[-1:] == [end] else [*ids, end]
+        cut += len(target) > form.max_target_length
+        target = target[: form.max_target_length]
+        text = row["input_ids"]
+        if whole:
+            features.append({**row, "labels": target})
+        else:
+            labels = [IGNORED] * len(text) + target
+            features.append({"input_ids": text + target, "labels": labels})
+    return Tokenised(tuple(features), None, inputs.num_cut, cut)
+
+
+def _tokenise_plain(rows: Rows, tokenizer: Any, max_length: int, end: int) -> Tokenised:
+    features = []
+    cut = 0
+    for ids in _encode(tokenizer, rows.texts, True):
+        if ids[-1:] != [end]:
+            ids = [*ids, end]
+        cut += len(ids) > max_length
+        ids = ids[:max_length]
+        first = IGNORED if ids[0] == tokenizer.bos_token_id else ids[0]
+        features.append({"input_ids": ids, "labels": [first, *ids[1:]]})
+    return Tokenised(tuple(features), None, cut)
+
+
+def _encode(
+    tokenizer: Any, texts: Sequence[str], special: bool, target: bool = False
+) -> list[list[int]]:
+    """Token ids of each text, uncut, with or without the tokenizer's own special tokens."""
+    name = "text_target" if target else "text"
+    encoded = tokenizer(
+        **{name: list(texts)},
+        add_special_tokens=special,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]

@@ -1,0 +1,581 @@
+"""One frozen model for many tasks at once: each row of a batch goes behind its own adapter."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ept_fast.config import EPTConfig, check_choice, check_count
+from ept_fast.integrations import TASKS
+from ept_fast.integrations.adapters import read_adapter, read_config
+from ept_fast.integrations.backbones import embedding_width
+from ept_fast.integrations.model import Description, EPTModel, check_adapter_name
+from ept_fast.integrations.models import EPTModelForCausalLM, EPTModelForSeq2SeqLM
+from ept_fast.integrations.prefix import PrefixCache
+from ept_fast.module import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, SplicedPrompt
+
+__all__ = ["BankPrompt", "EPTBank"]
+
+_BANK = "bank"  # the wrapper's one adapter; the tasks' names are the bank's own
+_NEW = "new"
+_UNLIMITED = torch.iinfo(torch.int64).max
+
+# The tasks of the rows that a model's own head is called with; it hands no argument through.
+_ROWS: ContextVar[Tensor] = ContextVar("rows")
+
+
+class BankPrompt(SplicedPrompt):
+    """Folded prompts of different sizes in tensors of one size, a slot a task.
+
+    A shorter prompt stands at the right end of its slot and is masked on the left; ranks and
+    positions that an adapter does not have are zeros, which add nothing. So each row is, but for
+    masked positions, what its own adapter would make of it.
+
+    Args:
+        config: m, n and r are the largest that a slot takes.
+        embedding: the backbone's embedding layer.
+        capacity: T, number of slots.
+        dtype: type of the offsets.
+        backend: as in :func:`ept_fast.splice_prompt`.
+    """
+
+    prompt: Tensor  # [T, m, d]
+    lengths: Tensor  # [T], m of each slot
+    limits: Tensor  # [T], the longest text of each slot
+
+    def __init__(
+        self,
+        config: EPTConfig,
+        embedding: nn.Module,
+        capacity: int,
+        dtype: torch.dtype,
+        backend: str | None,
+    ) -> None:
+        # Each adapter's own scaling is in its slot of offset_a already.
+        super().__init__(replace(config, alpha=math.sqrt(config.rank)), embedding, backend)
+        weight: Any = embedding.weight
+        m, n, r, d = config.num_virtual_tokens, config.max_length, config.rank, config.hidden_size
+        kind: dict[str, Any] = {"device": weight.device}
+        floats = {**kind, "dtype": dtype}
+        embeds = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        self.writes = [0] * capacity  # how often each slot was written
+        self.register_buffer("prompt", torch.zeros(capacity, m, d, **kind, dtype=embeds))
+        self.register_buffer("offset_a", torch.zeros(capacity, n, r, **floats) if r else None)
+        self.register_buffer("offset_b", torch.zeros(capacity, r, d, **floats) if r else None)
+        self.register_buffer("lengths", torch.full((capacity,), m, **kind))
+        self.register_buffer("limits", torch.full((capacity,), _UNLIMITED, **kind))
+        self._shortest_limit = _UNLIMITED
+        self.equal_lengths = True
+
+    def check(self, config: EPTConfig) -> None:
+        """Raise ValueError unless an adapter of these sizes fits into a slot."""
+        names = ("num_virtual_tokens", "rank") + (("max_length",) if config.rank else ())
+        for name in names:
+            most, got = getattr(self.config, name), getattr(config, name)
+            if got > most:
+                raise ValueError(f"{name}: expected at most {most} as the bank has, got {got}")
+
+    @torch.no_grad()
+    def write(self, slot: int, source: FoldedEPTPrompt | None) -> None:
+        """Fill a slot, or clear it where there is no source."""
+        m = self.prompt.shape[1]
+        for buffer in (self.prompt, self.offset_a, self.offset_b):
+            if buffer is not None:
+                buffer[slot].zero_()
+        self.lengths[slot], self.limits[slot] = m, _UNLIMITED
+        self.writes[slot] += 1
+        if source is not None:
+            config = source.config
+            self.lengths[slot] = config.num_virtual_tokens
+            self.prompt[slot, m - config.num_virtual_tokens :] = source.prompt
+            if config.rank:
+                assert self.offset_a is not None
+                assert self.offset_b is not None
+                assert source.offset_a is not None
+                assert source.offset_b is not None
+                own = source.offset_a.to(torch.promote_types(source.offset_a.dtype, torch.float32))
+                self.offset_a[slot, : config.max_length, : config.rank] = own * config.scaling
+                self.offset_b[slot, : config.rank] = source.offset_b
+                self.limits[slot] = config.max_length
+        self._shortest_limit = int(self.limits.min())
+        self.equal_lengths = bool((self.lengths == m).all())
+
+    def reconstruct(self) -> Tensor:
+        """The slots' prompts, ``[T, m, d]``."""
+        return self.prompt
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        task_ids: Tensor | None = None,
+    ) -> EPTOutput:
+        """Each row behind the prompt of its slot; the mask has zeros where that is shorter.
+
+        Raises:
+            ValueError: a text longer than its adapter's offset covers, or than the bank takes.
+        """
+        text = input_ids if input_ids is not None else inputs_embeds
+        assert text is not None
+        assert task_ids is not None
+        length = text.shape[1]
+        if self.offset_a is not None and length > self.config.max_length:
+            raise ValueError(
+                f"input_ids: expected at most {self.config.max_length} columns, the bank's "
+                f"max_length, got {length}"
+            )
+        if length > self._shortest_limit:
+            self._check_lengths(length, attention_mask, task_ids)
+        spliced = super().forward(input_ids, inputs_embeds, attention_mask, task_ids)
+        if self.equal_lengths:
+            return spliced
+        m = self.config.num_virtual_tokens
+        columns = torch.arange(m, device=task_ids.device)
+        head = columns >= (m - self.lengths[task_ids]).unsqueeze(1)
+        mask = torch.cat([head.to(spliced.attention_mask.dtype), spliced.attention_mask[:, m:]], 1)
+        ranks = mask.cumsum(1, dtype=torch.int64) - 1
+        return EPTOutput(spliced.inputs_embeds, mask, ranks.clamp_min(0))
+
+    def _check_lengths(self, length: int, mask: Tensor | None, task_ids: Tensor) -> None:
+        limits = self.limits[task_ids]
+        counts = torch.full_like(limits, length) if mask is None else (mask != 0).sum(1)
+        long = (counts > limits).nonzero()
+        if len(long):
+            row = int(long[0])
+            raise ValueError(
+                f"input_ids: row {row}: expected at most {int(limits[row])} tokens, the "
+                f"max_length of its adapter, got {int(counts[row])}"
+            )
+
+
+class _LinearHeads(nn.Module):
+    """Linear heads of different numbers of classes; a class that a task lacks has logit -inf."""
+
+    weight: Tensor  # [T, C, h]
+    bias: Tensor  # [T, C]
+
+    def __init__(self, like: nn.Linear, capacity: int, num_labels: int) -> None:
+        super().__init__()
+        width = like.in_features
+        self.register_buffer("weight", like.weight.new_zeros(capacity, num_labels, width))
+        self.register_buffer("bias", like.weight.new_full((capacity, num_labels), -math.inf))
+
+    @torch.no_grad()
+    def write(self, slot: int, head: nn.Linear | None) -> None:
+        self.weight[slot].zero_()
+        self.bias[slot].fill_(-math.inf)
+        if head is not None:
+            count = head.out_features
+            self.weight[slot, :count] = head.weight
+            self.bias[slot, :count] = 0 if head.bias is None else head.bias
+
+    def forward(self, values: Tensor) -> Tensor:
+        task_ids = _ROWS.get()
+        weight, bias = self.weight[task_ids], self.bias[task_ids]  # [B, C, h], [B, C]
+        rows = values if values.dim() == 3 else values.unsqueeze(1)
+        logits = torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)  # [B, S or 1, C]
+        return logits if values.dim() == 3 else logits.squeeze(1)
+
+
+class _ModuleHeads(nn.Module):
+    """A module of a model's own head, one for each task, each called with the rows of its task."""
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__()
+        self.of_slot = nn.ModuleDict()
+        self.num_labels = num_labels
+
+    def write(self, slot: int, head: nn.Module | None) -> None:
+        if head is None:
+            if str(slot) in self.of_slot:
+                del self.of_slot[str(slot)]
+        else:
+            self.of_slot[str(slot)] = head.requires_grad_(False).eval()
+
+    def forward(self, values: Tensor) -> Tensor:
+        task_ids = _ROWS.get()
+        found: Tensor | None = None
+        for slot in sorted(set(task_ids.tolist())):
+            rows = (task_ids == slot).nonzero().squeeze(1)
+            part: Tensor = self.of_slot[str(slot)](values[rows])
+            if found is None:
+                width = max(part.shape[-1], self.num_labels)
+                shape = (values.shape[0], *part.shape[1:-1], width)
+                found = part.new_full(shape, -math.inf)
+            found[rows, ..., : part.shape[-1]] = part
+        assert found is not None
+        return found
+
+
+class EPTBank(nn.Module):
+    """One frozen model and the adapters of many tasks; each row of a batch is of its own task.
+
+    All adapters lie in tensors of a fixed size, so that one can be added, replaced or removed while
+    serving: nothing else is copied and nothing compiled anew. Shorter prompts, lower ranks and
+    shorter offsets than the bank's are padded and masked, which changes no result. For inference
+    only. Writing and calling at the same time is not safe.
+
+    Args:
+        model: the frozen ``transformers`` model, as for :func:`ept_fast.get_ept_model`.
+        task: as there; the same for all adapters.
+        capacity: the most adapters at a time.
+        num_virtual_tokens, max_length, rank: the largest that an adapter may have. ``max_length``
+            is also the longest text, in columns, where ``rank`` is not 0.
+        num_labels: the most classes of an adapter, for tasks with a head.
+        dtype: type that offsets are kept in.
+        backend: as in :func:`ept_fast.splice_prompt`.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: str,
+        *,
+        capacity: int,
+        num_virtual_tokens: int,
+        max_length: int,
+        rank: int,
+        num_labels: int = 2,
+        dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("task", task, TASKS)
+        check_count("capacity", capacity, 1)
+        check_count("num_labels", num_labels, 1)
+        config = EPTConfig(
+            embedding_width(model),
+            num_virtual_tokens=num_virtual_tokens,
+            max_length=max_length,
+            rank=rank,
+            num_spaces=0,
+        )
+        self.model = EPTModel.of_task(task)(model, backend=backend)
+        self.capacity, self.num_labels = capacity, num_labels
+        self._slots: dict[str, int] = {}
+        self._labels: dict[str, tuple[str, ...]] = {}
+        layer = self.model.get_input_embeddings()
+        self.bank = BankPrompt(config, layer, capacity, dtype, backend)
+        self.model.place(_BANK, self.bank, None, Description())
+        self.eval()
+
+    @classmethod
+    def from_adapters(
+        cls,
+        model: nn.Module,
+        adapters: Mapping[str, str | Path],
+        *,
+        capacity: int | None = None,
+        **choices: Any,
+    ) -> EPTBank:
+        """A bank of saved adapters, as large as they need.
+
+        Args:
+            model: the frozen model.
+            adapters: the folder of each, by name.
+            capacity: the most adapters at a time; the number of these where not given.
+            **choices: sizes of the bank where they shall be larger than these adapters need, and
+                ``dtype`` and ``backend``.
+
+        Raises:
+            CheckpointError: a missing, damaged or foreign file.
+            ValueError: no adapters, or adapters of different tasks.
+        """
+        if not adapters:
+            raise ValueError("adapters: expected at least one, got none")
+        read = [read_adapter(folder) for folder in adapters.values()]
+        tasks = sorted({values["task"] for values in read})
+        if len(tasks) > 1:
+            raise ValueError(f"adapters: expected adapters of one task, got {', '.join(tasks)}")
+        width = embedding_width(model)
+        configs = [read_config(Path(folder), width) for folder in adapters.values()]
+        with_offset = [c for c in configs if c.rank]
+        sizes = {
+            "num_virtual_tokens": max(c.num_virtual_tokens for c in configs),
+            "max_length": max((c.max_length for c in with_offset), default=1),
+            "rank": max(c.rank for c in configs),
+            "num_labels": max(len(values["labels"] or ("",)) for values in read),
+        }
+        given = {"capacity": len(adapters) if capacity is None else capacity, **sizes, **choices}
+        bank = cls(model, tasks[0], **given)
+        for name, folder in adapters.items():
+            bank.add(name, folder)
+        return bank
+
+    # Adapters
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order they came."""
+        return tuple(self._slots)
+
+    def labels(self, name: str) -> tuple[str, ...]:
+        """Names of a task's classes, in the order of its logits; empty without a head."""
+        self.ids([name])
+        return self._labels[name]
+
+    def ids(self, names: Sequence[str]) -> Tensor:
+        """The slots of these tasks, ``[len(names)]`` int64 on the bank's device.
+
+        A slot keeps its number until its task is removed.
+
+        Raises:
+            ValueError: an unknown name; the message lists the known ones.
+        """
+        for name in names:
+            if name not in self._slots:
+                known = ", ".join(self._slots) or "none"
+                raise ValueError(f"tasks: expected names among {known}, got {name!r}")
+        return torch.tensor([self._slots[name] for name in names], device=self.bank.prompt.device)
+
+    def add(self, name: str, adapter: str | Path | EPTModel | FusedEPTPrompt) -> int:
+        """Add a task in a free slot.
+
+        Args:
+            name: letters, digits, ``_`` and ``-``.
+            adapter: the folder of a saved adapter; or a model, whose active adapter is copied; or,
+                for tasks without a head, a prompt.
+
+        Returns:
+            The slot.
+
+        Raises:
+            CheckpointError: a missing, damaged or foreign file.
+            ValueError: a name that is taken, a full bank, an adapter that does not fit; the bank is
+                as before then.
+        """
+        check_adapter_name(name, self._slots)
+        used = set(self._slots.values())
+        slot = next((s for s in range(self.capacity) if s not in used), None)
+        if slot is None:
+            raise ValueError(f"capacity: expected at most {self.capacity} adapters, got one more")
+        self._write(name, slot, adapter)
+        return slot
+
+    def replace(self, name: str, adapter: str | Path | EPTModel | FusedEPTPrompt) -> int:
+        """Put another adapter in a task's slot; arguments, result and errors as :meth:`add`."""
+        slot = int(self.ids([name])[0])
+        self._write(name, slot, adapter)
+        return slot
+
+    def remove(self, name: str) -> None:
+        """Free a task's slot.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        slot = int(self.ids([name])[0])
+        del self._slots[name], self._labels[name]
+        self.bank.write(slot, None)
+        for head in self._heads():
+            head.write(slot, None)
+
+    def _write(self, name: str, slot: int, adapter: Any) -> None:
+        try:
+            self._write_slot(name, slot, adapter)
+        finally:
+            self.requires_grad_(False)  # an active adapter is one to train, for the wrapper
+
+    def _write_slot(self, name: str, slot: int, adapter: Any) -> None:
+        if isinstance(adapter, (str, Path)):
+            self.model.load_adapter(adapter, _NEW)
+            try:
+                self._copy(name, slot, self.model, _NEW)
+            finally:
+                self.model.delete_adapter(_NEW)
+        elif isinstance(adapter, EPTModel):
+            if adapter.task != self.model.task:
+                raise ValueError(
+                    f"adapter: expected one for task {self.model.task}, got {adapter.task}"
+                )
+            self._copy(name, slot, adapter, adapter.active_adapter)
+        elif isinstance(adapter, FusedEPTPrompt):
+            if self.model.has_head:
+                raise ValueError(
+                    f"adapter: expected a folder or a model with a head for task "
+                    f"{self.model.task}, got a prompt alone"
+                )
+            self._fill(name, slot, adapter, (), None)
+        else:
+            raise TypeError(
+                f"adapter: expected a folder, an EPTModel or a FusedEPTPrompt, "
+                f"got {type(adapter).__name__}"
+            )
+
+    def _copy(self, name: str, slot: int, source: EPTModel, adapter: str) -> None:
+        described = source.descriptions[adapter]
+        head: Any = source.head_of(adapter)
+        labels = described.labels or ()
+        if head is not None:
+            if len(labels) > self.num_labels:
+                raise ValueError(
+                    f"num_labels: expected at most {self.num_labels} classes as the bank has, "
+                    f"got {len(labels)}"
+                )
+            self._check_head(described, head)
+        prompt: Any = source.prompts[adapter]
+        self._fill(name, slot, prompt, labels, head)
+
+    def _check_head(self, described: Description, head: nn.Module) -> None:
+        """The first adapter decides how logits are taken; the others have to agree."""
+        if not self._slots and not self._heads():
+            heads: nn.Module
+            if isinstance(head, nn.Linear):
+                heads = _LinearHeads(head, self.capacity, self.num_labels)
+            else:
+                modules: Any = head
+                heads = nn.ModuleDict({n: _ModuleHeads(self.num_labels) for n in modules})
+            kind = replace(described, labels=None, head_dropout=0.0)
+            self.model.place(_BANK, self.bank, heads, kind)
+            return
+        known = self.model.descriptions[_BANK]
+        for field in ("head", "pooling"):
+            expected, got = getattr(known, field), getattr(described, field)
+            if expected != got:
+                raise ValueError(
+                    f"{field}: expected {expected!r} as the bank's other adapters have, got {got!r}"
+                )
+
+    def _fill(
+        self, name: str, slot: int, prompt: FusedEPTPrompt, labels: tuple[str, ...], head: Any
+    ) -> None:
+        if prompt.num_tasks is not None:
+            raise ValueError(f"adapter: expected a single prompt, got a bank of {prompt.num_tasks}")
+        if prompt.config.hidden_size != self.bank.config.hidden_size:
+            raise ValueError(
+                f"hidden_size: expected {self.bank.config.hidden_size}, "
+                f"got {prompt.config.hidden_size}"
+            )
+        self.bank.check(prompt.config)
+        self.bank.write(slot, prompt.fold())
+        heads = self._heads()
+        if len(heads) == 1 and isinstance(heads[0], _LinearHeads):
+            heads[0].write(slot, head)
+        else:
+            for own, part in zip(heads, head.values() if heads else (), strict=True):
+                own.write(slot, copy.deepcopy(part))
+        self._slots[name], self._labels[name] = slot, labels
+
+    def _heads(self) -> list[Any]:
+        head = self.model.head
+        if head is None:
+            return []
+        return [head] if isinstance(head, _LinearHeads) else list(head.values())  # type: ignore[operator]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that each task's slot takes, prompt, offset and head together."""
+        shared = [
+            b for b in (self.bank.prompt, self.bank.offset_a, self.bank.offset_b) if b is not None
+        ]
+        heads = self._heads()
+        if heads and isinstance(heads[0], _LinearHeads):
+            shared += [heads[0].weight, heads[0].bias]
+        each = sum(b.numel() * b.element_size() for b in shared) // self.capacity
+        sizes = {}
+        for name, slot in self._slots.items():
+            own = [h.of_slot[str(slot)] for h in heads if isinstance(h, _ModuleHeads)]
+            parameters = [p for module in own for p in module.parameters()]
+            sizes[name] = each + sum(p.numel() * p.element_size() for p in parameters)
+        return sizes
+
+    # Use
+
+    def train(self, mode: bool = True) -> EPTBank:
+        """For inference only: stays in evaluation mode."""
+        return super().train(False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        tasks: Sequence[str] | Tensor,
+        **kwargs: Any,
+    ) -> Any:
+        """What each row's own adapter gives; as :meth:`EPTModel.forward`, for inference.
+
+        Args:
+            input_ids, attention_mask: ``[B, S]``, as there.
+            tasks: the name of each row's task, or its slots as :meth:`ids` gives them, ``[B]``.
+            **kwargs: as there, but for ``labels``.
+
+        Raises:
+            ValueError: an unknown name; a text longer than its adapter covers.
+        """
+        if kwargs.pop("labels", None) is not None:
+            raise ValueError("labels: expected None, as a bank is for inference, got some")
+        text = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        task_ids = self._task_ids(tasks, None if text is None else text.shape[0])
+        kwargs |= {"attention_mask": attention_mask, "task_ids": task_ids}
+        with torch.no_grad():
+            if not self.model.has_head:
+                return self.model(input_ids=input_ids, **kwargs)
+            token = _ROWS.set(task_ids)
+            try:
+                return self.model(input_ids=input_ids, **kwargs)
+            finally:
+                _ROWS.reset(token)
+
+    def prefix_cache(self) -> PrefixCache:
+        """The keys and values of all prompts, for ``prefix`` in :meth:`forward` and `generate`.
+
+        A task that was added or replaced since needs its ``update()``, which computes that alone.
+
+        Raises:
+            TypeError: a task of another kind than CAUSAL_LM.
+            ValueError: a backbone with layers that keep something else than keys and values.
+        """
+        if not isinstance(self.model, EPTModelForCausalLM):
+            raise TypeError(f"prefix_cache: expected task CAUSAL_LM, got {self.model.task}")
+        return self.model.prefix_cache()
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        tasks: Sequence[str] | Tensor,
+        **kwargs: Any,
+    ) -> Any:
+        """What ``generate`` gives for each row behind its own adapter.
+
+        Args:
+            input_ids, attention_mask, **kwargs: as :meth:`EPTModelForCausalLM.generate`.
+            tasks: as in :meth:`forward`.
+
+        Raises:
+            TypeError: a task that does not generate.
+            ValueError: as there, and an unknown name.
+        """
+        if not isinstance(self.model, (EPTModelForCausalLM, EPTModelForSeq2SeqLM)):
+            raise TypeError(f"generate: expected a task that generates, got {self.model.task}")
+        task_ids = self._task_ids(tasks, input_ids.shape[0])
+        return self.model.generate(input_ids, attention_mask, task_ids=task_ids, **kwargs)
+
+    def _task_ids(self, tasks: Sequence[str] | Tensor, batch: int | None) -> Tensor:
+        if isinstance(tasks, str):
+            raise TypeError(f"tasks: expected a name for each row, got the string {tasks!r}")
+        ids = tasks if isinstance(tasks, Tensor) else self.ids(tasks)
+        if batch is not None and tuple(ids.shape) != (batch,):
+            raise ValueError(f"tasks: expected one for each of {batch} rows, got {len(ids)}")
+        on_host = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if isinstance(tasks, Tensor) and on_host:
+            free = set(ids.tolist()) - set(self._slots.values())
+            if free:
+                raise ValueError(
+                    f"tasks: expected slots among {sorted(self._slots.values())}, "
+                    f"got {sorted(free)}"
+                )
+        return ids

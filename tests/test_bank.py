@@ -1,0 +1,321 @@
+"""One frozen model for many tasks: each row of a batch as its own adapter alone would have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ept_fast import CheckpointError, EPTBank, EPTConfig, EPTModel, get_ept_model
+from tests.architectures import BY_NAME, in_float64
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# m, n and r of the adapters: shorter and longer prompts, one without an offset.
+SIZES = {"short": (2, 20, 3), "long": (4, 12, 2), "plain": (5, 8, 0)}
+ROWS = ("short", "long", "plain", "long", "short")
+CASES = {
+    "T5": ("T5", "SEQ_2_SEQ_LM", False),
+    "BART": ("BART", "SEQ_2_SEQ_LM", False),
+    "Llama": ("Llama", "CAUSAL_LM", False),
+    "Mistral": ("Mistral", "CAUSAL_LM", False),
+    "GPT-2": ("GPT-2", "CAUSAL_LM", False),
+    "BLOOM": ("BLOOM", "CAUSAL_LM", False),
+    "BERT": ("BERT", "SEQ_CLS", True),
+    "BERT, its head": ("BERT", "SEQ_CLS", False),
+    "RoBERTa, its head": ("RoBERTa", "SEQ_CLS", False),
+    "DistilBERT": ("DistilBERT", "SEQ_CLS", True),
+    "Llama classifier": ("Llama", "SEQ_CLS", False),
+    "BERT, tokens": ("BERT", "TOKEN_CLS", True),
+    "ELECTRA, features": ("ELECTRA", "FEATURE_EXTRACTION", True),
+}
+
+
+def config_of(width: int, m: int, n: int, r: int) -> EPTConfig:
+    return EPTConfig(width, num_virtual_tokens=m, max_length=n, rank=r, num_spaces=1, space_dim=2)
+
+
+def adapter(case: str, sizes: tuple[int, int, int], seed: int, classes: int = 2) -> EPTModel:
+    """A model in float64 with all of its adapter's tensors filled."""
+    name, task, bare = CASES[case]
+    built = BY_NAME[name].build(task, bare=bare, dtype=torch.float64)
+    labels = [str(i) for i in range(classes)] if bare and task.endswith("CLS") else None
+    config = config_of(BY_NAME[name].width, *sizes)
+    model = get_ept_model(built, config, task, labels=labels, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
+    model.heads.double()
+    return model.eval()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Rows with padding on either side, of at most 8 tokens."""
+    ids = torch.randint(5, 60, (5, 8), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(5, 8, dtype=torch.int64)
+    mask[1, 5:] = mask[2, 7:] = mask[3, :2] = 0
+    return ids, mask
+
+
+def decoder_inputs(case: str) -> Tensor | None:
+    ids = torch.randint(5, 60, (5, 3), generator=torch.Generator().manual_seed(4))
+    return ids if CASES[case][1] == "SEQ_2_SEQ_LM" else None
+
+
+def values_of(output: Any) -> Tensor:
+    found: Tensor = output["logits"] if "logits" in output else output["last_hidden_state"]
+    return found
+
+
+class Alone:
+    """The adapters of a case, each in a model of its own, and what their rows give."""
+
+    def __init__(self, case: str, folder: Path) -> None:
+        self.case, self.folders, self.models = case, {}, {}
+        for number, (name, sizes) in enumerate(SIZES.items()):
+            self.models[name] = adapter(case, sizes, seed=number, classes=2 + number)
+            self.folders[name] = folder / name
+            self.models[name].save_pretrained(folder / name)
+
+    def bank(self, **choices: Any) -> EPTBank:
+        name, task, bare = CASES[self.case]
+        built = BY_NAME[name].build(task, bare=bare, dtype=torch.float64)
+        return EPTBank.from_adapters(built, self.folders, dtype=torch.float64, **choices)
+
+    def row(self, name: str, number: int) -> Tensor:
+        ids, mask = batch()
+        kept = mask[number].bool()
+        extra = decoder_inputs(self.case)
+        inputs = {} if extra is None else {"decoder_input_ids": extra[number : number + 1]}
+        with torch.no_grad():
+            return values_of(self.models[name](ids[number : number + 1, kept], **inputs))[0]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    with in_float64():
+        return Alone(request.param, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(autouse=True)
+def _doubles() -> Iterator[None]:
+    with in_float64():
+        yield
+
+
+def check_rows(bank: EPTBank, alone: Alone, tasks: tuple[str, ...] = ROWS) -> None:
+    ids, mask = batch()
+    extra = decoder_inputs(alone.case)
+    inputs = {} if extra is None else {"decoder_input_ids": extra}
+    got = values_of(bank(ids, mask, tasks=tasks, **inputs))
+    for number, name in enumerate(tasks):
+        expected = alone.row(name, number)
+        row = got[number]
+        if CASES[alone.case][1] in ("CAUSAL_LM", "TOKEN_CLS", "FEATURE_EXTRACTION"):
+            row = row[mask[number].bool()]
+        torch.testing.assert_close(row[..., : expected.shape[-1]], expected, rtol=1e-10, atol=1e-10)
+        assert (row[..., expected.shape[-1] :] == -torch.inf).all()
+
+
+def test_rows_of_different_tasks(alone: Alone) -> None:
+    bank = alone.bank()
+    assert bank.names == tuple(SIZES)
+    check_rows(bank, alone)
+    check_rows(bank, alone, ("long",) * 5)
+    assert not any(p.requires_grad for p in bank.parameters())
+
+
+def test_rows_by_slot(alone: Alone) -> None:
+    bank = alone.bank()
+    ids, mask = batch()
+    extra = decoder_inputs(alone.case)
+    inputs = {} if extra is None else {"decoder_input_ids": extra}
+    by_name = values_of(bank(ids, mask, tasks=ROWS, **inputs))
+    assert values_of(bank(ids, mask, tasks=bank.ids(ROWS), **inputs)).equal(by_name)
+
+
+def test_add_replace_and_remove(alone: Alone) -> None:
+    bank = alone.bank(capacity=4)
+    buffers = {n: b for n, b in bank.named_buffers() if n.startswith("bank.")}
+    bank.remove("long")
+    assert bank.names == ("short", "plain")
+    with pytest.raises(ValueError, match="tasks: expected names among short, plain, got 'long'"):
+        bank(*batch(), tasks=ROWS)
+    assert bank.add("again", alone.folders["long"]) == 1
+    check_rows(bank, alone, ("short", "plain", "plain", "short", "plain"))
+    ids, mask = batch()
+    extra = decoder_inputs(alone.case)
+    inputs = {} if extra is None else {"decoder_input_ids": extra}
+    names = ["short", "again", "plain", "again", "short"]
+    other = alone.bank()
+    expected = values_of(other(ids, mask, tasks=ROWS, **inputs))
+    torch.testing.assert_close(values_of(bank(ids, mask, tasks=names, **inputs)), expected)
+    # The same name with another adapter, and a model in place of a folder.
+    assert bank.replace("again", alone.models["plain"]) == 1
+    swapped = values_of(bank(ids, mask, tasks=names, **inputs))
+    named = ["short", "plain", "plain", "plain", "short"]
+    torch.testing.assert_close(swapped, values_of(bank(ids, mask, tasks=named, **inputs)))
+    after = dict(bank.named_buffers())
+    assert all(after[n].data_ptr() == b.data_ptr() for n, b in buffers.items())
+
+
+def test_memory(alone: Alone) -> None:
+    bank = alone.bank(capacity=5)
+    sizes = bank.memory()
+    assert set(sizes) == set(SIZES)
+    config = bank.bank.config
+    slot = 8 * (
+        config.num_virtual_tokens * config.hidden_size
+        + config.rank * (config.max_length + config.hidden_size)
+    )
+    for name, size in sizes.items():
+        head: Any = alone.models[name].head
+        if isinstance(head, nn.Linear):  # with the room of the bank's largest, 4 classes
+            slot_head = 4 * (head.in_features + 1)
+        else:
+            slot_head = sum(p.numel() for p in alone.models[name].heads.parameters())
+        assert size == slot + 8 * slot_head
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    with in_float64():
+        return Alone("Llama", tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    with in_float64():
+        return Alone("BERT", tmp_path_factory.mktemp("adapters"))
+
+
+def test_text_longer_than_its_adapter_covers(llama: Alone) -> None:
+    bank = llama.bank()
+    ids = torch.full((2, 14), 7)
+    bank(ids, tasks=["short", "plain"])  # 20 positions, and no offset at all
+    with pytest.raises(ValueError, match=r"row 1: expected at most 12 tokens.*got 14"):
+        bank(ids, tasks=["short", "long"])
+    mask = torch.ones(2, 14, dtype=torch.int64)
+    mask[1, :2] = 0
+    bank(ids, mask, tasks=["short", "long"])
+    with pytest.raises(ValueError, match=r"expected at most 20 columns, the bank's max_length"):
+        bank(torch.full((1, 21), 7), tasks=["plain"])
+
+
+def test_errors_leave_the_bank_as_it_was(llama: Alone, bert: Alone, tmp_path: Path) -> None:
+    bank = llama.bank()
+    with pytest.raises(ValueError, match="capacity: expected at most 3 adapters"):
+        bank.add("more", llama.folders["long"])
+    bank = llama.bank(capacity=4)
+    with pytest.raises(ValueError, match="adapter_name: expected a new name, got 'long'"):
+        bank.add("long", llama.folders["long"])
+    for name in ("../up", "a/b", "", "x.y"):
+        with pytest.raises(ValueError, match="adapter_name: expected letters"):
+            bank.add(name, llama.folders["long"])
+    with pytest.raises(CheckpointError, match="task: expected 'CAUSAL_LM'"):
+        bank.add("more", bert.folders["long"])
+    with pytest.raises(CheckpointError, match="expected a readable file"):
+        bank.add("more", tmp_path / "nothing")
+    big = adapter("Llama", (6, 20, 3), seed=9)
+    with pytest.raises(ValueError, match="num_virtual_tokens: expected at most 5 as the bank has"):
+        bank.add("more", big)
+    with pytest.raises(ValueError, match="rank: expected at most 3"):
+        bank.replace("long", adapter("Llama", (4, 20, 4), seed=9))
+    with pytest.raises(ValueError, match="max_length: expected at most 20"):
+        bank.replace("long", adapter("Llama", (4, 21, 3), seed=9))
+    with pytest.raises(TypeError, match="adapter: expected a folder, an EPTModel"):
+        bank.add("more", 3)
+    assert bank.names == tuple(SIZES)
+    check_rows(bank, llama)
+    bank.add("more", llama.models["long"].prompt)  # no head, so a prompt is enough
+    ids, mask = batch()
+    assert bank(ids, mask, tasks=["more"] * 5).logits.equal(
+        bank(ids, mask, tasks=["long"] * 5).logits
+    )
+
+
+def test_heads_have_to_agree(bert: Alone) -> None:
+    bank = bert.bank(capacity=5)
+    assert bank.labels("plain") == ("0", "1", "2", "3")
+    built = BY_NAME["BERT"].build("SEQ_CLS", bare=True, dtype=torch.float64)
+    sizes = config_of(32, 2, 8, 1)
+    first = get_ept_model(built, sizes, "SEQ_CLS", labels=["a", "b"], pooling="first")
+    with pytest.raises(ValueError, match="pooling: expected 'mean' as the bank's other adapters"):
+        bank.add("more", first)
+    first.unload()
+    many = get_ept_model(built, sizes, "SEQ_CLS", labels=["a", "b", "c", "d", "e"])
+    with pytest.raises(ValueError, match="num_labels: expected at most 4 classes"):
+        bank.add("more", many)
+    with pytest.raises(ValueError, match="adapter: expected a folder or a model with a head"):
+        bank.add("more", many.prompt)
+    assert bank.names == tuple(SIZES)
+    check_rows(bank, bert)
+
+
+def test_bad_calls(llama: Alone) -> None:
+    bank = llama.bank()
+    ids, mask = batch()
+    with pytest.raises(ValueError, match="tasks: expected names among short, long, plain"):
+        bank(ids, mask, tasks=["nope"] * 5)
+    with pytest.raises(ValueError, match="tasks: expected one for each of 5 rows, got 2"):
+        bank(ids, mask, tasks=["long"] * 2)
+    with pytest.raises(TypeError, match="tasks: expected a name for each row, got the string"):
+        bank(ids, mask, tasks="long")
+    with pytest.raises(ValueError, match=r"tasks: expected slots among \[0, 1, 2\], got \[7\]"):
+        bank(ids, mask, tasks=torch.tensor([0, 1, 2, 7, 0]))
+    with pytest.raises(ValueError, match="labels: expected None"):
+        bank(ids, mask, tasks=ROWS, labels=ids)
+    with pytest.raises(ValueError, match="adapters: expected at least one"):
+        EPTBank.from_adapters(BY_NAME["Llama"].build("CAUSAL_LM"), {})
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_once_for_all_adapters(llama: Alone) -> None:
+    """A task that is added or replaced is served by the code that is there."""
+    bank = llama.bank(capacity=4)
+    ids = batch()[0]
+    counter = CompileCounterWithBackend("eager")
+    call = torch.compile(
+        lambda i, t: bank(i, tasks=t).logits, backend=counter, fullgraph=True, dynamic=False
+    )
+    slots = bank.ids(ROWS)
+    torch.testing.assert_close(call(ids, slots), bank(ids, tasks=slots).logits)
+    bank.add("more", llama.folders["long"])
+    bank.replace("short", llama.folders["long"])
+    slots = bank.ids(["more", "short", "long", "plain", "plain"])
+    torch.testing.assert_close(call(ids, slots), bank(ids, tasks=slots).logits)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("choices", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generation(alone: Alone, choices: dict[str, Any]) -> None:
+    """Past the positions that some of the offsets cover."""
+    ids, mask = batch()
+    bank = alone.bank()
+    if CASES[alone.case][1] not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        with pytest.raises(TypeError, match="generate: expected a task that generates"):
+            bank.generate(ids, mask, tasks=ROWS)
+        return
+    choices = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, **choices}
+    choices |= {"return_dict_in_generate": True, "output_logits": True}
+    start = 0 if CASES[alone.case][1] == "SEQ_2_SEQ_LM" else ids.shape[1]
+    got = bank.generate(ids, mask, tasks=ROWS, **choices)
+    beams = choices.get("num_beams", 1)
+    for number, name in enumerate(ROWS):
+        text = ids[number : number + 1, mask[number].bool()]
+        expected = alone.models[name].generate(text, **choices)
+        new = expected.sequences[0, start and text.shape[1] :]
+        assert got.sequences[number, start:].equal(new)
+        rows = slice(number * beams, (number + 1) * beams)
+        for step, logits in zip(got.logits, expected.logits, strict=True):
+            torch.testing.assert_close(step[rows], logits, rtol=1e-9, atol=1e-9)
+    # The tasks matter: other adapters see it otherwise.
+    others = bank.generate(ids, mask, tasks=ROWS[1:] + ROWS[:1], **choices)
+    assert not torch.allclose(others.logits[-1], got.logits[-1])

@@ -241,7 +241,7 @@ def _prompt(model: Any, backbone: Backbone, backend: str) -> FusedEPTPrompt:
         generator=torch.Generator().manual_seed(0),
         backend=backend,
     )
-    _fill(dict(prompt.named_parameters()), model)
+    fill(dict(prompt.named_parameters()), model)
     return prompt
 
 
@@ -284,7 +284,7 @@ def _dept(model: Any, backbone: Backbone) -> Method:
         name: torch.empty(size, device=table.device, requires_grad=True)
         for name, size in {"short_prompt": (m, d), "offset_a": (n, r), "offset_b": (r, d)}.items()
     }
-    _fill(trained, model)
+    fill(trained, model)
 
     def padding(batch: Batch) -> int:
         return n - batch.input_ids.shape[1]
@@ -332,7 +332,7 @@ def _peft(model: Any, backbone: Backbone) -> Method:
     ).eval()
     (prompt,) = (p for p in wrapped.parameters() if p.requires_grad)
     trained = {"short_prompt": prompt}
-    _fill(trained, model)
+    fill(trained, model)
 
     def loss(batch: Batch) -> Tensor:
         out: Tensor = wrapped(
@@ -372,7 +372,7 @@ def _backbone_alone(model: Any, backbone: Backbone, batch: Batch) -> Method:
 
 
 @torch.no_grad()
-def _fill(trained: Tensors, model: Any) -> None:
+def fill(trained: Tensors, model: Any) -> None:
     """Values such that every tensor has a gradient and the offset is half an embedding's size; a
     fresh prompt has zeros, which hide errors."""
     table = model.get_input_embeddings().weight
@@ -404,7 +404,7 @@ def _labels(backbone: Backbone, batch: Batch, before: int, after: int = 0) -> Te
 # Parity
 
 
-class _Doubles(TorchFunctionMode):
+class Doubles(TorchFunctionMode):
     """Models take norms and softmaxes in float32, also of tensors in float64; here these stay."""
 
     def __torch_function__(
@@ -438,7 +438,7 @@ def expected_of(method: Method, model: Any, exact: Any, batch: Batch) -> Expecte
     A single number can be exact by luck, so plain PyTorch's error in the loss is taken to be that
     in the loss of the row where it is largest.
     """
-    with _Doubles():
+    with Doubles():
         doubles = {n: t.detach().double().requires_grad_() for n, t in method.trained.items()}
         exactly, exact_rows = _by_definition(method, doubles, exact, batch, _EXACT_ROWS)
     same = {n: t.detach().requires_grad_() for n, t in method.trained.items()}

@@ -242,7 +242,7 @@ def training_table() -> str:
 
 def inference_table() -> str:
     """Inference: time, tokens, ratios."""
-    return _for_each_device(("inference",), _inference)
+    return _for_each_device(("inference", "serving"), _inference)
 
 
 def cold_start_table() -> str:

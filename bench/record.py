@@ -19,6 +19,7 @@ SUITES = (
     "training_step",
     "reconstruct",
     "inference",
+    "serving",
     "cold_start",
     "sweeps",
 )

@@ -19,6 +19,7 @@ from bench import (
     peers,
     test_cold_start,
     test_inference,
+    test_serving,
     test_training_step,
 )
 from bench.gate import Expected
@@ -27,6 +28,8 @@ from bench.models import BACKBONE, DEPT, PEFT, Backbone, Batch, Method
 from bench.record import read
 from bench.stage import Settings, Stage
 from ept_fast import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.integrations.bank import BankPrompt
+from ept_fast.integrations.prefix import PrefixCache
 from tests.test_bench import Benchmark
 
 CPU = torch.device("cpu")
@@ -136,14 +139,14 @@ def test_what_is_exact_is_float64_all_the_way(backbone: Backbone) -> None:
 
     def loss(step: float) -> float:
         trained = {"short_prompt": (prompt + step * direction).requires_grad_()}
-        with models._Doubles():
+        with models.Doubles():
             found, _ = models._by_definition(method, trained, exact, setup.batch, 4)
             return found["loss"].item()
 
     slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
     assert slope == pytest.approx((expected.exact["short_prompt"] * direction).sum().item(), 1e-7)
     assert expected.exact["loss"].item() == loss(0)
-    with models._Doubles():
+    with models.Doubles():
         assert prompt.float().dtype == prompt.to(torch.float32).dtype == torch.float64
         assert prompt.float().float().softmax(-1, dtype=torch.float32).dtype == torch.float64
 
@@ -249,11 +252,13 @@ def test_a_wrong_step_is_not_timed(run: Stage, monkeypatch: pytest.MonkeyPatch) 
     assert not run.book.rows
 
 
-def test_inference_leaves_rows(run: Stage) -> None:
-    wanted = test_inference.cases(run)
+@pytest.mark.parametrize("suite", ["inference", "serving"])
+def test_inference_leaves_rows(suite: str, run: Stage) -> None:
+    module: Any = {"inference": test_inference, "serving": test_serving}[suite]
+    wanted = module.cases(run)
     for case in wanted:
-        test_inference.test_inference(case, run, Benchmark())
-    rows = [row for row in read(run.settings.folder) if row.suite == "inference"]
+        getattr(module, f"test_{suite}")(case, run, Benchmark())
+    rows = [row for row in read(run.settings.folder) if row.suite == suite]
     assert [(r.operation, r.peer) for r in rows] == [(c.operation, c.peer) for c in wanted]
     for row in rows:
         assert row.error is not None
@@ -275,6 +280,29 @@ def test_a_wrong_server_is_not_timed(run: Stage, at: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(FoldedEPTPrompt, "forward", wrong)
     with pytest.raises(pytest.fail.Exception, match="parity: eager is not timed: inputs_embeds"):
         test_inference.test_inference(case, run, Benchmark())
+    assert not run.book.rows
+
+
+@pytest.mark.parametrize("operation", [test_serving.BANK, test_serving.PREFIX])
+def test_wrong_serving_is_not_timed(
+    run: Stage, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row with another row's adapter; a prefix with its positions' values mixed up."""
+    case = next(case for case in test_serving.cases(run) if case.operation == operation)
+    forward = BankPrompt.forward
+
+    def another(self: BankPrompt, *args: Any) -> EPTOutput:
+        return forward(self, *args[:-1], 1 - args[-1])
+
+    def stale(self: PrefixCache, cache: Any, rows: Tensor) -> None:
+        for index, (keys, values) in enumerate(self.layers):
+            own, other = (t.expand(len(rows), -1, -1, -1) for t in (keys, values.flip(2)))
+            cache.update(own, other, index)
+
+    monkeypatch.setattr(BankPrompt, "forward", another)
+    monkeypatch.setattr(PrefixCache, "write", stale)
+    with pytest.raises(pytest.fail.Exception, match="parity: eager is not timed: output is off"):
+        test_serving.test_serving(case, run, Benchmark())
     assert not run.book.rows
 
 
@@ -349,7 +377,9 @@ def test_a_process_that_fails_says_why() -> None:
 
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize(
-    "suite", [test_training_step, test_inference, test_cold_start], ids=lambda suite: suite.__name__
+    "suite",
+    [test_training_step, test_inference, test_serving, test_cold_start],
+    ids=lambda suite: suite.__name__,
 )
 def test_names_of_rows_differ(run: Stage, suite: Any, quick: bool) -> None:
     run.settings = replace(run.settings, quick=quick, compiled=True)

@@ -156,14 +156,16 @@ class EPTModelForCausalLM(EPTModel):
         if m + length > self._column_free:
             text = text.compacted()
         if "logits_to_keep" in self._accepted:
-            kwargs["logits_to_keep"] = length + 1  # the text's, and what predicts its first token
+            # The text's, and what predicts its first token; or no more than is asked for.
+            few = labels is None and text.order is None and isinstance(kept, int) and kept
+            kwargs["logits_to_keep"] = min(kept, length) if few else length + 1
         output = self.backbone(**self._inputs(text, kwargs))
         logits, loss = output.logits, None
         if labels is not None:
             targets = next_labels(text.compact(labels), text.attention_mask)
             before = logits.shape[1] - targets.shape[1]
             loss = token_loss(logits, F.pad(targets, (before, 0), value=IGNORED), num_items)
-        logits = text.restore(logits[:, logits.shape[1] - length :])
+        logits = text.restore(logits[:, max(logits.shape[1] - length, 0) :])
         return replace_fields(output, loss=loss, logits=keep_logits(logits, kept))
 
     def prefix_cache(self) -> PrefixCache:

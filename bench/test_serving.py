@@ -1,0 +1,279 @@
+"""Serving with a backbone: many adapters in one batch, prefix caches, folded positions.
+
+The bank's rows are of the prompt path alone, as the backbone's time is the same for any task. The
+others are whole calls of a decoder: the logits of the next token after a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import gate, models, peers
+from bench.clock import Work
+from bench.inputs import DTYPES, SCALING, Inputs, make_inputs
+from bench.models import Backbone
+from bench.shapes import MANY_TASKS, QUICK, Shape
+from bench.stage import Stage
+from ept_fast import EPTConfig, FusedEPTPrompt, get_ept_model, reference
+
+BANK = "bank of adapters"
+PREFIX, POSITIONS = "next token behind a prefix cache", "next token with folded positions"
+ONE_TASK, NO_PREFIX, LOW_RANK = "one task", "no prefix cache", "low-rank offset"
+PLAIN = "plain prompt"
+
+_LENGTHS = "20-40"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: an operation at a shape, of a backbone where it has one, by a peer."""
+
+    operation: str
+    shape: Shape
+    backbone: Backbone | None
+    peer: str
+
+    @property
+    def id(self) -> str:
+        """The row's name in pytest."""
+        return "-".join((self.operation, self.shape.name, self.peer)).replace(" ", "-")
+
+
+def cases(stage: Stage) -> list[Case]:
+    """What shares a backbone side by side, ours first."""
+    ours, quick = peers.ours(stage.device), stage.settings.quick
+    backbones = models.QUICK if quick else models.ON_GPU if stage.on_gpu else models.ON_CPU
+    decoders = [backbone for backbone in backbones if backbone.kind != "t5"]
+    banks = QUICK[1:] if quick else [s for s in MANY_TASKS if s.tasks == 64]
+    found = [Case(BANK, shape, None, peer) for shape in banks for peer in (ours, ONE_TASK)]
+    for operation, peer in ((PREFIX, NO_PREFIX), (POSITIONS, LOW_RANK)):
+        for backbone in decoders:
+            if operation == POSITIONS and backbone.kind != "gpt2":
+                continue
+            shape = models.shape_of(backbone, _LENGTHS)
+            names = (ours, peer, PLAIN, models.BACKBONE)
+            found += [Case(operation, shape, backbone, name) for name in names]
+    return found
+
+
+def test_serving(case: Case, stage: Stage, benchmark: Any) -> None:
+    """Parity first, then time."""
+    stage.check_time()
+    held = stage.hold_for(("serving", case.operation, case.shape))
+    table = "bfloat16" if stage.on_gpu else "float32"
+    if "make" not in held:
+        make = _make_bank if case.backbone is None else _make_decoder
+        held["make"] = make(case, DTYPES[table], stage.device)
+    name = peers.ours(stage.device)
+    ours, _ = _checked(held, case, name)
+    peer, error = _checked(held, case, case.peer)
+    stage.measure(
+        benchmark,
+        suite="serving",
+        operation=case.operation,
+        direction="forward",
+        shape=case.shape,
+        embeddings=table,
+        peer=case.peer,
+        ours=name,
+        work=_work(peer),
+        our_work=_work(ours),
+        tokens=held["make"].tokens,
+        error=error,
+        note="; ".join(filter(None, (held["make"].note, peer.note))),
+    )
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is timed, what it has to give, and that in plain PyTorch at the same precision."""
+
+    call: Callable[[], Tensor]
+    expected: gate.Expected
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes a peer by its name; any name but those of the peers is that of our backend."""
+
+    make: Callable[[str], Served]
+    tokens: int
+    note: str = ""
+
+
+# A bank
+
+
+def _make_bank(case: Case, dtype: torch.dtype, device: torch.device) -> Maker:
+    """Adapters of three lengths and two ranks, the largest first; every row is full."""
+    from ept_fast.integrations.bank import BankPrompt
+
+    shape = case.shape
+    inputs = make_inputs(shape, dtype, device, 1)[0]
+    mask = torch.ones_like(inputs.input_ids)
+    inputs = replace(inputs, attention_mask=mask)
+    table = nn.Embedding.from_pretrained(inputs.weight, freeze=True)
+    config = _config(shape, 0)
+    bank = BankPrompt(config, table, shape.tasks, torch.float32, None)
+    for task in range(shape.tasks):
+        bank.write(task, _adapter(shape, inputs, table, task).fold())
+    alone = _adapter(shape, inputs, table, 0).fold()
+    one = torch.zeros_like(inputs.task_ids)
+
+    def make(name: str) -> Served:
+        task_ids = None if name == ONE_TASK else inputs.task_ids
+        prompt = alone if name == ONE_TASK else bank
+        rows = one if name == ONE_TASK else inputs.task_ids
+        return _served(
+            lambda: prompt(inputs.input_ids, None, mask, task_ids).inputs_embeds,
+            _rows(shape, inputs.to(torch.float64), rows),
+            _rows(shape, inputs, rows),
+        )
+
+    return Maker(make, mask.numel(), "lengths and ranks of the adapters differ")
+
+
+def _config(shape: Shape, task: int) -> EPTConfig:
+    rank = max(1, shape.rank // (1 + task % 2))
+    return EPTConfig(
+        shape.hidden_size,
+        num_virtual_tokens=max(1, shape.num_virtual_tokens * (4 - task % 3) // 4),
+        max_length=shape.max_length,
+        rank=rank,
+        num_spaces=shape.num_spaces,
+        space_dim=shape.space_dim,
+        alpha=SCALING * rank**0.5,
+    )
+
+
+def _tensors(shape: Shape, inputs: Inputs, task: int) -> dict[str, Tensor]:
+    """The task's tensors, cut to its sizes."""
+    config = _config(shape, task)
+    cuts = {
+        "short_prompt": (slice(config.num_virtual_tokens),),
+        "offset_a": (slice(None), slice(config.rank)),
+        "offset_b": (slice(config.rank),),
+    }
+    return {name: t[task][cuts.get(name, ())] for name, t in inputs.parameters.items()}
+
+
+def _adapter(shape: Shape, inputs: Inputs, table: nn.Embedding, task: int) -> FusedEPTPrompt:
+    tensors = {n: t.detach().clone() for n, t in _tensors(shape, inputs, task).items()}
+    return FusedEPTPrompt.from_tensors(_config(shape, task), tensors, table)
+
+
+def _rows(shape: Shape, inputs: Inputs, rows: Tensor) -> Tensor:
+    """``[B, m + S, d]`` by the definition; before a shorter prompt there are zeros."""
+    found = []
+    for row, task in enumerate(rows.tolist()):
+        tensors = _tensors(shape, inputs, task)
+        one = reference.splice_prompt(
+            reference.reconstruct_prompt(**tensors, scaling=SCALING),
+            input_ids=inputs.input_ids[row : row + 1],
+            weight=inputs.weight,
+            offset_a=tensors["offset_a"],
+            offset_b=tensors["offset_b"],
+            scaling=SCALING,
+        )
+        missing = shape.num_virtual_tokens + shape.length - one.shape[1]
+        found.append(nn.functional.pad(one, (0, 0, missing, 0)))
+    return torch.cat(found)
+
+
+# A decoder
+
+
+def _make_decoder(case: Case, dtype: torch.dtype, device: torch.device) -> Maker:
+    """Texts padded on the left, as for ``generate``; what is timed gives ``[B, 1, V]``."""
+    backbone = case.backbone
+    assert backbone is not None
+    model = models.make_model(backbone, dtype, device)
+    exact = models.exact_copy(model)
+    batch = models.make_batch(backbone, case.shape, device)
+    mask, order = batch.attention_mask.sort(dim=1, stable=True)
+    inputs = {"input_ids": batch.input_ids.gather(1, order), "attention_mask": mask}
+    wrapped, tensors = {}, {}
+    for offset in ("low_rank", "positions") if case.operation == POSITIONS else ("low_rank",):
+        # A backbone of its own, as folded positions change it.
+        own = models.make_model(backbone, dtype, device)
+        made = get_ept_model(own, models.our_config(backbone), "CAUSAL_LM", init="random")
+        tensors = dict(made.prompt.named_parameters())
+        models.fill(tensors, own)
+        made.fold(offset=offset)
+        wrapped[offset] = made
+    scaling = models.our_config(backbone).scaling
+    plain = {"short_prompt": torch.empty(peers.PEFT_TOKENS, backbone.hidden_size, device=device)}
+    models.fill(plain, model)
+
+    def seen(name: str, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask of prompt and text by the definition, in the table's type."""
+        used = {} if name == models.BACKBONE else plain if name == PLAIN else tensors
+        used = {n: t.to(torch.promote_types(t.dtype, table.dtype)) for n, t in used.items()}
+        if not used:
+            return nn.functional.embedding(inputs["input_ids"], table), mask
+        offset = {n: t for n, t in used.items() if n.startswith("offset")}
+        embeds = reference.splice_prompt(
+            reference.reconstruct_prompt(**used, scaling=scaling),
+            input_ids=inputs["input_ids"],
+            weight=table,
+            **offset,
+            scaling=scaling,
+            attention_mask=mask,
+        )
+        missing = embeds.shape[1] - mask.shape[1]
+        return embeds, nn.functional.pad(mask, (missing, 0), value=1)
+
+    @torch.no_grad()
+    def by_definition(name: str, model: Any) -> Tensor:
+        embeds, whole = seen(name, model.get_input_embeddings().weight)
+        positions = (whole.cumsum(1) - 1).clamp_min(0)
+        options = {"attention_mask": whole, "position_ids": positions, "logits_to_keep": 1}
+        return model(inputs_embeds=embeds, **options).logits  # type: ignore[no-any-return]
+
+    def call_of(name: str) -> Callable[[], Tensor]:
+        if name in (models.BACKBONE, PLAIN):
+            return lambda: by_definition(name, model)
+        folded = case.operation == POSITIONS and name != LOW_RANK
+        ours = wrapped["positions" if folded else "low_rank"]
+        more = {"logits_to_keep": 1}
+        if case.operation == PREFIX and name != NO_PREFIX:
+            more["prefix"] = ours.prefix_cache()
+        return lambda: ours(**inputs, **more).logits
+
+    def make(name: str) -> Served:
+        with models.Doubles():
+            expected = by_definition(name, exact)
+        note = {models.BACKBONE: "no prompt", PLAIN: f"{peers.PEFT_TOKENS} tokens"}.get(name, "")
+        return _served(call_of(name), expected, by_definition(name, model), note)
+
+    return Maker(make, int(mask.sum()), backbone.note)
+
+
+def _served(call: Callable[[], Tensor], exact: Tensor, plain: Tensor, note: str = "") -> Served:
+    return Served(call, gate.Expected({"output": exact}, {"output": plain}), note)
+
+
+def _work(served: Served) -> Work:
+    @torch.no_grad()
+    def call(_: None) -> Tensor:
+        return served.call()
+
+    return Work(lambda i: None, call)
+
+
+def _checked(held: dict[Any, Any], case: Case, name: str) -> tuple[Served, float]:
+    """The peer and its error; made and checked once a shape."""
+    if name not in held:
+        served: Served = held["make"].make(name)
+        with torch.no_grad():
+            found = {"output": served.call()}
+        held[name] = (served, *gate.compare(found, served.expected))
+    served, error, where = held[name]
+    gate.refuse_red(case.id, name, error, where)
+    return served, error

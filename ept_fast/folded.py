@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ept_fast import backends
+from ept_fast.backends import eager
 from ept_fast.precision import accumulation_dtype
 from ept_fast.validation import check_splice, check_splice_values, values_are_checked
 
@@ -72,6 +73,14 @@ def splice_table(
         vocabulary = 0 if weight is None else weight.shape[0]
         tasks = prompt.shape[0] if prompt.dim() == 3 else 1
         check_splice_values(input_ids, vocabulary, attention_mask, task_ids, tasks)
+    trains = torch.is_grad_enabled() and inputs_embeds is not None and inputs_embeds.requires_grad
+    if prompt.device.type == "cpu" and not compiling and not trains:
+        bank = prompt.dim() == 3
+        tables = [t if bank else t.unsqueeze(0) for t in (prompt, table)]
+        with torch.no_grad():
+            return eager.splice_forward(
+                tables[0], *given, tables[1], None, attention_mask, task_ids, 1.0
+            )
     if inputs_embeds is not None:
         text = inputs_embeds
     else:
@@ -82,8 +91,7 @@ def splice_table(
     head = prompt.expand(batch, *prompt.shape) if task_ids is None else prompt[task_ids]
     out = torch.cat([head.to(text.dtype), text], dim=1)
     body = out[:, head.shape[1] :]
-    on_host = text.device.type == "cpu" and not compiling  # else looking at the mask would wait
-    if attention_mask is None or (on_host and bool(attention_mask.all())):
+    if attention_mask is None:
         body += table[:length] if task_ids is None else table[task_ids, :length]
         return out
     real = attention_mask != 0

@@ -155,7 +155,10 @@ class SplicedPrompt(nn.Module):
 
     def _splice(self, **arguments: Any) -> Tensor:
         """``[B, m + S, d]``; the arguments of :func:`ept_fast.splice_prompt` but the prompt."""
-        return splice_prompt(self.reconstruct(), **arguments, backend=self.backend)
+        table = getattr(self, "offset_table", None)
+        if table is None:
+            return splice_prompt(self.reconstruct(), **arguments, backend=self.backend)
+        return splice_table(self.reconstruct(), table, **arguments)
 
     @torch.no_grad()
     def _look_up(self, embedding: nn.Module, input_ids: Tensor) -> Tensor:
@@ -489,16 +492,14 @@ class FoldedEPTPrompt(SplicedPrompt):
         return self.prompt
 
     def _splice(self, **arguments: Any) -> Tensor:
-        if self.offset_table is None:
-            out = super()._splice(**arguments)
-            length, most = out.shape[1] - self.config.num_virtual_tokens, self.config.max_length
-            if self.config.rank and self.offset_a is None and length > most:
-                name = "input_ids" if arguments["input_ids"] is not None else "inputs_embeds"
-                raise ValueError(
-                    f"{name}: expected at most max_length {most} text positions, got {length}"
-                )
-            return out
-        return splice_table(self.prompt, self.offset_table, **arguments)
+        out = super()._splice(**arguments)
+        length, most = out.shape[1] - self.config.num_virtual_tokens, self.config.max_length
+        if self.config.rank and self.offset_a is None and length > most:
+            name = "input_ids" if arguments["input_ids"] is not None else "inputs_embeds"
+            raise ValueError(
+                f"{name}: expected at most max_length {most} text positions, got {length}"
+            )
+        return out
 
 
 class _LongPrompt:

@@ -124,8 +124,10 @@ def check_rows(bank: EPTBank, alone: Alone, tasks: tuple[str, ...] = ROWS) -> No
         assert (row[..., expected.shape[-1] :] == -torch.inf).all()
 
 
-def test_rows_of_different_tasks(alone: Alone) -> None:
-    bank = alone.bank()
+@pytest.mark.parametrize("offset", ["auto", "low_rank", "table"])
+def test_rows_of_different_tasks(alone: Alone, offset: str) -> None:
+    bank = alone.bank(offset=offset)
+    assert (bank.bank.offset_table is None) == (offset == "low_rank")
     assert bank.names == tuple(SIZES)
     check_rows(bank, alone)
     check_rows(bank, alone, ("long",) * 5)
@@ -166,14 +168,16 @@ def test_add_replace_and_remove(alone: Alone) -> None:
     assert all(after[n].data_ptr() == b.data_ptr() for n, b in buffers.items())
 
 
-def test_memory(alone: Alone) -> None:
-    bank = alone.bank(capacity=5)
+@pytest.mark.parametrize("offset", ["low_rank", "table"])
+def test_memory(alone: Alone, offset: str) -> None:
+    bank = alone.bank(capacity=5, offset=offset)
     sizes = bank.memory()
     assert set(sizes) == set(SIZES)
     config = bank.bank.config
     slot = 8 * (
         config.num_virtual_tokens * config.hidden_size
         + config.rank * (config.max_length + config.hidden_size)
+        + (config.max_length * config.hidden_size if offset == "table" else 0)
     )
     for name, size in sizes.items():
         head: Any = alone.models[name].head
@@ -294,11 +298,12 @@ def test_compiled_once_for_all_adapters(llama: Alone) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("offset", ["low_rank", "table"])
 @pytest.mark.parametrize("choices", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_generation(alone: Alone, choices: dict[str, Any]) -> None:
+def test_generation(alone: Alone, choices: dict[str, Any], offset: str) -> None:
     """Past the positions that some of the offsets cover."""
     ids, mask = batch()
-    bank = alone.bank()
+    bank = alone.bank(offset=offset)
     if CASES[alone.case][1] not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         with pytest.raises(TypeError, match="generate: expected a task that generates"):
             bank.generate(ids, mask, tasks=ROWS)

@@ -369,7 +369,10 @@ def splice_forward(
     task_ids: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """The prompt before the text and the offset onto its real tokens, [B, m + S, d]."""
+    """The prompt before the text and the offset onto its real tokens, [B, m + S, d].
+
+    ``offset_a`` without ``offset_b`` is the offset itself, a table [T, n, d].
+    """
     source = inputs_embeds if inputs_embeds is not None else weight
     ids = inputs_embeds if inputs_embeds is not None else input_ids
     assert source is not None
@@ -383,7 +386,7 @@ def splice_forward(
     config = eager_splice_config(length, width, dtype.itemsize, out.device.type)
     text = _Text(input_ids, weight, inputs_embeds, config)
     body = out[:, m:]
-    if offset_a is None or offset_b is None:
+    if offset_a is None:
         for low in range(0, length, config.positions):
             high = min(low + config.positions, length)
             for first in range(0, batch, config.rows):
@@ -391,12 +394,16 @@ def splice_forward(
                 body[first:last, low:high] = text.tile(first, last, low, high)
         return out
     for task, group in _groups(batch, length, attention_mask, task_ids).items():
-        a, b = offset_a[task].to(dtype) * scaling, offset_b[task].to(dtype)
+        a, b = offset_a[task].to(dtype), None if offset_b is None else offset_b[task].to(dtype)
+        if scaling != 1:
+            a = a * scaling
         for row in group.shifted:
             _copy_padding(body, text, row, length, config.positions)
         for low in range(0, length, config.positions):
             high = min(low + config.positions, length)
-            tile = a[low : min(high, group.longest)] @ b
+            tile = a[low : min(high, group.longest)]
+            if b is not None:
+                tile = tile @ b
             for rows in group.aligned:
                 _write_aligned(body, text, rows, tile, low, high, config.rows)
             for row in group.shifted:

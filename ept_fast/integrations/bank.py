@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ept_fast.config import EPTConfig, check_choice, check_count
+from ept_fast.folded import offset_table, table_pays
 from ept_fast.integrations import TASKS
 from ept_fast.integrations.adapters import read_adapter, read_config
 from ept_fast.integrations.backbones import embedding_width
@@ -26,6 +27,7 @@ __all__ = ["BankPrompt", "EPTBank"]
 
 _BANK = "bank"  # the wrapper's one adapter; the tasks' names are the bank's own
 _NEW = "new"
+_OFFSETS = ("low_rank", "table", "auto")
 _UNLIMITED = torch.iinfo(torch.int64).max
 
 # The tasks of the rows that a model's own head is called with; it hands no argument through.
@@ -45,9 +47,11 @@ class BankPrompt(SplicedPrompt):
         capacity: T, number of slots.
         dtype: type of the offsets.
         backend: as in :func:`ept_fast.splice_prompt`.
+        offset: as for :class:`EPTBank`.
     """
 
     prompt: Tensor  # [T, m, d]
+    offset_table: Tensor | None  # [T, n, d]
     lengths: Tensor  # [T], m of each slot
     limits: Tensor  # [T], the longest text of each slot
 
@@ -58,6 +62,7 @@ class BankPrompt(SplicedPrompt):
         capacity: int,
         dtype: torch.dtype,
         backend: str | None,
+        offset: str = "low_rank",
     ) -> None:
         # Each adapter's own scaling is in its slot of offset_a already.
         super().__init__(replace(config, alpha=math.sqrt(config.rank)), embedding, backend)
@@ -70,6 +75,13 @@ class BankPrompt(SplicedPrompt):
         self.register_buffer("prompt", torch.zeros(capacity, m, d, **kind, dtype=embeds))
         self.register_buffer("offset_a", torch.zeros(capacity, n, r, **floats) if r else None)
         self.register_buffer("offset_b", torch.zeros(capacity, r, d, **floats) if r else None)
+        table = None
+        if self.offset_a is not None:
+            pays = offset == "auto" and table_pays(
+                self.prompt, self.offset_a, dtype.itemsize, backend
+            )
+            table = torch.zeros(capacity, n, d, **floats) if pays or offset == "table" else None
+        self.register_buffer("offset_table", table)
         self.register_buffer("lengths", torch.full((capacity,), m, **kind))
         self.register_buffer("limits", torch.full((capacity,), _UNLIMITED, **kind))
         self._shortest_limit = _UNLIMITED
@@ -87,7 +99,7 @@ class BankPrompt(SplicedPrompt):
     def write(self, slot: int, source: FoldedEPTPrompt | None) -> None:
         """Fill a slot, or clear it where there is no source."""
         m = self.prompt.shape[1]
-        for buffer in (self.prompt, self.offset_a, self.offset_b):
+        for buffer in (self.prompt, self.offset_a, self.offset_b, self.offset_table):
             if buffer is not None:
                 buffer[slot].zero_()
         self.lengths[slot], self.limits[slot] = m, _UNLIMITED
@@ -104,6 +116,9 @@ class BankPrompt(SplicedPrompt):
                 own = source.offset_a.to(torch.promote_types(source.offset_a.dtype, torch.float32))
                 self.offset_a[slot, : config.max_length, : config.rank] = own * config.scaling
                 self.offset_b[slot, : config.rank] = source.offset_b
+                if self.offset_table is not None:
+                    table = offset_table(own, source.offset_b, config.scaling, own.dtype)
+                    self.offset_table[slot, : config.max_length] = table
                 self.limits[slot] = config.max_length
         self._shortest_limit = int(self.limits.min())
         self.equal_lengths = bool((self.lengths == m).all())
@@ -232,6 +247,9 @@ class EPTBank(nn.Module):
             is also the longest text, in columns, where ``rank`` is not 0.
         num_labels: the most classes of an adapter, for tasks with a head.
         dtype: type that offsets are kept in.
+        offset: ``"low_rank"``, ``"table"`` or ``"auto"``, as in
+            :meth:`ept_fast.FusedEPTPrompt.fold`; the table is of ``capacity`` × ``max_length``
+            rows.
         backend: as in :func:`ept_fast.splice_prompt`.
 
     Raises:
@@ -249,10 +267,12 @@ class EPTBank(nn.Module):
         rank: int,
         num_labels: int = 2,
         dtype: torch.dtype = torch.float32,
+        offset: str = "auto",
         backend: str | None = None,
     ) -> None:
         super().__init__()
         check_choice("task", task, TASKS)
+        check_choice("offset", offset, _OFFSETS)
         check_count("capacity", capacity, 1)
         check_count("num_labels", num_labels, 1)
         config = EPTConfig(
@@ -267,7 +287,7 @@ class EPTBank(nn.Module):
         self._slots: dict[str, int] = {}
         self._labels: dict[str, tuple[str, ...]] = {}
         layer = self.model.get_input_embeddings()
-        self.bank = BankPrompt(config, layer, capacity, dtype, backend)
+        self.bank = BankPrompt(config, layer, capacity, dtype, backend, offset)
         self.model.place(_BANK, self.bank, None, Description())
         self.eval()
 
@@ -287,7 +307,7 @@ class EPTBank(nn.Module):
             adapters: the folder of each, by name.
             capacity: the most adapters at a time; the number of these where not given.
             **choices: sizes of the bank where they shall be larger than these adapters need, and
-                ``dtype`` and ``backend``.
+                ``dtype``, ``offset`` and ``backend``.
 
         Raises:
             CheckpointError: a missing, damaged or foreign file.
@@ -476,9 +496,9 @@ class EPTBank(nn.Module):
 
     def memory(self) -> dict[str, int]:
         """Bytes that each task's slot takes, prompt, offset and head together."""
-        shared = [
-            b for b in (self.bank.prompt, self.bank.offset_a, self.bank.offset_b) if b is not None
-        ]
+        bank = self.bank
+        kept = (bank.prompt, bank.offset_a, bank.offset_b, bank.offset_table)
+        shared = [buffer for buffer in kept if buffer is not None]
         heads = self._heads()
         if heads and isinstance(heads[0], _LinearHeads):
             shared += [heads[0].weight, heads[0].bias]

@@ -318,6 +318,12 @@ class _Text:
             return embeds
         covered = (position < a.shape[-2]).unsqueeze(-1)
         at = position.clamp_max(a.shape[-2] - 1)  # [N, k]
+        table = getattr(self.prompt, "offset_table", None)
+        if table is not None:
+            tasks = self.task_ids
+            of_rows = () if tasks is None else (tasks.repeat_interleave(copies, 0).unsqueeze(1),)
+            offset: Tensor = table[(*of_rows, at)] * covered
+            return (embeds + offset).to(embeds.dtype)
         options: dict[str, Any] = {
             "scaling": self.prompt.config.scaling,
             "backend": self.prompt.backend,

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ept_fast.config import check_count
+from ept_fast.folded import offset_table
 from ept_fast.module import FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.precision import accumulation_dtype
 
-__all__ = ["FoldedValues", "fold_values", "offset_table"]
+__all__ = ["FoldedValues", "fold_values", "product"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,16 @@ def fold_values(prompt: FusedEPTPrompt | FoldedEPTPrompt, task: int | None) -> F
 
     Raises:
         TypeError: no EPT prompt.
-        ValueError: a bank without ``task``, or a task that the bank has not.
+        ValueError: a bank without ``task``, or a task that the bank has not; a prompt that was
+            folded without its offset.
     """
     if not isinstance(prompt, (FusedEPTPrompt, FoldedEPTPrompt)):
         raise TypeError(
             f"prompt: expected a FusedEPTPrompt or a FoldedEPTPrompt, got {type(prompt).__name__}"
+        )
+    if prompt.config.rank and prompt.offset_a is None:
+        raise ValueError(
+            'prompt: expected one that has its offset, got one folded with offset="none"'
         )
     values = [prompt.reconstruct(), prompt.offset_a, prompt.offset_b]
     if prompt.num_tasks is None:
@@ -59,8 +66,6 @@ def fold_values(prompt: FusedEPTPrompt | FoldedEPTPrompt, task: int | None) -> F
     return FoldedValues(folded, (scaled, b))
 
 
-def offset_table(offset: tuple[Tensor, Tensor]) -> Tensor:
+def product(offset: tuple[Tensor, Tensor]) -> Tensor:
     """c·A·B, [n, d], in float32 at least."""
-    a, b = offset
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(wide) @ b.to(wide)
+    return offset_table(*offset, 1.0, accumulation_dtype(*offset))

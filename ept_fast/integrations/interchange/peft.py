@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ept_fast.checkpoint import json_bytes, write_files
 from ept_fast.config import EPTConfig, check_choice
-from ept_fast.integrations.interchange.folded import FoldedValues, fold_values, offset_table
+from ept_fast.integrations.interchange.folded import FoldedValues, fold_values, product
 from ept_fast.integrations.interchange.folder import (
     CONFIG_FILE,
     PROMPT,
@@ -138,7 +138,7 @@ def export_peft(
 def _check_offset(values: FoldedValues) -> None:
     if values.offset is None:
         return
-    offset = offset_table(values.offset)
+    offset = product(values.offset)
     rows = int(offset.any(-1).sum())
     if not rows:
         return

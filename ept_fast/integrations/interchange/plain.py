@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ept_fast.checkpoint import json_bytes, read_tensors, tensor_bytes, write_files
 from ept_fast.config import check_choice, check_count
-from ept_fast.integrations.interchange.folded import fold_values, offset_table
+from ept_fast.integrations.interchange.folded import fold_values, product
 from ept_fast.integrations.interchange.folder import naming
 from ept_fast.module import FoldedEPTPrompt, FusedEPTPrompt
 from ept_fast.reading import CheckpointError, parse_json, read_adapter_json, shorten
@@ -87,7 +87,7 @@ def export_plain(
     if values.offset is None:
         offset = "none"
     elif offset == "table":
-        tensors["offset"] = offset_table(values.offset)
+        tensors["offset"] = product(values.offset)
     else:
         tensors["offset_a"], tensors["offset_b"] = values.offset
     if dtype is not None:
@@ -129,7 +129,7 @@ def import_plain(folder: str | Path) -> PlainPrompt:
         )
     offset = tensors.get("offset")
     if values["offset"] == "factors":
-        offset = offset_table((tensors["offset_a"], tensors["offset_b"]))
+        offset = product((tensors["offset_a"], tensors["offset_b"]))
     return PlainPrompt(tensors["prompt_embeds"], offset, values["base_model"])
 
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,9 @@ from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
 from ept_fast.reading import (
+    FILE_LIMIT,
     CheckpointError,
+    check_size,
     open_inside,
     parse_json,
     read_adapter_json,
@@ -51,6 +53,17 @@ FORMAT_VERSION = "1"
 HEADER_LIMIT = 1 << 20
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Of one value.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
@@ -161,6 +174,8 @@ def load_tensors(
         CheckpointError: as :func:`read_tensors`.
     """
     with open_inside(path) as file:
+        if others:
+            check_size(path, file, FILE_LIMIT)
         header = _header(path, file)
         if expected is not None:
             check_shapes(path, header.shapes, expected, others=others)
@@ -191,21 +206,50 @@ def _header(path: Path, file: BinaryIO) -> Header:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__: expected texts, got {shorten(metadata)}")
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: list[tuple[int, int]] = []
     for name, entry in entries.items():
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        if not _describes_tensor(entry):
             raise CheckpointError(
-                f"{path}: {shorten(name)}: expected a tensor with a shape, got {shorten(entry)}"
+                f"{path}: {shorten(name)}: expected a tensor's dtype, shape and data_offsets that "
+                f"fit each other, got {shorten(entry)}"
             )
-        # Each value takes a byte at least, so that nothing larger than the file is made for it.
-        if math.prod(shape) > size:
+        shapes[name] = tuple(entry["shape"])
+        places.append((entry["data_offsets"][0], entry["data_offsets"][1]))
+    # One behind the other up to the end, so that reading takes what the shapes say and no more.
+    end = 0
+    for first, behind in sorted(places):
+        if first != end:
             raise CheckpointError(
-                f"{path}: {shorten(name)}: expected a shape that fits into {size} bytes, "
-                f"got {shorten(tuple(shape))}"
+                f"{path}: expected a whole safetensors file, got a header whose next tensor after "
+                f"byte {end} begins at {first}"
             )
-        shapes[name] = tuple(shape)
+        end = behind
+    if 8 + length + end != size:
+        raise CheckpointError(
+            f"{path}: expected a whole safetensors file, got {size} bytes with a header for "
+            f"{8 + length + end}"
+        )
     return Header(metadata, shapes)
+
+
+def _describes_tensor(entry: Any) -> bool:
+    """Whether an entry of a header has a known type, a shape and the bytes for both."""
+    if not isinstance(entry, dict):
+        return False
+    dtype, shape, place = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+    bits = _BITS.get(dtype) if isinstance(dtype, str) else None
+    return (
+        bits is not None
+        and _are_counts(shape)
+        and _are_counts(place)
+        and len(place) == 2
+        and 8 * (place[1] - place[0]) == bits * math.prod(shape)
+    )
+
+
+def _are_counts(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
 
 
 def saved_config(path: Path, header: Header) -> str:

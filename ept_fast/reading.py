@@ -7,12 +7,15 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
 __all__ = [
+    "FILE_LIMIT",
     "JSON_LIMIT",
     "CheckpointError",
+    "check_size",
     "open_inside",
     "parse_json",
     "read_adapter_json",
@@ -23,6 +26,9 @@ __all__ = [
 
 # Bytes; no adapter's description comes near.
 JSON_LIMIT = 4 << 20
+
+# Bytes of a file that is read or hashed whole before it is known what is in it.
+FILE_LIMIT = 1 << 30
 
 _JSON_DEPTH = 32
 
@@ -62,21 +68,27 @@ def read_file(path: Path, *, limit: int | None = None) -> bytes:
             ``limit`` bytes.
     """
     with open_inside(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if limit is not None and size > limit:
-            raise CheckpointError(f"{path}: expected at most {limit} bytes, got {size}")
+        if limit is not None:
+            check_size(path, file, limit)
         return file.read()
 
 
+def check_size(path: Path, file: BinaryIO, limit: int) -> None:
+    """Raise CheckpointError where an open file has more than ``limit`` bytes."""
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+        raise CheckpointError(f"{path}: expected at most {limit} bytes, got {size}")
+
+
 @contextmanager
-def open_inside(path: Path) -> Iterator[BinaryIO]:
+def open_inside(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file that lies in the folder in which it is named."""
     try:
         folder, real = path.parent.resolve(strict=True), path.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:  # also a loop of links, NUL in a name
         raise _unreadable(path, error) from None
     if not (real.is_relative_to(folder) or real.parent == _hub_files(folder)):
-        raise CheckpointError(f"{path}: expected a file in this folder, got a link to {real}")
+        raise CheckpointError(f"{path}: expected a file in this folder, got a link that leaves it")
     # Neither waiting for a pipe's writer nor following a link put there since.
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:

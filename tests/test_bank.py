@@ -263,6 +263,68 @@ def test_heads_have_to_agree(bert: Alone) -> None:
     check_rows(bank, bert)
 
 
+def test_adapters_of_another_model(bert: Alone) -> None:
+    """Refused before anything is written, with heads of the same task or without."""
+    bank = bert.bank(capacity=4)
+    other = adapter("RoBERTa, its head", (2, 8, 1), seed=1)
+    for write in (lambda: bank.add("more", other), lambda: bank.replace("long", other)):
+        with pytest.raises(ValueError, match="adapter: expected one for model_type bert, got robe"):
+            write()
+    check_rows(bank, bert)
+
+
+def test_heads_of_an_empty_bank(bert: Alone) -> None:
+    """A refused first adapter, and adapters that are gone, decide nothing."""
+    bank = bert.bank()
+    for name in SIZES:
+        bank.remove(name)
+    built = BY_NAME["BERT"].build("SEQ_CLS", bare=True, dtype=torch.float64)
+    first = get_ept_model(
+        built, config_of(32, 2, 8, 1), "SEQ_CLS", labels=["a", "b"], pooling="first"
+    )
+    first.heads.double()
+    big = get_ept_model(
+        BY_NAME["BERT"].build("SEQ_CLS", bare=True),
+        config_of(32, 6, 8, 1),
+        "SEQ_CLS",
+        labels=["a", "b"],
+        pooling="last",
+    )
+    with pytest.raises(ValueError, match="num_virtual_tokens: expected at most 5"):
+        bank.add("big", big)
+    bank.add("first", first)
+    ids, mask = batch()
+    got = bank(ids, mask, tasks=["first"] * 5).logits[:, :2]
+    torch.testing.assert_close(got, first.eval()(ids, mask).logits, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="num_virtual_tokens"):
+        bank.replace("first", big)
+    torch.testing.assert_close(bank(ids, mask, tasks=["first"] * 5).logits[:, :2], got)
+
+
+def test_heads_in_half_precision_are_kept_in_single(bert: Alone) -> None:
+    bank = EPTBank(
+        BY_NAME["BERT"].build("SEQ_CLS", bare=True),
+        "SEQ_CLS",
+        capacity=2,
+        num_virtual_tokens=4,
+        max_length=12,
+        rank=2,
+    )
+    model = adapter("BERT", (4, 12, 2), seed=3)
+    model.heads.bfloat16()
+    bank.add("one", model)
+    assert bank.model.head.weight.dtype == torch.float32
+
+
+def test_unload(llama: Alone) -> None:
+    backbone = BY_NAME["Llama"].build("CAUSAL_LM", dtype=torch.float64)
+    assert EPTBank.from_adapters(backbone, llama.folders).unload() is backbone
+    assert all(p.requires_grad for p in backbone.parameters())
+    with pytest.raises(ValueError, match="num_virtual_tokens: expected at most 1"):
+        EPTBank.from_adapters(backbone, llama.folders, num_virtual_tokens=1)
+    assert all(p.requires_grad for p in backbone.parameters())
+
+
 def test_bad_calls(llama: Alone) -> None:
     bank = llama.bank()
     ids, mask = batch()

@@ -556,6 +556,93 @@ def test_an_old_head_does_not_stay_behind(tmp_path: Path) -> None:
     EPTModel.from_pretrained(tmp_path, BY_NAME["Llama"].build("CAUSAL_LM"))
 
 
+def test_loading_undoes_folding() -> None:
+    model, other = wrapped("CAUSAL_LM"), wrapped("CAUSAL_LM")
+    fill(other, seed=2)
+    model.eval().fold()
+    model.load_state_dict(other.state_dict())
+    assert values_of(model(*batch())).equal(values_of(other.eval()(*batch())))
+
+
+def test_an_adapter_that_is_pooled_in_another_way(tmp_path: Path) -> None:
+    choices = {"bare": True, "labels": LABELS}
+    wrapped("SEQ_CLS", **choices, pooling="last").save_pretrained(tmp_path)
+    model = wrapped("SEQ_CLS", **choices)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="pooling: expected mean, got last"):
+        model.load_pretrained(tmp_path)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_inside_of_a_disabled_adapter() -> None:
+    """Nested blocks and other adapters leave the plain model plain until the outer block ends."""
+    model = wrapped("SEQ_CLS").eval()
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter += 1
+    expected = values_of(model(*batch()))
+    with model.disable_adapter():
+        plain = values_of(model(*batch()))
+        with model.disable_adapter():
+            pass
+        assert values_of(model(*batch())).equal(plain)
+        model.add_adapter("other", config_of())
+        model.set_adapter("other")
+        assert values_of(model(*batch())).equal(plain)
+        model.set_adapter("default")
+    assert not plain.equal(expected)
+    assert values_of(model(*batch())).equal(expected)
+
+
+def test_a_failed_start_gives_the_model_back(tmp_path: Path) -> None:
+    wrapped("CAUSAL_LM", config=config_of(rank=1)).save_pretrained(tmp_path)
+    (tmp_path / "ept_model.safetensors").write_bytes(b"damaged")
+    backbone = BY_NAME["Llama"].build("CAUSAL_LM")
+    with pytest.raises(CheckpointError):
+        EPTModel.from_pretrained(tmp_path, backbone)
+    assert all(p.requires_grad for p in backbone.parameters())
+    assert backbone.training
+
+
+def test_a_description_that_cannot_be_written(tmp_path: Path) -> None:
+    """The adapter that was there stays whole."""
+    model = wrapped("SEQ_CLS").eval()
+    model.save_pretrained(tmp_path)
+    expected = values_of(model(*batch()))
+    fill(model, seed=5)
+    with pytest.raises(ValueError, match="JSON"):
+        model.save_pretrained(tmp_path, extra={"score": float("nan")})
+    again = EPTModel.from_pretrained(tmp_path, model.unload())
+    assert values_of(again(*batch())).equal(expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "OPT"])
+def test_checkpointing_that_was_on_before(name: str, reentrant: bool) -> None:
+    """It is taken over, without the layers' dropout, and given back with the model."""
+    width = BY_NAME[name].width
+    built = BY_NAME[name].build("CAUSAL_LM")
+    options = {"use_reentrant": reentrant}
+    built.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    model = get_ept_model(built, config_of(width), "CAUSAL_LM")
+    plain = get_ept_model(BY_NAME[name].build("CAUSAL_LM"), config_of(width), "CAUSAL_LM")
+    plain.prompt.load_state_dict(model.prompt.state_dict())
+    assert model.is_gradient_checkpointing
+    ids, mask = batch()
+    losses = [m(ids, mask, labels=ids).loss for m in (model, model, plain)]
+    assert losses[0].equal(losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
+    losses[0].backward()
+    losses[2].backward()
+    for mine, theirs in zip(model.prompt.parameters(), plain.prompt.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    with pytest.raises(ValueError, match="model: expected evaluation mode"):
+        model.generate(ids, mask)
+    assert model.unload() is built
+    assert built.is_activation_checkpointing
+    built(ids, labels=ids).loss.backward()
+
+
 def test_exported_lazily() -> None:
     assert ept_fast.EPTModel is EPTModel
     assert {"EPTModel", "get_ept_model"} <= set(ept_fast.__all__)

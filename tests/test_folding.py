@@ -325,6 +325,20 @@ def test_positions_in_lower_precision(dtype: torch.dtype) -> None:
     assert errors[1] < 4 * errors[0]  # of squares
 
 
+def test_moved_while_positions_are_folded() -> None:
+    """The model's own table goes along."""
+    model = make_model("GPT-2", "CAUSAL_LM", torch.float32)
+    batch = padded("right")
+    model.fold(offset="positions")
+    model.to(torch.bfloat16)
+    text_values(model, "CAUSAL_LM", batch)
+    with model.disable_adapter():
+        text_values(model, "CAUSAL_LM", batch)
+    model.unfold()
+    text_values(model, "CAUSAL_LM", batch)
+    assert {p.dtype for p in model.unload().parameters()} == {torch.bfloat16}
+
+
 def test_text_longer_than_positions_cover() -> None:
     model = make_model("GPT-2", "CAUSAL_LM", torch.float32)
     model.fold(offset="positions")
@@ -359,11 +373,14 @@ def test_models_that_are_refused() -> None:
         model.fold(offset="positions")
     assert not model.folded
 
-    backbone = build("BERT", "FEATURE_EXTRACTION", torch.float32)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_does_more_than_add_positions(dtype: torch.dtype) -> None:
+    backbone = build("BERT", "FEATURE_EXTRACTION", dtype)
     embeddings = backbone.embeddings
     own = embeddings.position_embeddings
     embeddings.position_embeddings = Scaled.from_pretrained(own.weight.detach())
-    model = make_model("BERT", "FEATURE_EXTRACTION", backbone=backbone)
+    model = make_model("BERT", "FEATURE_EXTRACTION", dtype, backbone=backbone)
     scaled = embeddings.position_embeddings
     with pytest.raises(ValueError, match="expected a model that adds positions to the text's"):
         model.fold(offset="positions")

@@ -140,6 +140,41 @@ def test_compiled_steps_are_the_backbones() -> None:
     assert_greedy(output, batch["input_ids"], greedy("Llama"))
 
 
+CONTINUED = ("generate, prefix", "forward", "forward, prefix")
+
+
+@pytest.mark.parametrize("how", CONTINUED)
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_goes_on_from_a_cache_with_the_prompt_first(name: str, how: str) -> None:
+    """Padding between prompt and text, as a model's own call and a prefix leave it."""
+    made, (tokens, logits) = trial(name), greedy(name)
+    batch = pad(made.rows)
+    with in_float64():
+        prefix = {"prefix": made.model.prefix_cache()} if "prefix" in how else {}
+        if how.startswith("generate"):
+            choices = {**GREEDY, "max_new_tokens": 1, "return_dict_in_generate": True}
+            output = made.model.generate(**batch, **choices, **prefix)
+            begun = output.sequences
+        else:
+            output = made.model(**batch, use_cache=True, **prefix)
+            begun = torch.cat([batch["input_ids"], output.logits[:, -1:].argmax(-1)], 1)
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+        choices = {**LOGITS, "max_new_tokens": 4, "past_key_values": output.past_key_values}
+        later = made.model.generate(begun, mask, **choices)
+    assert_greedy(later, begun, (tokens[:, 1:5], logits[:, 1:5]))
+
+
+def test_a_cache_with_the_text_first() -> None:
+    """In windows a model's own call puts the padding behind the text, where none can follow."""
+    made = trial("Mistral")
+    batch = pad(made.rows)
+    cache = made.model(**batch, use_cache=True).past_key_values
+    ids = torch.nn.functional.pad(batch["input_ids"], (0, 1), value=5)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    with pytest.raises(ValueError, match="past_key_values: expected rows of one length where"):
+        made.model.generate(ids, mask, **GREEDY, past_key_values=cache)
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-2"])
 def test_goes_on_from_a_given_cache(name: str, static: bool) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import StaticCache
 
 from ept_fast import EPTBank, EPTConfig
 from ept_fast.integrations.backbones import column_free_length
+from ept_fast.integrations.models import get_ept_model
+from ept_fast.integrations.packing import check_packing
 from ept_fast.integrations.prefix import PrefixCache
 from tests.architectures import BY_NAME, VOCABULARY, in_float64, names
 from tests.decoding import (
@@ -175,8 +178,9 @@ def test_prompt_that_changed() -> None:
 
     model.add_adapter("other", model.prompt.config)
     model.set_adapter("other")
-    with pytest.raises(ValueError, match="prefix: expected the cache of the active adapter"):
-        model(**batch, prefix=prefix)
+    for call in (prefix.update, lambda: model(**batch, prefix=prefix)):
+        with pytest.raises(ValueError, match="prefix: expected the cache of the active adapter"):
+            call()
     with pytest.raises(ValueError, match="prefix: expected the cache of the active adapter"):
         make_trial("GPT-2").model(**batch, prefix=prefix)
 
@@ -205,12 +209,74 @@ def test_what_is_refused() -> None:
             model.generate(**{**batch, **GREEDY, **choices}, prefix=prefix)
 
 
+def test_layers_that_are_recomputed() -> None:
+    """They keep nothing in training mode."""
+    model, batch = make_trial("Llama").model, pad(trial("Llama").rows)
+    prefix = model.prefix_cache()
+    model.gradient_checkpointing_enable()
+    model.train()
+    for call in (model.prefix_cache, lambda: model(**batch, prefix=prefix)):
+        with pytest.raises(ValueError, match=r"model: expected evaluation mode"):
+            call()
+
+
+def test_in_inference_mode() -> None:
+    model, batch = make_trial("Llama").model, pad(trial("Llama").rows)
+    expected = model(**batch).logits[:, -1]
+    with torch.inference_mode():
+        prefix = model.prefix_cache()
+    torch.testing.assert_close(model(**batch, prefix=prefix).logits[:, -1], expected, **EXACT)
+    with torch.no_grad():
+        model.prompt.short_prompt += 1
+    prefix.update()
+
+
+def make_composite() -> Any:
+    """A model that also sees, whose text's windows stand in a part of its config."""
+    text = BY_NAME["Gemma 3"].config().to_dict() | {"use_bidirectional_attention": False}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=60
+    )
+    torch.manual_seed(3)
+    return transformers.Gemma3ForConditionalGeneration(config).double()
+
+
+def test_composite_config() -> None:
+    """Windows are found where they are, so left padding is moved and none is put in between."""
+    made = make_trial("Gemma 3", model=make_composite())
+    model = made.model
+    assert column_free_length(model.backbone) == 5
+    left, right = pad(made.rows, "left", 0), pad(made.rows, "right", 0)
+    expected = model(**right).logits[right["attention_mask"] == 1]
+    prefix = model.prefix_cache()
+    for more in ({}, {"prefix": prefix}):
+        got = model(**left, **more).logits[left["attention_mask"] == 1]
+        torch.testing.assert_close(got, expected, **EXACT)
+    with pytest.raises(ValueError, match="attention_mask: expected rows of one length behind"):
+        model.generate(**left, **GREEDY, prefix=prefix)
+    with pytest.raises(ValueError, match="pack_index: expected a window of at least"):
+        check_packing(model.backbone, 8)
+    bare = transformers.Gemma3Model(model.config)
+    sizes = {"num_virtual_tokens": 2, "max_length": 8, "rank": 1}
+    get_ept_model(bare, EPTConfig(32, **sizes), "SEQ_CLS", labels=["a", "b"])
+
+
 @pytest.mark.parametrize("name", ["Mistral", "BLOOM"])
 def test_padding_between_prompt_and_text(name: str) -> None:
     """Refused where the model would see it: in windows, and without position ids."""
     made = trial(name)
     prefix = made.model.prefix_cache()
-    with pytest.raises(ValueError, match="attention_mask: expected rows of one length beside"):
+    with pytest.raises(
+        ValueError, match="attention_mask: expected rows of one length behind a prompt"
+    ):
         made.model.generate(**pad(made.rows), **GREEDY, prefix=prefix)
 
 

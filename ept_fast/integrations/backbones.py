@@ -29,6 +29,7 @@ __all__ = [
     "position_table",
     "position_table_name",
     "reads_last_column",
+    "text_config",
     "text_limit",
 ]
 
@@ -176,15 +177,23 @@ def embedding_width(backbone: Any) -> int:
     return int(getattr(layer, "embedding_dim", layer.weight.shape[-1]))
 
 
+def text_config(backbone: Any) -> Any:
+    """The config of what reads the text: a part of the whole one in models that also see."""
+    config = backbone.config
+    if not hasattr(config, "get_text_config") or config.is_encoder_decoder:
+        return config
+    return config.get_text_config(decoder=True)
+
+
 def output_width(backbone: Any) -> int:
     """Width of the last hidden states; OPT may project them back to its embeddings' width."""
-    config = backbone.config
+    config = text_config(backbone)
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
 def text_limit(backbone: Any, num_virtual_tokens: int) -> int | None:
     """The longest text, in tokens, that fits behind the prompt; None without a limit."""
-    positions = getattr(backbone.config, "max_position_embeddings", None)
+    positions = getattr(text_config(backbone), "max_position_embeddings", None)
     if positions is None or positions <= 0:  # relative positions
         return None
     return int(positions) - first_position(backbone) - num_virtual_tokens
@@ -213,7 +222,8 @@ def first_position(backbone: nn.Module) -> int:
 
 def layer_kinds(backbone: Any) -> set[str]:
     """What the config says the layers are; nothing where they are all alike."""
-    values = (getattr(backbone.config, name, None) or () for name in _LAYER_FIELDS)
+    config = text_config(backbone)
+    values = (getattr(config, name, None) or () for name in _LAYER_FIELDS)
     return {kind for kinds in values for kind in kinds}
 
 
@@ -224,7 +234,7 @@ def column_free_length(backbone: Any) -> float:
     limit. Windows count columns, so a row longer than the shortest one depends on them. Without
     position ids, or where states or convolutions run over the columns, every row does: 0.
     """
-    config = backbone.config
+    config = text_config(backbone)
     if "position_ids" not in accepted_arguments(backbone) or layer_kinds(backbone) - ATTENTION:
         return 0
     names = ("sliding_window", "attention_chunk_size", "window_size")

@@ -178,11 +178,11 @@ class _LinearHeads(nn.Module):
     weight: Tensor  # [T, C, h]
     bias: Tensor  # [T, C]
 
-    def __init__(self, like: nn.Linear, capacity: int, num_labels: int) -> None:
+    def __init__(self, width: int, capacity: int, num_labels: int, dtype: torch.dtype) -> None:
         super().__init__()
-        width = like.in_features
-        self.register_buffer("weight", like.weight.new_zeros(capacity, num_labels, width))
-        self.register_buffer("bias", like.weight.new_full((capacity, num_labels), -math.inf))
+        bias = torch.full((capacity, num_labels), -math.inf, dtype=dtype)
+        self.register_buffer("weight", torch.zeros(capacity, num_labels, width, dtype=dtype))
+        self.register_buffer("bias", bias)
 
     @torch.no_grad()
     def write(self, slot: int, head: nn.Linear | None) -> None:
@@ -330,8 +330,12 @@ class EPTBank(nn.Module):
         }
         given = {"capacity": len(adapters) if capacity is None else capacity, **sizes, **choices}
         bank = cls(model, tasks[0], **given)
-        for name, folder in adapters.items():
-            bank.add(name, folder)
+        try:
+            for name, folder in adapters.items():
+                bank.add(name, folder)
+        except BaseException:
+            bank.unload()
+            raise
         return bank
 
     # Adapters
@@ -416,10 +420,13 @@ class EPTBank(nn.Module):
             finally:
                 self.model.delete_adapter(_NEW)
         elif isinstance(adapter, EPTModel):
-            if adapter.task != self.model.task:
-                raise ValueError(
-                    f"adapter: expected one for task {self.model.task}, got {adapter.task}"
-                )
+            kinds = [getattr(m.config, "model_type", None) for m in (self.model, adapter)]
+            for field, (expected, got) in {
+                "task": (self.model.task, adapter.task),
+                "model_type": kinds,
+            }.items():
+                if got != expected:
+                    raise ValueError(f"adapter: expected one for {field} {expected}, got {got}")
             self._copy(name, slot, adapter, adapter.active_adapter)
         elif isinstance(adapter, FusedEPTPrompt):
             if self.model.has_head:
@@ -427,6 +434,7 @@ class EPTBank(nn.Module):
                     f"adapter: expected a folder or a model with a head for task "
                     f"{self.model.task}, got a prompt alone"
                 )
+            self._check_prompt(adapter)
             self._fill(name, slot, adapter, (), None)
         else:
             raise TypeError(
@@ -438,39 +446,41 @@ class EPTBank(nn.Module):
         described = source.descriptions[adapter]
         head: Any = source.head_of(adapter)
         labels = described.labels or ()
+        prompt: Any = source.prompts[adapter]
+        self._check_prompt(prompt)
         if head is not None:
             if len(labels) > self.num_labels:
                 raise ValueError(
                     f"num_labels: expected at most {self.num_labels} classes as the bank has, "
                     f"got {len(labels)}"
                 )
-            self._check_head(described, head)
-        prompt: Any = source.prompts[adapter]
+            self._check_head(slot, described, head)
         self._fill(name, slot, prompt, labels, head)
 
-    def _check_head(self, described: Description, head: nn.Module) -> None:
+    def _check_head(self, slot: int, described: Description, head: nn.Module) -> None:
         """The first adapter decides how logits are taken; the others have to agree."""
-        if not self._slots and not self._heads():
-            heads: nn.Module
-            if isinstance(head, nn.Linear):
-                heads = _LinearHeads(head, self.capacity, self.num_labels)
-            else:
-                modules: Any = head
-                heads = nn.ModuleDict({n: _ModuleHeads(self.num_labels) for n in modules})
-            kind = replace(described, labels=None, head_dropout=0.0)
-            self.model.place(_BANK, self.bank, heads, kind)
-            return
         known = self.model.descriptions[_BANK]
-        for field in ("head", "pooling"):
-            expected, got = getattr(known, field), getattr(described, field)
-            if expected != got:
-                raise ValueError(
-                    f"{field}: expected {expected!r} as the bank's other adapters have, got {got!r}"
-                )
+        kind = replace(described, labels=None, head_dropout=0.0)
+        if self._heads() and kind == known:
+            return
+        if any(taken != slot for taken in self._slots.values()):
+            for field in ("head", "pooling"):
+                expected, got = getattr(known, field), getattr(described, field)
+                if expected != got:
+                    raise ValueError(
+                        f"{field}: expected {expected!r} as the bank's other adapters have, "
+                        f"got {got!r}"
+                    )
+        heads: nn.Module
+        if isinstance(head, nn.Linear):
+            dtype = torch.promote_types(head.weight.dtype, torch.float32)
+            heads = _LinearHeads(head.in_features, self.capacity, self.num_labels, dtype)
+        else:
+            modules: Any = head
+            heads = nn.ModuleDict({n: _ModuleHeads(self.num_labels) for n in modules})
+        self.model.place(_BANK, self.bank, heads.to(self.bank.prompt.device), kind)
 
-    def _fill(
-        self, name: str, slot: int, prompt: FusedEPTPrompt, labels: tuple[str, ...], head: Any
-    ) -> None:
+    def _check_prompt(self, prompt: FusedEPTPrompt) -> None:
         if prompt.num_tasks is not None:
             raise ValueError(f"adapter: expected a single prompt, got a bank of {prompt.num_tasks}")
         if prompt.config.hidden_size != self.bank.config.hidden_size:
@@ -479,13 +489,17 @@ class EPTBank(nn.Module):
                 f"got {prompt.config.hidden_size}"
             )
         self.bank.check(prompt.config)
+
+    def _fill(
+        self, name: str, slot: int, prompt: FusedEPTPrompt, labels: tuple[str, ...], head: Any
+    ) -> None:
         self.bank.write(slot, prompt.fold())
         heads = self._heads()
         if len(heads) == 1 and isinstance(heads[0], _LinearHeads):
             heads[0].write(slot, head)
         else:
             for own, part in zip(heads, head.values() if heads else (), strict=True):
-                own.write(slot, copy.deepcopy(part))
+                own.write(slot, copy.deepcopy(part).to(self.bank.prompt.device))
         self._slots[name], self._labels[name] = slot, labels
 
     def _heads(self) -> list[Any]:
@@ -509,6 +523,10 @@ class EPTBank(nn.Module):
             parameters = [p for module in own for p in module.parameters()]
             sizes[name] = each + sum(p.numel() * p.element_size() for p in parameters)
         return sizes
+
+    def unload(self) -> Any:
+        """Take the backbone out: the model that was given, as it was; the bank is done with."""
+        return self.model.unload()
 
     # Use
 

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ept_fast.config import check_count
 
-__all__ = ["disable", "enable", "set_mode"]
+__all__ = ["Own", "disable", "enable", "set_mode"]
 
 
 def enable(
@@ -49,6 +49,32 @@ def enable(
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index % every_n_layers == 0
         layer._gradient_checkpointing_func = functools.partial(_recompute, layer, run, offload)
+
+
+class Own:
+    """The model's own recomputation, switched off where it was on.
+
+    Attributes:
+        options: of ``torch.utils.checkpoint.checkpoint``, as it was switched on; None where it was
+            off.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        on = [m for m in backbone.modules() if getattr(m, "gradient_checkpointing", False)]
+        self._before = [(m, getattr(m, "_gradient_checkpointing_func", None)) for m in on]
+        functions = [function for _, function in self._before if function is not None]
+        self.options: dict[str, Any] | None = None
+        if functions:
+            self.options = dict(getattr(functions[0], "keywords", {}))
+        for module in on:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+
+    def give_back(self) -> None:
+        """Switch it on again."""
+        for module, function in self._before:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+            if function is not None:
+                module._gradient_checkpointing_func = function
 
 
 def disable(backbone: nn.Module) -> None:

@@ -23,10 +23,10 @@ from transformers import GenerationMixin
 from ept_fast.functional import splice_prompt
 from ept_fast.integrations.backbones import (
     column_free_length,
-    first_position,
     position_table,
     text_limit,
 )
+from ept_fast.integrations.model import layout_of, mark_layout
 from ept_fast.integrations.prefix import PrefixCache
 
 __all__ = ["generate_causal", "generate_seq2seq"]
@@ -89,10 +89,13 @@ def generate_causal(
             f"got another one set on the model itself"
         )
     _refuse(backbone, kwargs)
+    given = kwargs.get("past_key_values")
     if prefix is not None:
         prefix.check(model, task_ids)
-        if kwargs.get("past_key_values") is not None:
+        if given is not None:
             raise ValueError("past_key_values: expected None beside prefix, got a cache")
+        if kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = True
     spliced, mask = _spliced(model, input_ids, attention_mask, task_ids, kwargs)
     length = input_ids.shape[1]
     m = spliced.shape[1] - length
@@ -109,8 +112,8 @@ def generate_causal(
         padding=(mask == 0).sum(1, keepdim=True),
         missing=missing,
         task_ids=task_ids,
-        first_position=first_position(backbone),
-        seeded=prefix is not None,
+        first_position=model._first_position,
+        seeded=prefix is not None or layout_of(given) == "prompt first",
     )
     lengths = ("max_length", "max_new_tokens")
     run = _Run(
@@ -184,11 +187,7 @@ def _generating(model: Any) -> Any:
         raise TypeError(
             f"model: expected a transformers model that can generate, got {type(backbone).__name__}"
         )
-    if getattr(model, "training", False) and getattr(model, "is_gradient_checkpointing", False):
-        raise ValueError(
-            "model: expected evaluation mode (model.eval()) where gradient checkpointing is on, "
-            "as its layers keep no cache in training mode, got training mode"
-        )
+    model.check_keeps_cache()
     return backbone
 
 
@@ -409,7 +408,17 @@ class _Run:
                 f"past_key_values: expected {m} positions of the prompt and fewer than {length} "
                 f"of the text, got {seen} positions"
             )
-        if seen and (self.moved or int(self.text.padding.max()) > seen - m):
+        padding = int(self.text.padding.max())
+        if not seen:
+            mark_layout(cache, "padding first")
+        elif padding and layout_of(cache) == "text first":
+            raise ValueError(
+                "past_key_values: expected rows of one length where a model's own call made it, "
+                "which put their padding behind the text, got padding"
+            )
+        if self.text.seeded:
+            self.check_padding(config)
+        if seen and (self.moved or padding > seen - m):
             raise ValueError(
                 "attention_mask: expected padding on the left only, all of it in the columns "
                 "that past_key_values holds, got other padding"
@@ -417,14 +426,18 @@ class _Run:
 
     def check_prefix(self, config: Any) -> None:
         """Raise ValueError for rows that cannot go behind a prompt that is computed already."""
-        padding, length = int(self.text.padding.max()), self.text.rows.shape[1]
-        if padding == length:
+        if int(self.text.padding.max()) == self.text.rows.shape[1]:
             raise ValueError("input_ids: expected a token in every row beside prefix, got none")
+        self.check_padding(config)
+
+    def check_padding(self, config: Any) -> None:
+        """Raise ValueError where there is padding between prompt and text that the model sees."""
         longest, limit = self.prompt_length + config.max_length, column_free_length(self.backbone)
-        if padding and longest > limit:
+        if int(self.text.padding.max()) and longest > limit:
             raise ValueError(
-                f"attention_mask: expected rows of one length beside prefix, as this model tells "
-                f"columns apart in rows longer than {limit}, got padding and {longest} columns"
+                f"attention_mask: expected rows of one length behind a prompt that is computed "
+                f"already, as this model tells columns apart in rows longer than {limit}, got "
+                f"padding and {longest} columns"
             )
 
     def seed(self, cache: Any, copies: int) -> None:
@@ -475,8 +488,6 @@ class _Prompted:
             kwargs["attention_mask"] = text.mask(attention_mask)
         if position_ids is not None:
             kwargs["position_ids"] = positions
-        if kwargs.get("cache_position") is not None:  # the columns fed, in transformers 5.0 to 5.2
-            kwargs["cache_position"] = start + torch.arange(rows.shape[1], device=rows.device)
         kwargs["past_key_values"] = past_key_values
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         if start == 0:

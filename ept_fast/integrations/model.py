@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput  # type: ignore[attr-defined]
 
-from ept_fast.checkpoint import CheckpointError
+from ept_fast.checkpoint import CheckpointError, json_bytes
 from ept_fast.config import EPTConfig, check_choice
 from ept_fast.folded import offset_table
 from ept_fast.integrations import checkpointing
@@ -46,6 +46,8 @@ __all__ = [
     "Text",
     "check_adapter_name",
     "keep_logits",
+    "layout_of",
+    "mark_layout",
     "next_labels",
     "replace_fields",
     "token_loss",
@@ -157,6 +159,7 @@ class EPTModel(nn.Module):
         super().__init__()
         check_backbone(model, self.task)
         self._packing = prevent_packing(model)
+        self._checkpointing = checkpointing.Own(model)
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._modes = [(m, m.training) for m in model.modules()]
         self.prompts = nn.ModuleDict()
@@ -174,10 +177,11 @@ class EPTModel(nn.Module):
         self._accepted = accepted_arguments(model)
         self._first_position = first_position(model)
         self._table_name = position_table_name(model)
-        # While copies of it stand in the model. In a tuple, so that it is not registered again.
-        self._own_table: tuple[nn.Module, ...] = ()
+        self.own_positions = nn.ModuleDict()  # while copies of them stand in the model
         self._disabled = False
         self._checkpoints = False
+        if self._checkpointing.options is not None:
+            self.gradient_checkpointing_enable(self._checkpointing.options)
         self.register_state_dict_post_hook(_keep_adapters)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_adapters)  # type: ignore[no-untyped-call]
 
@@ -280,6 +284,14 @@ class EPTModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         """Whether layers are recomputed."""
         return self._checkpoints
+
+    def check_keeps_cache(self) -> None:
+        """Raise ValueError in training mode with checkpointing, where layers keep no cache."""
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                "model: expected evaluation mode (model.eval()) where gradient checkpointing is "
+                "on, as its layers keep no cache in training mode, got training mode"
+            )
 
     # Adapters
 
@@ -423,7 +435,7 @@ class EPTModel(nn.Module):
         for group in (self.prompts, self.heads):
             for other, module in group.items():
                 module.requires_grad_(other == name)
-        self._place_positions()
+        self._place_active()
         self.train(self.training)
 
     def delete_adapter(self, name: str) -> None:
@@ -443,12 +455,12 @@ class EPTModel(nn.Module):
     def disable_adapter(self) -> Iterator[EPTModel]:
         """The plain backbone, for the length of a ``with`` block."""
         before, self._disabled = self._disabled, True
-        self._place_positions(plain=True)
+        self._place_active()
         try:
             yield self
         finally:
             self._disabled = before
-            self._place_positions(plain=before)
+            self._place_active()
 
     def unload(self) -> Any:
         """Take the backbone out: the model that was given, as it was; this object is done with.
@@ -456,12 +468,14 @@ class EPTModel(nn.Module):
         Its head, the ``requires_grad`` of its parameters and its modules' modes are restored.
         """
         self.gradient_checkpointing_disable()
-        self._place_positions(plain=True)
+        self._disabled = True
+        self._place_active()
         allow_packing(self._packing)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         for module, mode in self._modes:
             module.training = mode
+        self._checkpointing.give_back()
         backbone, self.backbone = self.backbone, None
         return backbone
 
@@ -491,7 +505,7 @@ class EPTModel(nn.Module):
                 f'"positions", got {type(self.backbone).__name__}'
             )
         if self._table_name is not None and inside:
-            self._own_table = (self.backbone.get_submodule(self._table_name),)
+            self.own_positions["table"] = self.backbone.get_submodule(self._table_name)
         try:
             for name, prompt in self.prompts.items():
                 self.folded[name] = prompt.fold(dtype, "low_rank" if inside else offset)  # type: ignore[operator]
@@ -500,7 +514,7 @@ class EPTModel(nn.Module):
         except BaseException:
             self.unfold()
             raise
-        self._place_positions()
+        self._place_active()
 
     @torch.no_grad()
     def _fold_into_positions(self, name: str, dtype: torch.dtype | None) -> None:
@@ -520,11 +534,11 @@ class EPTModel(nn.Module):
             wide = accumulation_dtype(table.weight, prompt.offset_b)
             offset = offset_table(prompt.offset_a, prompt.offset_b, prompt.config.scaling, wide)
             self.position_tables[name] = with_offset(table, start, offset)
-            self._place_positions()
+            self._place_active()
             check_sums(self._outputs(ids), expected, without[0])
         finally:
             self.active_adapter = active
-            self._place_positions()
+            self._place_active()
 
     def _outputs(self, input_ids: Tensor) -> Tensor:
         """What the part of the backbone that reads the text makes of ids without padding."""
@@ -538,21 +552,22 @@ class EPTModel(nn.Module):
     def _reader(self) -> Any:
         return self.backbone
 
-    def _place_positions(self, plain: bool = False) -> None:
-        """Put the active adapter's table of positions into the backbone, or the model's own."""
-        if not self._own_table:
+    def _place_active(self) -> None:
+        """Put into the backbone what it has from the active adapter, or what it has by itself."""
+        if not self.own_positions:
             return
         name = self.active_adapter
-        folded = name in self.position_tables and not plain
-        table = self.position_tables[name] if folded else self._own_table[0]
+        folded = name in self.position_tables and not self._disabled
+        table = self.position_tables[name] if folded else self.own_positions["table"]
+        assert self._table_name is not None
         self.backbone.set_submodule(self._table_name, table)
 
     def unfold(self) -> None:
         """Use the trainable prompts, and the model's own positions, again."""
         self.folded.clear()
         self.position_tables.clear()
-        self._place_positions()
-        self._own_table = ()
+        self._place_active()
+        self.own_positions.clear()
 
     # Numbers
 
@@ -619,7 +634,6 @@ class EPTModel(nn.Module):
         for key, tensor in (*gather(prompt.state_dict()).items(), *(head or {}).items()):
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{key}: expected finite values to save, got NaN or infinity")
-        prompt.save_pretrained(folder)
         described = self.descriptions[name]
         values = {
             "task": self.task,
@@ -631,6 +645,8 @@ class EPTModel(nn.Module):
             "head_dropout": described.head_dropout,
             "extra": dict(extra or {}),
         }
+        json_bytes(values)  # what JSON cannot hold is refused before any file is replaced
+        prompt.save_pretrained(folder)
         with writing_process(prompt.parameters()) as writes:
             if writes:
                 write_adapter(folder, head, values, prompt.config)
@@ -643,11 +659,12 @@ class EPTModel(nn.Module):
         """
         folder = Path(folder)
         described = self._read_description(folder)
-        if described.labels != self.description.labels:
-            raise CheckpointError(
-                f"{folder / ADAPTER_FILE}: labels: expected {self.description.labels}, "
-                f"got {described.labels}"
-            )
+        for field in ("labels", "pooling", "head"):
+            expected, got = (getattr(d, field) for d in (self.description, described))
+            if got != expected:
+                raise CheckpointError(
+                    f"{folder / ADAPTER_FILE}: {field}: expected {expected}, got {got}"
+                )
         self._load(folder, self.active_adapter)
 
     def load_adapter(self, folder: str | Path, name: str) -> None:
@@ -740,7 +757,11 @@ class EPTModel(nn.Module):
             labels = tuple(values["labels"] or ()) if values["head"] == "model" else None
             model = load_backbone(name, values["task"], labels=labels)
         chosen = EPTModel.of_task(values["task"])(model, base_model=name, backend=backend)
-        chosen.load_adapter(folder, adapter_name)
+        try:
+            chosen.load_adapter(folder, adapter_name)
+        except BaseException:
+            chosen.unload()
+            raise
         return chosen.eval()
 
     # Forward
@@ -866,7 +887,7 @@ class EPTModel(nn.Module):
 def check_adapter_name(name: str, taken: Container[str]) -> None:
     """Raise ValueError unless the name is plain and new."""
     plain = isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
-    if not plain or not name.isascii() or hasattr(nn.ModuleDict, name):
+    if not plain or not name.isascii() or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             f"adapter_name: expected letters, digits, _ and -, and no name of a method of "
             f"ModuleDict, got {name!r}"
@@ -878,6 +899,23 @@ def check_adapter_name(name: str, taken: Container[str]) -> None:
 def replace_fields(output: ModelOutput, **fields: Any) -> Any:
     """The same output with other values in these fields."""
     return type(output)(**{**output, **fields})
+
+
+def mark_layout(cache: Any, layout: str) -> None:
+    """Note where a cache's rows have their padding, for ``generate`` to go on from it.
+
+    ``"padding first"``, which is that of ``generate`` and needs no note: ``[padding | prompt |
+    text]``; ``"prompt first"``: ``[prompt | padding | text]``; ``"text first"``: ``[prompt | text |
+    padding]``.
+    """
+    cache.ept_layout = layout
+
+
+def layout_of(cache: Any) -> str:
+    """As :func:`mark_layout` has noted it; of an empty cache, that of ``generate``."""
+    if cache is None or not int(cache.get_seq_length()):
+        return "padding first"
+    return getattr(cache, "ept_layout", "padding first")
 
 
 def keep_logits(logits: Tensor, kept: int | Tensor) -> Tensor:
@@ -936,12 +974,13 @@ def _keep_adapters(module: nn.Module, state: dict[str, Any], prefix: str, _: Any
         del state[key]
 
 
-def _expect_adapters(module: nn.Module, keys: Any) -> None:
-    """So they are not missed where one is loaded."""
+def _expect_adapters(module: Any, keys: Any) -> None:
+    """So they are not missed where one is loaded; what was folded before is out of date."""
     frozen = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     frozen |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     frozen = {name for name in frozen if not name.startswith(("prompts.", "heads."))}
     keys.missing_keys[:] = [k for k in keys.missing_keys if not _ends_in(k, frozen)]
+    module.unfold()
 
 
 def _ends_in(key: str, names: set[str]) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from ept_fast.integrations.model import (
     EPTModel,
     Text,
     keep_logits,
+    mark_layout,
     next_labels,
     replace_fields,
     token_loss,
@@ -165,6 +165,9 @@ class EPTModelForCausalLM(EPTModel):
             targets = next_labels(text.compact(labels), text.attention_mask)
             before = logits.shape[1] - targets.shape[1]
             loss = token_loss(logits, F.pad(targets, (before, 0), value=IGNORED), num_items)
+        if output.get("past_key_values") is not None:  # use_cache=True was given
+            layout = "prompt first" if text.order is None else "text first"
+            mark_layout(output.past_key_values, layout)
         logits = text.restore(logits[:, max(logits.shape[1] - length, 0) :])
         return replace_fields(output, loss=loss, logits=keep_logits(logits, kept))
 
@@ -323,28 +326,10 @@ class _Headed(EPTModel):
             setattr(self.backbone, name, module)
 
     def _place_active(self) -> None:
-        own = self.description.head == "model"
+        super()._place_active()
+        active = bool(self.active_adapter) and not self._disabled
+        own = active and self.description.head == "model"
         self._place(self.head if own else self.base_head)  # type: ignore[arg-type]
-
-    def set_adapter(self, name: str) -> None:
-        """As :meth:`EPTModel.set_adapter`; the adapter's head takes its place in the model."""
-        super().set_adapter(name)
-        self._place_active()
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[EPTModel]:
-        """The plain model with its own head, for the length of a ``with`` block."""
-        with super().disable_adapter():
-            self._place(self.base_head)
-            try:
-                yield self
-            finally:
-                self._place_active()
-
-    def unload(self) -> Any:
-        """As :meth:`EPTModel.unload`."""
-        self._place(self.base_head)
-        return super().unload()
 
     def _linear(self, values: Tensor) -> Tensor:
         """Logits of a linear head in float32, from the encoder's values ``[..., h]``."""

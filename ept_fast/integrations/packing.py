@@ -16,11 +16,12 @@ from ept_fast.integrations.backbones import (
     accepted_arguments,
     column_free_length,
     layer_kinds,
+    text_config,
 )
+from ept_fast.integrations.model import IGNORED
 
 __all__ = ["check_packing", "packed_forward"]
 
-IGNORED = -100
 _MASKS = ("eager", "sdpa")  # the two kinds of attention that take a mask [R, 1, Q, K] as it is
 
 
@@ -38,7 +39,7 @@ def check_packing(backbone: Any, length: int) -> None:
     Raises:
         ValueError: what is in the way.
     """
-    config = backbone.config
+    config = text_config(backbone)
     name = type(backbone).__name__
     limit = column_free_length(backbone)
     others = layer_kinds(backbone) - ATTENTION
@@ -95,8 +96,9 @@ def packed_forward(
     """
     _check_index(input_ids, labels, pack_index)
     num_items = kwargs.pop("num_items_in_batch", None)
-    if kwargs.pop("task_ids", None) is not None:
-        raise ValueError("task_ids: expected None beside pack_index, got a tensor")
+    for given in ("task_ids", "logits_to_keep"):
+        if kwargs.pop(given, None) is not None:
+            raise ValueError(f"{given}: expected None beside pack_index, got a value")
     backbone = model.backbone
     length = input_ids.shape[1]  # L
     spliced = model.splice(input_ids=input_ids, attention_mask=attention_mask)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from ept_fast.integrations.backbones import ATTENTION, column_free_length, layer_kinds
-from ept_fast.integrations.model import keep_logits, replace_fields
+from ept_fast.integrations.model import keep_logits, mark_layout, replace_fields
 
 __all__ = ["PrefixCache", "prefix_forward"]
 
@@ -21,7 +20,8 @@ class PrefixCache:
     Made by ``prefix_cache()`` of a causal model or a bank, and given to their ``forward`` and
     ``generate`` as ``prefix``. Prompt positions see no text, so their keys and values are the same
     before every text: the results are those without it, to rounding. They are kept as the layers
-    made them, positions included, in the backbone's type.
+    made them, positions included, in the backbone's type. A prefix that is older than its prompt
+    is refused; a change that PyTorch does not count, through ``.data``, needs another prefix.
 
     Args:
         model: an :class:`ept_fast.integrations.models.EPTModelForCausalLM`; its active adapter.
@@ -36,7 +36,7 @@ class PrefixCache:
 
     def __init__(self, model: Any) -> None:
         unlike = layer_kinds(model.backbone) - ATTENTION
-        if unlike or "past_key_values" not in inspect.signature(model.backbone.forward).parameters:
+        if unlike or "past_key_values" not in model._accepted:
             got = ", ".join(sorted(unlike)) or "a forward without past_key_values"
             raise ValueError(
                 f"model: expected attention in every layer and a forward that takes "
@@ -58,9 +58,17 @@ class PrefixCache:
         """Bytes of all keys and values."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self) -> None:
-        """Compute the prompts that changed since the last time again; of a bank, those only."""
+        """Compute the prompts that changed since the last time again; of a bank, those only.
+
+        Raises:
+            ValueError: another adapter is active, or the model trains with recomputed layers, which
+                keep nothing.
+        """
+        if self._model.prompt is not self._prompt:
+            raise ValueError("prefix: expected the cache of the active adapter, got another's")
         state = _state(self._prompt)
         slots = [i for i, made in enumerate(state) if i >= len(self._made) or self._made[i] != made]
         if not slots:
@@ -83,11 +91,11 @@ class PrefixCache:
         embeds, mask, ranks = model.splice(input_ids=nothing, task_ids=task_ids)
         cache = DynamicCache()
         inputs: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        accepted = inspect.signature(backbone.forward).parameters
-        if "position_ids" in accepted:
+        if "position_ids" in model._accepted:
             inputs["position_ids"] = ranks + model._first_position
-        if "logits_to_keep" in accepted:
+        if "logits_to_keep" in model._accepted:
             inputs["logits_to_keep"] = 1
+        model.check_keeps_cache()
         backbone(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, **inputs)
         kept: Any = cache.layers
         return [(layer.keys, layer.values) for layer in kept]
@@ -108,11 +116,10 @@ class PrefixCache:
 
     def write(self, cache: Cache, rows: Tensor) -> None:
         """Put the prompts of these slots, ``[N]``, at the beginning of an empty cache."""
-        # Its third argument is that of transformers before 5.3; later ones count by themselves.
-        columns = {"cache_position": torch.arange(self.num_virtual_tokens, device=rows.device)}
         for index, layer in enumerate(self.layers):
             keys, values = (t.index_select(0, rows.to(t.device)) for t in layer)
-            cache.update(keys, values, index, columns)
+            cache.update(keys, values, index)
+        mark_layout(cache, "prompt first")
 
 
 def _is_bank(prompt: Any) -> bool:
@@ -122,8 +129,13 @@ def _is_bank(prompt: Any) -> bool:
 def _state(prompt: Any) -> list[Any]:
     """Something for each slot that is another once its prompt has changed."""
     if _is_bank(prompt):
-        return list(prompt.writes)
-    return [tuple((id(p), p._version, p.dtype, p.device) for p in prompt.parameters())]
+        kind = (prompt.prompt.dtype, prompt.prompt.device)
+        return [(count, *kind) for count in prompt.writes]
+    return [tuple((id(p), _version(p), p.dtype, p.device) for p in prompt.parameters())]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()
@@ -151,6 +163,7 @@ def prefix_forward(
             raise ValueError(f"{name}: expected None beside prefix, which is for inference")
     task_ids = kwargs.pop("task_ids", None)
     prefix.check(model, task_ids)
+    model.check_keeps_cache()
     m = prefix.num_virtual_tokens
     if m + text.length > column_free_length(model.backbone):
         text = text.compacted()
@@ -170,5 +183,7 @@ def prefix_forward(
     output = model.backbone(
         **{**kwargs, "inputs_embeds": embeds[:, m:], "attention_mask": mask, **inputs}
     )
+    if text.order is not None:
+        mark_layout(cache, "text first")
     logits = keep_logits(text.restore(output.logits), kept)
     return replace_fields(output, logits=logits)

@@ -53,7 +53,7 @@ def naming(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: {str(error)[:1000]}") from None
 
 
 @dataclass(frozen=True)

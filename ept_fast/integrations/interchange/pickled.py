@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from ept_fast.checkpoint import check_shapes, check_tensors
-from ept_fast.reading import CheckpointError, read_file, shorten
+from ept_fast.reading import FILE_LIMIT, CheckpointError, read_file, shorten
 
 __all__ = ["PickledState"]
 
-# Bytes of a file, and of the instructions in it: those of three tensors take four hundred.
-_FILE_LIMIT = 1 << 30
+# Bytes of instructions: those of three tensors take four hundred.
 _PICKLE_LIMIT = 8 << 10
 
 # A dict of tensors needs these, in the protocol of torch.save.
@@ -59,7 +58,7 @@ class PickledState:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._records = _read_records(path, read_file(path, limit=_FILE_LIMIT))
+        self._records = _read_records(path, read_file(path, limit=FILE_LIMIT))
         try:
             described = _inspect(self._records)
         except Exception as error:  # the unpickler raises whatever the damage leads to
@@ -148,11 +147,15 @@ def _inspect(records: Mapping[str, bytes]) -> dict[str, _Described]:
     _check_instructions(text)
     state = _Describer(text, records).load()
     if not isinstance(state, dict):
-        raise ValueError(f"a {type(state).__name__}")
+        raise ValueError(_kind(state))
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, _Described):
-            raise ValueError(f"{type(value).__name__} under the key {shorten(name)}")
+            raise ValueError(f"{_kind(value)} under the key {shorten(name)}")
     return state
+
+
+def _kind(value: Any) -> str:
+    return "a tensor" if isinstance(value, _Described) else type(value).__name__
 
 
 def _check_instructions(text: bytes) -> None:

@@ -186,6 +186,9 @@ def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
             f"{name.replace('_', ' ')}: {start} before, {after[name]:.4f} after "
             f"{after['step']} steps ({count} rows)"
         )
+    if "train_targets_cut" in rows:
+        learnt = "targets" if rows["targets"] else "the texts themselves, as no row has a target"
+        lines.append(f"learnt: {learnt}")
     lines += [
         f"time per step: {1000 * metrics['seconds_per_step']:.0f} ms (median)",
         f"parameters trained: {trained:,} (prompt {counts['prompt']:,}, head {counts['head']:,}), "

@@ -33,6 +33,7 @@ ROWS = [
     {"text": "Name a planet with rings.", "target": "Saturn."},
 ]
 MAX_LENGTH = 256
+MAX_ANSWER = 64  # of these
 
 
 def main() -> None:
@@ -58,12 +59,14 @@ def main() -> None:
     model = get_ept_model(decoder, config, "CAUSAL_LM")
     model.print_trainable_parameters()
 
+    tokenizer.truncation_side = "left"  # of a long text what stands next to the answer is kept
+    room = MAX_LENGTH - MAX_ANSWER
+
     def example(row):
-        question = tokenizer(row["text"])["input_ids"]
+        question = tokenizer(row["text"], truncation=True, max_length=room)["input_ids"]
         answer = tokenizer(" " + row["target"], add_special_tokens=False)["input_ids"]
-        ids = question + answer + [tokenizer.eos_token_id]
-        labels = [-100] * len(question) + ids[len(question) :]
-        return {"input_ids": ids[:MAX_LENGTH], "labels": labels[:MAX_LENGTH]}
+        answer = [*answer, tokenizer.eos_token_id][:MAX_ANSWER]
+        return {"input_ids": question + answer, "labels": [-100] * len(question) + answer}
 
     trainer = Trainer(
         model,
@@ -92,11 +95,13 @@ def main() -> None:
     model = EPTModel.from_pretrained(args.output, model.unload())
     texts = [row["text"] for row in rows[:4]]
     tokenizer.padding_side = "left"  # new tokens follow the text
-    batch = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+    batch = tokenizer(
+        texts, padding=True, truncation=True, max_length=room, return_tensors="pt"
+    ).to(model.device)
     made = model.generate(
         batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        max_new_tokens=16,
+        max_new_tokens=MAX_ANSWER,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -85,7 +85,8 @@ def main() -> None:
     # What a program that uses the adapter needs: the encoder's name is in the folder.
     model = EPTModel.from_pretrained(args.output)
     model.fold()  # computes the prompt once
-    batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    texts = [row["text"] for row in rows]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
     with torch.no_grad():
         chosen = model(**batch).logits.argmax(-1).tolist()
     for row, choice in zip(rows[:4], chosen, strict=False):

@@ -316,6 +316,18 @@ def test_heads_in_half_precision_are_kept_in_single(bert: Alone) -> None:
     assert bank.model.head.weight.dtype == torch.float32
 
 
+def test_values_beyond_the_bank_s_type(llama: Alone) -> None:
+    bank = EPTBank.from_adapters(
+        BY_NAME["Llama"].build("CAUSAL_LM", dtype=torch.float64), llama.folders
+    )
+    big = adapter("Llama", (4, 12, 2), seed=3)
+    big.prompt.offset_b.data[0, 0] = 1e300
+    before = {name: buffer.clone() for name, buffer in bank.bank.named_buffers()}
+    with pytest.raises(ValueError, match="offset_b: expected values within torch.float32"):
+        bank.replace("long", big)
+    assert all(before[name].equal(buffer) for name, buffer in bank.bank.named_buffers())
+
+
 def test_unload(llama: Alone) -> None:
     backbone = BY_NAME["Llama"].build("CAUSAL_LM", dtype=torch.float64)
     assert EPTBank.from_adapters(backbone, llama.folders).unload() is backbone

@@ -661,6 +661,17 @@ def test_encoder_positions_that_run_out() -> None:
         made.model.generate(text, max_new_tokens=2)
 
 
+def test_decoder_positions_that_run_out() -> None:
+    """The decoder's start and all new tokens but one have a position."""
+    made = make_trial("BART")
+    text = torch.full((1, 3), 5)
+    assert made.model.generate(text, min_new_tokens=64, max_new_tokens=64).shape == (1, 65)
+    message = "max_length: expected at most 65 for the decoder's start and new tokens"
+    for choices in ({"max_new_tokens": 65}, {"max_length": 66}):
+        with pytest.raises(ValueError, match=message):
+            made.model.generate(text, **choices)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"inputs_embeds": torch.zeros(1, 2, 32)}, "inputs_embeds: expected None"),
     ({"position_ids": torch.zeros(1, 2)}, "position_ids: expected None"),

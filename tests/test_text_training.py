@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ept_fast import CheckpointError, EPTConfig, get_ept_model
+from ept_fast.cli import describe_run
+from ept_fast.integrations.backbones import load_backbone, load_tokenizer
 from ept_fast.module import TENSOR_FILE
 from ept_fast.training import trainer
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, Rows, read_rows
-from ept_fast.training.evaluation import spread
+from ept_fast.training.evaluation import TextEvaluation, spread
+from ept_fast.training.generation import Writer
 from ept_fast.training.job import evaluate, load_adapter, predict, train
+from ept_fast.training.tokens import TextForm, tokenise_inputs
 from ept_fast.training.trainer import NonFiniteLossError, PromptTrainer, newest_checkpoint
 from tests.tiny import (
     ANSWERS,
@@ -330,7 +335,13 @@ def test_texts_without_targets_are_learnt_themselves(
     assert after["loss"] < 0.6 * before["loss"]
     assert after["token_accuracy"] > before["token_accuracy"]
     assert set(after) == {"step", "loss", "perplexity", "token_accuracy"}
-    assert [set(s) for s in metrics["samples"]] == [{"text", "output"}] * 2
+    assert len(metrics["samples"]) == 2
+    for sample in metrics["samples"]:  # a text's first half goes on as the text does
+        assert f"{sample['text']} {sample['rest']}" in texts
+        assert sample["rest"].startswith(sample["output"][:3])
+        assert sample["output"]
+    assert "rest:" in (output / "samples.md").read_text()
+    assert "learnt: the texts themselves, as no row has a target" in describe_run(metrics, output)
     assert evaluate(output, tmp_path / "texts.txt")["loss"] < before["loss"]
     rows = Rows(("the play",), None, None, "r", (1,))
     assert isinstance(predict(output, rows)[0]["output"], str)
@@ -384,6 +395,100 @@ def test_sizes_that_do_not_fit(
     with pytest.raises(ValueError, match="^" + message):
         train(TrainConfig(**settings), progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_overwriting_starts_where_everything_is_found_good(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then the earlier run stays."""
+    import transformers
+
+    model = save_llama(tmp_path / "model", steps=0)
+    size = transformers.AutoConfig.from_pretrained(model).vocab_size
+    config = transformers.GPT2Config(
+        vocab_size=size,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(model)
+    output = tmp_path / "out"
+    settings = settings_of({"causal": model}, data, output, "causal", max_steps=1, eval_steps=1)
+    train(TrainConfig(**settings), progress=False)
+    before = weights(output)
+    for changes, message in (
+        ({"max_new_tokens": 500}, "max_new_tokens: expected at most 45, for which the model has"),
+        ({"prompt_lr": 1e-2}, "no trainer today"),
+    ):
+        if "prompt_lr" in changes:
+
+            def refuse(*args: Any, **options: Any) -> None:
+                raise ValueError("no trainer today")
+
+            monkeypatch.setattr(PromptTrainer, "__init__", refuse)
+        with pytest.raises(ValueError, match=message):
+            train(TrainConfig(**{**settings, **changes}), overwrite=True, progress=False)
+        assert weights(output) == before
+        assert (output / "metrics.json").exists()
+
+
+def test_a_target_field_that_is_not_there(
+    models: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(models, data, tmp_path / "out", "causal", target_field="answr")
+    with pytest.raises(DataError, match=r"train.jsonl: answr: expected targets in the field that"):
+        train(TrainConfig(**settings), progress=False)
+
+
+def test_nothing_to_learn(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("a walk\nthe play\n" * 4)
+    settings = settings_of(models, tmp_path / "texts.txt", tmp_path / "out", "causal", max_length=1)
+    with pytest.raises(ValueError, match="max_length: expected room for a token to learn, got 1"):
+        train(TrainConfig(**settings), progress=False)
+
+
+class ByteTokenizer:
+    """Pieces that keep the space before a word, as byte-level ones do."""
+
+    bos_token_id = None
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[str]]:
+        return {"input_ids": re.findall(" ?[^ ]+", text)}
+
+
+def test_f1_goes_by_the_texts_that_exact_match_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """White space at the ends of a target changes neither."""
+    rows = Rows(("a", "b"), None, None, "r", (1, 2), (" yes good", "no"))
+    outputs = ["yes good", "no idea"]
+
+    def writer(model: Any, inputs: Any) -> list[str]:
+        return outputs
+
+    writer.tokenizer = ByteTokenizer()  # type: ignore[attr-defined]
+    monkeypatch.setattr("ept_fast.training.evaluation.tokenise_inputs", lambda *args: None)
+    form = TextForm("causal", 8, 8)
+    evaluation = TextEvaluation(None, None, 1, rows, form, writer)  # type: ignore[arg-type]
+    samples = evaluation.samples(None)
+    assert [s["exact_match"] for s in samples] == [True, False]
+    assert [s["f1"] for s in samples] == [1, pytest.approx(2 / 3)]
+
+
+def test_a_least_length_of_the_model_is_left_out(models: dict[str, Path], data: Path) -> None:
+    model = get_ept_model(
+        load_backbone(str(models["seq2seq"]), "SEQ_2_SEQ_LM"),
+        EPTConfig(32, num_virtual_tokens=2, max_length=16, rank=1),
+        "SEQ_2_SEQ_LM",
+    )
+    tokenizer = load_tokenizer(str(models["seq2seq"]))
+    rows = read_rows(data / "test.jsonl", answer="target").take(range(4))
+    inputs = tokenise_inputs(rows, tokenizer, TextForm("seq2seq", 16, 6))
+    writer = Writer(tokenizer, 4, 6)
+    expected = writer(model, inputs)
+    model.backbone.generation_config.update(min_length=6, num_return_sequences=2, num_beams=2)
+    assert writer(model, inputs) == expected
 
 
 def test_packing_is_refused_before_training_where_it_would_be_wrong(

@@ -97,7 +97,15 @@ class BankPrompt(SplicedPrompt):
 
     @torch.no_grad()
     def write(self, slot: int, source: FoldedEPTPrompt | None) -> None:
-        """Fill a slot, or clear it where there is no source."""
+        """Fill a slot, or clear it where there is no source.
+
+        Raises:
+            ValueError: values beyond the range of the bank's types; nothing is written then.
+        """
+        for name in ("prompt", "offset_a", "offset_b"):
+            value, kept = getattr(source, name, None), getattr(self, name)
+            if value is not None and not bool(torch.isfinite(value.to(kept.dtype)).all()):
+                raise ValueError(f"{name}: expected values within {kept.dtype}, got larger ones")
         m = self.prompt.shape[1]
         for buffer in (self.prompt, self.offset_a, self.offset_b, self.offset_table):
             if buffer is not None:

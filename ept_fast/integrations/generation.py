@@ -171,6 +171,7 @@ def generate_seq2seq(
             f"input_ids: expected at most {limit} positions, which the model has without the "
             f"prompt's {m}, got {input_ids.shape[1]}"
         )
+    _check_answer(backbone, kwargs)
     # Encoders count positions by column, so padding goes to the right.
     order = (1 - mask).argsort(dim=1, stable=True)
     return backbone.generate(
@@ -178,6 +179,22 @@ def generate_seq2seq(
         attention_mask=mask.gather(1, order),
         **kwargs,
     )
+
+
+def _check_answer(backbone: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where the decoder's positions would run out."""
+    limit = text_limit(backbone, 0) if position_table(backbone) is not None else None
+    if limit is None:
+        return
+    given = kwargs.get("decoder_input_ids")
+    start = 1 if given is None else given.shape[1]
+    new = _setting(backbone, kwargs, "max_new_tokens")
+    length = _setting(backbone, kwargs, "max_length") if new is None else start + new
+    if length is not None and length - 1 > limit:  # the last new token is not fed
+        raise ValueError(
+            f"max_length: expected at most {limit + 1} for the decoder's start and new tokens, for "
+            f"which the model has positions, got {length}"
+        )
 
 
 def _generating(model: Any) -> Any:

@@ -38,6 +38,7 @@ from ept_fast.integrations.positions import check_sums, looked_up, with_offset
 from ept_fast.integrations.quantised import allow_packing, prevent_packing
 from ept_fast.module import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt
 from ept_fast.precision import accumulation_dtype
+from ept_fast.reading import shorten
 from ept_fast.sharding import fill, gather, reshard, writing_process
 
 __all__ = [
@@ -663,7 +664,8 @@ class EPTModel(nn.Module):
             expected, got = (getattr(d, field) for d in (self.description, described))
             if got != expected:
                 raise CheckpointError(
-                    f"{folder / ADAPTER_FILE}: {field}: expected {expected}, got {got}"
+                    f"{folder / ADAPTER_FILE}: {field}: expected {shorten(expected)}, "
+                    f"got {shorten(got)}"
                 )
         self._load(folder, self.active_adapter)
 
@@ -681,7 +683,7 @@ class EPTModel(nn.Module):
         try:
             chosen = self._describe(described.labels, described.pooling, described.head_dropout)
         except ValueError as error:
-            raise CheckpointError(f"{folder / ADAPTER_FILE}: {error}") from None
+            raise CheckpointError(f"{folder / ADAPTER_FILE}: {str(error)[:1000]}") from None
         if chosen != described:
             raise CheckpointError(
                 f"{folder / ADAPTER_FILE}: head: expected {chosen.head!r} as this model needs, "
@@ -689,7 +691,8 @@ class EPTModel(nn.Module):
             )
         layer = self.get_input_embeddings()
         prompt = FusedEPTPrompt.from_pretrained(folder, layer, backend=self.backend)
-        head = self._new_head(described, torch.Generator())
+        with torch.random.fork_rng(devices=()):  # of which a new linear layer draws
+            head = self._new_head(described, torch.Generator())
         if head is not None:
             tensors = read_head(folder, head)
             if described.head == "linear":
@@ -705,7 +708,7 @@ class EPTModel(nn.Module):
             if values[key] != expected:
                 raise CheckpointError(
                     f"{folder / ADAPTER_FILE}: {key}: expected {expected!r} as in this model, "
-                    f"got {values[key]!r}"
+                    f"got {shorten(values[key])}"
                 )
         labels = None if values["labels"] is None else tuple(values["labels"])
         return Description(labels, values["pooling"], values["head"], values["head_dropout"])

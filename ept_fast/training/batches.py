@@ -143,7 +143,7 @@ class GroupedBatches:
         if len(self.lengths) < self.pieces:
             raise ValueError(
                 f"gradient_accumulation_steps: expected at least a row for each of the "
-                f"{self.pieces} parts of a step, got {len(self.lengths)} rows"
+                f"{self.pieces} batches of a step (of all processes), got {len(self.lengths)} rows"
             )
 
     def __len__(self) -> int:
@@ -245,7 +245,7 @@ class PackedBatches(GroupedBatches):
         if least < self.pieces:
             raise ValueError(
                 f"gradient_accumulation_steps: expected at least a packed row for each of the "
-                f"{self.pieces} parts of a step, got {least} rows"
+                f"{self.pieces} batches of a step (of all processes), got {least} rows"
             )
 
     def _epoch(self, generator: torch.Generator) -> list[list[Any]]:

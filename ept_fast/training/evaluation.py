@@ -13,7 +13,13 @@ from ept_fast.training import parallel
 from ept_fast.training.batches import Collator, length_batches
 from ept_fast.training.data import Rows
 from ept_fast.training.generation import Writer
-from ept_fast.training.metrics import classification_metrics, exact_match, perplexity, token_f1
+from ept_fast.training.metrics import (
+    classification_metrics,
+    exact_match,
+    normalised,
+    perplexity,
+    token_f1,
+)
 from ept_fast.training.tokens import IGNORED, TextForm, Tokenised, tokenise_inputs
 
 __all__ = [
@@ -164,12 +170,16 @@ class TextEvaluation(Evaluation):
     def samples(self, model: Any) -> list[dict[str, Any]]:
         """``text``, ``target``, ``output``, ``exact_match`` and ``f1`` of each row asked for.
 
-        Without targets, texts are continued: ``text`` and ``output``.
+        Without targets, the first half of each text is continued: ``text``, which is that half,
+        ``rest``, how it goes on in the data, and ``output``.
         """
         if self.asked is None:
             return []
         tokenizer = self.writer.tokenizer
-        outputs = self.writer(model, tokenise_inputs(self.asked, tokenizer, self.form))
+        inputs = tokenise_inputs(self.asked, tokenizer, self.form)
+        if not self.form.targets:
+            return self._continued(model, inputs)
+        outputs = self.writer(model, inputs)
         samples: list[dict[str, Any]] = [
             {"text": text, "output": output}
             for text, output in zip(self.asked.texts, outputs, strict=True)
@@ -178,8 +188,23 @@ class TextEvaluation(Evaluation):
             sample["target"] = target
             sample["exact_match"] = exact_match(sample["output"], target)
             tokens = [
-                tokenizer(text, add_special_tokens=False)["input_ids"]
+                tokenizer(normalised(text), add_special_tokens=False)["input_ids"]
                 for text in (sample["output"], target)
             ]
             sample["f1"] = token_f1(*tokens)
+        return samples
+
+    def _continued(self, model: Any, inputs: Tokenised) -> list[dict[str, Any]]:
+        tokenizer = self.writer.tokenizer
+        rows = [row["input_ids"] for row in inputs.features]
+        halves = [row[: (len(row) + 1) // 2] for row in rows]
+        features = tuple({"input_ids": half} for half in halves)
+        outputs = self.writer(model, Tokenised(features, None, 0))
+        samples = []
+        for row, half, output in zip(rows, halves, outputs, strict=True):
+            text, rest = (
+                tokenizer.decode(ids, skip_special_tokens=True).strip()
+                for ids in (half, row[len(half) :])
+            )
+            samples.append({"text": text, "rest": rest, "output": output})
         return samples

@@ -16,7 +16,8 @@ __all__ = ["Writer"]
 
 @dataclass(frozen=True)
 class Writer:
-    """How texts are generated: always the same way, without sampling.
+    """How texts are generated: always the same way, without sampling and without a least length,
+    whatever the model's generation config says.
 
     Attributes:
         tokenizer: of the model.
@@ -53,6 +54,9 @@ class Writer:
                     max_new_tokens=self.max_new_tokens,
                     num_beams=self.num_beams,
                     do_sample=False,
+                    num_return_sequences=1,
+                    min_length=0,
+                    min_new_tokens=0,
                     eos_token_id=stops,
                     pad_token_id=collator.pad_token_id,
                 )

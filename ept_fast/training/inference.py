@@ -239,9 +239,13 @@ def _writer(
     adapter: Adapter, batch_size: int, max_new_tokens: int | None, num_beams: int | None
 ) -> Any:
     from ept_fast.training.generation import Writer
+    from ept_fast.training.tasks import new_tokens
 
-    assert adapter.form is not None  # of every adapter of a text task
-    tokens = max_new_tokens or adapter.form.max_target_length
+    form = adapter.form
+    assert form is not None  # of every adapter of a text task
+    # A text that is continued may be of any length; generate sees to it.
+    longest = form.max_length if form.targets else 1
+    tokens = new_tokens(adapter.model, form, max_new_tokens, longest)
     return Writer(adapter.tokenizer, batch_size, tokens, num_beams or adapter.num_beams)
 
 

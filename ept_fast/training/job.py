@@ -81,6 +81,11 @@ def load_task(config: TrainConfig) -> TaskData:
             f"{train_rows.source}, one has a second text and the other has none"
         )
     targets = train_rows.targets is not None
+    if not targets and config.target_field != Fields().target:
+        raise DataError(
+            f"{train_rows.source}: {config.target_field}: expected targets in the field that was "
+            f"named, got none in any row"
+        )
     check_targets(evaluation, targets, config.target_field, train_rows.source)
     return TaskData(train_rows, evaluation)
 
@@ -145,12 +150,6 @@ def _train(
             return read_json(output / METRICS_FILE)
     work = _prepare(config, task)
     batches = train_batches(config, work.rows, 0, work.pack_length)
-    parallel.wait()  # every process has looked at the folder as it was
-    if parallel.is_main():
-        if overwrite and not resume:
-            _clear(output)
-        write_json(output / RUN_FILE, run)
-    parallel.wait()
     trainer = PromptTrainer(
         work.model,
         config,
@@ -163,6 +162,12 @@ def _train(
         progress=progress and parallel.is_main(),
         pack_length=work.pack_length,
     )
+    parallel.wait()  # every process has looked at the folder as it was
+    if parallel.is_main():
+        if overwrite and not resume:
+            _clear(output)
+        write_json(output / RUN_FILE, run)
+    parallel.wait()
     checkpoint = newest_checkpoint(trainer.checkpoints) if resume else None
     if checkpoint is None and config.eval_before:
         trainer.evaluate()
@@ -314,7 +319,7 @@ def _prepare_texts(
     from ept_fast.training.batches import Collator, PackingCollator
     from ept_fast.training.evaluation import TextEvaluation, spread
     from ept_fast.training.generation import Writer
-    from ept_fast.training.tasks import text_form
+    from ept_fast.training.tasks import new_tokens, text_form
     from ept_fast.training.tokens import tokenise_text
 
     targets = task.train.targets is not None
@@ -333,8 +338,14 @@ def _prepare_texts(
         pack_length = config.pack_length or _longest(form)
         m = model.prompt.config.num_virtual_tokens
         check_packing(model.backbone, m + _longest(form))
+    if not rows.num_label_tokens:
+        raise ValueError(
+            f"max_length: expected room for a token to learn, got {config.max_length}, which every "
+            f"text's first token fills"
+        )
     beams = config.num_beams
-    tokens = config.max_new_tokens or form.max_target_length
+    longest = form.max_length if targets else (form.max_length + 1) // 2
+    tokens = new_tokens(model, form, config.max_new_tokens, longest)
     asked = spread(task.evaluation, config.eval_generate) if config.eval_generate else None
     evaluation = TextEvaluation(
         others,
@@ -355,6 +366,7 @@ def _prepare_texts(
         {
             "evaluation_cut": others.num_cut,
             "max_length": form.max_length,
+            "targets": targets,
             "train_targets_cut": rows.num_targets_cut,
             "evaluation_targets_cut": others.num_targets_cut,
         },

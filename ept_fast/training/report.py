@@ -141,7 +141,7 @@ def write_samples(samples: Sequence[Mapping[str, Any]], path: str | Path) -> Non
 
     Args:
         samples: dicts of ``text`` and ``output`` and, where rows have targets, ``target``,
-            ``exact_match`` and ``f1``.
+            ``exact_match`` and ``f1``, else ``rest``.
         path: the file.
     """
     lines = ["# What the adapter writes", ""]
@@ -155,7 +155,7 @@ def write_samples(samples: Sequence[Mapping[str, Any]], path: str | Path) -> Non
         if "f1" in sample:
             verdict = ": match" if sample["exact_match"] else f": F1 {sample['f1']:.3f}"
         lines += [f"## {number}{verdict}", ""]
-        for name in ("text", "target", "output"):
+        for name in ("text", "target", "rest", "output"):
             if name in sample:
                 # An indented block shows any text as it is, whatever Markdown is in it.
                 block = str(sample[name]).splitlines() or [""]

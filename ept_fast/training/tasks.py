@@ -8,7 +8,14 @@ from ept_fast.training.config import TASKS, TrainConfig
 from ept_fast.training.data import DataError, Rows
 from ept_fast.training.tokens import TextForm
 
-__all__ = ["ANSWERS", "WRAPPER_TASKS", "check_targets", "text_form", "token_limit"]
+__all__ = [
+    "ANSWERS",
+    "WRAPPER_TASKS",
+    "check_targets",
+    "new_tokens",
+    "text_form",
+    "token_limit",
+]
 
 WRAPPER_TASKS = dict(zip(TASKS, ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM"), strict=True))
 # What the rows of each task have beside their text, as `ept_fast.training.data.ANSWERS` has it.
@@ -43,6 +50,36 @@ def text_form(model: Any, tokenizer: Any, config: TrainConfig, targets: bool) ->
         decoder = text_limit(model.backbone, 0)
         target = target if decoder is None else min(target, decoder)
     return TextForm(config.task, limit, target, config.separator, targets)
+
+
+def new_tokens(model: Any, form: TextForm, asked: int | None, longest: int) -> int:
+    """The most tokens to generate: as many as asked for, or as a target may have.
+
+    Args:
+        model: the wrapped model.
+        form: how its rows become token ids.
+        asked: the number that was asked for, or None.
+        longest: tokens of the longest text that is given.
+
+    Raises:
+        ValueError: the model has no positions for that many; where nobody asked, there are fewer.
+    """
+    from ept_fast.integrations.backbones import position_table_name, text_limit
+
+    most = None
+    if position_table_name(model.backbone) is not None:
+        causal = form.task == "causal"
+        limit = model.text_limit if causal else text_limit(model.backbone, 0)
+        # The last new token is not fed; a decoder of its own starts with a token of its own.
+        most = limit if limit is None or not causal else limit + 1 - longest
+    if asked is None:
+        return form.max_target_length if most is None else min(form.max_target_length, most)
+    if most is not None and asked > most:
+        raise ValueError(
+            f"max_new_tokens: expected at most {most}, for which the model has positions, "
+            f"got {asked}"
+        )
+    return asked
 
 
 def check_targets(rows: Rows, targets: bool, name: str, like: str) -> None:

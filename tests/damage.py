@@ -1,0 +1,743 @@
+"""Ways to damage an adapter's files, each of which has to be noticed.
+
+A damage is a function of the file's path; the dicts here give each a name.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import io
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import struct
+import subprocess
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+Damage = Callable[[Path], object]
+
+HUGE = 2**60
+OUTSIDE = "outside"  # a folder beside the checkpoint's
+CANARY = "canary"  # a file there that code in a pickle would make
+
+
+# Any file
+
+
+def _instead(make: Callable[[Path], object]) -> Damage:
+    def damage(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return damage
+
+
+def _link_outside(path: Path) -> None:
+    """A whole and fitting file, but not in this folder."""
+    outside = path.parent.parent / OUTSIDE
+    outside.mkdir(exist_ok=True)
+    shutil.move(path, outside / path.name)
+    path.symlink_to(outside / path.name)
+
+
+def _relative_link(path: Path) -> None:
+    _link_outside(path)
+    path.unlink()
+    path.symlink_to(f"../{OUTSIDE}/{path.name}")
+
+
+FILES: dict[str, Damage] = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(300)),
+    "noise": lambda path: path.write_bytes(bytes(7 * i % 251 for i in range(900))),
+    "a folder": _instead(lambda path: path.mkdir()),
+    "a pipe": _instead(lambda path: os.mkfifo(path)),
+    "a device": _instead(lambda path: path.symlink_to("/dev/zero")),
+    "a link to a system file": _instead(lambda path: path.symlink_to("/etc/passwd")),
+    "a link to nothing": _instead(lambda path: path.symlink_to("nothing")),
+    "a link to itself": _instead(lambda path: path.symlink_to(path)),
+    "a link outside": _link_outside,
+    "a relative link outside": _relative_link,
+    "2^40 bytes": lambda path: os.truncate(path, 2**40),  # with a hole, which takes no room
+}
+
+
+def truncated(*parts: float) -> dict[str, Damage]:
+    """Cut at these parts of the length."""
+
+    def cut(part: float) -> Damage:
+        def damage(path: Path) -> None:
+            data = path.read_bytes().rstrip() if path.suffix == ".json" else path.read_bytes()
+            path.write_bytes(data[: min(int(part * len(data)), len(data) - 1)])
+
+        return damage
+
+    return {
+        "cut before its end" if part == 1 else f"cut at {part:.0%}": cut(part) for part in parts
+    }
+
+
+# Bits
+
+Positions = Callable[[bytes], list[int]]
+
+
+def flips(
+    count: int, positions: Positions, meaning: Callable[[bytes], Any] = bytes
+) -> dict[str, Damage]:
+    """Flips of a bit at one of the ``positions``, no two the same, that change the ``meaning``."""
+
+    def draw(data: bytes) -> Iterator[bytes]:
+        seeded, places, known, seen = random.Random(0), positions(data), meaning(data), set()
+        while True:
+            place = seeded.choice(places), seeded.randrange(8)
+            changed = bytearray(data)
+            changed[place[0]] ^= 1 << place[1]
+            if place not in seen and meaning(bytes(changed)) != known:
+                seen.add(place)
+                yield bytes(changed)
+
+    def flip(number: int) -> Damage:
+        def damage(path: Path) -> None:
+            changed = draw(path.read_bytes())
+            for _ in range(number):
+                next(changed)
+            path.write_bytes(next(changed))
+
+        return damage
+
+    return {f"random bit {number}": flip(number) for number in range(count)}
+
+
+def anywhere(data: bytes) -> list[int]:
+    """Every byte."""
+    return list(range(len(data)))
+
+
+def in_fields(*names: str) -> Positions:
+    """The bytes of these fields of a JSON object, keys and values."""
+    pattern = re.compile(rf'"({"|".join(names)})": ("[^"]*"|[^"{{}}\[\],\n]+)'.encode())
+    return lambda data: [i for found in pattern.finditer(data) for i in range(*found.span())]
+
+
+def in_header(data: bytes) -> list[int]:
+    """The header of a safetensors file and its length."""
+    return list(range(8 + int.from_bytes(data[:8], "little")))
+
+
+def in_entries(data: bytes) -> list[int]:
+    """As :func:`in_header`, without the metadata."""
+    found = re.search(rb'"__metadata__":\{[^}]*\},?', data)
+    left_out = range(*found.span()) if found is not None else range(0)
+    return [i for i in in_header(data) if i not in left_out]
+
+
+def of_json(data: bytes) -> Any:
+    """What a JSON text says, and the JSON texts in it; ``data`` itself where it is none."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    if not isinstance(values, dict):
+        return values
+    return {n: of_json(v.encode()) if isinstance(v, str) else v for n, v in values.items()}
+
+
+def of_header(data: bytes) -> Any:
+    """What the header of a safetensors file says; ``data`` itself where there is none."""
+    length = int.from_bytes(data[:8], "little")
+    header = of_json(data[8 : 8 + length])
+    if not isinstance(header, dict):
+        return data
+    metadata = header.get("__metadata__")
+    if isinstance(metadata, dict):
+        header["__metadata__"] = of_json(json.dumps(metadata).encode())
+    return length, header
+
+
+# Tensors
+
+State = dict[str, Tensor]
+
+
+def _put(make: Callable[[Tensor], Tensor]) -> Callable[[State], None]:
+    """Another value for the first tensor."""
+
+    def change(state: State) -> None:
+        first = min(state)
+        state[first] = make(state[first])
+
+    return change
+
+
+def _rename(state: State) -> None:
+    first = min(state)
+    state[f"{first}_"] = state.pop(first)
+
+
+def beyond_float32(state: State) -> None:
+    """A finite value, in float64, that float32 has not."""
+    first = min(state)
+    state[first] = state[first].double()
+    state[first].view(-1)[0] = 1e300
+
+
+STATES: dict[str, Callable[[State], object]] = {
+    "a row more": _put(lambda t: torch.cat([t, t[:1]])),
+    "a row less": _put(lambda t: t[:-1].clone()),
+    "one value": _put(lambda t: t.reshape(-1)[0].clone()),
+    "no values": _put(lambda t: t[:0].clone()),
+    "another axis": _put(lambda t: t[None].clone()),
+    "one axis": _put(lambda t: t.reshape(-1).repeat(2)),
+    "int64": _put(lambda t: t.long()),
+    "uint8": _put(lambda t: t.to(torch.uint8)),
+    "bool": _put(lambda t: t > 0),
+    "complex": _put(lambda t: t.to(torch.complex64)),
+    "NaN": _put(lambda t: torch.full_like(t, float("nan"))),
+    "infinity": _put(lambda t: torch.full_like(t, float("inf"))),
+    "a last minus infinity": lambda state: state[max(state)].view(-1)[-1:].fill_(-float("inf")),
+    "a last NaN": lambda state: state[max(state)].view(-1)[-1:].fill_(float("nan")),
+    "no first": lambda state: state.pop(min(state)),
+    "no last": lambda state: state.pop(max(state)),
+    "none at all": lambda state: state.clear(),
+    "a foreign one": lambda state: state.update(foreign=torch.zeros(2)),
+    "another name": _rename,
+}
+
+# JSON
+
+TEXTS = {
+    "a list": b"[1, 2]",
+    "null": b"null",
+    "a number": b"1",
+    "nested lists": b"[" * 100_000,
+    "nested objects": b'{"a":' * 50_000,
+    "closed nested lists": b'{"a":' + b"[" * 500 + b"]" * 500 + b"}",
+    "not UTF-8": b'{"a": "\xff"}',
+    "half a character": b'{"a": "\\ud800',
+    "a comment": b"{} // and more",
+    "two objects": b"{}{}",
+    "an object without fields": b"{}",
+    "more than 4 MB": b"{" + b" " * (4 << 20) + b"}",
+    "100,000 lists": b'{"a":[' + b"[]," * 100_000 + b"[]]}",
+    "a pickle": pickle.dumps({"hidden_size": 8}),
+}
+
+
+def texts() -> dict[str, Damage]:
+    """Another text in place of the file's."""
+
+    def write(data: bytes) -> Damage:
+        return lambda path: path.write_bytes(data)
+
+    return {name: write(data) for name, data in TEXTS.items()}
+
+
+VALUES = {
+    "10^12": "1" + "0" * 12,
+    "2^60": str(HUGE),
+    "10^400": "1" + "0" * 400,
+    "10^5000": "1" + "0" * 5000,
+    "negative": "-1",
+    "real": "3.0",
+    "bool": "true",
+    "text": '"3"',
+    "null": "null",
+    "list": "[3]",
+    "object": '{"3": 3}',
+    "nested": "[" * 200 + "]" * 200,
+    "NaN": "NaN",
+    "infinite": "1e999",
+    "a path": '"../../secret"',
+    "NUL": '"a\\u0000b"',
+}
+FEW = ("10^12", "text", "nested", "NaN")
+
+
+def raw_value(name: str, text: str) -> Damage:
+    """A field's value replaced by a text."""
+
+    def damage(path: Path) -> None:
+        pattern = re.compile(rf'("{name}": *)("[^"]*"|[^,\n}}]+)')
+        changed, count = pattern.subn(lambda found: found[1] + text, path.read_text())
+        assert count == 1
+        path.write_text(changed)
+
+    return damage
+
+
+def fields(*names: str, few: tuple[str, ...] = (), but: tuple[str, ...] = ()) -> dict[str, Damage]:
+    """Every wrong value in each of ``names``, some in each of ``few``, without those in ``but``."""
+    damages: dict[str, Damage] = {}
+    for name, values in [*((n, VALUES) for n in names), *((n, FEW) for n in few)]:
+        damages |= {f"{name} {v}": raw_value(name, VALUES[v]) for v in values if v not in but}
+        damages[f"{name} twice"] = _twice(name)
+        damages[f"no {name}"] = _without(name)
+    return damages
+
+
+def _twice(name: str) -> Damage:
+    def damage(path: Path) -> None:
+        value = json.dumps(json.loads(path.read_text())[name])
+        path.write_text(path.read_text().replace("{", f'{{"{name}": {value}, ', 1))
+
+    return damage
+
+
+def _without(name: str) -> Damage:
+    def damage(path: Path) -> None:
+        values = json.loads(path.read_text())
+        del values[name]
+        path.write_text(json.dumps(values))
+
+    return damage
+
+
+# safetensors
+
+
+def _split(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def _join(path: Path, header: bytes, values: bytes, length: int | None = None) -> None:
+    size = len(header) if length is None else length
+    path.write_bytes(struct.pack("<Q", size) + header + values)
+
+
+def _lengths() -> dict[str, Damage]:
+    def declare(change: Callable[[int], int]) -> Damage:
+        def damage(path: Path) -> None:
+            data = path.read_bytes()
+            (length,) = struct.unpack("<Q", data[:8])
+            path.write_bytes(struct.pack("<Q", change(length)) + data[8:])
+
+        return damage
+
+    return {
+        "header of 0 bytes": declare(lambda n: 0),
+        "header of 1 byte": declare(lambda n: 1),
+        "header a byte short": declare(lambda n: n - 1),
+        "header a byte long": declare(lambda n: n + 1),
+        "header of 1 MB": declare(lambda n: 1 << 20),
+        "header of 90 MB": declare(lambda n: 90_000_000),
+        "header of 2^40 bytes": declare(lambda n: 1 << 40),
+        "header of 2^63 bytes": declare(lambda n: 1 << 63),
+        "header of 2^64 - 1 bytes": declare(lambda n: (1 << 64) - 1),
+    }
+
+
+def _padded(path: Path) -> None:
+    header, values = _split(path)
+    _join(path, json.dumps(header).encode() + b" " * (2 << 20), values)
+
+
+def _header(change: Callable[[dict[str, Any], str], object]) -> Damage:
+    """The header changed, given it and the name of its first tensor."""
+
+    def damage(path: Path) -> None:
+        header, values = _split(path)
+        first = min(name for name in header if name != "__metadata__")
+        change(header, first)
+        _join(path, json.dumps(header).encode(), values)
+
+    return damage
+
+
+def _entry(**changes: Any) -> Damage:
+    return _header(lambda header, first: header[first].update(changes))
+
+
+def _renamed(name: str) -> Damage:
+    return _header(lambda header, first: header.update({name: header.pop(first)}))
+
+
+def _header_twice(path: Path) -> None:
+    header, values = _split(path)
+    first = min(name for name in header if name != "__metadata__")
+    again = f"{{{json.dumps(first)}: {json.dumps(header[first])}, "
+    _join(path, json.dumps(header).replace("{", again, 1).encode(), values)
+
+
+def _overlap(header: dict[str, Any], first: str) -> None:
+    start, end = header[first]["data_offsets"]
+    header[first]["data_offsets"] = [start + 4, end + 4]
+
+
+def _filled(value: float) -> Damage:
+    def damage(path: Path) -> None:
+        header, values = _split(path)
+        first = min(name for name in header if name != "__metadata__")
+        start, end = header[first]["data_offsets"]
+        changed = values[: end - 4] + struct.pack("<f", value) + values[end:]
+        assert start <= end - 4
+        _join(path, json.dumps(header).encode(), changed)
+
+    return damage
+
+
+def _flipped(path: Path) -> None:
+    """A bit of the first tensor's name."""
+    header, _ = _split(path)
+    first = min(name for name in header if name != "__metadata__")
+    data = bytearray(path.read_bytes())
+    data[data.index(first.encode())] ^= 4
+    path.write_bytes(data)
+
+
+def _flip(text: bytes, bit: int) -> Damage:
+    """A bit of the byte behind the first ``text``."""
+
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[data.index(text) + len(text)] ^= 1 << bit
+        path.write_bytes(data)
+
+    return damage
+
+
+def rewritten(change: Callable[[State], object]) -> Damage:
+    """A whole file of other tensors, with the metadata as it was."""
+
+    def damage(path: Path) -> None:
+        header, _ = _split(path)
+        state = safetensors.torch.load(path.read_bytes())
+        change(state)
+        path.write_bytes(safetensors.torch.save(state, metadata=header.get("__metadata__")))
+
+    return damage
+
+
+def with_metadata(metadata: dict[str, str]) -> Damage:
+    """Other metadata."""
+    return _header(lambda header, first: header.update(__metadata__=metadata))
+
+
+def _long(foreign: bool) -> Damage:
+    """A tensor of 2^40 bytes that are really there: a hole, which takes no room on the disk."""
+
+    def damage(path: Path) -> None:
+        header, values = _split(path)
+        start, length = len(values), 2**40
+        entry = {"dtype": "F32", "shape": [length // 4], "data_offsets": [start, start + length]}
+        if foreign:
+            header["x"] = entry
+        else:
+            first = min(name for name in header if name != "__metadata__")
+            entry["shape"] = header[first]["shape"]
+            header[first] = entry
+        _join(path, json.dumps(header).encode(), values)
+        os.truncate(path, path.stat().st_size + length)
+
+    return damage
+
+
+TENSORS: dict[str, Damage] = {
+    **_lengths(),
+    **truncated(0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1),
+    "a padded header": _padded,
+    "bytes behind the end": lambda path: path.write_bytes(path.read_bytes() + b"\0" * 64),
+    "another type of value": _entry(dtype="I64"),
+    "an unknown type": _entry(dtype="F99"),
+    "a type of 4 bits": _entry(dtype="F4"),
+    "a type that is a number": _entry(dtype=32),
+    "a type that is a path": _entry(dtype="../F32"),
+    "no shape": _header(lambda header, first: header[first].pop("shape")),
+    "no type": _header(lambda header, first: header[first].pop("dtype")),
+    "no place": _header(lambda header, first: header[first].pop("data_offsets")),
+    "a shape of 2^60": _entry(shape=[HUGE]),
+    "a shape of 2^60 by 2^60": _entry(shape=[HUGE, HUGE]),
+    "a shape of 2^70": _entry(shape=[2**70]),
+    "a negative shape": _entry(shape=[-1, 4]),
+    "a negative square": _entry(shape=[-(2**31), -(2**31)]),
+    "a real shape": _entry(shape=[1.5]),
+    "a shape of texts": _entry(shape=["3"]),
+    "a shape that is a number": _entry(shape=3),
+    "a shape that is none": _entry(shape=None),
+    "a nested shape": _entry(shape=[[3]]),
+    "an empty shape": _entry(shape=[]),
+    "a shape of zero": _entry(shape=[0]),
+    "places that overlap": _header(_overlap),
+    "places beyond the end": _entry(data_offsets=[0, 2**40]),
+    "places that overflow": _entry(data_offsets=[2**63, 2**64 - 1]),
+    "negative places": _entry(data_offsets=[-8, 8]),
+    "reversed places": _entry(data_offsets=[8, 0]),
+    "one place": _entry(data_offsets=[0]),
+    "an entry that is a list": _header(lambda header, first: header.update({first: [1]})),
+    "an entry that is none": _header(lambda header, first: header.update({first: None})),
+    "places of 2^40 bytes": _long(foreign=False),
+    "a foreign tensor of 2^40 bytes": _long(foreign=True),
+    "a missing tensor": _header(lambda header, first: header.pop(first)),
+    "a foreign tensor": _header(lambda h, f: h.update(x=h[f])),
+    "a name that is a path": _renamed("../../etc/passwd"),
+    "a name that is absolute": _renamed("/etc/passwd"),
+    "a name with NUL": _renamed("a\0b"),
+    "a name that is empty": _renamed(""),
+    "a name of a method": _renamed("__class__"),
+    "a name of 100 kB": _renamed("n" * 100_000),
+    "a tensor twice": _header_twice,
+    "metadata that is a list": _header(lambda h, f: h.update(__metadata__=[1])),
+    "metadata that is a number": _header(lambda h, f: h.update(__metadata__={"format": 1})),
+    "metadata that is nested": _header(lambda h, f: h.update(__metadata__={"a": {"b": "c"}})),
+    "a flipped bit in a name": _flipped,
+    "a flipped bit in a shape": _flip(b'"shape":[', 0),
+    "a flipped bit in a type": _flip(b'"dtype":"', 2),
+    "a flipped bit in a place": _flip(b'"data_offsets":[', 1),
+    "a flipped bit in a bracket": _flip(b'"dtype"', 5),
+    "NaN": _filled(float("nan")),
+    "infinity": _filled(float("inf")),
+    "minus infinity": _filled(float("-inf")),
+    "a file of torch.save": lambda path: torch.save({"x": torch.zeros(2)}, path),
+    **{f"{name} rewritten": rewritten(change) for name, change in STATES.items()},
+}
+
+
+# torch.save
+
+
+class _Call:
+    """Pickled as a call of a function, which a careless reader would make."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class _Storage(tuple):  # type: ignore[type-arg]
+    """Pickled as a persistent id."""
+
+    __slots__ = ()
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        return tuple(value) if type(value) is _Storage else None
+
+
+def _dump(value: Any) -> bytes:
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=2).dump(value)
+    return stream.getvalue()
+
+
+def _storage(key: Any = "0", length: Any = 48, kind: Any = torch.FloatStorage) -> _Storage:
+    return _Storage(("storage", kind, key, "cpu", length))
+
+
+def _tensor(
+    shape: Any = (3, 16), stride: Any = (16, 1), offset: Any = 0, storage: Any = None
+) -> _Call:
+    place = _storage() if storage is None else storage
+    hooks = collections.OrderedDict()  # type: ignore[var-annotated]
+    return _Call(torch._utils._rebuild_tensor_v2, place, offset, shape, stride, False, hooks)
+
+
+def _rezip(change: Callable[[dict[str, bytes]], object], kind: int = zipfile.ZIP_STORED) -> Damage:
+    """The archive's records changed."""
+
+    def damage(path: Path) -> None:
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        change(records)
+        with zipfile.ZipFile(path, "w", kind) as archive:
+            for name, data in records.items():
+                archive.writestr(name, data)
+
+    return damage
+
+
+def _pickle(value: Any) -> Damage:
+    """Other instructions: a value to dump, or bytes as they are."""
+    data = value if isinstance(value, bytes) else _dump(value)
+    return _rezip(lambda records: records.update({"adapter_model/data.pkl": data}))
+
+
+def _pair(first: int, second: int) -> tuple[int, int]:
+    """A tuple of its own; a literal would be one object with others like it, also when pickled."""
+    return tuple(iter((first, second)))  # type: ignore[return-value]
+
+
+def _prompt(value: Any) -> Damage:
+    """Another value for the prompt, DePT's matrices as they were where there are any."""
+
+    def damage(path: Path) -> None:
+        state = {"prompt_embeddings": value}
+        with zipfile.ZipFile(path) as archive:
+            if "adapter_model/data/2" in archive.namelist():
+                a, b = _storage("1", 24), _storage("2", 32)
+                a_sizes, b_sizes = (_pair(12, 2), _pair(2, 1)), (_pair(2, 16), _pair(16, 1))
+                state["prompt_encoder.lora_embedding_A"] = _tensor(*a_sizes, 0, a)
+                state["prompt_encoder.lora_embedding_B"] = _tensor(*b_sizes, 0, b)
+        _pickle(state)(path)
+
+    return damage
+
+
+def _saved_again(change: Callable[[State], object]) -> Damage:
+    def damage(path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return damage
+
+
+def _second_entry(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("other/data.pkl", _dump({}))
+
+
+def _same_entry(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile about the second record of a name
+        archive.writestr("adapter_model/data.pkl", _dump({}))
+
+
+def _flip_record(name: str) -> Damage:
+    """A bit in the middle of a record, which its checksum tells."""
+
+    def damage(path: Path) -> None:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.read(f"adapter_model/{name}")
+        data = bytearray(path.read_bytes())
+        data[data.index(record) + len(record) // 2] ^= 16
+        path.write_bytes(data)
+
+    return damage
+
+
+def _swapped(path: Path) -> None:
+    _rezip(lambda r: r.update({"adapter_model/data/0": r["adapter_model/data/0"][:-4]}))(path)
+
+
+_DOUBLED = b"\x80\x02})" + b"".join(
+    b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(64)
+)
+_DEEP = b"\x80\x02})" + b"\x85" * 100_000 + b"Ns."
+
+
+def _code(make: Callable[[str], Any], put: Callable[[Any], Damage] = _prompt) -> Damage:
+    """A call, or instructions for one, that would make the canary."""
+    return lambda path: put(make(str(path.parent.parent / CANARY)))(path)
+
+
+PICKLES: dict[str, Damage] = {
+    **truncated(0.01, 0.2, 0.4, 0.6, 0.8, 0.97, 1),
+    # code
+    "os.system": _code(lambda canary: _Call(os.system, f"touch {canary}")),
+    "eval": _code(lambda canary: _Call(eval, f"open({canary!r}, 'w')")),
+    "exec": _code(lambda canary: _Call(exec, f"open({canary!r}, 'w')"), _pickle),
+    "subprocess": _code(lambda canary: _Call(subprocess.Popen, ("touch", canary))),
+    "open": _code(lambda canary: _Call(builtins.open, canary, "w")),
+    "getattr": _prompt(_Call(getattr, _Call(__import__, "os"), "system")),
+    "an old instruction": _code(
+        lambda canary: f"(S'touch {canary}'\nios\nsystem\n.".encode(), _pickle
+    ),
+    "an object": _code(lambda canary: f"(cos\nsystem\nS'touch {canary}'\no.".encode(), _pickle),
+    "torch.load": _code(lambda canary: _Call(torch.load, canary)),
+    "a module's state": _pickle(b"\x80\x02}N}b."),
+    # memory
+    "a bytearray of 2^40": _prompt(_Call(bytearray, 2**40)),
+    "a storage of 2^40": _prompt(_Call(torch.UntypedStorage, 2**40)),
+    "a tensor of 2^40": _prompt(_Call(torch.FloatTensor, 2**40)),
+    "a declared storage of 2^40": _prompt(_tensor(storage=_storage(length=2**40))),
+    "a declared storage of 2^62": _prompt(_tensor(storage=_storage(length=2**62))),
+    "a negative storage": _prompt(_tensor(storage=_storage(length=-48))),
+    "a shape of 2^60": _prompt(_tensor(shape=(HUGE, 16))),
+    "an expanded shape of 2^60": _prompt(_tensor(shape=(HUGE, 16), stride=(0, 0))),
+    "an offset of 2^60": _prompt(_tensor(offset=HUGE)),
+    "a negative offset": _prompt(_tensor(offset=-4)),
+    "a negative stride": _prompt(_tensor(stride=(-16, 1))),
+    "a negative shape": _prompt(_tensor(shape=(-3, 16))),
+    "a shape of texts": _prompt(_tensor(shape=("3", 16))),
+    "a shape without strides": _prompt(_tensor(stride=(1,))),
+    "values behind the storage": _prompt(_tensor(stride=(32, 1))),
+    "a memo of 2^31": _pickle(b"\x80\x02}r\xff\xff\xff\x7f."),
+    "a text of 2^32": _pickle(b"\x80\x02}X\xff\xff\xff\xffab."),
+    "a tuple of 2^64 tuples": _pickle(_DOUBLED + b"Ns."),
+    "a tuple 100,000 deep": _pickle(_DEEP),
+    "a compressed record": _rezip(
+        lambda r: r.update({"adapter_model/data/9": bytes(1 << 22)}), zipfile.ZIP_DEFLATED
+    ),
+    # other contents
+    "no instructions": _pickle(b""),
+    "half the instructions": _pickle(_dump({"a": 1})[:-3]),
+    "a later protocol": _pickle(pickle.dumps({}, protocol=4)),
+    "a list": _pickle([1]),
+    "a tensor alone": _pickle(_tensor()),
+    "a number for a tensor": _prompt(3),
+    "a dict for a tensor": _prompt({}),
+    "a key that is a number": _pickle({3: _tensor()}),
+    "a key that is a path": _pickle({"../prompt_embeddings": _tensor()}),
+    "a record that is a path": _prompt(_tensor(storage=_storage(key="../../etc/passwd"))),
+    "a record that is absolute": _prompt(_tensor(storage=_storage(key="/etc/passwd"))),
+    "a record that is a number": _prompt(_tensor(storage=_storage(key=7))),
+    "another persistent id": _prompt(_tensor(storage=_Storage(("module", 1, 2, 3, 4)))),
+    "a short persistent id": _prompt(_tensor(storage=_Storage(("storage",)))),
+    "a tensor without storage": _prompt(_tensor(storage="0")),
+    "integers": _prompt(_tensor((3, 8), (8, 1), 0, _storage("0", 24, torch.LongStorage))),
+    # the archive
+    "another byte order": _rezip(lambda r: r.update({"adapter_model/byteorder": b"middle"})),
+    "no data.pkl": _rezip(lambda r: r.pop("adapter_model/data.pkl")),
+    "no values": _rezip(lambda r: r.pop("adapter_model/data/0")),
+    "short values": _swapped,
+    "two archives": _second_entry,
+    "two data.pkl": _same_entry,
+    "a flipped bit in the values": _flip_record("data/0"),
+    "a flipped bit in the instructions": _flip_record("data.pkl"),
+    "before PyTorch 1.6": lambda path: torch.save(
+        torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False
+    ),
+    "a plain pickle": lambda path: path.write_bytes(pickle.dumps({"prompt_embeddings": [1.0]})),
+    **{f"{name} saved again": _saved_again(change) for name, change in STATES.items()},
+}
+
+
+# What has to load all the same: it changes nothing, by the way in which the damages do it.
+
+
+def _link_inside(path: Path) -> None:
+    inside = path.parent / "inside"
+    inside.mkdir()
+    shutil.move(path, inside / path.name)
+    path.symlink_to(f"inside/{path.name}")
+
+
+def _same(values: object) -> None:
+    pass
+
+
+def _json_again(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text())))
+
+
+HARMLESS: dict[str, dict[str, Damage]] = {
+    "": {"nothing": _same, "a link inside": _link_inside},
+    ".json": {"written again": _json_again},
+    ".safetensors": {
+        "another header": _header(lambda header, first: None),
+        "rewritten": rewritten(_same),
+    },
+    ".bin": {
+        "rezipped": _rezip(_same),
+        "other instructions": _prompt(_tensor()),
+        "saved again": _saved_again(_same),
+    },
+}

@@ -85,9 +85,13 @@ class Alone:
             self.models[name].save_pretrained(folder / name)
 
     def bank(self, **choices: Any) -> EPTBank:
+        return self.bank_of(torch.float64, **choices)
+
+    def bank_of(self, dtype: torch.dtype, **choices: Any) -> EPTBank:
+        """Its offsets in this type."""
         name, task, bare = CASES[self.case]
         built = BY_NAME[name].build(task, bare=bare, dtype=torch.float64)
-        return EPTBank.from_adapters(built, self.folders, dtype=torch.float64, **choices)
+        return EPTBank.from_adapters(built, self.folders, dtype=dtype, **choices)
 
     def row(self, name: str, number: int) -> Tensor:
         ids, mask = batch()
@@ -317,13 +321,11 @@ def test_heads_in_half_precision_are_kept_in_single(bert: Alone) -> None:
 
 
 def test_values_beyond_the_bank_s_type(llama: Alone) -> None:
-    bank = EPTBank.from_adapters(
-        BY_NAME["Llama"].build("CAUSAL_LM", dtype=torch.float64), llama.folders
-    )
+    bank = llama.bank_of(torch.bfloat16)
     big = adapter("Llama", (4, 12, 2), seed=3)
     big.prompt.offset_b.data[0, 0] = 1e300
     before = {name: buffer.clone() for name, buffer in bank.bank.named_buffers()}
-    with pytest.raises(ValueError, match="offset_b: expected values within torch.float32"):
+    with pytest.raises(ValueError, match=r"offset_b: expected values within torch\.bfloat16"):
         bank.replace("long", big)
     assert all(before[name].equal(buffer) for name, buffer in bank.bank.named_buffers())
 

@@ -90,8 +90,9 @@ def test_rows_alone_folded_and_in_training(name: str) -> None:
             assert_greedy(output, row.unsqueeze(0), tuple(x[b : b + 1] for x in expected))
         batch = pad(made.rows)
         try:
-            model.fold()
-            assert_greedy(model.generate(**batch, **LOGITS), batch["input_ids"], expected)
+            for offset in ("low_rank", "table"):  # past what either covers
+                model.fold(offset=offset)
+                assert_greedy(model.generate(**batch, **LOGITS), batch["input_ids"], expected)
             model.train()
             assert_greedy(model.generate(**batch, **LOGITS), batch["input_ids"], expected)
         finally:

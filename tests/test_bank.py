@@ -374,6 +374,22 @@ def test_compiled_once_for_all_adapters(llama: Alone) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("tasks", [ROWS, ("short",) * 5], ids=["mixed", "shorter"])
+def test_unpadded_texts_behind_shorter_prompts(
+    llama: Alone, tasks: tuple[str, ...], prefix: bool
+) -> None:
+    """A mask of ones, which ``generate`` drops, and one that is not given."""
+    ids, bank = batch()[0], llama.bank()
+    choices = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    more = {"prefix": bank.prefix_cache()} if prefix else {}
+    for mask in (torch.ones_like(ids), None):
+        got = bank.generate(ids, mask, tasks=tasks, **choices, **more)
+        for number, name in enumerate(tasks):
+            (expected,) = llama.models[name].generate(ids[number : number + 1], **choices)
+            assert got[number].equal(expected)
+
+
 @pytest.mark.parametrize("offset", ["low_rank", "table"])
 @pytest.mark.parametrize("choices", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_generation(alone: Alone, choices: dict[str, Any], offset: str) -> None:

@@ -122,6 +122,7 @@ def generate_causal(
         max_length=_longest(backbone, text),
         default_length=all(_setting(backbone, kwargs, name) is None for name in lengths),
         moved=bool((order.diff(dim=1) < 0).any()),
+        uneven=bool(missing.any()),
         prefix=prefix,
     )
     output = _view(backbone, run).generate(text.input_ids, attention_mask=mask, **kwargs)
@@ -375,6 +376,7 @@ class _Run:
         max_length: the most columns of text and new tokens; None for no limit.
         default_length: whether the caller left the length open.
         moved: whether tokens had to be moved to put the padding on the left.
+        uneven: whether some row's prompt is shorter than another's.
         prefix: the prompt's keys and values, or None.
     """
 
@@ -383,6 +385,7 @@ class _Run:
     max_length: int | None
     default_length: bool
     moved: bool
+    uneven: bool
     prefix: PrefixCache | None
 
     @property
@@ -501,6 +504,9 @@ class _Prompted:
         else:
             start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         rows, positions = text.inputs(input_ids, start)
+        if attention_mask is None and self._ept_run.uneven:
+            # generate drops a mask of ones; padding before shorter prompts has to stay masked.
+            attention_mask = torch.ones_like(input_ids)
         if attention_mask is not None:
             kwargs["attention_mask"] = text.mask(attention_mask)
         if position_ids is not None:

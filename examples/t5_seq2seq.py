@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ept_fast import EPTConfig, EPTModel, get_ept_model
 
-MODEL = "google-t5/t5-base"
+MODEL = "google-t5/t5-base"  # or google/flan-t5-large
 ROWS = [
     {"text": "The train from Bern is twenty minutes late.", "target": "delay: 20 minutes"},
     {"text": "Your flight to Oslo leaves an hour late.", "target": "delay: 60 minutes"},

@@ -49,7 +49,7 @@ demo: $(STAMP)
 	$(BIN)/ept-fast demo --output "$(DEMO_OUTPUT)" --seed "$(DEMO_SEED)" $(if $(DEMO_STEPS),--steps "$(DEMO_STEPS)")
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 support: $(STAMP)
 	$(BIN)/python -m tests.support --workers $(TEST_WORKERS)

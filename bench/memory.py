@@ -214,10 +214,7 @@ class PromptStep:
             return looked_up
         tile = t * tiles.positions * d
         # A sum into another type copies both of what it adds up.
-        sums = (e != t) * 2 * tile * min(tiles.rows, self.batch)
-        # A tile is there until the next one is.
-        several = tiles.positions < self.length or self.tasks is not None
-        beside = max(sums, several * tile)
+        beside = (e != t) * 2 * tile * min(tiles.rows, self.batch)
         if self.padding == "holes":
             # The columns of every row, and one row's sum, which goes where they say.
             gathered = tile + (e != t) * (t + e) * tiles.positions * d

@@ -32,6 +32,9 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("suite")
 
 
+_LONGEST = ("test_triton_random.py", "test_triton.py", "test_text_training.py")
+
+
 def _poison_memory(on: bool) -> None:
     """Have torch.empty and its relatives filled with NaN (integers: their largest value), or not.
 
@@ -55,6 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     support.note_cells(items)
+    # The files that take longest go first, so that no process is left alone with one in the end.
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -569,7 +569,7 @@ def test_an_adapter_that_is_pooled_in_another_way(tmp_path: Path) -> None:
     wrapped("SEQ_CLS", **choices, pooling="last").save_pretrained(tmp_path)
     model = wrapped("SEQ_CLS", **choices)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match="pooling: expected mean, got last"):
+    with pytest.raises(CheckpointError, match=r"pooling: expected .?mean.?, got .?last"):
         model.load_pretrained(tmp_path)
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
 

@@ -394,8 +394,9 @@ def splice_forward(
                 body[first:last, low:high] = text.tile(first, last, low, high)
         return out
     for task, group in _groups(batch, length, attention_mask, task_ids).items():
-        a, b = offset_a[task].to(dtype), None if offset_b is None else offset_b[task].to(dtype)
-        if scaling != 1:
+        a = offset_a[task].to(dtype)
+        b = None if offset_b is None else offset_b[task].to(dtype)
+        if b is not None:
             a = a * scaling
         for row in group.shifted:
             _copy_padding(body, text, row, length, config.positions)

@@ -120,7 +120,7 @@ def _make_bank(case: Case, dtype: torch.dtype, device: torch.device) -> Maker:
     inputs = replace(inputs, attention_mask=mask)
     table = nn.Embedding.from_pretrained(inputs.weight, freeze=True)
     config = _config(shape, 0)
-    bank = BankPrompt(config, table, shape.tasks, torch.float32, None)
+    bank = BankPrompt(config, table, shape.tasks, torch.float32, None, "auto")
     for task in range(shape.tasks):
         bank.write(task, _adapter(shape, inputs, table, task).fold())
     alone = _adapter(shape, inputs, table, 0).fold()

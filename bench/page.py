@@ -242,7 +242,12 @@ def training_table() -> str:
 
 def inference_table() -> str:
     """Inference: time, tokens, ratios."""
-    return _for_each_device(("inference", "serving"), _inference)
+    return _for_each_device(("inference",), _inference)
+
+
+def serving_table() -> str:
+    """Banks of adapters, prefix caches and folded positions: time, tokens, ratios."""
+    return _for_each_device(("serving",), _inference)
 
 
 def cold_start_table() -> str:
@@ -482,6 +487,7 @@ TABLES = {
     "operations": operations_table,
     "training": training_table,
     "inference": inference_table,
+    "serving": serving_table,
     "cold-start": cold_start_table,
     "exponents": exponents_table,
     "floor": floor_table,

@@ -567,6 +567,7 @@ def test_the_tables_of_inference_and_cold_start(results: Path) -> None:
     rows = [
         make_row(**inference, tokens_per_s=5000.0),
         ratio(0.7, "reference", **inference),
+        make_row(**{**inference, "suite": "serving", "operation": "bank"}, tokens_per_s=4000.0),
         make_row(**start, p50_ms=12.34, note="the second run of a process"),
         make_row(**start, peer="reference-compiled", p50_ms=4567.8, ours_to_peer=None),
         make_row(**{**start, "operation": "compile"}, peer="reference-compiled", p50_ms=0.0123),
@@ -576,6 +577,7 @@ def test_the_tables_of_inference_and_cold_start(results: Path) -> None:
         ["operation", "shape", "ours (ms)", "tokens/s", "by reference"],
         ["mixed tasks, both", "tasks-8", "2.00", "5,000", "0.700"],
     ]
+    assert cells_of(page.serving_table())[1] == ["bank, both", "tasks-8", "2.00", "4,000"]
     table = page.cold_start_table()
     assert cells_of(table) == [
         ["what", "shape", "ours (ms)", "reference-compiled (ms)"],

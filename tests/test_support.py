@@ -59,6 +59,18 @@ def test_page_is_what_the_markers_say(root: Path) -> None:
     assert not stale, "made with other versions than the tested ones: run `make support`"
 
 
+def test_every_row_has_a_cell() -> None:
+    """One without is a file of tests that was not run, or a name that no test has."""
+    found = cells_of(support.PAGE.read_text(encoding="utf-8"))
+    rows = {row for row, _ in found}
+    assert rows == {row for table in TABLES.values() for row in table.rows}
+    for row in rows:
+        assert {cell for (name, _), cell in found.items() if name == row} - {"–"}, row
+    for mode in TABLES["training"].rows:
+        for task in ("SEQ_CLS", "CAUSAL_LM"):
+            assert found[mode, task] != "–", (mode, task)
+
+
 @pytest.mark.parametrize(
     ("outcomes", "expected"),
     [

@@ -269,7 +269,9 @@ def run(
     Raises:
         Incomplete: pytest did not come to its end.
     """
-    files = sorted(folder.glob("test_*.py"))
+    # Markers are written by these words only; a file left out would leave a row without a cell.
+    words = ("support", "cells(")
+    files = [p for p in sorted(folder.glob("test_*.py")) if any(w in p.read_text() for w in words)]
     with tempfile.TemporaryDirectory() as scratch:
         record = Path(scratch) / "support.json"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "support"]

@@ -29,6 +29,7 @@ __all__ = [
     "position_table",
     "position_table_name",
     "reads_last_column",
+    "table_limit",
     "text_config",
     "text_limit",
 ]
@@ -197,6 +198,13 @@ def text_limit(backbone: Any, num_virtual_tokens: int) -> int | None:
     if positions is None or positions <= 0:  # relative positions
         return None
     return int(positions) - first_position(backbone) - num_virtual_tokens
+
+
+def table_limit(backbone: Any, num_virtual_tokens: int) -> int | None:
+    """As :func:`text_limit` where positions have a table, which ends; None where they have none."""
+    if position_table_name(backbone) is None:
+        return None
+    return text_limit(backbone, num_virtual_tokens)
 
 
 def position_table_name(backbone: nn.Module) -> str | None:

@@ -23,8 +23,7 @@ from transformers import GenerationMixin
 from ept_fast.functional import splice_prompt
 from ept_fast.integrations.backbones import (
     column_free_length,
-    position_table,
-    text_limit,
+    table_limit,
 )
 from ept_fast.integrations.model import layout_of, mark_layout
 from ept_fast.integrations.prefix import PrefixCache
@@ -166,7 +165,7 @@ def generate_seq2seq(
     _refuse(backbone, kwargs, ())
     spliced, mask = _spliced(model, input_ids, attention_mask, task_ids, kwargs)
     m = spliced.shape[1] - input_ids.shape[1]
-    limit = text_limit(backbone, m) if position_table(backbone) is not None else None
+    limit = table_limit(backbone, m)
     if limit is not None and input_ids.shape[1] > limit:
         raise ValueError(
             f"input_ids: expected at most {limit} positions, which the model has without the "
@@ -184,7 +183,7 @@ def generate_seq2seq(
 
 def _check_answer(backbone: Any, kwargs: dict[str, Any]) -> None:
     """Raise ValueError where the decoder's positions would run out."""
-    limit = text_limit(backbone, 0) if position_table(backbone) is not None else None
+    limit = table_limit(backbone, 0)
     if limit is None:
         return
     given = kwargs.get("decoder_input_ids")
@@ -247,7 +246,7 @@ def _spliced(
 def _longest(backbone: Any, text: _Text) -> int | None:
     """The most columns of text and new tokens that there are positions for; None for no limit."""
     m = text.head.shape[1]
-    limit = text_limit(backbone, m) if position_table(backbone) is not None else None
+    limit = table_limit(backbone, m)
     if limit is None:
         return None
     # The last new token is not fed, and padding takes no position.

@@ -64,14 +64,12 @@ def new_tokens(model: Any, form: TextForm, asked: int | None, longest: int) -> i
     Raises:
         ValueError: the model has no positions for that many; where nobody asked, there are fewer.
     """
-    from ept_fast.integrations.backbones import position_table_name, text_limit
+    from ept_fast.integrations.backbones import table_limit
 
-    most = None
-    if position_table_name(model.backbone) is not None:
-        causal = form.task == "causal"
-        limit = model.text_limit if causal else text_limit(model.backbone, 0)
-        # The last new token is not fed; a decoder of its own starts with a token of its own.
-        most = limit if limit is None or not causal else limit + 1 - longest
+    causal = form.task == "causal"
+    most = table_limit(model.backbone, model.prompt.config.num_virtual_tokens if causal else 0)
+    if causal and most is not None:
+        most += 1 - longest  # the last new token is not fed; a decoder's start takes its place
     if asked is None:
         return form.max_target_length if most is None else min(form.max_target_length, most)
     if most is not None and asked > most:

@@ -494,8 +494,9 @@ def test_bad_calls() -> None:
         model()
     with pytest.raises(ValueError, match=r"position_ids: expected None \(they follow"):
         model(ids, mask, position_ids=ids)
-    with pytest.raises(ValueError, match=r"past_key_values: expected None \(see generate"):
-        model(ids, mask, past_key_values=object())
+    for name in ("cache", "past_key_values"):
+        with pytest.raises(ValueError, match=rf"{name}: expected None \(see generate"):
+            model(ids, mask, **{name: object()})
     with pytest.raises(ValueError, match="input_ids: expected at most 60 positions"):
         model(torch.ones(1, 61, dtype=torch.int64))
     for call in (model.set_adapter, model.delete_adapter):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from ept_fast import EPTBank, EPTConfig
-from ept_fast.integrations.backbones import column_free_length
+from ept_fast.integrations.backbones import cache_of, column_free_length
 from ept_fast.integrations.models import get_ept_model
 from ept_fast.integrations.packing import check_packing
 from ept_fast.integrations.prefix import PrefixCache
@@ -117,7 +117,7 @@ def test_goes_on_after_a_forward() -> None:
     first = output.logits[:, -1:].argmax(-1)
     choices = {**LOGITS, "max_new_tokens": NEW - 1}
     ids = torch.cat([row, first], 1)
-    later = made.model.generate(ids, **choices, past_key_values=output.past_key_values)
+    later = made.model.generate(ids, **choices, cache=cache_of(output))
     assert_greedy(later, ids, (tokens[:1, 1:], logits[:1, 1:]))
 
 
@@ -142,7 +142,7 @@ def test_other_ways_to_generate(name: str, kind: str) -> None:
     for mine, theirs in zip(output.logits, expected.logits, strict=True):
         torch.testing.assert_close(mine, theirs, **EXACT)
     if kind == "static":
-        assert isinstance(output.past_key_values, StaticCache)
+        assert isinstance(cache_of(output), StaticCache)
 
 
 def test_folded_and_half_precision() -> None:
@@ -196,7 +196,7 @@ def test_what_is_refused() -> None:
     for choices, message in bad:
         with pytest.raises(ValueError, match=message):
             model(**batch, **choices, prefix=prefix)
-    cache = model(**batch, prefix=prefix).past_key_values
+    cache = cache_of(model(**batch, prefix=prefix))
     empty = {**batch, "attention_mask": batch["attention_mask"].clone()}
     empty["attention_mask"][1] = 0
     bad = [

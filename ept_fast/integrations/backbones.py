@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ept_fast.integrations import TASKS
 __all__ = [
     "ATTENTION",
     "accepted_arguments",
+    "cache_name",
+    "cache_of",
     "check_backbone",
     "column_free_length",
     "embedding_width",
@@ -30,12 +33,16 @@ __all__ = [
     "position_table_name",
     "reads_last_column",
     "table_limit",
+    "take_cache",
     "text_config",
     "text_limit",
 ]
 
 # Kinds of layers that keep keys and values of each position and nothing else.
 ATTENTION = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
+
+# What transformers calls keys and values in arguments and outputs: since 5.24, and before.
+_CACHES = ("cache", "past_key_values")
 
 _LAYER_FIELDS = ("layer_types", "layers_block_type", "block_types")  # of a config
 _AUTO = {
@@ -109,6 +116,39 @@ def _not_found(name: str, error: Exception) -> str:
 def accepted_arguments(backbone: nn.Module) -> frozenset[str]:
     """The names that the backbone's forward takes."""
     return frozenset(inspect.signature(backbone.forward).parameters)
+
+
+def cache_name(accepted: Container[str]) -> str | None:
+    """Which of a function's arguments takes keys and values; None where it has no such argument."""
+    return next((name for name in _CACHES if name in accepted), None)
+
+
+def cache_of(output: Mapping[str, Any]) -> Any:
+    """The keys and values in a model's output, or None."""
+    fields = dict(output)  # asked by its old name, the output itself would warn
+    return next((fields[name] for name in _CACHES if fields.get(name) is not None), None)
+
+
+def take_cache(kwargs: dict[str, Any]) -> tuple[str, Any]:
+    """Remove the keys and values from a call's arguments, where every version's name will do.
+
+    Returns:
+        Their name in this call, for messages, and the keys and values; None where none are given.
+
+    Raises:
+        ValueError: two of them, or a cache under another name, where it would not be seen.
+    """
+    taken = {name: kwargs.pop(name) for name in _CACHES if name in kwargs}
+    given = {name: value for name, value in taken.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"{', '.join(given)}: expected one cache, got two")
+    for name, value in kwargs.items():
+        if isinstance(value, transformers.Cache):
+            raise ValueError(
+                f"{name}: expected keys and values as {' or '.join(_CACHES)}, "
+                f"got {type(value).__name__} under another name"
+            )
+    return next(iter(given.items()), (_CACHES[0], None))
 
 
 def check_backbone(backbone: Any, task: str) -> None:

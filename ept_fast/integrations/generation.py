@@ -11,19 +11,23 @@ may generate with it, each with an adapter of its own.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers import GenerationMixin
 
 from ept_fast.functional import splice_prompt
 from ept_fast.integrations.backbones import (
+    cache_name,
     column_free_length,
     table_limit,
+    take_cache,
 )
 from ept_fast.integrations.model import layout_of, mark_layout
 from ept_fast.integrations.prefix import PrefixCache
@@ -38,6 +42,10 @@ _REFUSED = (
     "speculation_type",
     "token_healing",
     "use_mtp",
+)
+# What ``generate`` and the methods that it calls name keys and values.
+_CACHE: Any = cache_name(
+    inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 _COMPUTED = ("inputs", "inputs_embeds", "position_ids", "token_type_ids", "encoder_outputs")
 
@@ -88,11 +96,13 @@ def generate_causal(
             f"got another one set on the model itself"
         )
     _refuse(backbone, kwargs)
-    given = kwargs.get("past_key_values")
+    given_as, given = take_cache(kwargs)
+    if given is not None:
+        kwargs[_CACHE] = given
     if prefix is not None:
         prefix.check(model, task_ids)
         if given is not None:
-            raise ValueError("past_key_values: expected None beside prefix, got a cache")
+            raise ValueError(f"{given_as}: expected None beside prefix, got a cache")
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = True
     spliced, mask = _spliced(model, input_ids, attention_mask, task_ids, kwargs)
@@ -123,6 +133,7 @@ def generate_causal(
         moved=bool((order.diff(dim=1) < 0).any()),
         uneven=bool(missing.any()),
         prefix=prefix,
+        given_as=given_as,
     )
     output = _view(backbone, run).generate(text.input_ids, attention_mask=mask, **kwargs)
     sequences = output if isinstance(output, Tensor) else output.sequences
@@ -163,6 +174,9 @@ def generate_seq2seq(
     """
     backbone = _generating(model)
     _refuse(backbone, kwargs, ())
+    _, given = take_cache(kwargs)
+    if given is not None:
+        kwargs[_CACHE] = given
     spliced, mask = _spliced(model, input_ids, attention_mask, task_ids, kwargs)
     m = spliced.shape[1] - input_ids.shape[1]
     limit = table_limit(backbone, m)
@@ -203,6 +217,11 @@ def _generating(model: Any) -> Any:
     if not isinstance(backbone, GenerationMixin):
         raise TypeError(
             f"model: expected a transformers model that can generate, got {type(backbone).__name__}"
+        )
+    if _CACHE is None:
+        raise TypeError(
+            f"transformers: expected a generate that takes cache or past_key_values, "
+            f"got that of version {transformers.__version__}"
         )
     model.check_keeps_cache()
     return backbone
@@ -377,6 +396,7 @@ class _Run:
         moved: whether tokens had to be moved to put the padding on the left.
         uneven: whether some row's prompt is shorter than another's.
         prefix: the prompt's keys and values, or None.
+        given_as: the argument by which a cache was given, for messages.
     """
 
     backbone: Any
@@ -386,6 +406,7 @@ class _Run:
     moved: bool
     uneven: bool
     prefix: PrefixCache | None
+    given_as: str
 
     @property
     def prompt_length(self) -> int:
@@ -418,13 +439,13 @@ class _Run:
         )
         if m + config.max_length - 1 > room:
             raise ValueError(
-                f"past_key_values: expected room for {m + config.max_length - 1} positions (the "
+                f"{self.given_as}: expected room for {m + config.max_length - 1} positions (the "
                 f"prompt's {m} and all but the last of max_length {config.max_length}), got {room}"
             )
         seen = int(cache.get_seq_length())
         if seen and not m <= seen < m + length:
             raise ValueError(
-                f"past_key_values: expected {m} positions of the prompt and fewer than {length} "
+                f"{self.given_as}: expected {m} positions of the prompt and fewer than {length} "
                 f"of the text, got {seen} positions"
             )
         padding = int(self.text.padding.max())
@@ -432,15 +453,15 @@ class _Run:
             mark_layout(cache, "padding first")
         elif padding and layout_of(cache) == "text first":
             raise ValueError(
-                "past_key_values: expected rows of one length where a model's own call made it, "
-                "which put their padding behind the text, got padding"
+                f"{self.given_as}: expected rows of one length where a model's own call made it, "
+                f"which put their padding behind the text, got padding"
             )
         if self.text.seeded:
             self.check_padding(config)
         if seen and (self.moved or padding > seen - m):
             raise ValueError(
-                "attention_mask: expected padding on the left only, all of it in the columns "
-                "that past_key_values holds, got other padding"
+                f"attention_mask: expected padding on the left only, all of it in the columns "
+                f"that {self.given_as} holds, got other padding"
             )
 
     def check_prefix(self, config: Any) -> None:
@@ -490,7 +511,6 @@ class _Prompted:
         self,
         input_ids: Any,
         next_sequence_length: int | None = None,
-        past_key_values: Any = None,
         attention_mask: Any = None,
         position_ids: Any = None,
         is_first_iteration: bool | None = False,
@@ -501,7 +521,8 @@ class _Prompted:
         if next_sequence_length is not None and not is_first_iteration:
             start = m + input_ids.shape[1] - next_sequence_length
         else:
-            start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            cache = kwargs.get(_CACHE)
+            start = 0 if cache is None else int(cache.get_seq_length())
         rows, positions = text.inputs(input_ids, start)
         if attention_mask is None and self._ept_run.uneven:
             # generate drops a mask of ones; padding before shorter prompts has to stay masked.
@@ -510,7 +531,6 @@ class _Prompted:
             kwargs["attention_mask"] = text.mask(attention_mask)
         if position_ids is not None:
             kwargs["position_ids"] = positions
-        kwargs["past_key_values"] = past_key_values
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         if start == 0:
             return prepare(input_ids, inputs_embeds=rows, is_first_iteration=True, **kwargs)  # type: ignore[no-any-return]
@@ -529,15 +549,16 @@ class _Prompted:
         """Room for the prompt; here all lengths are known, and nothing has been computed yet."""
         run = self._ept_run
         run.check_length(generation_config)
-        if model_kwargs.get("past_key_values") is not None:
-            run.check_cache(model_kwargs["past_key_values"], generation_config)
+        given = model_kwargs.get(_CACHE)
+        if given is not None:
+            run.check_cache(given, generation_config)
         max_cache_length += run.prompt_length
         prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
         prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if run.prefix is not None:
             run.check_prefix(generation_config)
             copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-            run.seed(model_kwargs.get("past_key_values"), copies)
+            run.seed(model_kwargs.get(_CACHE), copies)
 
 
 @functools.cache

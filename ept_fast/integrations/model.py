@@ -27,11 +27,13 @@ from ept_fast.integrations.adapters import (
 )
 from ept_fast.integrations.backbones import (
     accepted_arguments,
+    cache_name,
     check_backbone,
     embedding_width,
     first_position,
     load_backbone,
     position_table_name,
+    take_cache,
     text_limit,
 )
 from ept_fast.integrations.positions import check_sums, looked_up, with_offset
@@ -176,6 +178,7 @@ class EPTModel(nn.Module):
         self.active_adapter = ""
         self.descriptions: dict[str, Description] = {}
         self._accepted = accepted_arguments(model)
+        self._cache_name = cache_name(self._accepted)
         self._first_position = first_position(model)
         self._table_name = position_table_name(model)
         self.own_positions = nn.ModuleDict()  # while copies of them stand in the model
@@ -807,10 +810,11 @@ class EPTModel(nn.Module):
                 inputs_embeds=inputs_embeds,
                 **kwargs,
             )
-        for name in ("position_ids", "past_key_values"):
-            if kwargs.pop(name, None) is not None:
-                hint = "they follow from the mask" if name == "position_ids" else "see generate()"
-                raise ValueError(f"{name}: expected None ({hint}), got one")
+        if kwargs.pop("position_ids", None) is not None:
+            raise ValueError("position_ids: expected None (they follow from the mask), got one")
+        name, cache = take_cache(kwargs)
+        if cache is not None:
+            raise ValueError(f"{name}: expected None (see generate()), got one")
         kwargs.pop("return_dict", None)
         found = input_ids if input_ids is not None else inputs_embeds
         if found is None:

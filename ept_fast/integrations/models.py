@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 from ept_fast.config import EPTConfig, check_choice, check_number
 from ept_fast.integrations import POOLINGS, TASKS
 from ept_fast.integrations.backbones import (
+    cache_of,
     column_free_length,
     output_width,
     own_head,
@@ -165,9 +166,9 @@ class EPTModelForCausalLM(EPTModel):
             targets = next_labels(text.compact(labels), text.attention_mask)
             before = logits.shape[1] - targets.shape[1]
             loss = token_loss(logits, F.pad(targets, (before, 0), value=IGNORED), num_items)
-        if output.get("past_key_values") is not None:  # use_cache=True was given
-            layout = "prompt first" if text.order is None else "text first"
-            mark_layout(output.past_key_values, layout)
+        cache = cache_of(output)
+        if cache is not None:  # use_cache=True was given
+            mark_layout(cache, "prompt first" if text.order is None else "text first")
         logits = text.restore(logits[:, max(logits.shape[1] - length, 0) :])
         return replace_fields(output, loss=loss, logits=keep_logits(logits, kept))
 

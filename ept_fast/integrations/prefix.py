@@ -36,11 +36,11 @@ class PrefixCache:
 
     def __init__(self, model: Any) -> None:
         unlike = layer_kinds(model.backbone) - ATTENTION
-        if unlike or "past_key_values" not in model._accepted:
-            got = ", ".join(sorted(unlike)) or "a forward without past_key_values"
+        if unlike or model._cache_name is None:
+            got = ", ".join(sorted(unlike)) or "a forward that takes none"
             raise ValueError(
-                f"model: expected attention in every layer and a forward that takes "
-                f"past_key_values, got {got} ({type(model.backbone).__name__})"
+                f"model: expected attention in every layer and a forward that takes keys and "
+                f"values (cache or past_key_values), got {got} ({type(model.backbone).__name__})"
             )
         self._model = model
         self._prompt = model.prompt
@@ -90,13 +90,13 @@ class PrefixCache:
         nothing = torch.empty(len(slots), 0, dtype=torch.int64, device=device)
         embeds, mask, ranks = model.splice(input_ids=nothing, task_ids=task_ids)
         cache = DynamicCache()
-        inputs: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        inputs: dict[str, Any] = {"use_cache": True, "return_dict": True, model._cache_name: cache}
         if "position_ids" in model._accepted:
             inputs["position_ids"] = ranks + model._first_position
         if "logits_to_keep" in model._accepted:
             inputs["logits_to_keep"] = 1
         model.check_keeps_cache()
-        backbone(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, **inputs)
+        backbone(inputs_embeds=embeds, attention_mask=mask, **inputs)
         kept: Any = cache.layers
         return [(layer.keys, layer.values) for layer in kept]
 
@@ -152,8 +152,8 @@ def prefix_forward(
         kwargs: ``task_ids``; ``logits_to_keep``; others go to the backbone.
 
     Returns:
-        The backbone's output, ``logits`` ``[B, S, V]`` in the columns of the text, and in
-        ``past_key_values`` the prompt and the text.
+        The backbone's output, ``logits`` ``[B, S, V]`` in the columns of the text, and keys and
+        values of the prompt and the text.
 
     Raises:
         ValueError: labels; a prefix of another prompt, or of before it changed.
@@ -174,7 +174,7 @@ def prefix_forward(
     rows = torch.zeros(batch, dtype=torch.int64, device=embeds.device)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     prefix.write(cache, rows if task_ids is None else task_ids)
-    inputs: dict[str, Any] = {"use_cache": True, "return_dict": True, "past_key_values": cache}
+    inputs: dict[str, Any] = {"use_cache": True, "return_dict": True, model._cache_name: cache}
     if "position_ids" in model._accepted:
         inputs["position_ids"] = ranks[:, m:] + model._first_position
     kept = kwargs.pop("logits_to_keep", 0)

@@ -497,9 +497,8 @@ def test_without_offset_and_subspaces_it_is_prompt_tuning(name: str) -> None:
     prompt.data = made.model.prompt.short_prompt.detach().clone()
     expected = texts
     with in_float64():
-        for _ in range(
-            NEW
-        ):  # PEFT 0.21's own generate does not go on from transformers 5.24's cache
+        # Not by PEFT 0.21's own generate, which does not go on from the cache of transformers 5.24.
+        for _ in range(NEW):
             ones = torch.ones_like(expected)
             logits = theirs(input_ids=expected, attention_mask=ones, use_cache=False).logits
             expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)

@@ -81,7 +81,9 @@ def _sum_parts(ptrs, mask, parts, stride_part, UNROLL: tl.constexpr):
     for first in range(0, parts, UNROLL):
         for i in tl.static_range(UNROLL):
             part = tl.cast(first + i, tl.int64)
-            total += tl.load(ptrs + part * stride_part, mask=mask & (part < parts), other=0.0)
+            # Compared as a tile: Triton 3.9's interpreter makes no mask of a scalar comparison.
+            mask_part = mask & (tl.full(mask.shape, part, tl.int64) < parts)
+            total += tl.load(ptrs + part * stride_part, mask=mask_part, other=0.0)
     return total
 
 

@@ -641,15 +641,16 @@ def _add_parts(
     """
     offs = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     summed = tl.zeros((BLOCK,), tl.float32)
-    inside = (offs < covered) & there
+    made = tl.where(there, covered, 0)  # elements that have parts, or are written
     part_ptrs = part_ptr + group.to(tl.int64) * parts * covered + offs
     for _ in range(parts):
-        summed += tl.load(part_ptrs, mask=inside, other=0.0)
+        summed += tl.load(part_ptrs, mask=offs < made, other=0.0)
         part_ptrs += tl.cast(covered, tl.int64)
+    first = tl.where(parts > 0, 0, made)
     tl.store(
         out_ptr + task.to(tl.int64) * size + offs,
         summed.to(out_ptr.dtype.element_ty),
-        mask=(offs < size) & ((parts > 0) | (inside == 0)),
+        mask=(offs >= first) & (offs < size),
     )
 
 

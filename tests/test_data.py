@@ -34,7 +34,12 @@ MALFORMED: dict[str, tuple[str, bytes, list[str]]] = {
     "a number beyond reading": (
         "d.jsonl",
         f'{GOOD_LINE}\n{{"label": {"9" * 5000}}}\n'.encode(),
-        ["line 2", "JSON object"],
+        ["line 2", "JSON object", "an integer of 5000 digits"],
+    ),
+    "a key twice": (
+        "d.jsonl",
+        f'{GOOD_LINE}\n{{"text": "a", "text": "b", "label": 0}}\n'.encode(),
+        ["line 2", "JSON object", "the key 'text' twice"],
     ),
     "not an object": ("d.jsonl", b'["a", 0]\n', ["line 1", "JSON object", "list"]),
     "deep JSON": ("d.jsonl", b"[" * 200_000 + b"\n", ["line 1", "JSON"]),
@@ -87,6 +92,19 @@ MALFORMED: dict[str, tuple[str, bytes, list[str]]] = {
     "oversized field": ("d.csv", f"text,label\n{LONG},0\n".encode(), ["line 2", "oversized"]),
     "name among integers": ("d.csv", b"text,label\na,0\nb,x\n", ["line 3", "label", "integer"]),
     "negative in CSV": ("d.csv", b"text,label\na,-1\n", ["line 2", "label", ">= 0", "-1"]),
+    "two signs in CSV": ("d.csv", b"text,label\na,--1\n", ["line 2", "label", "integer", "--1"]),
+    "two signs in TSV": ("d.tsv", b"text\tlabel\na\t0\nb\t--1\n", ["line 3", "label", "--1"]),
+    "endless label in CSV": ("d.csv", f"text,label\na,{'9' * 5000}\n".encode(), ["line 2"]),
+    "label beyond any head": (
+        "d.jsonl",
+        b'{"text": "a", "label": 1000000000}\n',
+        ["line 1", "label", "below 100000", "1000000000"],
+    ),
+    "long label in TSV": (
+        "d.tsv",
+        f"text\tlabel\na\t{'9' * 4000}\n".encode(),
+        ["line 2", "label", "below 100000", "999..."],
+    ),
     "empty label in CSV": ("d.csv", b"text,label\na,x\nb,\n", ["line 3", "label", "empty"]),
     "unknown suffix": ("d.parquet", b"PAR1", [".jsonl, .csv, .tsv", ".parquet"]),
     "text without labels": ("d.txt", b"a\n", [".jsonl", ".txt"]),

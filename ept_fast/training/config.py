@@ -10,13 +10,15 @@ from ept_fast.config import EPTConfig, check_choice, check_count, check_flag, ch
 from ept_fast.integrations import POOLINGS
 from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
 
-__all__ = ["DEVICES", "INITS", "KEEPS", "METHODS", "TASKS", "TrainConfig"]
+__all__ = ["DEVICES", "INITS", "KEEPS", "MAX_LABELS", "METHODS", "TASKS", "TrainConfig"]
 
 TASKS = ("classification", "seq2seq", "causal")
 METHODS = ("ept", "dept", "pt")
 INITS = ("vocab", "random")
 KEEPS = ("last", "best")
 DEVICES = ("auto", "cpu")
+# Classes of a task at most: their names still fit the description that is kept with an adapter.
+MAX_LABELS = 100_000
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from ept_fast.config import check_choice
+from ept_fast.reading import load_json
+from ept_fast.training.config import MAX_LABELS
 
 __all__ = [
     "ANSWERS",
@@ -214,8 +216,8 @@ class _Builder:
         name = self.fields.label
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise self.fail(line, name, "an integer >= 0 or a name", _show(value))
-        if isinstance(value, int) and value < 0:
-            raise self.fail(line, name, "an integer >= 0", str(value))
+        if isinstance(value, int) and not 0 <= value < MAX_LABELS:
+            raise self.fail(line, name, f"an integer >= 0 and below {MAX_LABELS}", _show(value))
         if isinstance(value, str):
             self.text(line, name, value)
         if self.labels and type(value) is not type(self.labels[0]):
@@ -343,7 +345,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 def _read_jsonl(text: str, builder: _Builder) -> None:
     for number, line in _lines(text):
         try:
-            row = json.loads(line)
+            row = load_json(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{builder.source}, line {number}: expected a JSON object, got bad JSON ({error})"
@@ -402,7 +404,10 @@ def _add_records(records: Iterator[tuple[int, list[str]]], builder: _Builder) ->
             raise builder.fail(line, "row", f"{len(header)} columns", str(len(record)))
         row: dict[str, object] = dict(zip(header, record, strict=True))
         if label is not None and integers and _is_integer(str(row[label])):
-            row[label] = int(str(row[label]))
+            try:
+                row[label] = int(str(row[label]))
+            except ValueError:  # two signs, or too many digits
+                raise builder.fail(line, label, "an integer >= 0", _show(row[label])) from None
         builder.add(line, row)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import json
+import math
+import re
 import sys
 import types
 from pathlib import Path
@@ -225,6 +227,9 @@ def test_label_sets() -> None:
         ((0, 0), None, "at least 2 classes, got 1"),
         (("x",), None, "at least 2 classes, got 1"),
         ((0, 3), None, "every class from 0 to 3, got no row of class 1"),
+        ((*range(50_000), 99_999), None, "to 99999, got no row of class 50000"),
+        ((0, 10**9), None, "line 2: label: expected an integer below 100000, got 1000000000"),
+        (tuple(map(str, range(100_001))), None, "at most 100000 classes, got 100001"),
         ((0, 1, 2), 2, "line 3: label: expected an integer below num_labels 2, got 2"),
         (("a", "b"), 3, "num_labels 3 names, got 2"),
         (None, None, "a label in every row"),
@@ -234,6 +239,13 @@ def test_label_set_errors(labels: Any, num_labels: int | None, message: str) -> 
     rows = _rows(labels) if labels else Rows(("t",), None, None, "d.jsonl", (1,))
     with pytest.raises(DataError, match=message):
         LabelSet.of(rows, num_labels)
+
+
+def test_label_sets_of_many_classes_are_found_at_once() -> None:
+    rows = _rows(tuple(range(100_000)))
+    assert LabelSet.of(rows) == LabelSet.of(rows, num_labels=100_000)
+    with pytest.raises(ValueError, match="num_labels: expected an integer <= 100000, got 1000000"):
+        LabelSet.of(rows, num_labels=1_000_000)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +316,34 @@ def test_every_epoch_holds_every_row_once(count: int, group: bool) -> None:
     if count > 8:
         assert batches != list(GroupedBatches(lengths, 8, 3 * epoch, seed=6, group=group))
         assert batches[:epoch] != batches[epoch : 2 * epoch]
+
+
+@pytest.mark.parametrize("group", [True, False])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("count", [3, 7, 16, 25, 103])
+def test_steps_of_epochs_are_those_of_the_batches(count: int, parts: int, group: bool) -> None:
+    lengths = torch.randint(3, 40, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = GroupedBatches(lengths, 2, 1000, seed=5, group=group, parts=parts)
+    seen, ends = 0, [0]  # the steps after which every epoch ends
+    rows = iter(batches)
+    for step in range(1, 1001):
+        seen += sum(len(next(rows)) for _ in range(parts))
+        if seen % count == 0:
+            ends.append(step)
+    for epochs in (1e-9, 0.5, 1, 1.25, 3.3, 7):
+        whole, part = int(epochs), epochs - int(epochs)
+        expected = ends[whole] + math.ceil(part * (ends[whole + 1] - ends[whole]))
+        assert batches.steps_of(epochs) == expected
+
+
+def test_steps_of_endless_epochs_are_refused_at_once() -> None:
+    few = GroupedBatches([4] * 20, 2, 0, seed=0)
+    assert few.steps_of(214_748_364) == 2_147_483_640
+    for epochs in (214_748_365, 1e18, 1e308):
+        with pytest.raises(
+            ValueError, match=rf"epochs: expected at most 2147483647 .*{re.escape(str(epochs))}"
+        ):
+            few.steps_of(epochs)
 
 
 def test_grouping_saves_padding_without_ordering_the_batches() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from ept_fast.config import check_choice
 from ept_fast.reading import load_json
-from ept_fast.training.config import MAX_LABELS
+from ept_fast.training.config import MOST, check_most
 
 __all__ = [
     "ANSWERS",
@@ -118,10 +118,13 @@ class LabelSet:
             num_labels: C for integer labels, where some class may have no training row.
 
         Raises:
-            DataError: one class only, a class without rows, or a label beyond ``num_labels``.
+            DataError: one class only, a class without rows, a label beyond ``num_labels``, or more
+                classes than a head can be meant to have.
+            ValueError: ``num_labels`` of more classes than that.
         """
         if rows.labels is None:
             raise DataError(f"{rows.source}: label: expected a label in every row, got none")
+        check_most("num_labels", num_labels)
         found: list[Any] = sorted(set(rows.labels))
         if isinstance(found[0], str):
             names = tuple(str(name) for name in found)
@@ -132,21 +135,28 @@ class LabelSet:
                 )
         else:
             last = int(found[-1])
+            limit = num_labels or MOST["num_labels"]
+            if last >= limit:
+                line = rows.lines[rows.labels.index(last)]
+                below = limit if num_labels is None else f"num_labels {limit}"
+                raise DataError(
+                    f"{rows.source}, line {line}: label: expected an integer below {below}, "
+                    f"got {last}"
+                )
             if num_labels is None and len(found) <= last:
-                missing = next(i for i in range(last) if i not in found)
+                missing = next(i for i, label in enumerate(found) if label != i)
                 raise DataError(
                     f"{rows.source}: label: expected every class from 0 to {last}, got no row of "
                     f"class {missing} (num_labels allows that)"
                 )
-            if num_labels is not None and last >= num_labels:
-                line = rows.lines[rows.labels.index(last)]
-                raise DataError(
-                    f"{rows.source}, line {line}: label: expected an integer below num_labels "
-                    f"{num_labels}, got {last}"
-                )
             names = tuple(str(i) for i in range(num_labels or last + 1))
         if len(names) < 2:
             raise DataError(f"{rows.source}: label: expected at least 2 classes, got {len(names)}")
+        if len(names) > MOST["num_labels"]:
+            raise DataError(
+                f"{rows.source}: label: expected at most {MOST['num_labels']} classes, "
+                f"got {len(names)}"
+            )
         return cls(names, not isinstance(found[0], str))
 
     def ids(self, rows: Rows) -> tuple[int, ...]:
@@ -216,8 +226,9 @@ class _Builder:
         name = self.fields.label
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise self.fail(line, name, "an integer >= 0 or a name", _show(value))
-        if isinstance(value, int) and not 0 <= value < MAX_LABELS:
-            raise self.fail(line, name, f"an integer >= 0 and below {MAX_LABELS}", _show(value))
+        if isinstance(value, int) and not 0 <= value < MOST["num_labels"]:
+            expected = f"an integer >= 0 and below {MOST['num_labels']}"
+            raise self.fail(line, name, expected, _show(value))
         if isinstance(value, str):
             self.text(line, name, value)
         if self.labels and type(value) is not type(self.labels[0]):

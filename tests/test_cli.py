@@ -227,6 +227,18 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "train --model {model} --data {data} --output {out} --prompt-length 5",
         "prompt_length: expected a budget of at least",
     ),
+    "special tokens alone": (
+        "train --model {model} --data {data} --output {out} --num-virtual-tokens 4 --max-length 2",
+        "max_length: expected at least 3, for a token of the text beside 2 special ones, got 2",
+    ),
+    "endless epochs": (
+        "train --model {model} --data {data} --output {out} --epochs 1e18",
+        "epochs: expected at most 2147483647 steps in all, got 1e+18 epochs of 6",
+    ),
+    "classes without end": (
+        "train --model {model} --data {data} --output {out} --num-labels 1000000000",
+        "num_labels: expected an integer <= 100000, got 1000000000",
+    ),
     "packed encoder-decoder": (
         "train --model {model} --data {data} --output {out} --task seq2seq --packing",
         "packing: expected the task causal (an encoder-decoder counts positions by column)",

@@ -288,6 +288,22 @@ def test_tokenise_cuts_and_counts(tmp_path: Path) -> None:
     assert "labels" not in tokenise(rows, tokenizer, 12)[0]
 
 
+@pytest.mark.parametrize(("paired", "least"), [(False, 3), (True, 5)])
+def test_a_limit_without_room_for_the_text_is_an_error(
+    paired: bool, least: int, tmp_path: Path
+) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(save_model(tmp_path))
+    pairs = ("a song was fine",) if paired else None
+    rows = Rows(("the play was fine",), pairs, None, "d", (1,))
+    assert tokenise(rows, tokenizer, least).lengths == [least]
+    message = rf"max_length: expected at least {least}, .* {least - 1 - paired} special .*, got "
+    for limit in range(1, least):
+        with pytest.raises(ValueError, match=message + str(limit)):
+            tokenise(rows, tokenizer, limit)
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collator_pads_to_the_longest_of_the_batch(side: str) -> None:
     rows = [

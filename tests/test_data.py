@@ -149,6 +149,59 @@ def test_formats_give_the_same_rows(name: str, tmp_path: Path) -> None:
     assert rows.labels == (1, 0)
 
 
+# every line or row of what is to be predicted: file, content, texts, the line of each
+ASKED: dict[str, tuple[str, str, tuple[str, ...], tuple[int, ...]]] = {
+    "blank lines": ("d.txt", "a\n\n \nb\n", ("a", "", " ", "b"), (1, 2, 3, 4)),
+    "no line end": ("d.txt", "a\nb", ("a", "b"), (1, 2)),
+    "a blank last line": ("d.txt", "a\r\n\r\n", ("a", ""), (1, 2)),
+    "a line end alone": ("d.txt", "\n", ("",), (1,)),
+    "empty in JSON": ("d.jsonl", '{"text": ""}\n{"text": " "}\n', ("", " "), (1, 2)),
+    "empty in CSV": ("d.csv", "id,text\n1,\n,\n2,b\n", ("", "", "b"), (2, 3, 4)),
+    "quoted in CSV": ("d.csv", 'text\n""\n" "\n', ("", " "), (2, 3)),
+    "empty in TSV": ("d.tsv", "id\ttext\n\t\n2\tb\n", ("", "b"), (2, 3)),
+    "a column of TSV": ("d.tsv", "text\n\nb\n", ("", "b"), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_no_line_is_left_out_of_what_is_asked(case: str, tmp_path: Path) -> None:
+    name, content, texts, lines = ASKED[case]
+    (tmp_path / name).write_text(content, newline="")
+    rows = read_rows(tmp_path / name, answer="none")
+    assert (rows.texts, rows.lines) == (texts, lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', "line 2: expected .*, got a blank line"),
+        ("d.jsonl", '{"text": "a"}\n \n', "line 2: expected a JSON object, got a blank line"),
+        ("d.csv", "text\na\n\nb\n", "line 3: row: expected 1 columns, got a blank line"),
+        ("d.csv", "id,text\n1,a\n  \n", "line 3: row: expected 2 columns, got 1"),
+        ("d.tsv", "id\ttext\n\n1\ta\n", "line 2: row: expected 2 columns, got 1"),
+        ("d.jsonl", '{"text": "a"}\n{"text": null}\n', "line 2: text: expected a string"),
+        ("d.txt", "", "expected at least one row, got none"),
+    ],
+)
+def test_a_line_without_a_row_is_an_error_where_answers_are_asked(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name, answer="none")
+
+
+def test_a_text_without_a_token_names_its_line() -> None:
+    def tokenizer(texts: list[str], pairs: None, **how: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1] * len(text) for text in texts]}
+
+    tokenizer.num_special_tokens_to_add = lambda pair: 0  # type: ignore[attr-defined]
+    rows = Rows(("ab", "", "c"), None, None, "d.txt", (1, 2, 3))
+    message = r"^d\.txt, line 2: text: expected at least one token, got none of ''$"
+    with pytest.raises(DataError, match=message):
+        tokenise(rows, tokenizer, 4)
+
+
 def test_tsv_does_not_read_quotes_and_csv_joins_lines(tmp_path: Path) -> None:
     (tmp_path / "d.tsv").write_text('text\tlabel\n"a\tx\n')
     (tmp_path / "d.csv").write_text('text,label\n"a\nb",x\nc\n')

@@ -226,6 +226,15 @@ def test_a_limit_without_room_for_a_token_is_an_error(
             tokenise_text(rows, tokenizer, TextForm(**form, **{**limits, field: limit}))
 
 
+def test_an_empty_text_is_read_where_it_has_a_token(starting: Any, ending: Any) -> None:
+    rows = rows_of(("the play", None), ("", None))
+    causal = TextForm("causal", 4, 2, separator="")
+    assert tokenise_inputs(rows, ending, TextForm("seq2seq", 4, 2))[1] == {"input_ids": [2]}
+    assert tokenise_inputs(rows, starting, causal)[1] == {"input_ids": [1]}
+    with pytest.raises(DataError, match="d, line 2: text: expected at least one token, got"):
+        tokenise_inputs(rows, ending, causal)
+
+
 def test_a_tokenizer_without_an_end_is_an_error(ending: Any) -> None:
     class Endless:
         eos_token_id = None

@@ -207,13 +207,18 @@ class _Builder:
         answers = {"label": [self.fields.label], "target": [self.fields.target]}
         return [self.fields.text, *answers.get(self.answer, [])]
 
+    @property
+    def asked(self) -> bool:
+        """Whether the rows are to be answered: then every line counts, and an empty text too."""
+        return self.answer == "none"
+
     def fail(self, line: int, name: str, expected: str, got: str) -> DataError:
         return DataError(f"{self.source}, line {line}: {name}: expected {expected}, got {got}")
 
     def text(self, line: int, name: str, value: object) -> str:
         if not isinstance(value, str):
             raise self.fail(line, name, "a string", _show(value))
-        if not value.strip():
+        if not (value.strip() or self.asked):
             raise self.fail(line, name, "text", "an empty string" if not value else "only spaces")
         try:
             value.encode()
@@ -295,8 +300,11 @@ def read_rows(path: str | Path, *, fields: Fields | None = None, answer: str = "
     """Read a JSONL, CSV, TSV or plain text file; the suffix says which.
 
     JSONL: an object a line, other fields are ignored. CSV: a header, quoting as usual. TSV: a
-    header, no quoting, as in GLUE. ``.txt``: a text a line, never with an answer. Blank lines are
-    skipped.
+    header, no quoting, as in GLUE. ``.txt``: a text a line, never with an answer.
+
+    Blank lines are skipped and empty texts refused, but not where the answer is ``"none"``: such
+    rows are to be answered, one for one. Every line of a ``.txt`` is then a text, an empty text
+    counts, and a line without a row is an error.
 
     Args:
         path: the file.
@@ -346,15 +354,22 @@ def _decode(data: bytes, source: str) -> str:
         ) from None
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def _lines(text: str, every: bool) -> Iterator[tuple[int, str]]:
     # Only "\n" ends a line: splitlines() would also cut at separators that may stand inside a text.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        if every or line.strip():
             yield number, line.rstrip("\r")
 
 
 def _read_jsonl(text: str, builder: _Builder) -> None:
-    for number, line in _lines(text):
+    for number, line in _lines(text, builder.asked):
+        if not line.strip():
+            raise DataError(
+                f"{builder.source}, line {number}: expected a JSON object, got a blank line"
+            )
         try:
             row = load_json(line)
         except (ValueError, RecursionError) as error:
@@ -369,7 +384,7 @@ def _read_jsonl(text: str, builder: _Builder) -> None:
 
 
 def _read_text(text: str, builder: _Builder) -> None:
-    for number, line in _lines(text):
+    for number, line in _lines(text, builder.asked):
         builder.add(number, {builder.fields.text: line})
 
 
@@ -388,14 +403,15 @@ def _read_csv(text: str, builder: _Builder) -> None:
                     f"{builder.source}, line {first}: expected CSV, got bad quoting or an "
                     f"oversized field ({error})"
                 ) from None
-            if record and any(cell.strip() for cell in record):
+            if builder.asked or any(cell.strip() for cell in record):
                 yield first, record
 
     _add_records(records(), builder)
 
 
 def _read_tsv(text: str, builder: _Builder) -> None:
-    _add_records(((n, line.split("\t")) for n, line in _lines(text)), builder)
+    lines = _lines(text, builder.asked)
+    _add_records(((number, line.split("\t")) for number, line in lines), builder)
 
 
 def _add_records(records: Iterator[tuple[int, list[str]]], builder: _Builder) -> None:
@@ -412,7 +428,8 @@ def _add_records(records: Iterator[tuple[int, list[str]]], builder: _Builder) ->
     )
     for line, record in kept:
         if len(record) != len(header):
-            raise builder.fail(line, "row", f"{len(header)} columns", str(len(record)))
+            got = str(len(record) or "a blank line")
+            raise builder.fail(line, "row", f"{len(header)} columns", got)
         row: dict[str, object] = dict(zip(header, record, strict=True))
         if label is not None and integers and _is_integer(str(row[label])):
             try:

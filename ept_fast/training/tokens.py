@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ept_fast.config import check_choice, check_count, check_flag
-from ept_fast.training.data import LabelSet, Rows
+from ept_fast.reading import shorten
+from ept_fast.training.data import DataError, LabelSet, Rows
 
 __all__ = [
     "IGNORED",
@@ -95,6 +96,7 @@ def tokenise(
 
     Raises:
         ValueError: no room for a token of the text, or of each of two, beside the special tokens.
+        DataError: a text without any token.
     """
     ids = None if labels is None else labels.ids(rows)
     paired = rows.pairs is not None
@@ -120,6 +122,7 @@ def tokenise(
     if long:
         for i, row in zip(long, encode(rows.take(long), cut=True), strict=True):
             features[i] = row
+    _check_read(rows, features)
     return Tokenised(tuple(features), ids, len(long))
 
 
@@ -130,6 +133,16 @@ def _check_room(name: str, limit: int, others: int, what: str, wanted: int = 1) 
             f"{name}: expected at least {others + wanted}, for a token of {what} beside {others} "
             f"special ones, got {limit}"
         )
+
+
+def _check_read(rows: Rows, features: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DataError where a text has no token, special ones included, for the model to read."""
+    for line, text, row in zip(rows.lines, rows.texts, features, strict=True):
+        if not row["input_ids"]:
+            raise DataError(
+                f"{rows.source}, line {line}: text: expected at least one token, got none of "
+                f"{shorten(text, 60)}"
+            )
 
 
 def end_token(tokenizer: Any) -> int:
@@ -155,6 +168,7 @@ def tokenise_inputs(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
 
     Raises:
         ValueError: no room for a token of the text beside special tokens and separator.
+        DataError: a text without any token.
     """
     plain = Rows(rows.texts, None, None, rows.source, rows.lines)
     if form.task == "seq2seq":
@@ -173,6 +187,7 @@ def tokenise_inputs(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
             kept = ids[:1] if ids[0] == start else []
             ids = kept + ids[len(ids) - form.max_length + len(kept) :]
         features.append({"input_ids": ids})
+    _check_read(rows, features)
     return Tokenised(tuple(features), None, cut)
 
 

@@ -279,6 +279,9 @@ def predict(
     """Write the answer to each text, a JSON object a line.
 
     That is its label and probabilities, or the text that the model writes for it (output).
+    Every line of a text file gets one, a blank line too, which is an empty text; so does every
+    row of the other formats, in which a blank line is an error. Nothing is written where one text
+    cannot be answered.
     """
     from ept_fast.checkpoint import write_bytes
     from ept_fast.training.data import DataError, Fields, parse_rows

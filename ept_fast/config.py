@@ -130,10 +130,10 @@ class EPTConfig:
         hidden_size: int,
         prompt_length: int = 100,
         *,
-        num_virtual_tokens: int = 20,
-        max_length: int = 256,
-        num_spaces: int = 4,
-        space_dim: int = 4,
+        num_virtual_tokens: int = num_virtual_tokens,
+        max_length: int = max_length,
+        num_spaces: int = num_spaces,
+        space_dim: int = space_dim,
         **choices: Any,
     ) -> EPTConfig:
         """The config whose rank uses up what a plain prompt of ``prompt_length`` tokens would cost.

@@ -16,6 +16,7 @@ __all__ = [
     "JSON_LIMIT",
     "CheckpointError",
     "check_size",
+    "load_json",
     "open_inside",
     "parse_json",
     "read_adapter_json",
@@ -117,7 +118,7 @@ def parse_json(path: Path, data: bytes | str) -> dict[str, Any]:
     """The JSON object in ``data``, which comes from ``path``; errors as :func:`read_json`."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+        values = load_json(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a JSON object, got damaged text ({error})"
@@ -132,6 +133,11 @@ def parse_json(path: Path, data: bytes | str) -> dict[str, Any]:
     return values
 
 
+def load_json(text: str, **hooks: Any) -> Any:
+    """``json.loads``, for which a repeated key is an error, as is an integer beyond reading."""
+    return json.loads(text, object_pairs_hook=_unique, parse_int=_integer, **hooks)
+
+
 def _containers(value: Any) -> list[Any]:
     inner = value.values() if isinstance(value, dict) else value
     return [each for each in inner if isinstance(each, (dict, list))]
@@ -144,6 +150,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {shorten(key)} twice")
         values[key] = value
     return values
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # Python's own message advises a change to the interpreter
+        raise ValueError(f"an integer of {len(text.lstrip('-'))} digits") from None
 
 
 def _no_number(text: str) -> Any:

@@ -103,7 +103,7 @@ def test_evaluate_prints_json(trained: Workplace) -> None:
 
 
 INPUTS = {
-    "standard input": ([], "the play was fine\n\na dull song\n"),
+    "standard input": ([], "the play was fine\na dull song\n"),
     "JSONL from standard input": (
         ["--format", "jsonl"], '{"text": "the play was fine"}\n{"text": "a dull song"}\n',
     ),
@@ -134,6 +134,39 @@ def test_predict_writes_a_line_a_text(case: str, trained: Workplace, tmp_path: P
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     assert (tmp_path / "new" / "labels.jsonl").read_text() == piped.stdout
+
+
+# words, input with texts that are empty or spaces, those texts
+EMPTY = {
+    "lines": ([], "the play was fine\n\n  \na dull song\n", ["", "  "]),
+    "JSONL": (
+        ["--format", "jsonl"],
+        "".join(f'{{"text": "{text}"}}\n' for text in ("the play was fine", "", "a dull song")),
+        [""],
+    ),
+    "CSV": (["--format", "csv"], 'text\nthe play was fine\n""\na dull song\n', [""]),
+}
+
+
+@pytest.mark.parametrize("task", ["trained", "writing"])
+@pytest.mark.parametrize("case", EMPTY)
+def test_predict_answers_empty_texts_in_their_place(
+    case: str, task: str, request: pytest.FixtureRequest
+) -> None:
+    words, text, empty = EMPTY[case]
+    run = request.getfixturevalue(task)
+    result = call("predict", "--adapter", run.output, *words, stdin=text)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["text"] for line in lines] == ["the play was fine", *empty, "a dull song"]
+    alone = call("predict", "--adapter", run.output, stdin="the play was fine\na dull song\n")
+    first, last = (json.loads(line) for line in alone.stdout.splitlines())
+    for found, expected in ((lines[0], first), (lines[-1], last)):
+        assert found.keys() == expected.keys()
+        if task == "trained":
+            assert found["probabilities"] == pytest.approx(expected["probabilities"], rel=1e-5)
+        else:
+            assert found == expected
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +259,18 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "budget too small": (
         "train --model {model} --data {data} --output {out} --prompt-length 5",
         "prompt_length: expected a budget of at least",
+    ),
+    "special tokens alone": (
+        "train --model {model} --data {data} --output {out} --num-virtual-tokens 4 --max-length 2",
+        "max_length: expected at least 3, for a token of the text beside 2 special ones, got 2",
+    ),
+    "endless epochs": (
+        "train --model {model} --data {data} --output {out} --epochs 1e18",
+        "epochs: expected at most 2147483647 steps in all, got 1e+18 epochs of 6",
+    ),
+    "classes without end": (
+        "train --model {model} --data {data} --output {out} --num-labels 1000000000",
+        "num_labels: expected an integer <= 100000, got 1000000000",
     ),
     "packed encoder-decoder": (
         "train --model {model} --data {data} --output {out} --task seq2seq --packing",

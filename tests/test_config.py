@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from torch import nn
 
 from ept_fast import EPTConfig, FusedEPTPrompt
 from ept_fast.config import ACTIVATIONS, GATES
+from ept_fast.training.config import TrainConfig
 
 FIELDS = tuple(field.name for field in dataclasses.fields(EPTConfig))
 BEYOND_FLOAT = 10**400
@@ -286,3 +288,15 @@ def test_from_budget_refuses(
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
         EPTConfig.from_budget(**{"hidden_size": 64, **arguments})
+
+
+def test_defaults_of_a_prompt_are_the_same_everywhere() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(EPTConfig)}
+    run = TrainConfig(model="m", data="d", output="o")
+    budget = inspect.signature(EPTConfig.from_budget).parameters
+    for name in ("num_virtual_tokens", "num_spaces", "space_dim"):
+        assert getattr(run, name) == budget[name].default == fields[name], name
+    assert budget["max_length"].default == fields["max_length"]
+    for name in ("alpha", "activation", "gate", "temperature", "fusion"):
+        assert getattr(run, name) == fields[name], name
+    assert run.prompt_config(768).num_spaces == 4

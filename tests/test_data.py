@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import json
+import math
+import re
 import sys
 import types
 from pathlib import Path
@@ -34,7 +36,12 @@ MALFORMED: dict[str, tuple[str, bytes, list[str]]] = {
     "a number beyond reading": (
         "d.jsonl",
         f'{GOOD_LINE}\n{{"label": {"9" * 5000}}}\n'.encode(),
-        ["line 2", "JSON object"],
+        ["line 2", "JSON object", "an integer of 5000 digits"],
+    ),
+    "a key twice": (
+        "d.jsonl",
+        f'{GOOD_LINE}\n{{"text": "a", "text": "b", "label": 0}}\n'.encode(),
+        ["line 2", "JSON object", "the key 'text' twice"],
     ),
     "not an object": ("d.jsonl", b'["a", 0]\n', ["line 1", "JSON object", "list"]),
     "deep JSON": ("d.jsonl", b"[" * 200_000 + b"\n", ["line 1", "JSON"]),
@@ -87,6 +94,19 @@ MALFORMED: dict[str, tuple[str, bytes, list[str]]] = {
     "oversized field": ("d.csv", f"text,label\n{LONG},0\n".encode(), ["line 2", "oversized"]),
     "name among integers": ("d.csv", b"text,label\na,0\nb,x\n", ["line 3", "label", "integer"]),
     "negative in CSV": ("d.csv", b"text,label\na,-1\n", ["line 2", "label", ">= 0", "-1"]),
+    "two signs in CSV": ("d.csv", b"text,label\na,--1\n", ["line 2", "label", "integer", "--1"]),
+    "two signs in TSV": ("d.tsv", b"text\tlabel\na\t0\nb\t--1\n", ["line 3", "label", "--1"]),
+    "endless label in CSV": ("d.csv", f"text,label\na,{'9' * 5000}\n".encode(), ["line 2"]),
+    "label beyond any head": (
+        "d.jsonl",
+        b'{"text": "a", "label": 1000000000}\n',
+        ["line 1", "label", "below 100000", "1000000000"],
+    ),
+    "long label in TSV": (
+        "d.tsv",
+        f"text\tlabel\na\t{'9' * 4000}\n".encode(),
+        ["line 2", "label", "below 100000", "999..."],
+    ),
     "empty label in CSV": ("d.csv", b"text,label\na,x\nb,\n", ["line 3", "label", "empty"]),
     "unknown suffix": ("d.parquet", b"PAR1", [".jsonl, .csv, .tsv", ".parquet"]),
     "text without labels": ("d.txt", b"a\n", [".jsonl", ".txt"]),
@@ -127,6 +147,59 @@ def test_formats_give_the_same_rows(name: str, tmp_path: Path) -> None:
     assert rows.texts == ("a, b", "d\u2028e")
     assert rows.pairs == ("c", "f")
     assert rows.labels == (1, 0)
+
+
+# every line or row of what is to be predicted: file, content, texts, the line of each
+ASKED: dict[str, tuple[str, str, tuple[str, ...], tuple[int, ...]]] = {
+    "blank lines": ("d.txt", "a\n\n \nb\n", ("a", "", " ", "b"), (1, 2, 3, 4)),
+    "no line end": ("d.txt", "a\nb", ("a", "b"), (1, 2)),
+    "a blank last line": ("d.txt", "a\r\n\r\n", ("a", ""), (1, 2)),
+    "a line end alone": ("d.txt", "\n", ("",), (1,)),
+    "empty in JSON": ("d.jsonl", '{"text": ""}\n{"text": " "}\n', ("", " "), (1, 2)),
+    "empty in CSV": ("d.csv", "id,text\n1,\n,\n2,b\n", ("", "", "b"), (2, 3, 4)),
+    "quoted in CSV": ("d.csv", 'text\n""\n" "\n', ("", " "), (2, 3)),
+    "empty in TSV": ("d.tsv", "id\ttext\n\t\n2\tb\n", ("", "b"), (2, 3)),
+    "a column of TSV": ("d.tsv", "text\n\nb\n", ("", "b"), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_no_line_is_left_out_of_what_is_asked(case: str, tmp_path: Path) -> None:
+    name, content, texts, lines = ASKED[case]
+    (tmp_path / name).write_text(content, newline="")
+    rows = read_rows(tmp_path / name, answer="none")
+    assert (rows.texts, rows.lines) == (texts, lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', "line 2: expected .*, got a blank line"),
+        ("d.jsonl", '{"text": "a"}\n \n', "line 2: expected a JSON object, got a blank line"),
+        ("d.csv", "text\na\n\nb\n", "line 3: row: expected 1 columns, got a blank line"),
+        ("d.csv", "id,text\n1,a\n  \n", "line 3: row: expected 2 columns, got 1"),
+        ("d.tsv", "id\ttext\n\n1\ta\n", "line 2: row: expected 2 columns, got 1"),
+        ("d.jsonl", '{"text": "a"}\n{"text": null}\n', "line 2: text: expected a string"),
+        ("d.txt", "", "expected at least one row, got none"),
+    ],
+)
+def test_a_line_without_a_row_is_an_error_where_answers_are_asked(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name, answer="none")
+
+
+def test_a_text_without_a_token_names_its_line() -> None:
+    def tokenizer(texts: list[str], pairs: None, **how: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1] * len(text) for text in texts]}
+
+    tokenizer.num_special_tokens_to_add = lambda pair: 0  # type: ignore[attr-defined]
+    rows = Rows(("ab", "", "c"), None, None, "d.txt", (1, 2, 3))
+    message = r"^d\.txt, line 2: text: expected at least one token, got none of ''$"
+    with pytest.raises(DataError, match=message):
+        tokenise(rows, tokenizer, 4)
 
 
 def test_tsv_does_not_read_quotes_and_csv_joins_lines(tmp_path: Path) -> None:
@@ -207,6 +280,9 @@ def test_label_sets() -> None:
         ((0, 0), None, "at least 2 classes, got 1"),
         (("x",), None, "at least 2 classes, got 1"),
         ((0, 3), None, "every class from 0 to 3, got no row of class 1"),
+        ((*range(50_000), 99_999), None, "to 99999, got no row of class 50000"),
+        ((0, 10**9), None, "line 2: label: expected an integer below 100000, got 1000000000"),
+        (tuple(map(str, range(100_001))), None, "at most 100000 classes, got 100001"),
         ((0, 1, 2), 2, "line 3: label: expected an integer below num_labels 2, got 2"),
         (("a", "b"), 3, "num_labels 3 names, got 2"),
         (None, None, "a label in every row"),
@@ -216,6 +292,13 @@ def test_label_set_errors(labels: Any, num_labels: int | None, message: str) -> 
     rows = _rows(labels) if labels else Rows(("t",), None, None, "d.jsonl", (1,))
     with pytest.raises(DataError, match=message):
         LabelSet.of(rows, num_labels)
+
+
+def test_label_sets_of_many_classes_are_found_at_once() -> None:
+    rows = _rows(tuple(range(100_000)))
+    assert LabelSet.of(rows) == LabelSet.of(rows, num_labels=100_000)
+    with pytest.raises(ValueError, match="num_labels: expected an integer <= 100000, got 1000000"):
+        LabelSet.of(rows, num_labels=1_000_000)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +341,22 @@ def test_tokenise_cuts_and_counts(tmp_path: Path) -> None:
     assert "labels" not in tokenise(rows, tokenizer, 12)[0]
 
 
+@pytest.mark.parametrize(("paired", "least"), [(False, 3), (True, 5)])
+def test_a_limit_without_room_for_the_text_is_an_error(
+    paired: bool, least: int, tmp_path: Path
+) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(save_model(tmp_path))
+    pairs = ("a song was fine",) if paired else None
+    rows = Rows(("the play was fine",), pairs, None, "d", (1,))
+    assert tokenise(rows, tokenizer, least).lengths == [least]
+    message = rf"max_length: expected at least {least}, .* {least - 1 - paired} special .*, got "
+    for limit in range(1, least):
+        with pytest.raises(ValueError, match=message + str(limit)):
+            tokenise(rows, tokenizer, limit)
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collator_pads_to_the_longest_of_the_batch(side: str) -> None:
     rows = [
@@ -286,6 +385,34 @@ def test_every_epoch_holds_every_row_once(count: int, group: bool) -> None:
     if count > 8:
         assert batches != list(GroupedBatches(lengths, 8, 3 * epoch, seed=6, group=group))
         assert batches[:epoch] != batches[epoch : 2 * epoch]
+
+
+@pytest.mark.parametrize("group", [True, False])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("count", [3, 7, 16, 25, 103])
+def test_steps_of_epochs_are_those_of_the_batches(count: int, parts: int, group: bool) -> None:
+    lengths = torch.randint(3, 40, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = GroupedBatches(lengths, 2, 1000, seed=5, group=group, parts=parts)
+    seen, ends = 0, [0]  # the steps after which every epoch ends
+    rows = iter(batches)
+    for step in range(1, 1001):
+        seen += sum(len(next(rows)) for _ in range(parts))
+        if seen % count == 0:
+            ends.append(step)
+    for epochs in (1e-9, 0.5, 1, 1.25, 3.3, 7):
+        whole, part = int(epochs), epochs - int(epochs)
+        expected = ends[whole] + math.ceil(part * (ends[whole + 1] - ends[whole]))
+        assert batches.steps_of(epochs) == expected
+
+
+def test_steps_of_endless_epochs_are_refused_at_once() -> None:
+    few = GroupedBatches([4] * 20, 2, 0, seed=0)
+    assert few.steps_of(214_748_364) == 2_147_483_640
+    for epochs in (214_748_365, 1e18, 1e308):
+        with pytest.raises(
+            ValueError, match=rf"epochs: expected at most 2147483647 .*{re.escape(str(epochs))}"
+        ):
+            few.steps_of(epochs)
 
 
 def test_grouping_saves_padding_without_ordering_the_batches() -> None:

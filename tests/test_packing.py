@@ -339,3 +339,5 @@ def test_packing_errors() -> None:
         PackedBatches([3, 9], 1, 1, seed=0, budget=8)
     with pytest.raises(ValueError, match="gradient_accumulation_steps: expected at least a packed"):
         PackedBatches([3, 4], 1, 1, seed=0, budget=8, parts=2)
+    with pytest.raises(ValueError, match=r"epochs: expected at most 1000 with packing.*got 1e\+18"):
+        PackedBatches([3, 4], 1, 1, seed=0, budget=8).steps_of(1e18)

@@ -201,6 +201,40 @@ def test_texts_that_are_learnt_themselves(starting: Any, ending: Any) -> None:
     assert tokenise_inputs(rows, starting, form)[0] == {"input_ids": [1, 14, 16]}
 
 
+# which tokenizer, form, the least limit that leaves room for a token of a text or a target
+NO_ROOM: dict[str, tuple[str, dict[str, Any], str, int]] = {
+    "an end token": ("ending", {"task": "seq2seq"}, "max_length", 2),
+    "a start token": ("starting", {"task": "causal"}, "max_length", 2),
+    "a separator": ("ending", {"task": "causal", "separator": " soup"}, "max_length", 2),
+    "both": ("starting", {"task": "causal", "separator": " soup soup"}, "max_length", 4),
+    "a target's start": ("starting", {"task": "seq2seq"}, "max_target_length", 2),
+}
+
+
+@pytest.mark.parametrize("case", NO_ROOM)
+def test_a_limit_without_room_for_a_token_is_an_error(
+    case: str, request: pytest.FixtureRequest
+) -> None:
+    name, form, field, least = NO_ROOM[case]
+    tokenizer = request.getfixturevalue(name)
+    rows = rows_of(("walk " * 9, "good " * 9))
+    limits = {"max_length": 9, "max_target_length": 9}
+    learnt = tokenise_text(rows, tokenizer, TextForm(**form, **{**limits, field: least}))
+    assert {ID["walk"], ID["good"]} <= {*learnt[0]["input_ids"], *learnt[0]["labels"]}
+    for limit in range(1, least):
+        with pytest.raises(ValueError, match=rf"^{field}: expected at least {least}, .* {limit}$"):
+            tokenise_text(rows, tokenizer, TextForm(**form, **{**limits, field: limit}))
+
+
+def test_an_empty_text_is_read_where_it_has_a_token(starting: Any, ending: Any) -> None:
+    rows = rows_of(("the play", None), ("", None))
+    causal = TextForm("causal", 4, 2, separator="")
+    assert tokenise_inputs(rows, ending, TextForm("seq2seq", 4, 2))[1] == {"input_ids": [2]}
+    assert tokenise_inputs(rows, starting, causal)[1] == {"input_ids": [1]}
+    with pytest.raises(DataError, match="d, line 2: text: expected at least one token, got"):
+        tokenise_inputs(rows, ending, causal)
+
+
 def test_a_tokenizer_without_an_end_is_an_error(ending: Any) -> None:
     class Endless:
         eos_token_id = None

@@ -155,6 +155,9 @@ def test_evaluate_and_predict_need_the_adapter_alone(
     assert some["rows_generated"] == 0
     short = predict(adapter, rows.take(range(5)), max_new_tokens=1, num_beams=2)
     assert all(len(r["output"].split()) <= 1 for r in short)
+    for name, value in (("num_beams", 1001), ("max_new_tokens", 10**9), ("num_beams", 0)):
+        with pytest.raises(ValueError, match=f"^{name}: expected an integer .*, got {value}"):
+            predict(adapter, rows, **{name: value})
 
 
 @pytest.mark.parametrize("case", ["seq2seq", "causal"])
@@ -525,6 +528,9 @@ def test_packing_is_refused_before_training_where_it_would_be_wrong(
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected an integer"),
         ({"eval_generate": -1}, "eval_generate: expected an integer >= 0, got -1"),
         ({"target_field": ""}, "target_field: expected a non-empty string"),
+        ({"num_beams": 1001}, "num_beams: expected an integer <= 1000, got 1001"),
+        ({"max_new_tokens": 10**12}, "max_new_tokens: expected an integer <= 100000, got 10000000"),
+        ({"max_target_length": 10**9}, "max_target_length: expected an integer <= 100000, got 100"),
     ],
 )
 def test_config_errors(changes: dict[str, Any], message: str) -> None:

@@ -21,7 +21,7 @@ from ept_fast.module import TENSOR_FILE
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, read_rows
 from ept_fast.training.job import evaluate, load_task, predict, train
-from ept_fast.training.metrics import classification_metrics, confusion_matrix
+from ept_fast.training.metrics import classification_metrics
 from ept_fast.training.trainer import NonFiniteLossError, newest_checkpoint
 from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
 
@@ -382,11 +382,17 @@ def test_binary_matthews_agrees_with_its_own_formula() -> None:
     labels = torch.randint(0, 2, (500,), generator=draw)
     flips = torch.rand(500, generator=draw) < 0.3
     predictions = torch.where(flips, 1 - labels, labels)
-    (tn, fp), (fn, tp) = confusion_matrix(predictions, labels, 2).tolist()
+    tn, fp, fn, tp = ((2 * labels + predictions == cell).sum().item() for cell in range(4))
     expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     metrics = classification_metrics(predictions, labels, 2)
     assert metrics["matthews"] == pytest.approx(expected, abs=1e-12)
     assert metrics["accuracy"] == pytest.approx(1 - flips.float().mean().item())
+
+
+def test_metrics_of_many_classes_need_no_square_of_them() -> None:
+    metrics = classification_metrics([0, 99_999, 7], [0, 99_999, 8], 100_000)
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["macro_f1"] == pytest.approx(2 / 4)
 
 
 def test_metrics_without_rows_are_an_error() -> None:
@@ -648,6 +654,10 @@ def test_bf16_on_a_cpu_runs_where_asked(
         ({"eval_fraction": 0.0}, "eval_fraction: expected a fraction between 0 and 1, got 0.0"),
         ({"model": ""}, "model: expected a non-empty string, got ''"),
         ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
+        ({"seed": 2**32}, "seed: expected an integer <= 4294967295, got 4294967296"),
+        ({"max_steps": 2**31}, "max_steps: expected an integer <= 2147483647, got 2147483648"),
+        ({"num_labels": 10**9}, "num_labels: expected an integer <= 100000, got 1000000000"),
+        ({"prompt_length": 10**9}, "prompt_length: expected an integer <= 100000, got 1000000000"),
     ],
 )
 def test_config_errors(changes: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ept_fast.training.config import MOST
 from ept_fast.training.tokens import IGNORED
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
 
 _MEGABATCH = 50  # batches that are sorted by length together
 _PACKED_TOGETHER = 1024  # segments that are sorted by length and packed together
+_MOST_PACKED_EPOCHS = 1000  # each is packed once before training, to count its steps
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,19 @@ class GroupedBatches:
                 yield from shares[self.rank :: self.world_size]
 
     def steps_of(self, epochs: float) -> int:
-        """Optimizer steps of that many epochs, at least 1."""
-        generator = torch.Generator().manual_seed(self.seed)
-        steps, left = 0, epochs
-        while left > 0:
-            steps += math.ceil(min(left, 1.0) * len(self._steps(generator)))
-            left -= 1
+        """Optimizer steps of that many epochs, at least 1.
+
+        Raises:
+            ValueError: more steps than a run can have.
+        """
+        part, whole = math.modf(epochs)
+        each = len(self._steps(torch.Generator().manual_seed(self.seed)))  # in whatever order
+        steps = int(whole) * each + math.ceil(part * each)
+        if steps > MOST["max_steps"]:
+            raise ValueError(
+                f"epochs: expected at most {MOST['max_steps']} steps in all, "
+                f"got {epochs} epochs of {each}"
+            )
         return max(steps, 1)
 
     def _steps(self, generator: torch.Generator) -> list[list[Any]]:
@@ -247,6 +256,24 @@ class PackedBatches(GroupedBatches):
                 f"gradient_accumulation_steps: expected at least a packed row for each of the "
                 f"{self.pieces} batches of a step (of all processes), got {least} rows"
             )
+
+    def steps_of(self, epochs: float) -> int:
+        """Optimizer steps of that many epochs, at least 1: counted, as epochs differ in length.
+
+        Raises:
+            ValueError: too many epochs to count.
+        """
+        if epochs > _MOST_PACKED_EPOCHS:
+            raise ValueError(
+                f"epochs: expected at most {_MOST_PACKED_EPOCHS} with packing, whose epochs differ "
+                f"in length (max_steps may be more), got {epochs}"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        steps, left = 0, epochs
+        while left > 0:
+            steps += math.ceil(min(left, 1.0) * len(self._steps(generator)))
+            left -= 1
+        return max(steps, 1)
 
     def _epoch(self, generator: torch.Generator) -> list[list[Any]]:
         order = torch.randperm(len(self.lengths), generator=generator).tolist()

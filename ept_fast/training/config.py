@@ -10,13 +10,29 @@ from ept_fast.config import EPTConfig, check_choice, check_count, check_flag, ch
 from ept_fast.integrations import POOLINGS
 from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
 
-__all__ = ["DEVICES", "INITS", "KEEPS", "METHODS", "TASKS", "TrainConfig"]
+__all__ = ["DEVICES", "INITS", "KEEPS", "METHODS", "MOST", "TASKS", "TrainConfig", "check_most"]
 
 TASKS = ("classification", "seq2seq", "causal")
 METHODS = ("ept", "dept", "pt")
 INITS = ("vocab", "random")
 KEEPS = ("last", "best")
 DEVICES = ("auto", "cpu")
+# Counts beyond these cannot be meant: time or memory would run out before any other error.
+MOST = {
+    "num_labels": 100_000,  # whose names still fit the description kept with an adapter
+    "prompt_length": 100_000,
+    "max_target_length": 100_000,
+    "max_new_tokens": 100_000,
+    "num_beams": 1_000,
+    "max_steps": 2**31 - 1,
+    "seed": 2**32 - 1,  # NumPy takes no more
+}
+
+
+def check_most(name: str, value: int | None) -> None:
+    """Raise where ``value`` is beyond what can be meant."""
+    if value is not None and value > MOST[name]:
+        raise ValueError(f"{name}: expected an integer <= {MOST[name]}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -99,17 +115,17 @@ class TrainConfig:
     target_field: str = "target"
     num_labels: int | None = None
     prompt_length: int = 100
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: int = EPTConfig.num_virtual_tokens
     max_length: int = 128
     max_target_length: int = 64
     separator: str = "\n"
-    num_spaces: int = 3
-    space_dim: int = 4
-    alpha: float = 8.0
-    activation: str = "gelu"
-    gate: str = "token"
-    temperature: float = 1.0
-    fusion: bool = True
+    num_spaces: int = EPTConfig.num_spaces
+    space_dim: int = EPTConfig.space_dim
+    alpha: float = EPTConfig.alpha
+    activation: str = EPTConfig.activation
+    gate: str = EPTConfig.gate
+    temperature: float = EPTConfig.temperature
+    fusion: bool = EPTConfig.fusion
     init: str = "vocab"
     pooling: str = "mean"
     head_dropout: float = 0.0
@@ -168,6 +184,8 @@ class TrainConfig:
         for name, least in {**optional, "pack_length": 1}.items():
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least)
+        for name in MOST:
+            check_most(name, getattr(self, name))
         self._check_task()
         for name in ("prompt_lr", "offset_lr", "space_lr", "head_lr", "epochs", "temperature"):
             check_number(name, getattr(self, name), positive=True)

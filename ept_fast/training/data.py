@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from ept_fast.config import check_choice
+from ept_fast.reading import load_json
+from ept_fast.training.config import MOST, check_most
 
 __all__ = [
     "ANSWERS",
@@ -116,10 +118,13 @@ class LabelSet:
             num_labels: C for integer labels, where some class may have no training row.
 
         Raises:
-            DataError: one class only, a class without rows, or a label beyond ``num_labels``.
+            DataError: one class only, a class without rows, a label beyond ``num_labels``, or more
+                classes than a head can be meant to have.
+            ValueError: ``num_labels`` of more classes than that.
         """
         if rows.labels is None:
             raise DataError(f"{rows.source}: label: expected a label in every row, got none")
+        check_most("num_labels", num_labels)
         found: list[Any] = sorted(set(rows.labels))
         if isinstance(found[0], str):
             names = tuple(str(name) for name in found)
@@ -130,21 +135,28 @@ class LabelSet:
                 )
         else:
             last = int(found[-1])
+            limit = num_labels or MOST["num_labels"]
+            if last >= limit:
+                line = rows.lines[rows.labels.index(last)]
+                below = limit if num_labels is None else f"num_labels {limit}"
+                raise DataError(
+                    f"{rows.source}, line {line}: label: expected an integer below {below}, "
+                    f"got {last}"
+                )
             if num_labels is None and len(found) <= last:
-                missing = next(i for i in range(last) if i not in found)
+                missing = next(i for i, label in enumerate(found) if label != i)
                 raise DataError(
                     f"{rows.source}: label: expected every class from 0 to {last}, got no row of "
                     f"class {missing} (num_labels allows that)"
                 )
-            if num_labels is not None and last >= num_labels:
-                line = rows.lines[rows.labels.index(last)]
-                raise DataError(
-                    f"{rows.source}, line {line}: label: expected an integer below num_labels "
-                    f"{num_labels}, got {last}"
-                )
             names = tuple(str(i) for i in range(num_labels or last + 1))
         if len(names) < 2:
             raise DataError(f"{rows.source}: label: expected at least 2 classes, got {len(names)}")
+        if len(names) > MOST["num_labels"]:
+            raise DataError(
+                f"{rows.source}: label: expected at most {MOST['num_labels']} classes, "
+                f"got {len(names)}"
+            )
         return cls(names, not isinstance(found[0], str))
 
     def ids(self, rows: Rows) -> tuple[int, ...]:
@@ -195,13 +207,18 @@ class _Builder:
         answers = {"label": [self.fields.label], "target": [self.fields.target]}
         return [self.fields.text, *answers.get(self.answer, [])]
 
+    @property
+    def asked(self) -> bool:
+        """Whether the rows are to be answered: then every line counts, and an empty text too."""
+        return self.answer == "none"
+
     def fail(self, line: int, name: str, expected: str, got: str) -> DataError:
         return DataError(f"{self.source}, line {line}: {name}: expected {expected}, got {got}")
 
     def text(self, line: int, name: str, value: object) -> str:
         if not isinstance(value, str):
             raise self.fail(line, name, "a string", _show(value))
-        if not value.strip():
+        if not (value.strip() or self.asked):
             raise self.fail(line, name, "text", "an empty string" if not value else "only spaces")
         try:
             value.encode()
@@ -214,8 +231,9 @@ class _Builder:
         name = self.fields.label
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise self.fail(line, name, "an integer >= 0 or a name", _show(value))
-        if isinstance(value, int) and value < 0:
-            raise self.fail(line, name, "an integer >= 0", str(value))
+        if isinstance(value, int) and not 0 <= value < MOST["num_labels"]:
+            expected = f"an integer >= 0 and below {MOST['num_labels']}"
+            raise self.fail(line, name, expected, _show(value))
         if isinstance(value, str):
             self.text(line, name, value)
         if self.labels and type(value) is not type(self.labels[0]):
@@ -282,8 +300,11 @@ def read_rows(path: str | Path, *, fields: Fields | None = None, answer: str = "
     """Read a JSONL, CSV, TSV or plain text file; the suffix says which.
 
     JSONL: an object a line, other fields are ignored. CSV: a header, quoting as usual. TSV: a
-    header, no quoting, as in GLUE. ``.txt``: a text a line, never with an answer. Blank lines are
-    skipped.
+    header, no quoting, as in GLUE. ``.txt``: a text a line, never with an answer.
+
+    Blank lines are skipped and empty texts refused, but not where the answer is ``"none"``: such
+    rows are to be answered, one for one. Every line of a ``.txt`` is then a text, an empty text
+    counts, and a line without a row is an error.
 
     Args:
         path: the file.
@@ -333,17 +354,24 @@ def _decode(data: bytes, source: str) -> str:
         ) from None
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def _lines(text: str, every: bool) -> Iterator[tuple[int, str]]:
     # Only "\n" ends a line: splitlines() would also cut at separators that may stand inside a text.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        if every or line.strip():
             yield number, line.rstrip("\r")
 
 
 def _read_jsonl(text: str, builder: _Builder) -> None:
-    for number, line in _lines(text):
+    for number, line in _lines(text, builder.asked):
+        if not line.strip():
+            raise DataError(
+                f"{builder.source}, line {number}: expected a JSON object, got a blank line"
+            )
         try:
-            row = json.loads(line)
+            row = load_json(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{builder.source}, line {number}: expected a JSON object, got bad JSON ({error})"
@@ -356,7 +384,7 @@ def _read_jsonl(text: str, builder: _Builder) -> None:
 
 
 def _read_text(text: str, builder: _Builder) -> None:
-    for number, line in _lines(text):
+    for number, line in _lines(text, builder.asked):
         builder.add(number, {builder.fields.text: line})
 
 
@@ -375,14 +403,15 @@ def _read_csv(text: str, builder: _Builder) -> None:
                     f"{builder.source}, line {first}: expected CSV, got bad quoting or an "
                     f"oversized field ({error})"
                 ) from None
-            if record and any(cell.strip() for cell in record):
+            if builder.asked or any(cell.strip() for cell in record):
                 yield first, record
 
     _add_records(records(), builder)
 
 
 def _read_tsv(text: str, builder: _Builder) -> None:
-    _add_records(((n, line.split("\t")) for n, line in _lines(text)), builder)
+    lines = _lines(text, builder.asked)
+    _add_records(((number, line.split("\t")) for number, line in lines), builder)
 
 
 def _add_records(records: Iterator[tuple[int, list[str]]], builder: _Builder) -> None:
@@ -399,10 +428,14 @@ def _add_records(records: Iterator[tuple[int, list[str]]], builder: _Builder) ->
     )
     for line, record in kept:
         if len(record) != len(header):
-            raise builder.fail(line, "row", f"{len(header)} columns", str(len(record)))
+            got = str(len(record) or "a blank line")
+            raise builder.fail(line, "row", f"{len(header)} columns", got)
         row: dict[str, object] = dict(zip(header, record, strict=True))
         if label is not None and integers and _is_integer(str(row[label])):
-            row[label] = int(str(row[label]))
+            try:
+                row[label] = int(str(row[label]))
+            except ValueError:  # two signs, or too many digits
+                raise builder.fail(line, label, "an integer >= 0", _show(row[label])) from None
         builder.add(line, row)
 
 

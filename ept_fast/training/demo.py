@@ -116,6 +116,7 @@ def run_demo(
         output=str(output / _RUN),
         prompt_length=50,
         num_virtual_tokens=10,
+        num_spaces=3,
         max_length=48,
         max_steps=steps,
         eval_steps=-(-steps // 5),

@@ -10,6 +10,7 @@ import torch
 
 from ept_fast.checkpoint import CheckpointError
 from ept_fast.config import check_count
+from ept_fast.training.config import check_most
 from ept_fast.training.data import DataError, Fields, LabelSet, Rows, read_split
 from ept_fast.training.libraries import require
 from ept_fast.training.metrics import classification_metrics
@@ -241,6 +242,10 @@ def _writer(
     from ept_fast.training.generation import Writer
     from ept_fast.training.tasks import new_tokens
 
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
+        if value is not None:
+            check_count(name, value, 1)
+            check_most(name, value)
     form = adapter.form
     assert form is not None  # of every adapter of a text task
     # A text that is continued may be of any length; generate sees to it.

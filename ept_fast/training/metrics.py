@@ -1,4 +1,4 @@
-"""Metrics of classes from a confusion matrix, and metrics of generated and predicted tokens."""
+"""Metrics of classes, and metrics of generated and predicted tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ __all__ = [
     "METRICS",
     "TEXT_METRICS",
     "classification_metrics",
-    "confusion_matrix",
     "exact_match",
     "goodness",
     "normalised",
@@ -27,21 +26,6 @@ GENERATED_METRICS = ("exact_match", "f1")
 TEXT_METRICS = ("token_accuracy", *GENERATED_METRICS, "loss")
 
 
-def confusion_matrix(
-    predictions: Sequence[int] | Tensor, labels: Sequence[int] | Tensor, num_labels: int
-) -> Tensor:
-    """Counts ``[C, C]`` int64: rows are the labels, columns the predictions."""
-    predicted = torch.as_tensor(predictions, dtype=torch.int64)
-    expected = torch.as_tensor(labels, dtype=torch.int64)
-    if predicted.shape != expected.shape or predicted.dim() != 1 or not len(predicted):
-        raise ValueError(
-            f"predictions: expected one for each of {len(expected)} labels, at least 1, "
-            f"got {tuple(predicted.shape)}"
-        )
-    cells = expected * num_labels + predicted
-    return torch.bincount(cells, minlength=num_labels**2).view(num_labels, num_labels)
-
-
 def classification_metrics(
     predictions: Sequence[int] | Tensor, labels: Sequence[int] | Tensor, num_labels: int
 ) -> dict[str, float]:
@@ -50,11 +34,21 @@ def classification_metrics(
     Macro F1 is the plain mean over the classes that occur among labels or predictions. Matthews
     correlation is the multi-class R_K of Gorodkin (2004), 0 where it is undefined.
     """
-    counts = confusion_matrix(predictions, labels, num_labels).double()
-    total, right = float(counts.sum()), float(counts.diagonal().sum())
-    expected, predicted = counts.sum(1), counts.sum(0)
+    given = torch.as_tensor(predictions, dtype=torch.int64)
+    asked = torch.as_tensor(labels, dtype=torch.int64)
+    if given.shape != asked.shape or given.dim() != 1 or not len(given):
+        raise ValueError(
+            f"predictions: expected one for each of {len(asked)} labels, at least 1, "
+            f"got {tuple(given.shape)}"
+        )
+    # Rows, columns and diagonal of the confusion matrix, without the matrix: [C] each.
+    expected, predicted, agreed = (
+        torch.bincount(classes, minlength=num_labels).double()
+        for classes in (asked, given, asked[asked == given])
+    )
+    total, right = float(len(asked)), float(agreed.sum())
     occurs = expected + predicted > 0
-    f1 = (2 * counts.diagonal() / (expected + predicted).clamp_min(1))[occurs].mean()
+    f1 = (2 * agreed / (expected + predicted).clamp_min(1))[occurs].mean()
     covariance = right * total - float(expected @ predicted)
     spread = (total**2 - float(predicted @ predicted)) * (total**2 - float(expected @ expected))
     return {

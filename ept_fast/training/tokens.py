@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ept_fast.config import check_choice, check_count, check_flag
-from ept_fast.training.data import LabelSet, Rows
+from ept_fast.reading import shorten
+from ept_fast.training.data import DataError, LabelSet, Rows
 
 __all__ = [
     "IGNORED",
@@ -91,8 +92,17 @@ class Tokenised:
 def tokenise(
     rows: Rows, tokenizer: Any, max_length: int, labels: LabelSet | None = None
 ) -> Tokenised:
-    """Tokenise every row once, cutting those longer than ``max_length`` tokens."""
+    """Tokenise every row once, cutting those longer than ``max_length`` tokens.
+
+    Raises:
+        ValueError: no room for a token of the text, or of each of two, beside the special tokens.
+        DataError: a text without any token.
+    """
     ids = None if labels is None else labels.ids(rows)
+    paired = rows.pairs is not None
+    special = tokenizer.num_special_tokens_to_add(pair=paired)
+    what = "each text" if paired else "the text"
+    _check_room("max_length", max_length, special, what, 1 + paired)
 
     def encode(part: Rows, cut: bool) -> list[dict[str, Any]]:
         limit = {"truncation": True, "max_length": max_length} if cut else {"truncation": False}
@@ -112,7 +122,27 @@ def tokenise(
     if long:
         for i, row in zip(long, encode(rows.take(long), cut=True), strict=True):
             features[i] = row
+    _check_read(rows, features)
     return Tokenised(tuple(features), ids, len(long))
+
+
+def _check_room(name: str, limit: int, others: int, what: str, wanted: int = 1) -> None:
+    """Raise where ``others``, tokens that stand in every row, leave no room for those wanted."""
+    if limit < others + wanted:
+        raise ValueError(
+            f"{name}: expected at least {others + wanted}, for a token of {what} beside {others} "
+            f"special ones, got {limit}"
+        )
+
+
+def _check_read(rows: Rows, features: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DataError where a text has no token, special ones included, for the model to read."""
+    for line, text, row in zip(rows.lines, rows.texts, features, strict=True):
+        if not row["input_ids"]:
+            raise DataError(
+                f"{rows.source}, line {line}: text: expected at least one token, got none of "
+                f"{shorten(text, 60)}"
+            )
 
 
 def end_token(tokenizer: Any) -> int:
@@ -135,6 +165,10 @@ def tokenise_inputs(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
     For ``"seq2seq"`` the text as the tokenizer gives it, with its end cut off where it is too long.
     For ``"causal"`` the text and the separator, without an end token; where it is too long, its
     beginning is cut off, since what stands next to the target matters most.
+
+    Raises:
+        ValueError: no room for a token of the text beside special tokens and separator.
+        DataError: a text without any token.
     """
     plain = Rows(rows.texts, None, None, rows.source, rows.lines)
     if form.task == "seq2seq":
@@ -143,7 +177,9 @@ def tokenise_inputs(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
     separator = form.separator if form.targets else ""
     features = []
     cut = 0
-    for ids in _encode(tokenizer, [text + separator for text in rows.texts], True):
+    empty, *texts = _encode(tokenizer, [text + separator for text in ("", *rows.texts)], True)
+    _check_room("max_length", form.max_length, len(empty) - (empty[-1:] == [end]), "the text")
+    for ids in texts:
         if ids[-1:] == [end]:
             ids.pop()
         if len(ids) > form.max_length:
@@ -151,6 +187,7 @@ def tokenise_inputs(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
             kept = ids[:1] if ids[0] == start else []
             ids = kept + ids[len(ids) - form.max_length + len(kept) :]
         features.append({"input_ids": ids})
+    _check_read(rows, features)
     return Tokenised(tuple(features), None, cut)
 
 
@@ -162,6 +199,9 @@ def tokenise_text(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
     targets the text itself is, and an end token (the token that starts every text is not). A target
     that is too long, or a text that is learnt itself, loses its end, and the end token with it, so
     that nobody is taught to stop there.
+
+    Raises:
+        ValueError: no room for a token of the text or of the target beside the others.
     """
     end = end_token(tokenizer)
     if form.task == "causal" and not form.targets:
@@ -170,7 +210,9 @@ def tokenise_text(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
     whole = form.task == "seq2seq"  # a decoder's text may start and end with tokens of its own
     features = []
     cut = 0
-    targets = _encode(tokenizer, rows.targets or (), whole, target=True)
+    empty, *targets = _encode(tokenizer, ("", *(rows.targets or ())), whole, target=True)
+    first = len(empty) - (empty[-1:] == [end])
+    _check_room("max_target_length", form.max_target_length, first, "the target")
     for row, ids in zip(inputs.features, targets, strict=True):
         target = ids if ids[-1:] == [end] else [*ids, end]
         cut += len(target) > form.max_target_length

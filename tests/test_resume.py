@@ -28,7 +28,7 @@ CHILD = """
 import sys, time
 import torch
 torch.set_num_threads(1)
-from ept_fast.integrations import adapters
+from ept_fast import checkpoint
 from ept_fast.training import trainer
 from ept_fast.training.trainer import PromptTrainer
 from ept_fast.cli import main
@@ -50,7 +50,8 @@ elif place == "inside a checkpoint":
 elif place == "while old checkpoints go":
     before(trainer.shutil, "rmtree", lambda path, **k: not k and path.name == "checkpoint-10")
 elif place == "inside the final adapter":
-    before(adapters, "write_tensors", lambda path, *a: path.parent.name == "adapter")
+    before(checkpoint.os, "replace", lambda _, path: path.parent.name == "adapter"
+           and path.name == "head.safetensors")
 main()
 """
 

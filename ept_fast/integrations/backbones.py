@@ -102,7 +102,8 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _not_found(name: str, error: Exception) -> str:
-    reason = str(error).strip().partition("\n")[0]
+    gone = Path(name).is_absolute() and not Path(name).exists()
+    reason = "no such folder" if gone else str(error).strip().partition("\n")[0]
     return f"model: expected a folder or hub id of a pretrained model, got {name!r} ({reason})"
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback
 
-from ept_fast.checkpoint import CheckpointError, read_json, write_json
+from ept_fast.checkpoint import CheckpointError, read_json, write_json, writing
 from ept_fast.integrations.models import EPTModel
 from ept_fast.training import parallel
 from ept_fast.training.batches import Collator, GroupedBatches, PackedBatches, PackingCollator
@@ -48,6 +50,10 @@ class NonFiniteLossError(RuntimeError):
             f"Lower learning rates usually help."
         )
         self.step = step
+        self._given = (what, step, checkpoint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given  # as it goes from one process to another
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -58,6 +64,20 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def _steps(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
+
+
+def _write(folder: Path, save: Callable[[], None]) -> None:
+    """Save files into a folder; WriteError where that fails."""
+    with writing(folder):
+        try:
+            save()
+        except RuntimeError:
+            # torch's writer does not say why it failed. Where nothing can be written, this does.
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(1 << 16))
+                file.flush()
+                os.fsync(file.fileno())
+            raise
 
 
 def train_batches(
@@ -211,7 +231,7 @@ class PromptTrainer(transformers.Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(value):
-            raise self._non_finite("the loss", self.state.global_step + 1)
+            self._stop("the loss", self.state.global_step + 1)
         self._step_loss += value
         if self.accelerator.sync_gradients:  # the last batch of the step
             self.losses.append(self._step_loss)
@@ -225,7 +245,7 @@ class PromptTrainer(transformers.Trainer):
         metrics = self.evaluation(self.model)
         step = self.state.global_step
         if not math.isfinite(metrics["loss"]):
-            raise self._non_finite("the evaluation loss", step)
+            self._stop("the evaluation loss", step)
         self.evaluations.append({"step": step, **metrics})
         if self.run_config.keep == "best":
             self._keep_best(step)
@@ -240,34 +260,44 @@ class PromptTrainer(transformers.Trainer):
         return max(self.evaluations, key=lambda e: goodness(metric, e[metric]))
 
     def _keep_best(self, step: int) -> None:
-        if self.best() is self.evaluations[-1] and parallel.is_main():
+        if self.best() is self.evaluations[-1]:
             model: Any = self.model
             # Earlier ones stay: a run that resumes on a GPU may not find this one best again.
-            model.save_pretrained(self.best_folder(step), extra={"step": step})
+            folder = self.best_folder(step)
+            parallel.on_main(lambda: model.save_pretrained(folder, extra={"step": step}))
 
-    def _non_finite(self, what: str, step: int) -> NonFiniteLossError:
-        return NonFiniteLossError(what, step, newest_checkpoint(self.checkpoints))
+    def _stop(self, what: str, step: int) -> NoReturn:
+        """Raise NonFiniteLossError; every process has found the same."""
+
+        def fail() -> NoReturn:
+            raise NonFiniteLossError(what, step, newest_checkpoint(self.checkpoints))
+
+        parallel.on_main(fail)
+        raise AssertionError("not reached")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         trained: Any = self.model
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise self._non_finite(f"the weight {name}", self.state.global_step)
+                self._stop(f"the weight {name}", self.state.global_step)
         folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
-        if parallel.is_main():
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed run left here
-        parallel.wait()
-        super()._save_checkpoint(model, trial)
-        progress = {
-            "losses": self.losses,
-            "evaluations": self.evaluations,
-            "seconds": self.seconds,
-            "tokens": parallel.total(self.tokens),
-            "positions": parallel.total(self.positions),
-        }
-        parallel.wait()  # every process has written its random state
-        if parallel.is_main():
-            self._complete(folder, progress)
+        save = super()._save_checkpoint
+        # What a killed run left here goes first; the marker of a whole checkpoint comes last.
+        parallel.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+        try:
+            parallel.agreed(lambda: _write(folder, lambda: save(model, trial)))
+            progress = {
+                "losses": self.losses,
+                "evaluations": self.evaluations,
+                "seconds": self.seconds,
+                "tokens": parallel.total(self.tokens),
+                "positions": parallel.total(self.positions),
+            }
+            parallel.on_main(lambda: self._complete(folder, progress))
+        except Exception:
+            if parallel.is_main() and not (folder / COMPLETE_FILE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _complete(self, folder: Path, progress: dict[str, Any]) -> None:
         """Mark a checkpoint as whole, and remove those that it makes needless."""

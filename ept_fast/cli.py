@@ -63,7 +63,9 @@ def _clean(command: F) -> F:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at its import
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at their imports
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         try:
             command(*args, **kwargs)
         except BrokenPipeError:
@@ -174,7 +176,7 @@ def _writing(command: F) -> F:
 @_option("--device", type=click.Choice(DEVICES))
 @click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run's results in --output.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--quiet", is_flag=True, help="No progress.")
 @_clean
 def train(resume: bool, overwrite: bool, quiet: bool, **settings: Any) -> None:
     """Train an adapter to classify texts, or to write a text for a text.

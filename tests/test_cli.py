@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import resource
@@ -22,6 +23,7 @@ import ept_fast
 from ept_fast import backends, checkpoint
 from ept_fast.cli import main
 from ept_fast.training.config import TrainConfig
+from ept_fast.training.job import train as run
 from tests.tiny import (
     answer_rows,
     save_llama,
@@ -317,6 +319,36 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert expected in lines[0]
     assert not (tmp_path / "out").exists()
     assert (trained.output / "metrics.json").read_bytes() == before
+
+
+def test_progress_in_a_log_is_a_few_plain_lines(trained: Workplace, tmp_path: Path) -> None:
+    settings = small_run(trained.model, trained.data, tmp_path / "out", max_steps=60, eval_steps=2)
+    result = call("train", *options(settings))
+    assert result.exit_code == 0, result.output
+    assert "\r" not in result.output
+    curve = json.loads((tmp_path / "out" / "metrics.json").read_text())["curves"]["evaluation"]
+    accuracy = {row["step"]: row["accuracy"] for row in curve}
+    lines = result.stderr.splitlines()
+    steps = []
+    for line in lines:
+        found = re.fullmatch(r"training: (\d+) of 60 steps, loss \d\.\d{3}, accuracy (.+)", line)
+        assert found, line
+        steps.append(int(found[1]))
+        assert found[2] == f"{accuracy[steps[-1]]:.3f}"
+    assert steps[-1] == 60
+    assert steps == sorted(set(steps))
+    assert 10 <= len(steps) < 20  # of 30 evaluations
+
+
+def test_a_terminal_gets_a_bar(
+    trained: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    settings = small_run(trained.model, trained.data, tmp_path / "out", max_steps=4, eval_steps=2)
+    run(TrainConfig(**settings))
+    assert "\rtraining: 100%" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def load_backbone(
     check_choice("task", task, TASKS)
     logging: Any = transformers.utils.logging
     bars = logging.is_progress_bar_enabled()
-    if Path(name).is_dir():
-        logging.disable_progress_bar()  # reading a local file needs none
+    if Path(name).is_dir() or not sys.stderr.isatty():
+        logging.disable_progress_bar()  # reading a local file needs none, and no log does
     try:
         if labels is None:
             backbone: Any = _AUTO[task].from_pretrained(name, dtype=dtype)

@@ -116,7 +116,7 @@ def train(
         resume: go on from the newest complete checkpoint of the same run; from the start where
             there is none yet. A finished run gives its metrics again.
         overwrite: replace the results of an earlier run in the folder; other files stay.
-        progress: whether to show a progress bar.
+        progress: whether to say on standard error how far it is: a bar on a terminal, else lines.
         data: the rows, in place of ``config.data`` and ``config.eval_data``.
 
     Returns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -129,7 +130,7 @@ class PromptTrainer(transformers.Trainer):
         max_steps: optimizer steps of the run.
         folder: where checkpoints go.
         bf16: whether to run under bfloat16 autocast.
-        progress: whether to show a progress bar.
+        progress: whether to say how far it is, on standard error.
         pack_length: text tokens of a packed row; None where rows are not packed.
     """
 
@@ -192,7 +193,7 @@ class PromptTrainer(transformers.Trainer):
             eval_dataset=train_rows,  # asked for, and never read: `evaluation` has its own rows
             data_collator=collator,
             compute_loss_func=_class_loss if config.task == "classification" else None,
-            callbacks=[_Clock(self.seconds), *([_Bar(self)] if progress else [])],
+            callbacks=[_Clock(self.seconds), *([_Progress(self)] if progress else [])],
         )
         self.remove_callback(PrinterCallback)
 
@@ -347,28 +348,49 @@ class _Clock(transformers.TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-class _Bar(transformers.TrainerCallback):
-    """A progress bar on standard error with the loss and the newest evaluation."""
+class _Progress(transformers.TrainerCallback):
+    """The loss and the newest evaluation on standard error: a bar on a terminal, lines elsewhere.
+
+    A line comes at an evaluation, where ten seconds or a tenth of the run lie behind the last one.
+    """
 
     def __init__(self, trainer: PromptTrainer) -> None:
         self.trainer = trainer
         self.bar: Any = None
+        self.said = (0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+        self.said = (state.global_step, time.monotonic())
+        if sys.stderr.isatty():
+            from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", unit="step"
-        )
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit="step"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix(self._values(), refresh=False)
+            self.bar.update(1)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, now = state.global_step, time.monotonic()
+        new, seconds = step - self.said[0], now - self.said[1]
+        end = step == args.max_steps
+        if new and self.bar is None and (end or seconds >= 10 or 10 * new >= args.max_steps):
+            values = ", ".join(f"{name} {value}" for name, value in self._values().items())
+            line = f"training: {step} of {args.max_steps} steps, {values}"
+            print(line, file=sys.stderr, flush=True)
+            self.said = (step, now)
+
+    def _values(self) -> dict[str, str]:
         recent = self.trainer.losses[-20:]
-        shown = {"loss": f"{sum(recent) / len(recent):.3f}"}
+        values = {"loss": f"{sum(recent) / len(recent):.3f}"}
         if self.trainer.evaluations:
             name = self.trainer.run_config.judged_by
-            shown[name] = f"{self.trainer.evaluations[-1][name]:.3f}"
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(1)
+            values[name] = f"{self.trainer.evaluations[-1][name]:.3f}"
+        return values
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
@@ -30,6 +31,7 @@ from ept_fast.reading import (
 __all__ = [
     "CheckpointError",
     "Header",
+    "WriteError",
     "check_shapes",
     "check_tensors",
     "json_bytes",
@@ -43,7 +45,7 @@ __all__ = [
     "write_bytes",
     "write_files",
     "write_json",
-    "write_tensors",
+    "writing",
 ]
 
 FORMAT = "ept_fast"
@@ -66,24 +68,52 @@ _BITS = {
 }
 
 
+class WriteError(OSError):
+    """A file that cannot be written, as where the disk is full; ``errno`` says why."""
+
+    def __init__(self, place: Path | str, error: OSError) -> None:
+        super().__init__(f"{place}: expected a writable file, got {error.strerror or error}")
+        self.errno = error.errno
+        self._given = (place, error)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given  # as it goes from one process to another
+
+
+@contextmanager
+def writing(place: Path | str) -> Iterator[None]:
+    """Raise a failure to write as a WriteError with the name of this file or folder."""
+    try:
+        yield
+    except (WriteError, BrokenPipeError):  # no one reads any longer: a failure of no kind
+        raise
+    except OSError as error:
+        raise WriteError(place, error) from error
+
+
 def write_files(files: Mapping[Path, bytes]) -> None:
     """Write each file whole or not at all: temporary files, flushed to disk, then all renamed.
 
     What fails before the renames (a full disk, say) leaves every older file as it was.
+
+    Raises:
+        WriteError: a file cannot be written.
     """
     waiting: list[tuple[str, Path]] = []
     try:
         for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            waiting.append((name, path))
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)  # mkstemp makes it private; an adapter is an ordinary file
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+                waiting.append((name, path))
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.chmod(name, 0o644)  # mkstemp makes it private; an adapter is an ordinary file
         while waiting:
-            os.replace(*waiting[0])
+            with writing(waiting[0][1]):
+                os.replace(*waiting[0])
             waiting.pop(0)
     except BaseException:
         for name, _ in waiting:
@@ -121,11 +151,6 @@ def tensor_bytes(tensors: Mapping[str, Tensor], config: str) -> bytes:
     return serialize_tensors(plain, metadata=metadata)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], config: str) -> None:
-    """Write what :func:`tensor_bytes` makes, atomically."""
-    write_bytes(path, tensor_bytes(tensors, config))
-
-
 class Header(NamedTuple):
     """What a safetensors file says of itself before any value is read."""
 
@@ -146,7 +171,7 @@ def read_header(path: Path) -> Header:
 def read_tensors(
     path: Path, expected: Mapping[str, tuple[int, ...]] | None = None
 ) -> tuple[dict[str, Tensor], str]:
-    """Read what :func:`write_tensors` wrote: the tensors (on the CPU) and the config's JSON text.
+    """Read what :func:`tensor_bytes` made: the tensors (on the CPU) and the config's JSON text.
 
     Args:
         path: the file.

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,26 +37,47 @@ class _Failure(click.ClickException):
         self.exit_code = code  # type: ignore[misc]  # click reads it from the instance
 
 
+def _exit_code(error: Exception) -> int | None:
+    """Of an error that the package raises on purpose; any other is a defect: None."""
+    if type(error).__name__ in ("NonFiniteLossError", "WriteError"):
+        return 1
+    if isinstance(error, ValueError | OSError | ImportError):
+        return 2
+    if isinstance(error, RuntimeError):
+        by_name = type(error).__name__ == "ExtensionError"
+        if by_name or str(error).startswith(("backend:", "EPT_FAST_BACKEND:")):
+            return 2
+    return None
+
+
+def _say(text: str | bytes, nl: bool = True) -> None:
+    """Write to standard output."""
+    from ept_fast.checkpoint import writing
+
+    with writing("standard output"):
+        click.echo(text, nl=nl)
+
+
 def _clean(command: F) -> F:
     """Turn the errors that the package raises on purpose into one line each."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at its import
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at their imports
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         try:
-            return command(*args, **kwargs)
+            command(*args, **kwargs)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError, ImportError) as error:
-            raise _Failure(str(error) or type(error).__name__, 2) from error
-        except RuntimeError as error:
-            # Only what the package raises on purpose; any other is a defect: keep its traceback.
-            if type(error).__name__ == "NonFiniteLossError":
-                raise _Failure(str(error), 1) from error
-            by_name = type(error).__name__ == "ExtensionError"
-            if by_name or str(error).startswith(("backend:", "EPT_FAST_BACKEND:")):
-                raise _Failure(str(error), 2) from error
-            raise
+        except Exception as error:
+            code = _exit_code(error)
+            if code is None:
+                raise
+            if hasattr(error, "told_by"):  # by another one of torchrun's processes
+                time.sleep(2)  # as torchrun ends them all when the first one exits
+                raise SystemExit(code) from error
+            raise _Failure(str(error) or type(error).__name__, code) from error
 
     return run  # type: ignore[return-value]
 
@@ -102,7 +124,10 @@ def _writing(command: F) -> F:
 @click.option("--output", required=True, type=click.Path(), help="Folder for the results.")
 @_option("--task", type=click.Choice(TASKS), help="Labels, or target texts to write.")
 @_option("--method", type=click.Choice(METHODS))
-@_option("--eval-data", help="File of evaluation rows; else the split validation or test.")
+@_option(
+    "--eval-data",
+    help="File of evaluation rows; else the split validation (or test, to --keep last).",
+)
 @_option("--eval-fraction", type=float, help="Training rows held out where there is neither.")
 @_option("--text-field", help="Column of the text.")
 @_option("--pair-field", help="Column of the second text.")
@@ -151,7 +176,7 @@ def _writing(command: F) -> F:
 @_option("--device", type=click.Choice(DEVICES))
 @click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run's results in --output.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--quiet", is_flag=True, help="No progress.")
 @_clean
 def train(resume: bool, overwrite: bool, quiet: bool, **settings: Any) -> None:
     """Train an adapter to classify texts, or to write a text for a text.
@@ -166,7 +191,7 @@ def train(resume: bool, overwrite: bool, quiet: bool, **settings: Any) -> None:
     if os.environ.get("RANK", "0") != "0":  # one of torchrun's processes speaks for all
         return
     for line in describe_run(metrics, Path(config.output)):
-        click.echo(line)
+        _say(line)
 
 
 def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
@@ -190,6 +215,7 @@ def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
         learnt = "targets" if rows["targets"] else "the texts themselves, as no row has a target"
         lines.append(f"learnt: {learnt}")
     lines += [
+        f"evaluated on: {rows['evaluation_source']}",
         f"time per step: {1000 * metrics['seconds_per_step']:.0f} ms (median)",
         f"parameters trained: {trained:,} (prompt {counts['prompt']:,}, head {counts['head']:,}), "
         f"{100 * trained / whole:.2f}% of {whole:,}",
@@ -245,7 +271,7 @@ def evaluate(
     from ept_fast.training.job import evaluate as run
 
     fields = Fields(text_field, pair_field, label_field, target_field)
-    click.echo(json.dumps(run(adapter, data, fields=fields, **how), indent=2))
+    _say(json.dumps(run(adapter, data, fields=fields, **how), indent=2))
 
 
 @main.command()
@@ -307,7 +333,7 @@ def predict(
         lines.append(json.dumps({"text": text, **second, **result}, ensure_ascii=False) + "\n")
     content = "".join(lines).encode()
     if output is None:
-        click.echo(content, nl=False)
+        _say(content, nl=False)
     else:
         write_bytes(Path(output), content)
 
@@ -340,15 +366,15 @@ def info(as_json: bool) -> None:
         },
     }
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        _say(json.dumps(facts, indent=2))
         return
     for name in ("ept_fast", "python", "torch", "triton", "transformers"):
-        click.echo(f"{name:<13}{facts[name] or 'not installed'}")
-    click.echo(f"{'devices':<13}{', '.join(_devices(torch))}")
+        _say(f"{name:<13}{facts[name] or 'not installed'}")
+    _say(f"{'devices':<13}{', '.join(_devices(torch))}")
     for backend in backends:
         state = "works" if backend["works"] else "does not work here"
         reason = f" ({backend['reason']})" if backend["reason"] else ""
-        click.echo(f"backend {backend['name']:<10}{state}{reason}")
+        _say(f"backend {backend['name']:<10}{state}{reason}")
 
 
 def _installed(name: str) -> str | None:
@@ -408,8 +434,8 @@ def tune(output: Path, device: str, overwrite: bool, virtual_tokens: int, **size
     from ept_fast.kernels.tune import tune as run
 
     chosen = TuneSizes(num_virtual_tokens=virtual_tokens, **sizes)
-    entries = run(output, chosen, device, overwrite=overwrite, say=click.echo)
-    click.echo(f"table: {output} ({len(entries)} new entries)")
+    entries = run(output, chosen, device, overwrite=overwrite, say=_say)
+    _say(f"table: {output} ({len(entries)} new entries)")
 
 
 @main.command()

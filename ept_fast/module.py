@@ -33,6 +33,7 @@ __all__ = [
     "FoldedEPTPrompt",
     "FusedEPTPrompt",
     "SplicedPrompt",
+    "embedding_device",
     "read_prompt_config",
 ]
 
@@ -365,16 +366,19 @@ class FusedEPTPrompt(SplicedPrompt):
         Raises:
             ValueError: a tensor holds NaN or infinity, or is partitioned by DeepSpeed ZeRO-3.
         """
-        folder = Path(folder)
-        values = {**self.config.to_dict(), "num_tasks": self.num_tasks}
-        tensors = gather(dict(self.named_parameters(recurse=False)))
-        files = {
-            folder / TENSOR_FILE: tensor_bytes(tensors, json.dumps(values)),
-            folder / CONFIG_FILE: json_bytes(values),
-        }
+        files = self.files()
         with writing_process(self.parameters(recurse=False)) as writes:
             if writes:
-                write_files(files)
+                write_files({Path(folder) / name: data for name, data in files.items()})
+
+    def files(self) -> dict[str, bytes]:
+        """What :meth:`save_pretrained` writes, by the files' names; it raises the same."""
+        values = {**self.config.to_dict(), "num_tasks": self.num_tasks}
+        tensors = gather(dict(self.named_parameters(recurse=False)))
+        return {
+            TENSOR_FILE: tensor_bytes(tensors, json.dumps(values)),
+            CONFIG_FILE: json_bytes(values),
+        }
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Read tensors that :meth:`save_pretrained` wrote for this very config into this module.
@@ -543,7 +547,7 @@ class _LongPrompt:
     def device(self) -> torch.device:
         """Where the parameters go."""
         if self.layer is not None:
-            return _embedding_weight(self.layer).device
+            return embedding_device(self.layer)
         return self.init.device if isinstance(self.init, Tensor) else torch.device("cpu")
 
     def of_task(self, task: int) -> Tensor:
@@ -622,6 +626,22 @@ def _embedding_weight(embedding: nn.Module) -> Tensor:
             f"got {type(embedding).__name__}"
         )
     return weight
+
+
+def embedding_device(embedding: nn.Module) -> torch.device:
+    """Where an embedding layer computes: where its table is, or is brought for each call.
+
+    Raises:
+        ValueError: a table without values, which nothing brings.
+    """
+    device = _embedding_weight(embedding).device
+    if device.type != "meta":
+        return device
+    # accelerate keeps what it offloads to the CPU or to a disk on the meta device between calls.
+    place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    if place is None:
+        raise ValueError("embedding.weight: expected values on a device, got none (device meta)")
+    return torch.device(place)
 
 
 def _embedding_width(embedding: nn.Module) -> int:

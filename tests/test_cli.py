@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import re
+import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -16,9 +20,10 @@ import torch
 from click.testing import CliRunner, Result
 
 import ept_fast
-from ept_fast import backends
+from ept_fast import backends, checkpoint
 from ept_fast.cli import main
 from ept_fast.training.config import TrainConfig
+from ept_fast.training.job import train as run
 from tests.tiny import (
     answer_rows,
     save_llama,
@@ -67,6 +72,7 @@ def test_train_says_what_came_out(trained: Workplace) -> None:
     lines = dict(line.split(": ", 1) for line in trained.said.splitlines())
     before, after = metrics["before"]["accuracy"], metrics["after"]["accuracy"]
     assert lines["accuracy"] == f"{before:.4f} before, {after:.4f} after 6 steps (40 rows)"
+    assert lines["evaluated on"] == str(trained.data / "validation.jsonl")
     assert lines["time per step"].endswith(" ms (median)")
     counts = metrics["parameters"]
     assert lines["parameters trained"].startswith(
@@ -360,6 +366,60 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert (trained.output / "metrics.json").read_bytes() == before
 
 
+def test_progress_in_a_log_is_a_few_plain_lines(trained: Workplace, tmp_path: Path) -> None:
+    settings = small_run(trained.model, trained.data, tmp_path / "out", max_steps=60, eval_steps=2)
+    result = call("train", *options(settings))
+    assert result.exit_code == 0, result.output
+    assert "\r" not in result.output
+    curve = json.loads((tmp_path / "out" / "metrics.json").read_text())["curves"]["evaluation"]
+    accuracy = {row["step"]: row["accuracy"] for row in curve}
+    lines = result.stderr.splitlines()
+    steps = []
+    for line in lines:
+        found = re.fullmatch(r"training: (\d+) of 60 steps, loss \d\.\d{3}, accuracy (.+)", line)
+        assert found, line
+        steps.append(int(found[1]))
+        assert found[2] == f"{accuracy[steps[-1]]:.3f}"
+    assert steps[-1] == 60
+    assert steps == sorted(set(steps))
+    assert 10 <= len(steps) < 20  # of 30 evaluations
+
+
+def test_a_terminal_gets_a_bar(
+    trained: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    settings = small_run(trained.model, trained.data, tmp_path / "out", max_steps=4, eval_steps=2)
+    run(TrainConfig(**settings))
+    assert "\rtraining: 100%" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_a_model_that_moved_is_named_with_an_option(
+    command: str, trained: Workplace, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained.output / "adapter", adapter)
+    description = json.loads((adapter / "adapter.json").read_text())
+    gone = str(tmp_path / "gone")
+    (adapter / "adapter.json").write_text(json.dumps({**description, "base_model": gone}))
+    words: list[str | Path] = [command, "--adapter", adapter]
+    if command == "evaluate":
+        words += ["--data", trained.data]
+    result = call(*words, stdin="the play was fine\n")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    hint = f"{adapter} names it; base_model (on the command line --model) names another place"
+    assert f"got {gone!r}" in result.stderr
+    assert hint in result.stderr
+    assert call(*words, "--model", trained.model, stdin="the play was fine\n").exit_code == 0
+    wrong = call(*words, "--model", gone, stdin="the play was fine\n")
+    assert f"got {gone!r}" in wrong.stderr
+    assert "names another place" not in wrong.stderr
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -383,6 +443,67 @@ def test_run_that_diverges_is_exit_code_1(trained: Workplace, tmp_path: Path) ->
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: the loss is not finite at step 2;")
     assert len(result.stderr.splitlines()) == 1
+
+
+# What is too large for the limit; a pattern of its name, and which file of a run has that size.
+TOO_LARGE = {
+    "run.json": (r"run\.json", "run.json"),
+    "optimizer": (r"checkpoints/checkpoint-3", "checkpoints/checkpoint-3/optimizer.pt"),
+    "picture": (r"learning_curves\.png", "learning_curves.png"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_what_cannot_be_written_is_one_line_and_leaves_no_half_files(
+    case: str, trained: Workplace, tmp_path: Path
+) -> None:
+    pattern, sized = TOO_LARGE[case]
+    output = tmp_path / "out"
+    settings = small_run(trained.model, trained.data, output, max_steps=6, eval_steps=3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((trained.output / sized).stat().st_size // 2, -1))
+    try:
+        result = call("train", *options(settings), "--quiet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 1, result.output
+    line = rf"Error: {output}/{pattern}: expected a writable file, got File too large\n"
+    assert re.fullmatch(line, result.stderr), result.stderr
+    assert not list(output.rglob(".*"))
+    assert not (output / "metrics.json").exists()
+    assert all((f / "complete.json").exists() for f in output.glob("checkpoints/*"))
+
+
+def test_predictions_that_cannot_be_written_leave_the_old_ones(
+    trained: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "labels.jsonl"
+    target.write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    words = ("predict", "--adapter", trained.output, "--output", target)
+    result = call(*words, stdin="the play was fine\n")
+    assert result.exit_code == 1
+    expected = f"Error: {target}: expected a writable file, got No space left on device\n"
+    assert result.stderr == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.jsonl"]
+    assert target.read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_standard_output_without_room_is_one_line(root: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "ept_fast", "info"],
+            cwd=root, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr == (
+        "Error: standard output: expected a writable file, got No space left on device\n"
+    )
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

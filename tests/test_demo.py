@@ -164,7 +164,8 @@ def test_demo_learns_and_tells(minilm: Path, tmp_path: Path) -> None:
         str(output / "run" / "adapter"),
     ):
         assert said in result.output
-    assert "60/60" in result.output  # the progress bar
+    assert "training: 60 of 60 steps, loss " in result.output
+    assert "\r" not in result.output
     for message in demo_task.NEW_MESSAGES:
         assert message in result.output
     for name in ("learning_curves.png", "gate_weights.png"):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 import ept_fast
 from ept_fast import CheckpointError, EPTConfig, get_ept_model
 from tests.architectures import BY_NAME
+from tests.distributed import tasks
 
 pytest.importorskip("transformers")
 
@@ -548,6 +552,89 @@ def test_saving_refuses_nan_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected finite values to save"):
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def offload(backbone: Any, folder: Path, *, whole: bool) -> Any:
+    """Move the values of all layers, or of all but the first and the last, to a disk."""
+    places = {}
+    for name, module in backbone.named_modules():
+        if list(module.parameters(recurse=False)):
+            outside = not whole and not re.search(r"\.\d+\.", name)
+            places[name] = "cpu" if outside else "disk"
+    accelerate.dispatch_model(backbone, places, "cpu", offload_dir=folder, force_hooks=True)
+    assert backbone.get_input_embeddings().weight.is_meta == whole
+    assert any(parameter.is_meta for parameter in backbone.parameters())
+    return backbone
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_offloaded_values_change_nothing(task: str, whole: bool, tmp_path: Path) -> None:
+    backbone = tasks.make_backbone(task)
+    if whole and task == "SEQ_CLS":  # with a head of its own, of which an adapter has a copy
+        offload(backbone, tmp_path, whole=True)
+        with pytest.raises(ValueError, match="model: expected a head on a device, got classifier"):
+            tasks.make_model(task, backbone)
+        return
+    batch, results = tasks.batch_of(task), []
+    for built in (tasks.make_backbone(task), offload(backbone, tmp_path / "disk", whole=whole)):
+        model = tasks.make_model(task, built)
+        assert model.device == torch.device("cpu")
+        loss = tasks.loss_of(task, model, batch)
+        loss.backward()
+        results.append({"loss": loss.detach(), **tasks.gradients(model)})
+        model.save_pretrained(tmp_path / "adapter")
+        model.load_pretrained(tmp_path / "adapter")
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+    model.fold()
+    with torch.no_grad():
+        torch.testing.assert_close(tasks.loss_of(task, model, batch), results[0]["loss"])
+
+
+def test_offloaded_positions_are_not_folded_into(tmp_path: Path) -> None:
+    model = wrapped("CAUSAL_LM", "GPT-2")
+    offload(model.backbone, tmp_path, whole=True)
+    message = 'offset: expected positions on a device for "positions", got transformer.wpe'
+    with pytest.raises(ValueError, match=message):
+        model.fold(offset="positions")
+
+
+def test_an_empty_table_is_refused() -> None:
+    with torch.device("meta"):
+        built = BY_NAME["Llama"].build("CAUSAL_LM")
+    with pytest.raises(
+        ValueError, match=r"embedding\.weight: expected values on a device, got none"
+    ):
+        get_ept_model(built, config_of(), "CAUSAL_LM")
+
+
+FILES = ("ept_model.safetensors", "ept_config.json", HEAD_FILE, ADAPTER_FILE)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_full_disk_leaves_the_old_adapter(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wrapped("SEQ_CLS")
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == set(FILES)
+    fill(model, seed=5)
+    make = tempfile.mkstemp
+
+    def full(*, prefix: str, **where: Any) -> Any:
+        if prefix == f".{file}.":
+            raise OSError(28, "No space left on device")
+        return make(prefix=prefix, **where)
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    message = f"{tmp_path / file}: expected a writable file, got No space left on device"
+    with pytest.raises(OSError, match=re.escape(message)) as caught:
+        model.save_pretrained(tmp_path, extra={"new": True})
+    assert caught.value.errno == 28
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_old_head_does_not_stay_behind(tmp_path: Path) -> None:

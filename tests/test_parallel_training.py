@@ -27,29 +27,56 @@ from tests.tiny import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Trains the runs of a JSON file one after another; where asked to, rank 1 dies in the last one.
+# Trains the runs of a JSON file one after another, and writes what each process got of each. Where
+# told to, rank 1 dies or comes late, or the main process cannot write a file.
 CHILD = """
-import json, os, signal, sys
+import json, os, random, signal, sys, time
+from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
 torch.set_num_threads(1)
+from ept_fast import checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train
 from ept_fast.training.trainer import PromptTrainer
 
-runs, mode = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
-dist.init_process_group("gloo")
-step = PromptTrainer.training_step
+folder = Path(sys.argv[1])
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+rank = dist.get_rank()
+step, mkstemp = PromptTrainer.training_step, checkpoint.tempfile.mkstemp
+outcomes = []
+
 def dying(self, *args, **kwargs):
-    if self.state.global_step == 5 and dist.get_rank() == 1:
+    if self.state.global_step == 5 and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *args, **kwargs)
-for number, run in enumerate(runs, 1):
-    if mode == "die" and number == len(runs):
-        PromptTrainer.training_step = dying
-    metrics = train(TrainConfig(**run), resume=mode == "resume", progress=False)
-    assert metrics["processes"] == 2
+
+def without_room_for(name):
+    def full(*args, prefix, **kwargs):
+        if prefix == f".{name}.":
+            raise OSError(28, "No space left on device")
+        return mkstemp(*args, prefix=prefix, **kwargs)
+    return full
+
+for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
+    settings = {name: v[rank] if isinstance(v, list) else v for name, v in job["run"].items()}
+    output = Path(settings["output"])
+    if job.get("late") and rank == 1:
+        end = time.monotonic() + 3  # where the other one does not wait its folder is there by then
+        while not output.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+    if job.get("uneven"):
+        time.sleep(random.Random(2 * number + rank).uniform(0, 0.2))
+    PromptTrainer.training_step = dying if job.get("dies") else step
+    checkpoint.tempfile.mkstemp = without_room_for(job["full"]) if "full" in job else mkstemp
+    try:
+        metrics = train(TrainConfig(**settings), progress=False, **job.get("how", {}))
+        assert metrics["processes"] == 2
+        outcomes.append(["metrics", metrics["after"]["loss"]])
+    except Exception as error:
+        outcomes.append([type(error).__name__, str(error)])
+    (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
 dist.destroy_process_group()
 """
 
@@ -60,18 +87,30 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def launch(root: Path, folder: Path, runs: list[dict[str, Any]], mode: str) -> Any:
-    (folder / "child.py").write_text(CHILD)
-    (folder / "runs.json").write_text(json.dumps(runs))
-    words = ["--standalone", "--nproc-per-node", "2", str(folder / "child.py")]
+TORCHRUN = ("--standalone", "--nproc-per-node", "2")
+
+
+def torchrun(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words, str(folder / "runs.json"), mode],
+        [sys.executable, "-m", "torch.distributed.run", *TORCHRUN, *words],
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
+
+
+def launch(root: Path, folder: Path, jobs: list[dict[str, Any]]) -> Any:
+    """Do the jobs: dicts of ``run``, maybe ``how``, and what goes wrong."""
+    (folder / "child.py").write_text(CHILD)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    return torchrun(root, str(folder / "child.py"), str(folder))
+
+
+def outcomes(folder: Path) -> list[list[list[Any]]]:
+    """What each process got of each job: metrics, or an error's type and message."""
+    return [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def weights(output: Path) -> dict[str, Any]:
@@ -97,7 +136,8 @@ def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
         run = small_run(models[case], data, folder / case, **sizes, **choices, keep="best")
         settings[case] = run
     settings["killed"] = {**settings["packed"], "output": str(folder / "killed")}
-    result = launch(root, folder, list(settings.values()), "die")
+    jobs = [{"run": run, "dies": case == "killed"} for case, run in settings.items()]
+    result = launch(root, folder, jobs)
     assert result.returncode != 0
     assert "Signal 9 (SIGKILL)" in result.stderr, result.stderr
     return settings
@@ -137,8 +177,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     }
     with pytest.raises(ValueError, match="WORLD_SIZE: expected 2 as in the run to resume, got 1"):
         train(TrainConfig(**runs["killed"]), resume=True, progress=False)
-    result = launch(root, tmp_path, [runs["killed"]], "resume")
+    result = launch(root, tmp_path, [{"run": runs["killed"], "how": {"resume": True}}])
     assert result.returncode == 0, result.stderr
+    assert [[kind for kind, _ in found] for found in outcomes(tmp_path)] == [["metrics"]] * 2
     whole = Path(runs["packed"]["output"])
     found, expected = weights(output), weights(whole)
     assert found.keys() == expected.keys()
@@ -146,3 +187,93 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (output, whole)]
     for name in ("curves", "tokens", "positions", "samples", "before", "after"):
         assert metrics[0][name] == metrics[1][name], name
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of a run of a second, without an output."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model, data = save_model(folder / "model"), save_task(folder / "data")
+    settings = small_run(model, data, folder, batch_size=4, max_steps=2, eval_steps=1)
+    del settings["output"]
+    return settings
+
+
+# A job, and what both processes get of it.
+DECISIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "a process comes late": ({"late": True}, "metrics"),
+    "a finished run is resumed": ({"late": True, "how": {"resume": True}}, "metrics"),
+    "a finished run is in the way": (
+        {"late": True}, "FileExistsError: output: expected an empty folder, got ",
+    ),
+    "a finished run is overwritten": ({"late": True, "how": {"overwrite": True}}, "metrics"),
+    "another run is resumed": (
+        {"run": {"seed": 1}, "how": {"resume": True}},
+        "ValueError: seed: expected 0 as in the run to resume, got 1",
+    ),
+    "one process cannot read the data": (
+        {"run": {"data": ["{data}", "{data}/gone.jsonl"]}, "how": {"overwrite": True}},
+        "DataError: {data}/gone.jsonl: expected a readable file, got no such file",
+    ),
+    "one process cannot read the model": (
+        {"run": {"model": ["{model}", "{data}"]}, "how": {"overwrite": True}},
+        "ValueError: model: expected a folder or hub id of a pretrained model, got '{data}'",
+    ),
+    "the loss is not finite": (
+        {"run": {"prompt_lr": 2e37, "warmup_ratio": 0.0}, "how": {"overwrite": True}},
+        "NonFiniteLossError: the evaluation loss is not finite at step 1; training stopped, ",
+    ),
+    **{
+        f"there is no room for {name}": (
+            {"run": {"keep": "best"}, "full": name, "how": {"overwrite": True}},
+            f"{name}: expected a writable file, got No space left on device",
+        )
+        for name in ("run.json", "ept_model.safetensors", "progress.json", "metrics.json")
+    },
+}  # fmt: skip
+
+
+def test_what_one_process_decides_or_fails_at_reaches_both(
+    root: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(part) for part in value]
+        return value.format(**tiny) if isinstance(value, str) else value
+
+    jobs = []
+    for job, _ in DECISIONS.values():
+        changes = {name: filled(value) for name, value in job.get("run", {}).items()}
+        jobs.append({**job, "run": {**tiny, "output": str(tmp_path / "out"), **changes}})
+    result = launch(root, tmp_path, jobs)
+    assert result.returncode == 0, result.stderr
+    main, other = outcomes(tmp_path)
+    for case, got in zip(DECISIONS, main, strict=True):
+        assert DECISIONS[case][1].format(**tiny) in ": ".join(map(str, got)), case
+    assert main == other
+
+
+def test_twenty_runs_of_two_processes_all_succeed(
+    root: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    jobs = [
+        {"uneven": True, "run": {**tiny, "output": str(tmp_path / f"out-{number}")}}
+        for number in range(20)
+    ]
+    result = launch(root, tmp_path, jobs)
+    assert result.returncode == 0, result.stderr
+    for found in outcomes(tmp_path):
+        assert [kind for kind, _ in found] == ["metrics"] * 20
+
+
+def test_a_mistake_is_said_once_on_the_command_line(
+    root: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in tiny.items()]
+    result = torchrun(root, "-m", "ept_fast", "train", "--output", str(tmp_path), *words)
+    assert result.returncode != 0
+    assert result.stdout == ""
+    said = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(said) == 1, result.stderr
+    assert f"output: expected an empty folder, got {tmp_path} " in said[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -526,6 +527,35 @@ def test_best_keeps_the_best_evaluation(
     assert found["matthews"] == best
 
 
+# The splits beside train; the source of the evaluation rows, with the number of rows of each kind.
+SELECTED_ON = {
+    ("last", "validation test"): ("validation.jsonl", 96, 40),
+    ("last", "test"): ("test.jsonl", 96, 40),
+    ("last", ""): ("train.jsonl (held out)", 86, 10),
+    ("best", "validation test"): ("validation.jsonl", 96, 40),
+    ("best", "test"): ("train.jsonl (held out)", 86, 10),
+    ("best", ""): ("train.jsonl (held out)", 86, 10),
+}
+
+
+@pytest.mark.parametrize(("keep", "splits"), SELECTED_ON)
+def test_weights_are_never_selected_on_the_test_split(
+    keep: str, splits: str, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", *splits.split()):
+        shutil.copy(data_folder / f"{split}.jsonl", data)
+    config = TrainConfig(**small_run(model_folder, data, tmp_path / "out", keep=keep))
+    task = load_task(config)
+    source, *counts = SELECTED_ON[keep, splits]
+    assert task.evaluation.source == f"{data}/{source}"
+    assert [len(task.train), len(task.evaluation)] == counts
+    assert not set(task.evaluation.lines) & set(task.train.lines) or "held out" not in source
+    named = dataclasses.replace(config, eval_data=str(data_folder / "test.jsonl"))
+    assert load_task(named).evaluation.source == str(data_folder / "test.jsonl")
+
+
 def test_named_labels_pairs_and_held_out_rows(model_folder: Path, tmp_path: Path) -> None:
     rows = [
         {"text": row["text"], "text_pair": "a song", "label": ("sad", "happy")[row["label"]]}
@@ -535,6 +565,7 @@ def test_named_labels_pairs_and_held_out_rows(model_folder: Path, tmp_path: Path
     settings = small_run(model_folder, data, tmp_path / "out", max_steps=3, eval_fraction=0.25)
     metrics = train(TrainConfig(**settings), progress=False)
     assert metrics["labels"] == ["happy", "sad"]
+    assert metrics["rows"]["evaluation_source"] == f"{data} (held out)"
     assert (metrics["rows"]["train"], metrics["rows"]["evaluation"]) == (30, 10)
     assert metrics["rows"]["train_cut"] > 0
     result = predict(tmp_path / "out", read_rows(data, answer="none"))[0]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ept_fast.checkpoint import (
     check_shapes,
+    json_bytes,
     read_header,
     read_tensors,
-    write_json,
-    write_tensors,
+    tensor_bytes,
+    write_files,
 )
 from ept_fast.config import EPTConfig
 from ept_fast.integrations import POOLINGS, TASKS
@@ -32,6 +33,7 @@ from ept_fast.reading import (
 __all__ = [
     "ADAPTER_FILE",
     "HEAD_FILE",
+    "adapter_files",
     "read_adapter",
     "read_config",
     "read_head",
@@ -55,20 +57,29 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def write_adapter(
-    folder: Path, head: Mapping[str, Tensor] | None, values: Mapping[str, Any], config: EPTConfig
-) -> None:
-    """Write head and description beside a prompt that is in the folder already.
+def adapter_files(
+    prompt: Mapping[str, bytes],
+    head: Mapping[str, Tensor] | None,
+    values: Mapping[str, Any],
+    config: EPTConfig,
+) -> dict[str, bytes]:
+    """The files of an adapter by their names: those of its prompt, its head, its description.
 
     The description comes last: it holds the checksums of the other files, so that a folder cut off
     half-way is refused by :func:`read_adapter`.
     """
-    if head is None:
+    files = dict(prompt)
+    if head is not None:
+        files[HEAD_FILE] = tensor_bytes(head, config.to_json())
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return {**files, ADAPTER_FILE: json_bytes({**_FORMAT, **values, "sha256": sums})}
+
+
+def write_adapter(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write what :func:`adapter_files` made, in its order."""
+    write_files({folder / name: data for name, data in files.items()})
+    if HEAD_FILE not in files:
         (folder / HEAD_FILE).unlink(missing_ok=True)  # of an adapter that stood here before
-    else:
-        write_tensors(folder / HEAD_FILE, head, config.to_json())
-    sums = _checksums(folder, head is not None)
-    write_json(folder / ADAPTER_FILE, {**_FORMAT, **values, "sha256": sums})
 
 
 def read_adapter(folder: str | Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Container, Mapping
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def load_backbone(
     check_choice("task", task, TASKS)
     logging: Any = transformers.utils.logging
     bars = logging.is_progress_bar_enabled()
-    if Path(name).is_dir():
-        logging.disable_progress_bar()  # reading a local file needs none
+    if Path(name).is_dir() or not sys.stderr.isatty():
+        logging.disable_progress_bar()  # reading a local file needs none, and no log does
     try:
         if labels is None:
             backbone: Any = _AUTO[task].from_pretrained(name, dtype=dtype)
@@ -109,7 +110,8 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _not_found(name: str, error: Exception) -> str:
-    reason = str(error).strip().partition("\n")[0]
+    gone = Path(name).is_absolute() and not Path(name).exists()
+    reason = "no such folder" if gone else str(error).strip().partition("\n")[0]
     return f"model: expected a folder or hub id of a pretrained model, got {name!r} ({reason})"
 
 

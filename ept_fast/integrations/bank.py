@@ -21,7 +21,13 @@ from ept_fast.integrations.backbones import embedding_width
 from ept_fast.integrations.model import Description, EPTModel, check_adapter_name
 from ept_fast.integrations.models import EPTModelForCausalLM, EPTModelForSeq2SeqLM
 from ept_fast.integrations.prefix import PrefixCache
-from ept_fast.module import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, SplicedPrompt
+from ept_fast.module import (
+    EPTOutput,
+    FoldedEPTPrompt,
+    FusedEPTPrompt,
+    SplicedPrompt,
+    embedding_device,
+)
 
 __all__ = ["BankPrompt", "EPTBank"]
 
@@ -68,7 +74,7 @@ class BankPrompt(SplicedPrompt):
         super().__init__(replace(config, alpha=math.sqrt(config.rank)), embedding, backend)
         weight: Any = embedding.weight
         m, n, r, d = config.num_virtual_tokens, config.max_length, config.rank, config.hidden_size
-        kind: dict[str, Any] = {"device": weight.device}
+        kind: dict[str, Any] = {"device": embedding_device(embedding)}
         floats = {**kind, "dtype": dtype}
         embeds = weight.dtype if weight.dtype.is_floating_point else torch.float32
         self.writes = [0] * capacity  # how often each slot was written

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput  # type: ignore[attr-defined]
 
-from ept_fast.checkpoint import CheckpointError, json_bytes
+from ept_fast.checkpoint import CheckpointError
 from ept_fast.config import EPTConfig, check_choice
 from ept_fast.folded import offset_table
 from ept_fast.integrations import checkpointing
 from ept_fast.integrations.adapters import (
     ADAPTER_FILE,
+    adapter_files,
     read_adapter,
     read_config,
     read_head,
@@ -38,7 +39,7 @@ from ept_fast.integrations.backbones import (
 )
 from ept_fast.integrations.positions import check_sums, looked_up, with_offset
 from ept_fast.integrations.quantised import allow_packing, prevent_packing
-from ept_fast.module import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.module import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, embedding_device
 from ept_fast.precision import accumulation_dtype
 from ept_fast.reading import shorten
 from ept_fast.sharding import fill, gather, reshard, writing_process
@@ -208,8 +209,8 @@ class EPTModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the token embeddings are."""
-        return self.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+        """Where the token embeddings are, or are brought for each call where they are offloaded."""
+        return embedding_device(self.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -509,7 +510,13 @@ class EPTModel(nn.Module):
                 f'"positions", got {type(self.backbone).__name__}'
             )
         if self._table_name is not None and inside:
-            self.own_positions["table"] = self.backbone.get_submodule(self._table_name)
+            table: Any = self.backbone.get_submodule(self._table_name)
+            if table.weight.is_meta:
+                raise ValueError(
+                    f'offset: expected positions on a device for "positions", got '
+                    f"{self._table_name} offloaded (name a device for it in the device_map)"
+                )
+            self.own_positions["table"] = table
         try:
             for name, prompt in self.prompts.items():
                 self.folded[name] = prompt.fold(dtype, "low_rank" if inside else offset)  # type: ignore[operator]
@@ -618,8 +625,9 @@ class EPTModel(nn.Module):
     ) -> None:
         """Write an adapter into ``folder``: safetensors and JSON, never the backbone.
 
-        Each file is written whole or not at all, the description last. Where FSDP2 shards the model
-        every process has to call this, and one of them writes.
+        All files are on the disk under temporary names before any takes the place of an older one,
+        the description last. Where FSDP2 shards the model every process has to call this, and one
+        of them writes.
 
         Args:
             folder: made where it is missing.
@@ -628,16 +636,13 @@ class EPTModel(nn.Module):
 
         Raises:
             ValueError: no such adapter, or a tensor holds NaN or infinity; nothing is written then.
+            WriteError: a file cannot be written.
         """
         name = self._known(adapter_name or self.active_adapter)
-        folder = Path(folder)
         prompt: Any = self.prompts[name]
         module = self.head_of(name)
         reshard(self)
         head = None if module is None else gather(module.state_dict())
-        for key, tensor in (*gather(prompt.state_dict()).items(), *(head or {}).items()):
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{key}: expected finite values to save, got NaN or infinity")
         described = self.descriptions[name]
         values = {
             "task": self.task,
@@ -649,11 +654,10 @@ class EPTModel(nn.Module):
             "head_dropout": described.head_dropout,
             "extra": dict(extra or {}),
         }
-        json_bytes(values)  # what JSON cannot hold is refused before any file is replaced
-        prompt.save_pretrained(folder)
+        files = adapter_files(prompt.files(), head, values, prompt.config)
         with writing_process(prompt.parameters()) as writes:
             if writes:
-                write_adapter(folder, head, values, prompt.config)
+                write_adapter(Path(folder), files)
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Read an adapter of the same task, sizes and labels into the active one.
@@ -761,7 +765,15 @@ class EPTModel(nn.Module):
             if name is None:
                 raise ValueError(f"base_model: expected a folder or hub id, {folder} names none")
             labels = tuple(values["labels"] or ()) if values["head"] == "model" else None
-            model = load_backbone(name, values["task"], labels=labels)
+            try:
+                model = load_backbone(name, values["task"], labels=labels)
+            except ValueError as error:
+                if base_model is not None:
+                    raise
+                raise ValueError(
+                    f"{error}; {folder} names it; base_model (on the command line --model) names "
+                    f"another place"
+                ) from None
         chosen = EPTModel.of_task(values["task"])(model, base_model=name, backend=backend)
         try:
             chosen.load_adapter(folder, adapter_name)

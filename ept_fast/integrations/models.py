@@ -307,6 +307,11 @@ class _Headed(EPTModel):
                 f"head_dropout: expected 0 with the model's own head, got {head_dropout}"
             )
         for name, parameter in self.base_head.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"model: expected a head on a device, got {name} offloaded, with no values to "
+                    f"train (name a device for it in the device_map)"
+                )
             if not parameter.is_floating_point():
                 raise ValueError(
                     f"model: expected a head that can be trained, got {name} quantised to "

@@ -52,8 +52,8 @@ class TrainConfig:
             encoder-decoder that writes a target for a text) or ``"causal"`` (a decoder that
             continues a text with a target; without targets it learns the texts themselves).
         method: ``"ept"``, ``"dept"`` or ``"pt"``.
-        eval_data: a file of evaluation rows; else the split ``validation`` (or ``test``) of
-            ``data``, else ``eval_fraction`` of the training rows, held out.
+        eval_data: a file of evaluation rows; else the split ``validation`` of ``data`` (or
+            ``test``, to keep the last step), else ``eval_fraction`` of the training rows, held out.
         eval_fraction: that fraction.
         text_field, pair_field, label_field, target_field: the columns' names.
         num_labels: number of classes, where integer labels may miss some; else found in the data.

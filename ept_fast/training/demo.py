@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ def run_demo(
         output: an empty or missing folder, or that of an earlier demo.
         steps: optimizer steps; :data:`DEFAULT_STEPS` where not given.
         seed: of everything random.
-        progress: whether to show a progress bar.
+        progress: as in :func:`ept_fast.training.job.train`.
 
     Returns:
         ``accuracy_before``, ``accuracy_after`` and ``accuracy_reloaded`` on the test messages,
@@ -124,9 +123,8 @@ def run_demo(
     )
     click.echo(f"Frozen encoder: all-MiniLM-L6-v2 ({ENCODER_PACKAGE} {ENCODER_VERSION}, verified)")
     click.echo(f"Task: {len(INTENTS)} kinds of messages to a library's help desk, in {task}")
-    with _no_loading_bars():
-        metrics = train(config, overwrite=True, progress=progress)
-        adapter = load_adapter(output / _RUN, device=config.device)
+    metrics = train(config, overwrite=True, progress=progress)
+    adapter = load_adapter(output / _RUN, device=config.device)
     test = read_split(task, "test")
     assert test is not None  # only None where optional
     new = Rows(NEW_MESSAGES, None, None, "new messages", tuple(range(1, len(NEW_MESSAGES) + 1)))
@@ -156,20 +154,6 @@ def _check_output(output: Path) -> None:
                 f"output: expected an empty folder or an earlier demo's, got {output} with "
                 f"{others[0]} in it"
             )
-
-
-@contextlib.contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Leave the progress of loading weights unshown: the encoder is small and comes twice."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _tell(results: Mapping[str, Any], steps: int) -> None:

@@ -58,6 +58,8 @@ class TaskData:
 def load_task(config: TrainConfig) -> TaskData:
     """The rows that a run trains on and is evaluated on.
 
+    A test split is evaluated on where there is no other and nothing is chosen by what comes out.
+
     Raises:
         DataError: a missing file or split, or a malformed line.
     """
@@ -70,11 +72,12 @@ def load_task(config: TrainConfig) -> TaskData:
         evaluation = read_split(config.eval_data, "validation", **how)
     else:
         evaluation = None
-        for split in ("validation", "test"):
+        for split in ("validation", "test") if config.keep == "last" else ("validation",):
             evaluation = evaluation or read_split(config.data, split, optional=True, **how)
     assert train_rows is not None  # only None where optional
     if evaluation is None:
         train_rows, evaluation = hold_out(train_rows, config.eval_fraction, config.seed)
+        evaluation = dataclasses.replace(evaluation, source=f"{evaluation.source} (held out)")
     if (train_rows.pairs is None) != (evaluation.pairs is None):
         raise DataError(
             f"{evaluation.source}: {config.pair_field}: expected the same texts as in "
@@ -113,7 +116,7 @@ def train(
         resume: go on from the newest complete checkpoint of the same run; from the start where
             there is none yet. A finished run gives its metrics again.
         overwrite: replace the results of an earlier run in the folder; other files stay.
-        progress: whether to show a progress bar.
+        progress: whether to say on standard error how far it is: a bar on a terminal, else lines.
         data: the rows, in place of ``config.data`` and ``config.eval_data``.
 
     Returns:
@@ -134,50 +137,33 @@ def train(
 def _train(
     config: TrainConfig, resume: bool, overwrite: bool, progress: bool, data: TaskData | None
 ) -> dict[str, Any]:
-    from ept_fast.training.trainer import PromptTrainer, newest_checkpoint, train_batches
+    from ept_fast.training.trainer import newest_checkpoint
 
     output = Path(config.output)
-    _check_output(output, resume, overwrite)
-    task = data or load_task(config)
+    parallel.on_main(lambda: _check_output(output, resume, overwrite))
+    task = parallel.agreed(lambda: data or load_task(config))
     run = {
         "config": config.to_dict(),
         "data": {"train": task.train.fingerprint(), "evaluation": task.evaluation.fingerprint()},
         "processes": parallel.world_size(),
     }
-    if resume and (output / RUN_FILE).exists():
-        _check_same_run(output / RUN_FILE, run)
-        if (output / METRICS_FILE).exists():
-            return read_json(output / METRICS_FILE)
-    work = _prepare(config, task)
-    batches = train_batches(config, work.rows, 0, work.pack_length)
-    trainer = PromptTrainer(
-        work.model,
-        config,
-        work.rows,
-        work.collator,
-        work.evaluation,
-        max_steps=config.max_steps or batches.steps_of(config.epochs),
-        folder=output / "checkpoints",
-        bf16=work.bf16,
-        progress=progress and parallel.is_main(),
-        pack_length=work.pack_length,
-    )
-    parallel.wait()  # every process has looked at the folder as it was
-    if parallel.is_main():
-        if overwrite and not resume:
-            _clear(output)
-        write_json(output / RUN_FILE, run)
-    parallel.wait()
-    checkpoint = newest_checkpoint(trainer.checkpoints) if resume else None
+    if resume:
+        finished = parallel.on_main(lambda: _metrics_of(output, run))
+        if finished is not None:
+            return finished
+    work, trainer = parallel.agreed(lambda: _prepare_trainer(config, task, output, progress))
+    parallel.on_main(lambda: _begin(output, run, overwrite))
+    checkpoint = None
+    if resume:
+        checkpoint = parallel.on_main(lambda: newest_checkpoint(trainer.checkpoints))
     if checkpoint is None and config.eval_before:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.evaluations or trainer.evaluations[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
     best = trainer.best()
-    parallel.wait()
     if config.keep == "best":
-        work.model.load_pretrained(trainer.best_folder(best["step"]))
+        parallel.agreed(lambda: work.model.load_pretrained(trainer.best_folder(best["step"])))
     metrics = {
         "before": trainer.evaluations[0] if config.eval_before else None,
         "after": best if config.keep == "best" else trainer.evaluations[-1],
@@ -187,16 +173,25 @@ def _train(
             "train": len(work.rows),
             "train_cut": work.rows.num_cut,
             "evaluation": len(task.evaluation),
+            "evaluation_source": task.evaluation.source,
             **work.cut,
         },
         "samples": work.evaluation.samples(work.model),
     }
-    if parallel.is_main():
-        work.model.save_pretrained(output / "adapter", extra=work.extra)
-        _draw(output, metrics)
-        write_json(output / METRICS_FILE, metrics)  # last: a folder with it is a finished run
-    parallel.wait()
+    parallel.on_main(lambda: _finish(output, work, metrics))
     return metrics
+
+
+def _begin(output: Path, run: dict[str, Any], overwrite: bool) -> None:
+    if overwrite:
+        _clear(output)
+    write_json(output / RUN_FILE, run)
+
+
+def _finish(output: Path, work: _Work, metrics: dict[str, Any]) -> None:
+    work.model.save_pretrained(output / "adapter", extra=work.extra)
+    _draw(output, metrics)
+    write_json(output / METRICS_FILE, metrics)  # last: a folder with it is a finished run
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
@@ -211,6 +206,15 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         )
     if resume and output.is_dir() and any(output.iterdir()) and not (output / RUN_FILE).exists():
         raise FileExistsError(f"output: expected a run to resume, got {output} without {RUN_FILE}")
+
+
+def _metrics_of(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """What a finished run found, which must be this very run; None of one that is to go on."""
+    if not (output / RUN_FILE).exists():
+        return None
+    _check_same_run(output / RUN_FILE, run)
+    path = output / METRICS_FILE
+    return read_json(path) if path.exists() else None
 
 
 def _check_same_run(path: Path, run: dict[str, Any]) -> None:
@@ -266,6 +270,28 @@ class _Work:
     pack_length: int | None
     cut: dict[str, int]
     extra: dict[str, Any]
+
+
+def _prepare_trainer(
+    config: TrainConfig, task: TaskData, output: Path, progress: bool
+) -> tuple[_Work, PromptTrainer]:
+    from ept_fast.training.trainer import PromptTrainer, train_batches
+
+    work = _prepare(config, task)
+    batches = train_batches(config, work.rows, 0, work.pack_length)
+    trainer = PromptTrainer(
+        work.model,
+        config,
+        work.rows,
+        work.collator,
+        work.evaluation,
+        max_steps=config.max_steps or batches.steps_of(config.epochs),
+        folder=output / "checkpoints",
+        bf16=work.bf16,
+        progress=progress and parallel.is_main(),
+        pack_length=work.pack_length,
+    )
+    return work, trainer
 
 
 def _prepare(config: TrainConfig, task: TaskData) -> _Work:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["gather", "is_main", "rank", "session", "share", "total", "wait", "world_size"]
+__all__ = [
+    "agreed",
+    "gather",
+    "is_main",
+    "on_main",
+    "rank",
+    "session",
+    "share",
+    "total",
+    "wait",
+    "world_size",
+]
 
 V = TypeVar("V")
 
@@ -53,6 +64,41 @@ def gather(found: dict[int, V]) -> dict[int, V]:
 def total(number: int) -> int:
     """The sum over all processes."""
     return sum(gather({rank(): number}).values())
+
+
+def agreed(call: Callable[[], V]) -> V:
+    """What a call gives on this process, once it has succeeded on every one.
+
+    Where it fails, every process raises the error of the first that failed, and none waits for
+    another in vain. The copies have an attribute ``told_by``, the number of that process, so that
+    it alone need say it.
+    """
+    if world_size() == 1:
+        return call()
+    found: list[V] = []
+    failed: dict[int, Any] = {}
+    try:
+        found.append(call())
+    except Exception as error:
+        failed[rank()] = error
+    everywhere = gather(failed)
+    if not everywhere:
+        return found[0]
+    first = min(everywhere)
+    if first in failed:
+        raise failed[first]
+    everywhere[first].told_by = first
+    raise everywhere[first]
+
+
+def on_main(call: Callable[[], V]) -> V:
+    """What a call gives on the main process, or the error that it raises there, on every process.
+
+    Files that one process writes are looked at like this: another one may come too late to see
+    them as they were, or too early.
+    """
+    found = agreed(lambda: {0: call()} if is_main() else {})
+    return gather(found)[0]
 
 
 @contextlib.contextmanager

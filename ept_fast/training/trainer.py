@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback
 
-from ept_fast.checkpoint import CheckpointError, read_json, write_json
+from ept_fast.checkpoint import CheckpointError, read_json, write_json, writing
 from ept_fast.integrations.models import EPTModel
 from ept_fast.training import parallel
 from ept_fast.training.batches import Collator, GroupedBatches, PackedBatches, PackingCollator
@@ -48,6 +51,10 @@ class NonFiniteLossError(RuntimeError):
             f"Lower learning rates usually help."
         )
         self.step = step
+        self._given = (what, step, checkpoint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given  # as it goes from one process to another
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -58,6 +65,20 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def _steps(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
+
+
+def _write(folder: Path, save: Callable[[], None]) -> None:
+    """Save files into a folder; WriteError where that fails."""
+    with writing(folder):
+        try:
+            save()
+        except RuntimeError:
+            # torch's writer does not say why it failed. Where nothing can be written, this does.
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(1 << 16))
+                file.flush()
+                os.fsync(file.fileno())
+            raise
 
 
 def train_batches(
@@ -109,7 +130,7 @@ class PromptTrainer(transformers.Trainer):
         max_steps: optimizer steps of the run.
         folder: where checkpoints go.
         bf16: whether to run under bfloat16 autocast.
-        progress: whether to show a progress bar.
+        progress: whether to say how far it is, on standard error.
         pack_length: text tokens of a packed row; None where rows are not packed.
     """
 
@@ -172,7 +193,7 @@ class PromptTrainer(transformers.Trainer):
             eval_dataset=train_rows,  # asked for, and never read: `evaluation` has its own rows
             data_collator=collator,
             compute_loss_func=_class_loss if config.task == "classification" else None,
-            callbacks=[_Clock(self.seconds), *([_Bar(self)] if progress else [])],
+            callbacks=[_Clock(self.seconds), *([_Progress(self)] if progress else [])],
         )
         self.remove_callback(PrinterCallback)
 
@@ -211,7 +232,7 @@ class PromptTrainer(transformers.Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(value):
-            raise self._non_finite("the loss", self.state.global_step + 1)
+            self._stop("the loss", self.state.global_step + 1)
         self._step_loss += value
         if self.accelerator.sync_gradients:  # the last batch of the step
             self.losses.append(self._step_loss)
@@ -225,7 +246,7 @@ class PromptTrainer(transformers.Trainer):
         metrics = self.evaluation(self.model)
         step = self.state.global_step
         if not math.isfinite(metrics["loss"]):
-            raise self._non_finite("the evaluation loss", step)
+            self._stop("the evaluation loss", step)
         self.evaluations.append({"step": step, **metrics})
         if self.run_config.keep == "best":
             self._keep_best(step)
@@ -240,34 +261,44 @@ class PromptTrainer(transformers.Trainer):
         return max(self.evaluations, key=lambda e: goodness(metric, e[metric]))
 
     def _keep_best(self, step: int) -> None:
-        if self.best() is self.evaluations[-1] and parallel.is_main():
+        if self.best() is self.evaluations[-1]:
             model: Any = self.model
             # Earlier ones stay: a run that resumes on a GPU may not find this one best again.
-            model.save_pretrained(self.best_folder(step), extra={"step": step})
+            folder = self.best_folder(step)
+            parallel.on_main(lambda: model.save_pretrained(folder, extra={"step": step}))
 
-    def _non_finite(self, what: str, step: int) -> NonFiniteLossError:
-        return NonFiniteLossError(what, step, newest_checkpoint(self.checkpoints))
+    def _stop(self, what: str, step: int) -> NoReturn:
+        """Raise NonFiniteLossError; every process has found the same."""
+
+        def fail() -> NoReturn:
+            raise NonFiniteLossError(what, step, newest_checkpoint(self.checkpoints))
+
+        parallel.on_main(fail)
+        raise AssertionError("not reached")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         trained: Any = self.model
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise self._non_finite(f"the weight {name}", self.state.global_step)
+                self._stop(f"the weight {name}", self.state.global_step)
         folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
-        if parallel.is_main():
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed run left here
-        parallel.wait()
-        super()._save_checkpoint(model, trial)
-        progress = {
-            "losses": self.losses,
-            "evaluations": self.evaluations,
-            "seconds": self.seconds,
-            "tokens": parallel.total(self.tokens),
-            "positions": parallel.total(self.positions),
-        }
-        parallel.wait()  # every process has written its random state
-        if parallel.is_main():
-            self._complete(folder, progress)
+        save = super()._save_checkpoint
+        # What a killed run left here goes first; the marker of a whole checkpoint comes last.
+        parallel.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+        try:
+            parallel.agreed(lambda: _write(folder, lambda: save(model, trial)))
+            progress = {
+                "losses": self.losses,
+                "evaluations": self.evaluations,
+                "seconds": self.seconds,
+                "tokens": parallel.total(self.tokens),
+                "positions": parallel.total(self.positions),
+            }
+            parallel.on_main(lambda: self._complete(folder, progress))
+        except Exception:
+            if parallel.is_main() and not (folder / COMPLETE_FILE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _complete(self, folder: Path, progress: dict[str, Any]) -> None:
         """Mark a checkpoint as whole, and remove those that it makes needless."""
@@ -317,28 +348,49 @@ class _Clock(transformers.TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-class _Bar(transformers.TrainerCallback):
-    """A progress bar on standard error with the loss and the newest evaluation."""
+class _Progress(transformers.TrainerCallback):
+    """The loss and the newest evaluation on standard error: a bar on a terminal, lines elsewhere.
+
+    A line comes at an evaluation, where ten seconds or a tenth of the run lie behind the last one.
+    """
 
     def __init__(self, trainer: PromptTrainer) -> None:
         self.trainer = trainer
         self.bar: Any = None
+        self.said = (0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+        self.said = (state.global_step, time.monotonic())
+        if sys.stderr.isatty():
+            from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", unit="step"
-        )
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit="step"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix(self._values(), refresh=False)
+            self.bar.update(1)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, now = state.global_step, time.monotonic()
+        new, seconds = step - self.said[0], now - self.said[1]
+        end = step == args.max_steps
+        if new and self.bar is None and (end or seconds >= 10 or 10 * new >= args.max_steps):
+            values = ", ".join(f"{name} {value}" for name, value in self._values().items())
+            line = f"training: {step} of {args.max_steps} steps, {values}"
+            print(line, file=sys.stderr, flush=True)
+            self.said = (step, now)
+
+    def _values(self) -> dict[str, str]:
         recent = self.trainer.losses[-20:]
-        shown = {"loss": f"{sum(recent) / len(recent):.3f}"}
+        values = {"loss": f"{sum(recent) / len(recent):.3f}"}
         if self.trainer.evaluations:
             name = self.trainer.run_config.judged_by
-            shown[name] = f"{self.trainer.evaluations[-1][name]:.3f}"
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(1)
+            values[name] = f"{self.trainer.evaluations[-1][name]:.3f}"
+        return values
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import string
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +118,7 @@ def test_missing_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # the demo extra holds it too
     result = CliRunner().invoke(main, ["demo", "--output", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert 'got none: pip install "ept-fast[demo]"' in result.output

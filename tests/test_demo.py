@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import re
 import string
 import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -184,18 +182,3 @@ def test_second_run_replaces_the_first(minilm: Path, tmp_path: Path) -> None:
         assert first[key] == again[key], key
     assert first["accuracy_after"] == first["accuracy_reloaded"]
     assert other["accuracy_before"] != first["accuracy_before"]
-
-
-def test_example_of_the_readme_runs(
-    root: Path, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(compile(example, "README.md", "exec"), names)
-    assert (tmp_path / "my-adapter" / "ept_model.safetensors").is_file()
-    loaded, batch = names["model"], names["batch"]
-    folded = loaded(**batch).logits
-    assert folded.shape == (2, 2)
-    loaded.unfold()
-    assert loaded(**batch).logits.equal(folded)

@@ -44,21 +44,27 @@ __all__ = [
     "splice_prompt",
 ]
 
-# Imported on first use: they need transformers, which the core does without.
+# Imported on first use, since they take longer. All but _INTERCHANGE need transformers, which the
+# core does without.
+_INTERCHANGE = "ept_fast.integrations.interchange"
 _LAZY = {
     "EPTBank": "ept_fast.integrations.bank",
     "EPTModel": "ept_fast.integrations.models",
-    "PlainPrompt": "ept_fast.integrations.interchange",
-    "export_peft": "ept_fast.integrations.interchange",
-    "export_plain": "ept_fast.integrations.interchange",
+    "PlainPrompt": _INTERCHANGE,
+    "export_peft": _INTERCHANGE,
+    "export_plain": _INTERCHANGE,
     "get_ept_model": "ept_fast.integrations.models",
-    "import_dept": "ept_fast.integrations.interchange",
-    "import_peft": "ept_fast.integrations.interchange",
-    "import_plain": "ept_fast.integrations.interchange",
+    "import_dept": _INTERCHANGE,
+    "import_peft": _INTERCHANGE,
+    "import_plain": _INTERCHANGE,
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _LAZY[name] != _INTERCHANGE:
+        from ept_fast.libraries import require
+
+        require("transformers")
     return getattr(importlib.import_module(_LAZY[name]), name)

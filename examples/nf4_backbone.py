@@ -1,6 +1,6 @@
 """Train a prompt before a backbone in 4 bits (NF4, bitsandbytes), on a GPU or on a CPU.
 
-    pip install bitsandbytes
+    pip install '.[train,nf4]'
     python examples/nf4_backbone.py --output adapter
 
 The backbone's linear layers take half a byte a weight; the prompt stays in float32. The adapter can

@@ -74,6 +74,16 @@ def test_import_leaves_alone(name: str, imported: dict[str, Any]) -> None:
     assert name not in imported["modules"]
 
 
+@pytest.mark.parametrize("name", ["EPTBank", "EPTModel", "get_ept_model"])
+def test_without_transformers_there_is_a_hint(name: str, root: Path) -> None:
+    code = f"import sys; sys.modules['transformers'] = None\nfrom ept_fast import {name}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        "ept_fast.libraries.MissingLibraryError: transformers not installed: "
+        'pip install "ept-fast[train]"'
+    )
+
+
 def test_import_starts_no_process_and_loads_no_library(imported: dict[str, Any]) -> None:
     assert imported["events"] == []
 

@@ -229,7 +229,8 @@ def test_metadata(built: Built) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     requirements = metadata.get_all("Requires-Dist") or []
     core = sorted(r for r in requirements if "extra ==" not in r)
-    assert [Requirement(r).name for r in core] == ["click", "safetensors", "torch", "triton"]
+    names = [Requirement(r).name for r in core]
+    assert names == ["click", "numpy", "safetensors", "torch", "triton"]
     assert str(Requirement(core[-1]).marker) == 'platform_system == "Linux"'
     extras = {"train", "demo", "test", "bench", "dev"}
     assert extras <= set(metadata.get_all("Provides-Extra") or [])

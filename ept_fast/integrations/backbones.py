@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Container, Mapping
 import sys
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 

@@ -105,9 +105,9 @@ def run_demo(
     steps = DEFAULT_STEPS if steps is None else steps
     check_count("steps", steps, 1)
     check_count("seed", seed, 0)
-    require("transformers", "accelerate", "matplotlib")
     _check_output(output)
-    encoder = find_encoder()
+    encoder = find_encoder()  # before what it needs: its extra holds that too
+    require("transformers", "accelerate", "matplotlib")
     task = write_demo_task(output / _TASK)
     config = TrainConfig(
         model=str(encoder),

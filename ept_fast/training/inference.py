@@ -10,9 +10,9 @@ import torch
 
 from ept_fast.checkpoint import CheckpointError
 from ept_fast.config import check_count
+from ept_fast.libraries import require
 from ept_fast.training.config import check_most
 from ept_fast.training.data import DataError, Fields, LabelSet, Rows, read_split
-from ept_fast.training.libraries import require
 from ept_fast.training.metrics import classification_metrics
 
 if TYPE_CHECKING:

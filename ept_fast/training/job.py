@@ -16,11 +16,11 @@ import torch
 
 import ept_fast
 from ept_fast.checkpoint import CheckpointError, read_json, write_json
+from ept_fast.libraries import MissingLibraryError, require
 from ept_fast.training import parallel
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, Fields, LabelSet, Rows, hold_out, read_split
 from ept_fast.training.inference import Adapter, evaluate, load_adapter, predict
-from ept_fast.training.libraries import MissingLibraryError, require
 from ept_fast.training.metrics import GENERATED_METRICS
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_callback import PrinterCallback
 
 from ept_fast.checkpoint import CheckpointError, read_json, write_json
 from ept_fast.integrations.models import EPTModel
@@ -22,8 +21,13 @@ from ept_fast.training import parallel
 from ept_fast.training.batches import Collator, GroupedBatches, PackedBatches, PackingCollator
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.evaluation import Evaluation
+from ept_fast.training.libraries import without_peft
 from ept_fast.training.metrics import goodness
 from ept_fast.training.tokens import Tokenised
+
+with without_peft():
+    from transformers.trainer import Trainer
+    from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 __all__ = [
     "COMPLETE_FILE",
@@ -91,7 +95,7 @@ def _class_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> 
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
-class PromptTrainer(transformers.Trainer):
+class PromptTrainer(Trainer):
     """Trains prompt and head of an :class:`EPTModel`.
 
     What differs from its base: four learning rates; batches whose order depends on the seed alone;
@@ -303,7 +307,7 @@ class PromptTrainer(transformers.Trainer):
             raise CheckpointError(f"{path}: expected the field {error}, got none") from None
 
 
-class _Clock(transformers.TrainerCallback):
+class _Clock(TrainerCallback):
     """Seconds of each step, from its batch to the changed weights."""
 
     def __init__(self, seconds: list[float]) -> None:
@@ -317,7 +321,7 @@ class _Clock(transformers.TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-class _Bar(transformers.TrainerCallback):
+class _Bar(TrainerCallback):
     """A progress bar on standard error with the loss and the newest evaluation."""
 
     def __init__(self, trainer: PromptTrainer) -> None:

@@ -310,8 +310,9 @@ def check_shapes(
     foreign = [] if others else sorted(set(shapes) - set(expected))
     if missing or foreign:
         raise CheckpointError(
-            f"{path}: expected the tensors {sorted(expected)}, got {shorten(sorted(shapes))} "
-            f"(missing {missing}, foreign {shorten(foreign)})"
+            f"{path}: expected the tensors {shorten(sorted(expected))}, "
+            f"got {shorten(sorted(shapes))} "
+            f"(missing {shorten(missing)}, foreign {shorten(foreign)})"
         )
     for name, shape in expected.items():
         if tuple(shapes[name]) != tuple(shape):

@@ -34,6 +34,8 @@ __all__ = [
     "FusedEPTPrompt",
     "SplicedPrompt",
     "embedding_device",
+    "expected_shapes",
+    "read_prompt",
     "read_prompt_config",
 ]
 
@@ -387,10 +389,16 @@ class FusedEPTPrompt(SplicedPrompt):
             CheckpointError: a missing, truncated, foreign or mismatched file; the module then keeps
                 the values that it had.
         """
-        config, num_tasks, tensors = _read_folder(Path(folder))
+        folder = Path(folder)
+        self.load_tensors(folder / TENSOR_FILE, *read_prompt(folder))
+
+    def load_tensors(
+        self, path: Path, config: EPTConfig, num_tasks: int | None, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Take tensors of ``path`` that were saved with this very config; errors as there."""
         if config != self.config or num_tasks != self.num_tasks:
             raise CheckpointError(
-                f"{folder}: expected {self.config} with num_tasks {self.num_tasks}, "
+                f"{path.parent}: expected {self.config} with num_tasks {self.num_tasks}, "
                 f"got {config} with num_tasks {num_tasks}"
             )
         parameters = dict(self.named_parameters(recurse=False))
@@ -398,7 +406,7 @@ class FusedEPTPrompt(SplicedPrompt):
         for name, value in values.items():
             if not bool(torch.isfinite(value).all()):
                 raise CheckpointError(
-                    f"{Path(folder) / TENSOR_FILE}: {name}: expected values in the range of "
+                    f"{path}: {name}: expected values in the range of "
                     f"{value.dtype}, got larger ones in {tensors[name].dtype}"
                 )
         fill(parameters, values)
@@ -413,7 +421,7 @@ class FusedEPTPrompt(SplicedPrompt):
             CheckpointError: a missing, truncated, foreign or mismatched file.
             ValueError: the embedding layer has another width.
         """
-        config, num_tasks, tensors = _read_folder(Path(folder))
+        config, num_tasks, tensors = read_prompt(Path(folder))
         return cls.from_tensors(config, tensors, embedding, num_tasks=num_tasks, backend=backend)
 
     @classmethod
@@ -439,7 +447,7 @@ class FusedEPTPrompt(SplicedPrompt):
         Raises:
             ValueError: other names or shapes than the config's; the layer has another width.
         """
-        expected = _expected_shapes(config, num_tasks)
+        expected = expected_shapes(config, num_tasks)
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if got != expected:
             raise ValueError(f"tensors: expected the shapes {expected}, got {got}")
@@ -687,18 +695,19 @@ def read_prompt_config(folder: Path) -> tuple[EPTConfig, int | None]:
         config = EPTConfig.from_dict(values)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {str(error)[:1000]}") from None
-    check_shapes(path, header.shapes, _expected_shapes(config, num_tasks))
+    check_shapes(path, header.shapes, expected_shapes(config, num_tasks))
     return config, num_tasks
 
 
-def _read_folder(folder: Path) -> tuple[EPTConfig, int | None, dict[str, Tensor]]:
+def read_prompt(folder: Path) -> tuple[EPTConfig, int | None, dict[str, Tensor]]:
     """Config, number of tasks and tensors of a prompt's folder, all of it checked."""
     config, num_tasks = read_prompt_config(folder)
-    tensors, _ = read_tensors(folder / TENSOR_FILE, _expected_shapes(config, num_tasks))
+    tensors, _ = read_tensors(folder / TENSOR_FILE, expected_shapes(config, num_tasks))
     return config, num_tasks, tensors
 
 
-def _expected_shapes(config: EPTConfig, num_tasks: int | None) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: EPTConfig, num_tasks: int | None) -> dict[str, tuple[int, ...]]:
+    """The tensors of a prompt of these sizes, by name."""
     d, k, h = config.hidden_size, config.num_spaces, config.space_dim
     shapes: dict[str, tuple[int, ...]] = {"short_prompt": (config.num_virtual_tokens, d)}
     if config.rank:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_whole", "fill", "gather", "reshard", "writing_process"]
+__all__ = ["check_whole", "fill", "gather", "has_values", "reshard", "writing_process"]
 
 _PLAIN = (nn.Parameter, Tensor)
 
@@ -33,6 +33,11 @@ def check_whole(tensors: Mapping[str, Tensor | None]) -> None:
                 f"{name}: expected a whole tensor, got one partitioned by DeepSpeed ZeRO-3, which "
                 f"is not supported (FSDP2 is)"
             )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether this process holds all of the tensor's values: no part, and no shape alone."""
+    return type(tensor) in _PLAIN and not tensor.is_meta and not _is_partitioned(tensor)
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ A damage stands in the table only where its format can notice it:
 - A prompt's two files hold its config twice, and no checksum: any change of the config, of names,
   types, shapes and places is refused, of a value only one that makes it NaN or infinite. So it is
   for the two files of ``export_plain``.
+- A model's state dict (``model.safetensors``) holds a checksum of its description and tensors: any
+  changed bit of those is refused.
 - PEFT's and DePT's safetensors hold no checksum either, and their config stands in one file:
   besides values, a field that fits any tensors (``lora_alpha``) can change unnoticed.
 - A file of ``torch.save`` is a zip archive, whose CRC-32 tells any changed bit of a record.
@@ -35,9 +37,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt, get_ept_model
+from ept_fast.checkpoint import json_bytes
 from ept_fast.integrations.interchange import export_plain, import_dept, import_peft, import_plain
 from ept_fast.module import CONFIG_FILE, TENSOR_FILE
 from tests import damage
@@ -47,7 +51,8 @@ from tests.damage import Damage
 
 pytest.importorskip("transformers")
 
-from ept_fast.integrations.adapters import ADAPTER_FILE, HEAD_FILE
+from ept_fast.integrations import adapters
+from ept_fast.integrations.adapters import ADAPTER_FILE, DESCRIPTION, HEAD_FILE, STATE_FILE
 from ept_fast.integrations.bank import EPTBank
 from ept_fast.integrations.models import EPTModel
 
@@ -300,6 +305,12 @@ def save_model(folder: Path, bare: bool = True) -> None:
     make_model(bare, seed=1).save_pretrained(folder)
 
 
+def save_state(folder: Path, bare: bool = True) -> None:
+    """As transformers' Trainer does."""
+    folder.mkdir()
+    save_file(make_model(bare, seed=1).state_dict(), folder / STATE_FILE, {"format": "pt"})
+
+
 def save_plain(folder: Path, offset: str = "table") -> None:
     export_plain(tiny.make_prompt(), folder, offset=offset)
 
@@ -310,6 +321,10 @@ FORMATS = {
     "adapter sealed again": Format(save_model, lambda: live_model(True), True),
     "adapter of an own head": Format(
         lambda folder: save_model(folder, False), lambda: live_model(False), True
+    ),
+    "state": Format(save_state, lambda: live_model(True)),
+    "state of an own head": Format(
+        lambda folder: save_state(folder, False), lambda: live_model(False)
     ),
     "DePT": Format(save_dept, lambda: live_import(import_dept)),
     "DePT of torch.save": Format(
@@ -348,6 +363,35 @@ def of_another(**changes: Any) -> Damage:
         shutil.copy(path.parent.parent / "another" / path.name, path)
 
     return made
+
+
+def resealed(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Damage:
+    """Description and tensors of a state dict changed, and the checksum with them."""
+
+    def made(path: Path) -> None:
+        tensors: dict[str, Any] = load_file(path)
+        described = json.loads(tensors.pop(DESCRIPTION).numpy().tobytes())
+        change(described, tensors)
+        if isinstance(described.pop("sha256", None), str):
+            described["sha256"] = adapters._state_checksum(described, tensors)
+        text = bytearray(json_bytes(described))
+        save_file({**tensors, DESCRIPTION: torch.frombuffer(text, dtype=torch.uint8)}, path)
+
+    return made
+
+
+def of_adapter(**changes: Any) -> Damage:
+    """Fields of the description of the one adapter in a state dict changed."""
+    return resealed(lambda described, _: described["adapters"]["default"].update(changes))
+
+
+def renamed(name: str) -> Damage:
+    def change(described: dict[str, Any], tensors: dict[str, Any]) -> None:
+        described["active"] = name
+        values = {**described["adapters"]["default"], "head": None, "labels": None}
+        described["adapters"] = {name: values}
+
+    return resealed(change)
 
 
 def in_both(field: str, value: str) -> Damage:
@@ -421,7 +465,81 @@ ADAPTERS = {
 # Whatever it does to the file, the checksum tells.
 SEALED = {**damage.FILES, **damage.truncated(0.2, 1), **damage.flips(15, damage.anywhere)}
 
+# Of those that rewrite a tensor, the first would be the description.
+STATE_TENSORS = {
+    **{name: change for name, change in damage.TENSORS.items() if "rewritten" not in name},
+    **{
+        f"{name} sealed again": resealed(lambda _, tensors, change=change: change(tensors))
+        for name, change in damage.STATES.items()
+    },
+}
+SPACE = torch.tensor([32], dtype=torch.uint8)
+CONFIG_OF_STATE = make_model(True, seed=1).prompt.config.to_dict()
+STATES = {
+    **damage.FILES,
+    **STATE_TENSORS,
+    **damage.flips(30, damage.anywhere, damage.of_header),
+    "a space more": damage.rewritten(
+        lambda state: state.update({DESCRIPTION: torch.cat([state[DESCRIPTION], SPACE])})
+    ),
+    "no description": damage.rewritten(lambda state: state.pop(DESCRIPTION)),
+    "two descriptions": damage.rewritten(
+        lambda state: state.update({f"module.{DESCRIPTION}": state[DESCRIPTION].clone()})
+    ),
+    "a description of 5 MB": damage.rewritten(
+        lambda state: state.update({DESCRIPTION: torch.zeros(5 << 20, dtype=torch.uint8)})
+    ),
+    "a foreign field": resealed(lambda d, t: d.update(device="cuda")),
+    "a later version": resealed(lambda d, t: d.update(format_version=3)),
+    "no checksum": resealed(lambda d, t: d.pop("sha256")),
+    "a checksum that is a number": resealed(lambda d, t: d.update(sha256=3)),
+    "adapters in a list": resealed(lambda d, t: d.update(adapters=[])),
+    "an active adapter that is not there": resealed(lambda d, t: d.update(active="mine")),
+    "no adapters": resealed(lambda d, t: d.update(adapters={})),
+    "an adapter that is a text": resealed(lambda d, t: d.update(adapters={"default": "mine"})),
+    "an adapter without tensors": resealed(
+        lambda d, t: d["adapters"].update(mine=d["adapters"]["default"])
+    ),
+    "an adapter with a name of 1 MB": renamed("n" * (1 << 20)),
+    "tensors of no adapter": resealed(
+        lambda d, t: t.update({"prompts.mine.short_prompt": torch.zeros(3, 32)})
+    ),
+    "a backbone's tensor": resealed(lambda d, t: t.update({"backbone.weight": torch.zeros(3)})),
+    "NaN in a tensor": resealed(lambda d, t: t["heads.default.bias"].fill_(float("nan"))),
+    "int64 in a tensor": resealed(
+        lambda d, t: t.update({"heads.default.bias": torch.zeros(3, dtype=torch.int64)})
+    ),
+    "a wrapper's name on some": resealed(
+        lambda d, t: t.update({"module.heads.default.bias": t.pop("heads.default.bias")})
+    ),
+    "a width of 2^60": of_adapter(config={**CONFIG_OF_STATE, "hidden_size": damage.HUGE}),
+    "a negative rank": of_adapter(config={**CONFIG_OF_STATE, "rank": -1}),
+    "a config without a field": of_adapter(config={}),
+    "a config that is a list": of_adapter(config=[3]),
+    "a million labels": of_adapter(labels=[""] * 1_000_000),
+    "a label less": of_adapter(labels=["bad", "good"]),
+    "a label twice": of_adapter(labels=["bad", "bad", "good"]),
+    "a pooling that is none": of_adapter(pooling="max"),
+    "another task": of_adapter(task="TOKEN_CLS"),
+    "another kind of model": of_adapter(base_model_type="roberta"),
+    "no head": of_adapter(head=None, labels=None),
+    "dropout 1": of_adapter(head_dropout=1),
+    "checksums of files": of_adapter(sha256={}),
+}
+
 TABLE: dict[tuple[str, str], dict[str, Damage]] = {
+    ("state", STATE_FILE): STATES,
+    ("state of an own head", STATE_FILE): {
+        **STATE_TENSORS,
+        "a head of other tensors": resealed(
+            lambda d, t: t.update({"heads.default.mine": torch.zeros(3)})
+        ),
+        "a value beyond float32": resealed(
+            lambda d, t: t.update(
+                {"heads.default.bias": torch.full((3,), 1e300, dtype=torch.float64)}
+            )
+        ),
+    },
     ("prompt", CONFIG_FILE): {
         **JSON,
         **damage.fields("hidden_size", "alpha", few=("num_virtual_tokens", "rank", "gate")),
@@ -547,6 +665,7 @@ BESIDE = {
     CONFIG_FILE: TENSOR_FILE,
     TENSOR_FILE: CONFIG_FILE,
     ADAPTER_FILE: HEAD_FILE,
+    STATE_FILE: ADAPTER_FILE,  # where there is neither
     "adapter_config.json": "adapter_model.",
     "prompt_embeddings.json": "prompt_embeddings.safetensors",
     "prompt_embeddings.safetensors": "prompt_embeddings.json",

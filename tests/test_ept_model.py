@@ -11,6 +11,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ept_fast
@@ -20,7 +21,7 @@ from tests.distributed import tasks
 
 pytest.importorskip("transformers")
 
-from ept_fast.integrations.adapters import ADAPTER_FILE, HEAD_FILE
+from ept_fast.integrations.adapters import ADAPTER_FILE, DESCRIPTION, HEAD_FILE, STATE_FILE
 from ept_fast.integrations.models import (
     EPTModel,
     EPTModelForCausalLM,
@@ -162,7 +163,8 @@ def test_state_dict_holds_the_adapters_alone(task: str) -> None:
     model = wrapped(task)
     state = state_of(model)
     assert state
-    assert all(name.startswith(("prompts.", "heads.")) for name in state)
+    described = {name for name in state if not name.startswith(("prompts.", "heads."))}
+    assert described == {DESCRIPTION}
     other = wrapped(task)
     fill(other, seed=9)
     assert not same(state_of(other), state)
@@ -172,9 +174,74 @@ def test_state_dict_holds_the_adapters_alone(task: str) -> None:
     # Also under a wrapper, as data-parallel training has it.
     assert list(nn.ModuleDict({"module": model}).state_dict()) == [f"module.{n}" for n in state]
     short = dict(state)
+    del short[DESCRIPTION]  # as earlier versions had none
+    other.load_state_dict(short)
     name, _ = short.popitem()
     with pytest.raises(RuntimeError, match=name):
         other.load_state_dict(short)
+
+
+def save_state(model: nn.Module, folder: Path) -> None:
+    """As transformers' Trainer and accelerate do."""
+    folder.mkdir(exist_ok=True)
+    save_file(model.state_dict(), folder / STATE_FILE, {"format": "pt"})
+
+
+@pytest.mark.parametrize("wrapper", [None, "module", "_orig_mod.module"])
+@pytest.mark.parametrize("task", CLASSES)
+def test_loaded_from_a_state_dict(task: str, wrapper: str | None, tmp_path: Path) -> None:
+    """Each of its adapters, also where the model was wrapped."""
+    model = wrapped(task).eval()
+    more = {"labels": LABELS} if task == "TOKEN_CLS" else {}
+    model.add_adapter("other-2", config_of(num_virtual_tokens=3, rank=0), **more)
+    ids, mask = batch()
+    extra = {"labels": ids} if task == "SEQ_2_SEQ_LM" else {}
+    expected = {}
+    for name in model.adapter_names:  # the last one stays active
+        model.set_adapter(name)
+        fill(model, seed=len(name))
+        expected[name] = values_of(model(ids, mask, **extra))
+    outer: nn.Module = model
+    for name in reversed(wrapper.split(".") if wrapper else ()):
+        inner, outer = outer, nn.Module()
+        outer.add_module(name, inner)
+    save_state(outer, tmp_path)
+    generator = torch.get_rng_state()
+    for saved_name, name in ((None, "other-2"), ("default", "default"), ("other-2", "other-2")):
+        again = EPTModel.from_pretrained(
+            tmp_path, BY_NAME[CLASSES[task][0]].build(task), saved_name=saved_name
+        )
+        assert again.adapter_names == ("default",)
+        assert again.description == model.descriptions[name]
+        assert values_of(again(ids, mask, **extra)).equal(expected[name])
+    assert torch.get_rng_state().equal(generator)
+    again.load_adapter(tmp_path, "third", saved_name="default")
+    again.set_adapter("third")
+    assert values_of(again(ids, mask, **extra)).equal(expected["default"])
+    again.set_adapter("default")
+    again.load_pretrained(tmp_path)
+    assert values_of(again(ids, mask, **extra)).equal(expected["other-2"])
+    with pytest.raises(CheckpointError, match=r"saved_name: expected one of .*, got 'mine'"):
+        again.load_pretrained(tmp_path, saved_name="mine")
+
+
+def test_a_folder_of_both_is_read_as_it_was_saved_by_save_pretrained(tmp_path: Path) -> None:
+    model = wrapped("SEQ_CLS").eval()
+    save_state(model, tmp_path)
+    fill(model, seed=4)
+    model.save_pretrained(tmp_path)
+    again = EPTModel.from_pretrained(tmp_path, BY_NAME["BERT"].build("SEQ_CLS"))
+    assert values_of(again(*batch())).equal(values_of(model(*batch())))
+    with pytest.raises(CheckpointError, match="saved_name: expected None, as this folder is of"):
+        again.load_adapter(tmp_path, "second", saved_name="default")
+    (tmp_path / ADAPTER_FILE).write_text("{")
+    with pytest.raises(CheckpointError, match=ADAPTER_FILE):
+        again.load_pretrained(tmp_path)
+
+
+def test_a_model_without_values_has_a_state_dict() -> None:
+    model = wrapped("CAUSAL_LM").to("meta")
+    assert list(model.state_dict()) == [n for n, p in model.named_parameters() if p.requires_grad]
 
 
 def test_model_is_loaded_by_the_saved_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `import ept_fast` costs and what it leaves alone, each seen from a fresh process."""
+"""What `import ept_fast` and the commands cost and leave alone, seen from a fresh process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.tiny import (
+    answer_rows,
+    save_llama,
+    save_model,
+    save_t5,
+    save_task,
+    small_run,
+)
 
 # Facts about the import, told on the last line. An audit hook sees every process that is started
 # and every library that is opened from Python.
@@ -98,3 +107,180 @@ def test_import_takes_under_50_ms_beyond_torch(root: Path, imported: dict[str, A
     # test above shows. The fixture wrote the bytecode. The least of five processes is the cost
     # of the import itself; what exceeds it is cold caches.
     assert min(probe(root)["seconds"] for _ in range(5)) < 0.050
+
+
+# Python lines, what they print aside, told with the libraries that they imported and the
+# addresses that they asked for or connected to.
+WATCH = """
+import contextlib, json, sys
+
+asked = []
+watched = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname"}
+sys.addaudithook(lambda event, args: asked.append(repr(args)) if event in watched else None)
+with contextlib.redirect_stdout(sys.stderr):
+    exec(sys.argv[1])
+print(json.dumps({
+    "imported": sorted({"peft", "bitsandbytes"} & set(sys.modules)),
+    "asked": asked,
+}))
+"""
+TASKS = {
+    "classification": (save_model, {}),
+    "seq2seq": (save_t5, {"eval_generate": 2, "max_target_length": 4}),
+    "causal": (save_llama, {"eval_generate": 2, "max_target_length": 4}),
+}
+
+
+def watch(root: Path, script: str) -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WATCH, script],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
+
+
+def commands(*calls: list[str]) -> str:
+    """The command line, called with these words one after the other."""
+    lines = [f"main({words!r}, standalone_mode=False)" for words in calls]
+    return "\n".join(["from ept_fast.cli import main", *lines])
+
+
+@pytest.fixture(scope="module")
+def trained(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What training by the command line did, and the folder of each task."""
+    calls, folders = [], {}
+    for task, (save, choices) in TASKS.items():
+        folder = folders[task] = tmp_path_factory.mktemp(task)
+        save(folder / "model", **({} if task == "classification" else {"steps": 1}))
+        rows = {} if task == "classification" else {"rows": answer_rows}
+        save_task(folder / "data", **rows)
+        settings = small_run(
+            folder / "model", folder / "data", folder / "run", task=task, max_steps=2, **choices
+        )
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        calls.append(["train", *words, "--quiet"])
+    return watch(root, commands(*calls)), folders
+
+
+NOTHING: dict[str, Any] = {"imported": [], "asked": []}
+
+
+def test_watching_sees_what_is_imported_and_asked(root: Path) -> None:
+    script = """
+import socket
+import bitsandbytes
+try:
+    socket.create_connection(("127.0.0.1", 9), timeout=1)
+except OSError:
+    pass
+"""
+    facts = watch(root, script)
+    assert facts["imported"] == ["bitsandbytes"]
+    assert any("'127.0.0.1', 9" in address for address in facts["asked"])
+
+
+def test_training_imports_no_peft_and_asks_no_hub(trained: tuple[dict[str, Any], Any]) -> None:
+    assert trained[0] == NOTHING
+
+
+def test_evaluation_and_prediction_import_no_peft_and_ask_no_hub(
+    root: Path, trained: tuple[Any, dict[str, Path]]
+) -> None:
+    calls = []
+    for folder in trained[1].values():
+        data, adapter = str(folder / "data"), str(folder / "run")
+        texts = folder / "texts.txt"
+        texts.write_text("the play was fine\n")
+        calls.append(["evaluate", f"--adapter={adapter}", f"--data={data}"])
+        calls.append(["predict", f"--adapter={adapter}", f"--input={texts}"])
+    assert watch(root, commands(*calls)) == NOTHING
+
+
+def test_demo_imports_no_peft_and_asks_no_hub(root: Path, minilm: Path, tmp_path: Path) -> None:
+    words = ["demo", f"--output={tmp_path / 'demo'}", "--steps=1"]
+    assert watch(root, commands(words)) == NOTHING
+
+
+LIBRARY = """
+import transformers
+from ept_fast import EPTConfig, EPTModel, export_peft, get_ept_model, import_peft
+
+backbone = transformers.AutoModel.from_pretrained({model!r})
+plain = EPTConfig(32, num_virtual_tokens=4, max_length=16, rank=0, num_spaces=0)
+model = get_ept_model(backbone, plain, "SEQ_CLS", labels=["a", "b"])
+model.save_pretrained({folder!r})
+EPTModel.from_pretrained({folder!r})
+export_peft(model.prompt, {folder!r} + "-peft", base_model=None, task_type="FEATURE_EXTRACTION")
+import_peft({folder!r} + "-peft", model.get_input_embeddings())
+"""
+
+
+def test_library_imports_no_peft_and_asks_no_hub(
+    root: Path, trained: tuple[Any, dict[str, Path]], tmp_path: Path
+) -> None:
+    model = trained[1]["classification"] / "model"
+    script = LIBRARY.format(model=str(model), folder=str(tmp_path / "adapter"))
+    assert watch(root, script) == NOTHING
+
+
+LORA = """
+import sys, torch, transformers
+from pathlib import Path
+
+folder = Path({folder!r})
+with_peft = {first!r} == "transformers.trainer"
+__import__({first!r})
+assert ("peft" in sys.modules) == with_peft
+from ept_fast.training.trainer import PromptTrainer
+assert ("peft" in sys.modules) == with_peft
+from transformers import Trainer, TrainingArguments
+assert issubclass(PromptTrainer, Trainer)
+import peft
+
+backbone = transformers.AutoModelForCausalLM.from_pretrained({model!r})
+model = peft.get_peft_model(backbone, peft.LoraConfig(target_modules=["q_proj"]))
+rows = [dict(input_ids=torch.arange(5), labels=torch.arange(5))] * 4
+for steps, resume in ((1, False), (2, True)):
+    choices = dict(max_steps=steps, save_steps=1, use_cpu=True, report_to="none")
+    trainer = Trainer(model, TrainingArguments(folder, **choices), train_dataset=rows)
+    trainer.train(resume_from_checkpoint=resume)
+    names = sorted(path.name for path in (folder / f"checkpoint-{{steps}}").glob("*.safetensors"))
+    assert names == ["adapter_model.safetensors"], names
+assert transformers.trainer_utils._is_peft_model(model)
+assert not transformers.trainer_utils._is_peft_model(backbone)
+"""
+
+
+@pytest.mark.parametrize("first", ["ept_fast.training.trainer", "transformers.trainer"])
+def test_trainer_of_transformers_trains_models_of_peft(
+    first: str, root: Path, trained: tuple[Any, dict[str, Path]], tmp_path: Path
+) -> None:
+    """Whichever of the two trainers is imported first."""
+    model = trained[1]["causal"] / "model"
+    watch(root, LORA.format(first=first, folder=str(tmp_path), model=str(model)))
+
+
+def test_all_else_of_peft_is_its_own_without_peft(root: Path) -> None:
+    script = """
+import sys
+from ept_fast.libraries import without_peft
+with without_peft():
+    from peft import PeftModel
+    assert "peft.peft_model" not in sys.modules
+    from peft import LoraConfig
+import peft
+assert LoraConfig is peft.LoraConfig
+assert PeftModel is not peft.PeftModel
+assert not isinstance(LoraConfig(), PeftModel)
+assert isinstance(peft.PeftModel.__new__(peft.PeftModel), PeftModel)
+"""
+    watch(root, script)

@@ -14,6 +14,9 @@ import torch
 import transformers
 from accelerate import Accelerator
 
+from ept_fast import EPTModel
+from ept_fast.integrations.adapters import DESCRIPTION
+from tests import architectures
 from tests.distributed import trainers
 from tests.distributed.checks import assert_close, assert_equal, cells, runs_of_layers
 from tests.distributed.tasks import (
@@ -21,6 +24,7 @@ from tests.distributed.tasks import (
     batch_of,
     frozen_of,
     loss_of,
+    make_backbone,
     make_model,
     trained,
     values_of,
@@ -49,7 +53,7 @@ def test_trainer(task: str, tmp_path: Path) -> None:
     assert_equal(frozen_of(model), frozen)
 
     saved = safetensors.torch.load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    assert set(saved) == set(end)
+    assert set(saved) == {*end, DESCRIPTION}
     shutil.rmtree(tmp_path / "checkpoint-4")
     resumed = make_model(task)
     make_trainer(task, resumed, tmp_path).train(resume_from_checkpoint=True)
@@ -63,6 +67,79 @@ def test_trainer(task: str, tmp_path: Path) -> None:
     assert np.array_equal(found.label_ids, batch["labels"])
     logits = found.predictions[0] if task == "SEQ_2_SEQ_LM" else found.predictions
     torch.testing.assert_close(torch.from_numpy(logits), expected.logits)
+
+
+class Logits(transformers.TrainerCallback):
+    """Those of a batch, at every checkpoint; of all evaluations, the first is the best."""
+
+    def __init__(self, task: str) -> None:
+        self.batch = batch_of(task, 4, seed=3)
+        self.found: dict[int, torch.Tensor] = {}
+
+    def of(self, model: Any) -> torch.Tensor:
+        mode = model.training
+        with torch.no_grad():
+            logits: torch.Tensor = model.eval()(**self.batch).logits
+        model.train(mode)
+        return logits
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["metrics"]["eval_loss"] = state.global_step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found[state.global_step] = self.of(kwargs["model"])
+
+
+LINEAR = {"labels": ("a", "b", "c"), "pooling": "last", "head_dropout": 0.25}
+SAVED = [
+    pytest.param(*p.values, choices, marks=p.marks)
+    for choices, tasks in (({}, WITH_LOSS), (LINEAR, ("SEQ_CLS",)))
+    for p in cells("Trainer", tasks)
+]
+
+
+@pytest.mark.parametrize(("task", "choices"), SAVED)
+def test_what_the_trainer_saves_loads(task: str, choices: dict[str, Any], tmp_path: Path) -> None:
+    """Every checkpoint and ``save_model``, also of the best weights, to the logits' last bit."""
+    backbone = architectures.build("BERT", task, bare=True) if choices else make_backbone(task)
+    model = make_model(task, backbone, **choices)
+    logits = Logits(task)
+    trainer = make_trainer(
+        task,
+        model,
+        tmp_path,
+        callbacks=[logits],
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "end")
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-2"
+    assert sorted(logits.found) == [2, 4]
+    assert not torch.equal(logits.found[2], logits.found[4])
+    backbone, described = model.unload(), model.description
+    for name, step in (("checkpoint-2", 2), ("checkpoint-4", 4), ("end", 2)):
+        loaded = EPTModel.from_pretrained(tmp_path / name, backbone)
+        assert type(loaded) is type(model)
+        assert loaded.description == described
+        assert torch.equal(logits.of(loaded), logits.found[step]), name
+        backbone = loaded.unload()
+
+
+@pytest.mark.parametrize("task", cells("Trainer", ("CAUSAL_LM",)))
+def test_a_checkpoint_without_a_description_resumes(task: str, tmp_path: Path) -> None:
+    """As earlier versions wrote it."""
+    model = make_model(task)
+    make_trainer(task, model, tmp_path).train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-2" / "model.safetensors"
+    state = safetensors.torch.load_file(path)
+    del state[DESCRIPTION]
+    safetensors.torch.save_file(state, path, {"format": "pt"})
+    resumed = make_model(task)
+    make_trainer(task, resumed, tmp_path).train(resume_from_checkpoint=True)
+    assert_equal(values_of(resumed), values_of(model))
 
 
 # Its name until the next version of transformers, and that of its options.
@@ -159,6 +236,8 @@ def test_accelerate(task: str, tmp_path: Path) -> None:
 
     half = run(1, resume=False)
     saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    del saved[DESCRIPTION]
     assert_equal(saved, values_of(half))
+    assert_equal(values_of(EPTModel.from_pretrained(tmp_path, make_backbone(task))), saved)
     resumed = run(1, resume=True)
     assert_equal(values_of(resumed), values_of(run(2, resume=False)))

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 import transformers
 
+from ept_fast.integrations.adapters import DESCRIPTION
 from tests.distributed import trainers
 from tests.distributed.checks import (
     assert_close,
@@ -120,7 +121,7 @@ def test_nf4_in_the_trainer(task: str, saved: Any, tmp_path: Path) -> None:
     for name, value in values_of(model).items():
         assert not torch.equal(value, start[name]), name
     files = safetensors.torch.load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    assert set(files) == set(start)
+    assert set(files) == {*start, DESCRIPTION}
 
 
 def test_weights_packed_for_inference(saved: Any) -> None:

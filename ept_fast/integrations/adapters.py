@@ -1,8 +1,15 @@
-"""The folder of a saved adapter: prompt, head and a description with the checksums of both."""
+"""Saved adapters: a folder of prompt, head and description, or a state dict that has all of it.
+
+``save_pretrained`` writes the folder. The state dict of a model carries a description of its
+adapters, so that a file of it says what is in it: transformers' Trainer writes such files, as
+``model.safetensors``. Both have checksums.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +19,9 @@ from torch import Tensor, nn
 
 from ept_fast.checkpoint import (
     check_shapes,
+    check_tensors,
     json_bytes,
+    load_tensors,
     read_header,
     read_tensors,
     tensor_bytes,
@@ -20,28 +29,41 @@ from ept_fast.checkpoint import (
 )
 from ept_fast.config import EPTConfig
 from ept_fast.integrations import POOLINGS, TASKS
-from ept_fast.module import CONFIG_FILE, TENSOR_FILE, read_prompt_config
+from ept_fast.module import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    expected_shapes,
+    read_prompt,
+    read_prompt_config,
+)
 from ept_fast.reading import (
     FILE_LIMIT,
+    JSON_LIMIT,
     CheckpointError,
     check_size,
     open_inside,
+    parse_json,
     read_adapter_json,
     shorten,
 )
+from ept_fast.sharding import has_values
 
 __all__ = [
     "ADAPTER_FILE",
+    "DESCRIPTION",
     "HEAD_FILE",
+    "STATE_FILE",
+    "SavedAdapter",
     "adapter_files",
+    "describe_state",
     "read_adapter",
-    "read_config",
-    "read_head",
     "write_adapter",
 ]
 
 ADAPTER_FILE = "adapter.json"
 HEAD_FILE = "head.safetensors"
+STATE_FILE = "model.safetensors"  # as transformers and accelerate call a file of a state dict
+DESCRIPTION = "_extra_state"  # PyTorch's name for what a module's state has besides its tensors
 
 _FORMAT: dict[str, Any] = {"format": "ept_fast", "format_version": 2}
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -52,9 +74,89 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "pooling": (str, type(None)),
     "head": (str, type(None)),
     "head_dropout": (float, int),
-    "sha256": (dict,),
     "extra": (dict,),
 }
+_IN_FOLDER: dict[str, tuple[type, ...]] = {**_FIELDS, "sha256": (dict,)}
+_IN_STATE: dict[str, tuple[type, ...]] = {**_FIELDS, "config": (dict,)}
+_OF_STATE: dict[str, tuple[type, ...]] = {"active": (str,), "adapters": (dict,), "sha256": (str,)}
+
+
+class SavedAdapter(ABC):
+    """A saved adapter whose description is checked.
+
+    Attributes:
+        path: the file that holds the description.
+        values: ``task``, ``base_model``, ``base_model_type``, ``labels``, ``pooling``, ``head``
+            (``"linear"``, ``"model"`` or None), ``head_dropout`` and ``extra``, and more that is
+            for this module alone.
+    """
+
+    path: Path
+    values: dict[str, Any]
+    config_path: Path
+    prompt_path: Path
+    head_path: Path
+
+    @abstractmethod
+    def prompt(self) -> tuple[EPTConfig, int | None, dict[str, Tensor]]:
+        """Config, number of tasks and tensors of the prompt."""
+
+    @abstractmethod
+    def _config(self) -> tuple[EPTConfig, int | None]: ...
+
+    @abstractmethod
+    def _head(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]: ...
+
+    def config(self, width: int) -> EPTConfig:
+        """The config of the prompt, for embeddings of this width."""
+        config, num_tasks = self._config()
+        if num_tasks is not None:
+            raise CheckpointError(f"{self.config_path}: num_tasks: expected null, got {num_tasks}")
+        if config.hidden_size != width:
+            raise CheckpointError(
+                f"{self.config_path}: hidden_size: expected {width} as in the backbone, "
+                f"got {config.hidden_size}"
+            )
+        return config
+
+    def head(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of a head of these very sizes."""
+        own = module.state_dict()
+        tensors = self._head({name: tuple(p.shape) for name, p in own.items()})
+        for name, value in tensors.items():
+            if not bool(torch.isfinite(value.to(own[name].dtype)).all()):
+                raise CheckpointError(
+                    f"{self.head_path}: {name}: expected values in the range of "
+                    f"{own[name].dtype}, got larger ones in {value.dtype}"
+                )
+        return tensors
+
+
+def read_adapter(folder: str | Path, saved_name: str | None = None) -> SavedAdapter:
+    """A saved adapter, of either form; of a folder that has both, what ``save_pretrained`` wrote.
+
+    Args:
+        folder: of ``adapter.json``, or of ``model.safetensors``.
+        saved_name: which of a model's adapters, in ``model.safetensors``; the one that was active
+            where not given.
+
+    Raises:
+        CheckpointError: missing or foreign, a file is not the one it was written with, the head
+            is none for these labels, or there is no adapter of that name.
+    """
+    folder = Path(folder)
+    in_state = not os.path.lexists(folder / ADAPTER_FILE) and os.path.lexists(folder / STATE_FILE)
+    if in_state:
+        return _InState(folder / STATE_FILE, saved_name)
+    if saved_name is not None:
+        raise CheckpointError(
+            f"{folder / ADAPTER_FILE}: saved_name: expected None, as this folder is of one "
+            f"adapter, got {saved_name!r}"
+        )
+    return _InFolder(folder)
+
+
+# The folder
 
 
 def adapter_files(
@@ -82,36 +184,207 @@ def write_adapter(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / HEAD_FILE).unlink(missing_ok=True)  # of an adapter that stood here before
 
 
-def read_adapter(folder: str | Path) -> dict[str, Any]:
-    """The checked description of an adapter.
+class _InFolder(SavedAdapter):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path, self.config_path = folder / ADAPTER_FILE, folder / CONFIG_FILE
+        self.prompt_path, self.head_path = folder / TENSOR_FILE, folder / HEAD_FILE
+        self.values = values = read_adapter_json(self.path)
+        _check_description(self.path, values, _IN_FOLDER)
+        has_head = values["head"] is not None
+        sums, expected = _checksums(folder, has_head), values["sha256"]
+        others = [name for name in {**sums, **expected} if sums.get(name) != expected.get(name)]
+        if others:
+            raise CheckpointError(
+                f"{self.path}: sha256: expected the files it was saved with, got others for "
+                f"{shorten(others)} (damaged, or a save that was cut off)"
+            )
+        if has_head:
+            shapes = read_header(self.head_path).shapes
+            _check_head(self.head_path, shapes, values)
+            read_tensors(self.head_path, shapes)
+
+    def prompt(self) -> tuple[EPTConfig, int | None, dict[str, Tensor]]:
+        return read_prompt(self.folder)
+
+    def _config(self) -> tuple[EPTConfig, int | None]:
+        return read_prompt_config(self.folder)
+
+    def _head(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        return read_tensors(self.head_path, shapes)[0]
+
+
+def _checksums(folder: Path, head: bool) -> dict[str, str]:
+    names = (CONFIG_FILE, TENSOR_FILE, *((HEAD_FILE,) if head else ()))
+    return {name: _checksum(folder / name) for name in names}
+
+
+def _checksum(path: Path) -> str:
+    with open_inside(path) as file:
+        check_size(path, file, FILE_LIMIT)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# The state dict
+
+
+def describe_state(
+    active: str,
+    adapters: Mapping[str, tuple[Mapping[str, Any], EPTConfig]],
+    tensors: Mapping[str, Tensor],
+) -> Tensor | None:
+    """The description that goes into a state dict, as the bytes of JSON text.
+
+    Args:
+        active: name of the active adapter.
+        adapters: what each is besides its tensors, as for :func:`write_adapter`.
+        tensors: all others of the state dict.
 
     Returns:
-        ``task``, ``base_model``, ``base_model_type``, ``labels``, ``pooling``, ``head``
-        (``"linear"``, ``"model"`` or None), ``head_dropout``, ``sha256`` and ``extra``.
-
-    Raises:
-        CheckpointError: missing or foreign, a file is not the one it was written with, or the head
-            is none for these labels.
+        Bytes, which safetensors can hold, on the CPU. None where this process does not have all
+        values: they have no checksum here.
     """
-    folder = Path(folder)
-    path = folder / ADAPTER_FILE
-    values = read_adapter_json(path)
-    missing = sorted({*_FORMAT, *_FIELDS} - set(values))
+    if not all(map(has_values, tensors.values())):
+        return None
+    described: dict[str, Any] = {
+        **_FORMAT,
+        "active": active,
+        "adapters": {
+            name: {**_FORMAT, **values, "config": config.to_dict()}
+            for name, (values, config) in adapters.items()
+        },
+    }
+    described["sha256"] = _state_checksum(described, tensors)
+    return torch.frombuffer(bytearray(json_bytes(described)), dtype=torch.uint8)
+
+
+def _state_checksum(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of a description without its checksum, and of the tensors with names, types and shapes."""
+    found = hashlib.sha256(json_bytes(described))
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        plain = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
+        found.update(plain.numpy().data)
+    return found.hexdigest()
+
+
+class _InState(SavedAdapter):
+    def __init__(self, path: Path, saved_name: str | None) -> None:
+        self.path = self.config_path = self.prompt_path = self.head_path = path
+        tensors, described = _read_state(path)
+        names = list(described["adapters"])
+        name = described["active"] if saved_name is None else saved_name
+        if name not in names:
+            raise CheckpointError(
+                f"{path}: saved_name: expected one of {shorten(names)}, got {shorten(name)}"
+            )
+        configs = {}
+        expected: dict[str, tuple[int, ...]] = {}
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        for each, values in described["adapters"].items():
+            if not isinstance(values, dict):
+                raise CheckpointError(
+                    f"{path}: {shorten(each)}: expected dict, got {type(values).__name__}"
+                )
+            _check_description(path, values, _IN_STATE)
+            try:
+                configs[each] = EPTConfig.from_dict(values["config"])
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(f"{path}: {str(error)[:1000]}") from None
+            for key, shape in expected_shapes(configs[each], None).items():
+                expected[f"prompts.{each}.{key}"] = shape
+            if values["head"] is not None:
+                _check_head(path, _below(f"heads.{each}.", shapes), values)
+                expected |= {k: s for k, s in shapes.items() if k.startswith(f"heads.{each}.")}
+        check_shapes(path, shapes, expected)
+        check_tensors(path, tensors, expected)
+        self.values = described["adapters"][name]
+        self._own_config = configs[name]
+        self._prompt_tensors = _below(f"prompts.{name}.", tensors)
+        self._head_tensors = _below(f"heads.{name}.", tensors)
+
+    def prompt(self) -> tuple[EPTConfig, int | None, dict[str, Tensor]]:
+        return self._own_config, None, self._prompt_tensors
+
+    def _config(self) -> tuple[EPTConfig, int | None]:
+        return self._own_config, None
+
+    def _head(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        own = {name: tuple(tensor.shape) for name, tensor in self._head_tensors.items()}
+        check_shapes(self.path, own, shapes)
+        return self._head_tensors
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a state dict, with a checksum that is right.
+
+    A wrapper's prefix, such as ``module.`` of DDP, is taken off the names.
+    """
+    shapes = read_header(path).shapes
+    keys = [key for key in shapes if f".{key}".endswith(f".{DESCRIPTION}")]
+    tensors: dict[str, Tensor] = {}
+    if len(keys) == 1 and len(shapes[keys[0]]) == 1:
+        if shapes[keys[0]][0] > JSON_LIMIT:
+            raise CheckpointError(
+                f"{path}: {DESCRIPTION}: expected at most {JSON_LIMIT} bytes, "
+                f"got {shapes[keys[0]][0]}"
+            )
+        _, tensors = load_tensors(path, others=True)
+    if not tensors or tensors[keys[0]].dtype != torch.uint8:
+        raise CheckpointError(
+            f"{path}: expected the state dict of an EPTModel, whose adapters it describes in "
+            f"{DESCRIPTION}, got {shorten(sorted(shapes))}"
+        )
+    text = tensors.pop(keys[0]).numpy().tobytes()
+    prefix = keys[0].removesuffix(DESCRIPTION)
+    described = parse_json(path, text)
+    _check_fields(path, described, _OF_STATE)
+    del described["sha256"]
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    sha256 = _state_checksum(described, tensors)
+    if text != json_bytes({**described, "sha256": sha256}):
+        raise CheckpointError(
+            f"{path}: sha256: expected the tensors and the description that it was saved with, "
+            f"got others (damaged)"
+        )
+    return tensors, described
+
+
+def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands below this prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+
+
+# Descriptions of both
+
+
+def _check_fields(
+    path: Path, values: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]
+) -> None:
+    """Raise CheckpointError unless the format is ours and the fields are these, of these types."""
+    missing = sorted({*_FORMAT, *fields} - set(values))
     if missing or any(values[name] != value for name, value in _FORMAT.items()):
         got = f"no {', '.join(missing)}" if missing else shorten({n: values[n] for n in _FORMAT})
         raise CheckpointError(f"{path}: expected an adapter with {_FORMAT}, got {got}")
-    foreign = sorted(set(values) - {*_FORMAT, *_FIELDS})
+    foreign = sorted(set(values) - {*_FORMAT, *fields})
     if foreign:
         raise CheckpointError(
-            f"{path}: expected the fields {sorted({*_FORMAT, *_FIELDS})}, "
+            f"{path}: expected the fields {sorted({*_FORMAT, *fields})}, "
             f"got also {shorten(foreign)}"
         )
-    for name, kinds in _FIELDS.items():
+    for name, kinds in fields.items():
         if not isinstance(values[name], kinds) or isinstance(values[name], bool):
             names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
             raise CheckpointError(
                 f"{path}: {name}: expected {names}, got {type(values[name]).__name__}"
             )
+
+
+def _check_description(
+    path: Path, values: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]
+) -> None:
+    """Raise CheckpointError unless an adapter's fields are these and fit each other."""
+    _check_fields(path, values, fields)
     choices = {"task": TASKS, "pooling": (*POOLINGS, None), "head": ("linear", "model", None)}
     for name, allowed in choices.items():
         if values[name] not in allowed:
@@ -136,64 +409,16 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
             f"{path}: head_dropout: expected 0 <= head_dropout < 1, "
             f"got {shorten(values['head_dropout'])}"
         )
-    sums, expected = _checksums(folder, values["head"] is not None), values["sha256"]
-    others = [name for name in {**sums, **expected} if sums.get(name) != expected.get(name)]
-    if others:
-        raise CheckpointError(
-            f"{path}: sha256: expected the files it was saved with, got others for "
-            f"{shorten(others)} (damaged, or a save that was cut off)"
-        )
-    if values["head"] is not None:
-        _check_head(folder, labels if values["head"] == "linear" else None)
-    return values
 
 
-def _check_head(folder: Path, labels: list[str] | None) -> None:
-    """Raise CheckpointError unless the head is whole, and a linear one has a row for each label.
+def _check_head(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, Any]
+) -> None:
+    """Raise CheckpointError unless a linear head has a row for each label.
 
     Before anything is built for the labels, of which a damaged file can have any number.
     """
-    path = folder / HEAD_FILE
-    shapes = read_header(path).shapes
-    if labels is not None:
+    if values["head"] == "linear":
+        count = len(values["labels"])
         width = shapes.get("weight", (0,))[-1:]
-        check_shapes(path, shapes, {"weight": (len(labels), *width), "bias": (len(labels),)})
-    read_tensors(path, shapes)
-
-
-def read_config(folder: Path, width: int) -> EPTConfig:
-    """The config of the prompt in an adapter's folder, for embeddings of this width."""
-    path = folder / CONFIG_FILE
-    config, num_tasks = read_prompt_config(folder)
-    if num_tasks is not None:
-        raise CheckpointError(f"{path}: num_tasks: expected null, got {num_tasks}")
-    if config.hidden_size != width:
-        raise CheckpointError(
-            f"{path}: hidden_size: expected {width} as in the backbone, got {config.hidden_size}"
-        )
-    return config
-
-
-def read_head(folder: Path, head: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a head of these very sizes."""
-    own = head.state_dict()
-    path = folder / HEAD_FILE
-    tensors, _ = read_tensors(path, {name: tuple(p.shape) for name, p in own.items()})
-    for name, value in tensors.items():
-        if not bool(torch.isfinite(value.to(own[name].dtype)).all()):
-            raise CheckpointError(
-                f"{path}: {name}: expected values in the range of {own[name].dtype}, "
-                f"got larger ones in {value.dtype}"
-            )
-    return tensors
-
-
-def _checksums(folder: Path, head: bool) -> dict[str, str]:
-    names = (CONFIG_FILE, TENSOR_FILE, *((HEAD_FILE,) if head else ()))
-    return {name: _checksum(folder / name) for name in names}
-
-
-def _checksum(path: Path) -> str:
-    with open_inside(path) as file:
-        check_size(path, file, FILE_LIMIT)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        check_shapes(path, shapes, {"weight": (count, *width), "bias": (count,)})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ept_fast.config import EPTConfig, check_choice, check_count
 from ept_fast.folded import offset_table, table_pays
 from ept_fast.integrations import TASKS
-from ept_fast.integrations.adapters import read_adapter, read_config
+from ept_fast.integrations.adapters import read_adapter
 from ept_fast.integrations.backbones import embedding_width
 from ept_fast.integrations.model import Description, EPTModel, check_adapter_name
 from ept_fast.integrations.models import EPTModelForCausalLM, EPTModelForSeq2SeqLM
@@ -330,17 +330,17 @@ class EPTBank(nn.Module):
         if not adapters:
             raise ValueError("adapters: expected at least one, got none")
         read = [read_adapter(folder) for folder in adapters.values()]
-        tasks = sorted({values["task"] for values in read})
+        tasks = sorted({saved.values["task"] for saved in read})
         if len(tasks) > 1:
             raise ValueError(f"adapters: expected adapters of one task, got {', '.join(tasks)}")
         width = embedding_width(model)
-        configs = [read_config(Path(folder), width) for folder in adapters.values()]
+        configs = [saved.config(width) for saved in read]
         with_offset = [c for c in configs if c.rank]
         sizes = {
             "num_virtual_tokens": max(c.num_virtual_tokens for c in configs),
             "max_length": max((c.max_length for c in with_offset), default=1),
             "rank": max(c.rank for c in configs),
-            "num_labels": max(len(values["labels"] or ("",)) for values in read),
+            "num_labels": max(len(saved.values["labels"] or ("",)) for saved in read),
         }
         given = {"capacity": len(adapters) if capacity is None else capacity, **sizes, **choices}
         bank = cls(model, tasks[0], **given)

@@ -19,11 +19,11 @@ from ept_fast.config import EPTConfig, check_choice
 from ept_fast.folded import offset_table
 from ept_fast.integrations import checkpointing
 from ept_fast.integrations.adapters import (
-    ADAPTER_FILE,
+    DESCRIPTION,
+    SavedAdapter,
     adapter_files,
+    describe_state,
     read_adapter,
-    read_config,
-    read_head,
     write_adapter,
 )
 from ept_fast.integrations.backbones import (
@@ -643,8 +643,16 @@ class EPTModel(nn.Module):
         module = self.head_of(name)
         reshard(self)
         head = None if module is None else gather(module.state_dict())
+        values = {**self._values(name), "extra": dict(extra or {})}
+        files = adapter_files(prompt.files(), head, values, prompt.config)
+        with writing_process(prompt.parameters()) as writes:
+            if writes:
+                write_adapter(Path(folder), files)
+
+    def _values(self, name: str) -> dict[str, Any]:
+        """What an adapter's description says besides its tensors and their sizes."""
         described = self.descriptions[name]
-        values = {
+        return {
             "task": self.task,
             "base_model": self.base_model_name,
             "base_model_type": getattr(self.config, "model_type", None),
@@ -652,83 +660,83 @@ class EPTModel(nn.Module):
             "pooling": described.pooling,
             "head": described.head,
             "head_dropout": described.head_dropout,
-            "extra": dict(extra or {}),
+            "extra": {},
         }
-        files = adapter_files(prompt.files(), head, values, prompt.config)
-        with writing_process(prompt.parameters()) as writes:
-            if writes:
-                write_adapter(Path(folder), files)
 
-    def load_pretrained(self, folder: str | Path) -> None:
+    def load_pretrained(self, folder: str | Path, *, saved_name: str | None = None) -> None:
         """Read an adapter of the same task, sizes and labels into the active one.
+
+        Args:
+            folder, saved_name: as in :meth:`from_pretrained`.
 
         Raises:
             CheckpointError: a missing, damaged or mismatched file; the model is unchanged then.
         """
-        folder = Path(folder)
-        described = self._read_description(folder)
+        saved = read_adapter(folder, saved_name)
+        described = self._check_saved(saved)
         for field in ("labels", "pooling", "head"):
             expected, got = (getattr(d, field) for d in (self.description, described))
             if got != expected:
                 raise CheckpointError(
-                    f"{folder / ADAPTER_FILE}: {field}: expected {shorten(expected)}, "
-                    f"got {shorten(got)}"
+                    f"{saved.path}: {field}: expected {shorten(expected)}, got {shorten(got)}"
                 )
-        self._load(folder, self.active_adapter)
+        tensors = {} if self.head is None else saved.head(self.head)
+        reshard(self)
+        self.prompt.load_tensors(saved.prompt_path, *saved.prompt())
+        if self.head is not None:
+            fill(self.head.state_dict(), tensors)
+        self.unfold()
 
-    def load_adapter(self, folder: str | Path, name: str) -> None:
-        """Add an adapter that :meth:`save_pretrained` wrote, under this name.
+    def load_adapter(self, folder: str | Path, name: str, *, saved_name: str | None = None) -> None:
+        """Add a saved adapter under this name.
+
+        Args:
+            folder, saved_name: as in :meth:`from_pretrained`.
+            name: letters, digits, ``_`` and ``-``.
 
         Raises:
             CheckpointError: a missing, damaged or foreign file, another task or backbone; the model
                 is as before then.
         """
-        folder = Path(folder)
         check_adapter_name(name, self.descriptions)
-        described = self._read_description(folder)
-        read_config(folder, embedding_width(self.backbone))
+        self._add_saved(read_adapter(folder, saved_name), name)
+
+    def _add_saved(self, saved: SavedAdapter, name: str) -> None:
+        described = self._check_saved(saved)
+        saved.config(embedding_width(self.backbone))
         try:
             chosen = self._describe(described.labels, described.pooling, described.head_dropout)
         except ValueError as error:
-            raise CheckpointError(f"{folder / ADAPTER_FILE}: {str(error)[:1000]}") from None
+            raise CheckpointError(f"{saved.path}: {str(error)[:1000]}") from None
         if chosen != described:
             raise CheckpointError(
-                f"{folder / ADAPTER_FILE}: head: expected {chosen.head!r} as this model needs, "
+                f"{saved.path}: head: expected {chosen.head!r} as this model needs, "
                 f"got {described.head!r}"
             )
+        config, _, values = saved.prompt()
         layer = self.get_input_embeddings()
-        prompt = FusedEPTPrompt.from_pretrained(folder, layer, backend=self.backend)
+        prompt = FusedEPTPrompt.from_tensors(config, values, layer, backend=self.backend)
         with torch.random.fork_rng(devices=()):  # of which a new linear layer draws
             head = self._new_head(described, torch.Generator())
         if head is not None:
-            tensors = read_head(folder, head)
+            tensors = saved.head(head)
             if described.head == "linear":
                 head.to(next(iter(tensors.values())).dtype)
             head.load_state_dict(tensors)
             head.to(self.device)
         self.place(name, prompt, head, described)
 
-    def _read_description(self, folder: Path) -> Description:
-        values = read_adapter(folder)
+    def _check_saved(self, saved: SavedAdapter) -> Description:
+        values = saved.values
         kind = getattr(self.config, "model_type", None)
         for key, expected in (("task", self.task), ("base_model_type", kind)):
             if values[key] != expected:
                 raise CheckpointError(
-                    f"{folder / ADAPTER_FILE}: {key}: expected {expected!r} as in this model, "
+                    f"{saved.path}: {key}: expected {expected!r} as in this model, "
                     f"got {shorten(values[key])}"
                 )
         labels = None if values["labels"] is None else tuple(values["labels"])
         return Description(labels, values["pooling"], values["head"], values["head_dropout"])
-
-    def _load(self, folder: Path, name: str) -> None:
-        prompt: Any = self.prompts[name]
-        head = self.head_of(name)
-        tensors = {} if head is None else read_head(folder, head)
-        reshard(self)
-        prompt.load_pretrained(folder)
-        if head is not None:
-            fill(head.state_dict(), tensors)
-        self.unfold()
 
     @classmethod
     def from_pretrained(
@@ -738,15 +746,19 @@ class EPTModel(nn.Module):
         *,
         base_model: str | None = None,
         adapter_name: str = "default",
+        saved_name: str | None = None,
         backend: str | None = None,
     ) -> EPTModel:
         """The model of a saved adapter, of the class of its task, in evaluation mode.
 
         Args:
-            folder: the adapter.
+            folder: what :meth:`save_pretrained` wrote; or else what transformers' Trainer or
+                accelerate did, the state dict of a model as ``model.safetensors``.
             model: the frozen model, where it is already loaded.
             base_model: where to load it from, in place of the name saved with the adapter.
-            adapter_name: the adapter's name.
+            adapter_name: the adapter's name in the new model.
+            saved_name: which adapter of several in a state dict; the one that was active where not
+                given.
             backend: as in :func:`ept_fast.reconstruct_prompt`.
 
         Raises:
@@ -754,11 +766,12 @@ class EPTModel(nn.Module):
                 trained on.
             ValueError: the model cannot be found.
         """
-        values = read_adapter(folder)
+        check_adapter_name(adapter_name, ())
+        saved = read_adapter(folder, saved_name)
+        values = saved.values
         if cls is not EPTModel and cls.task != values["task"]:
             raise CheckpointError(
-                f"{Path(folder) / ADAPTER_FILE}: task: expected {cls.task!r}, "
-                f"got {values['task']!r}"
+                f"{saved.path}: task: expected {cls.task!r}, got {values['task']!r}"
             )
         name = base_model or values["base_model"]
         if model is None:
@@ -776,7 +789,7 @@ class EPTModel(nn.Module):
                 ) from None
         chosen = EPTModel.of_task(values["task"])(model, base_model=name, backend=backend)
         try:
-            chosen.load_adapter(folder, adapter_name)
+            chosen._add_saved(saved, adapter_name)
         except BaseException:
             chosen.unload()
             raise
@@ -986,19 +999,28 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
     return total
 
 
-def _keep_adapters(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A state dict holds prompts and heads, never backbone weights."""
+def _keep_adapters(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A state dict holds prompts and heads, never backbone weights, and says what they are."""
     kept = (f"{prefix}prompts.", f"{prefix}heads.")
     for key in [k for k in state if k.startswith(prefix) and not k.startswith(kept)]:
         del state[key]
+    description = describe_state(
+        module.active_adapter,
+        {name: (module._values(name), p.config) for name, p in module.prompts.items()},
+        {k.removeprefix(prefix): tensor for k, tensor in state.items() if k.startswith(kept)},
+    )
+    if description is not None:
+        state[f"{prefix}{DESCRIPTION}"] = description
 
 
 def _expect_adapters(module: Any, keys: Any) -> None:
-    """So they are not missed where one is loaded; what was folded before is out of date."""
+    """Loading one, nobody misses frozen weights; what was folded before is out of date."""
     frozen = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     frozen |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     frozen = {name for name in frozen if not name.startswith(("prompts.", "heads."))}
     keys.missing_keys[:] = [k for k in keys.missing_keys if not _ends_in(k, frozen)]
+    others = [k for k in keys.unexpected_keys if not _ends_in(k, {DESCRIPTION})]
+    keys.unexpected_keys[:] = others  # it is there for those who have no model yet
     module.unfold()
 
 

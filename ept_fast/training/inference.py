@@ -59,7 +59,7 @@ def load_adapter(folder: str | Path, *, model: str | None = None, device: str = 
         MissingLibraryError: the ``train`` extra is not installed.
     """
     require("transformers")
-    from ept_fast.integrations.adapters import ADAPTER_FILE, read_adapter
+    from ept_fast.integrations.adapters import read_adapter
     from ept_fast.integrations.backbones import load_tokenizer
     from ept_fast.integrations.models import EPTModel
     from ept_fast.training.tasks import WRAPPER_TASKS
@@ -69,10 +69,11 @@ def load_adapter(folder: str | Path, *, model: str | None = None, device: str = 
         path = path / "adapter"
     elif not path.is_dir():
         raise CheckpointError(f"adapter: expected a folder, got {folder}")
-    values = read_adapter(path)
+    saved = read_adapter(path)
+    values = saved.values
     if values["task"] not in WRAPPER_TASKS.values():
         raise CheckpointError(
-            f"{path / ADAPTER_FILE}: task: expected one of {', '.join(WRAPPER_TASKS.values())}, "
+            f"{saved.path}: task: expected one of {', '.join(WRAPPER_TASKS.values())}, "
             f"got {values['task']!r}"
         )
     trained = EPTModel.from_pretrained(path, base_model=model)
@@ -88,7 +89,7 @@ def load_adapter(folder: str | Path, *, model: str | None = None, device: str = 
         beams = extra.get("num_beams", 1)
         check_count("num_beams", beams, 1)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / ADAPTER_FILE}: extra: {error}") from None
+        raise CheckpointError(f"{saved.path}: extra: {error}") from None
     return Adapter(trained, tokenizer, form=form, num_beams=beams)
 
 

@@ -17,16 +17,20 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_callback import PrinterCallback
 
 from ept_fast.checkpoint import CheckpointError, read_json, write_json, writing
 from ept_fast.integrations.models import EPTModel
+from ept_fast.libraries import without_peft
 from ept_fast.training import parallel
 from ept_fast.training.batches import Collator, GroupedBatches, PackedBatches, PackingCollator
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.evaluation import Evaluation
 from ept_fast.training.metrics import goodness
 from ept_fast.training.tokens import Tokenised
+
+with without_peft():
+    from transformers.trainer import Trainer
+    from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 __all__ = [
     "COMPLETE_FILE",
@@ -112,7 +116,7 @@ def _class_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> 
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
-class PromptTrainer(transformers.Trainer):
+class PromptTrainer(Trainer):
     """Trains prompt and head of an :class:`EPTModel`.
 
     What differs from its base: four learning rates; batches whose order depends on the seed alone;
@@ -334,7 +338,7 @@ class PromptTrainer(transformers.Trainer):
             raise CheckpointError(f"{path}: expected the field {error}, got none") from None
 
 
-class _Clock(transformers.TrainerCallback):
+class _Clock(TrainerCallback):
     """Seconds of each step, from its batch to the changed weights."""
 
     def __init__(self, seconds: list[float]) -> None:
@@ -348,7 +352,7 @@ class _Clock(transformers.TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-class _Progress(transformers.TrainerCallback):
+class _Progress(TrainerCallback):
     """The loss and the newest evaluation on standard error: a bar on a terminal, lines elsewhere.
 
     A line comes at an evaluation, where ten seconds or a tenth of the run lie behind the last one.

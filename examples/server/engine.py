@@ -124,7 +124,7 @@ class Engine:
 
 def _separator(folder: Path) -> str:
     """What ``ept-fast train`` put behind texts; nothing for an adapter that was saved otherwise."""
-    saved = read_adapter(folder)["extra"].get("form")
+    saved = read_adapter(folder).values["extra"].get("form")
     if saved is None:
         return ""
     form = TextForm(**saved)
@@ -156,7 +156,7 @@ def find_adapters(folder: Path) -> dict[str, Path]:
         for path in (place, *place.iterdir()):
             if not path.resolve().is_relative_to(root):
                 raise ValueError(f"adapters: expected files in {root}, got the link {path}")
-        task = read_adapter(place)["task"]
+        task = read_adapter(place).values["task"]
         if task != TASK:
             raise ValueError(f"adapters: {entry.name}: expected task {TASK}, got {task}")
         found[entry.name] = place

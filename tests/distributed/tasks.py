@@ -65,15 +65,14 @@ def make_model(task: str, backbone: Any = None, *, moved: bool = True, **choices
     backbone = make_backbone(task) if backbone is None else backbone
     draw = torch.Generator().manual_seed(5)
     width = backbone.get_input_embeddings().embedding_dim
+    labelled = _BACKBONES[task][1] and task == "TOKEN_CLS"
     model = get_ept_model(
         backbone,
         EPTConfig(
             width, num_virtual_tokens=4, max_length=16, rank=4, num_spaces=2, space_dim=4, alpha=1
         ),
         task,
-        labels=LABELS if _BACKBONES[task][1] and task == "TOKEN_CLS" else None,
-        generator=draw,
-        **choices,
+        **{"labels": LABELS if labelled else None, "generator": draw, **choices},
     )
     with torch.no_grad():
         for parameter in trained(model).values():

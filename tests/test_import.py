@@ -132,7 +132,7 @@ TASKS = {
 
 
 def watch(root: Path, script: str) -> dict[str, Any]:
-    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WATCH, script],
         cwd=root,

@@ -17,8 +17,8 @@ NEWEST := .venv-newest/installed
 INSTALL = $(@D)/bin/python -m pip --disable-pip-version-check install --constraint $(@D)/constraints.txt
 
 # The tests of what the libraries of .venv-newest do for ept_fast, or to it.
-NEWEST_TESTS ?= $(addprefix tests/test_,ept_model.py generation.py golden.py interchange.py \
-	matrix_loops.py prefix_cache.py training.py)
+NEWEST_TESTS ?= $(addprefix tests/test_,ept_model.py generation.py golden.py import.py \
+	interchange.py matrix_loops.py prefix_cache.py training.py)
 
 # Nothing here loads from a hub, and an attempt to is an error rather than a wait.
 export HF_HUB_OFFLINE := 1

@@ -14,6 +14,7 @@ __all__ = [
     "check_reconstruct",
     "check_splice",
     "check_splice_values",
+    "constant",
     "values_are_checked",
 ]
 
@@ -21,7 +22,21 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _IDS = (torch.int64, torch.int32)
 _MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
 _Size = int | str
+
+
+def constant(number: float) -> float:
+    """The number as Python has it, for the checks and for operators whose numbers are constants.
+
+    Where the compiler has made an input of it, code is compiled for each value.
+    """
+    if torch.compiler.is_compiling() and isinstance(number, _NUMBERS):
+        from torch.fx.experimental.symbolic_shapes import guard_scalar  # loads the compiler
+
+        return guard_scalar(number)
+    return number
 
 
 def _check_tensor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -271,3 +272,24 @@ def test_compile(task: str) -> None:
 @pytest.mark.parametrize("task", cells("torch.compile", ("CAUSAL_LM",)))
 def test_compile_to_code(task: str) -> None:
     assert_one_graph(task, "inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_two_adapters() -> None:
+    """Of another alpha and temperature, by turns, each compiled once, with sizes as inputs."""
+    task = "SEQ_CLS"
+    model = one_layer(task)
+    config = replace(model.prompt.config, alpha=3, temperature=0.5)
+    model.add_adapter("other", config, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.prompts["other"].offset_a.fill_(0.3)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for number, name in enumerate(("other", "default") * 2):
+        model.set_adapter(name)
+        batch = batch_of(task, seed=number)
+        expected = gradients_of(task, model, batch)
+        model.zero_grad()
+        with torch.compiler.set_stance("default" if number < 2 else "fail_on_recompile"):
+            loss_of(task, compiled, batch).backward()
+        assert_close(gradients(model), expected)

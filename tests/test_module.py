@@ -743,6 +743,43 @@ def test_compiles_whole(layer: type[nn.Embedding]) -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("offset", "dynamic"), [(None, None), (None, True), (None, False), ("table", True)]
+)
+def test_one_compiled_function_serves_prompts_of_any_config(
+    offset: str | None, dynamic: bool | None
+) -> None:
+    torch.compiler.reset()
+    ids, mask = make_ids(), make_mask("left", 4, 6, seeded(2))
+
+    def call(prompt: nn.Module) -> EPTOutput:
+        output: EPTOutput = prompt(ids, attention_mask=mask)
+        return output
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for changes in ({}, {"alpha": 2.0, "temperature": 0.5}, {"alpha": 3, "rank": 1}):
+        prompt = shaken(make_prompt(dataclasses.replace(SMALL, **changes)))
+        module: nn.Module = prompt if offset is None else prompt.fold(offset=offset)
+        for got, expected in zip(compiled(module), call(module), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("offset", [None, "low_rank", "table"])
+def test_dynamic_code_serves_all_sizes(offset: str | None) -> None:
+    torch.compiler.reset()
+    prompt = shaken(make_prompt())
+    module: nn.Module = prompt if offset is None else prompt.fold(offset=offset)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for number, (batch, length) in enumerate(((4, 6), (2, 9), (7, 3), (3, 2))):
+        ids, mask = make_ids(batch, length), make_mask("right", batch, length, seeded(2))
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            output = compiled(ids, attention_mask=mask)
+        for got, expected in zip(output, module(ids, attention_mask=mask), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 # Embedding layers
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,6 +157,45 @@ def test_compiled_code_serves_new_batch_sizes_and_lengths(backend: str) -> None:
         for got, expected in zip(_step(compiled, case), uncompiled, strict=True):
             torch.testing.assert_close(got, expected)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_compiled_code_serves_every_scaling_and_temperature(dynamic: bool | None) -> None:
+    case = make_case(Sizes())
+
+    def both(flags: dict[str, Any]) -> Tensor:
+        return replace(case, flags=flags).both("eager")
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    leaves = list(case.parameters.values())
+    for scaling, temperature in ((1.0, 1.0), (0.4, 0.7), (3, 2), (1.0, 1.0)):
+        flags = {"scaling": scaling, "temperature": temperature}
+        got, expected = compiled(flags), both(flags)
+        torch.testing.assert_close(got, expected)
+        for mine, theirs in zip(
+            torch.autograd.grad(got.square().sum(), leaves),
+            torch.autograd.grad(expected.square().sum(), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -1, True, "1"])
+def test_compiling_names_a_bad_temperature(bad: Any, dynamic: bool | None) -> None:
+    prompt = torch.ones(3, 5)
+    compiled = torch.compile(
+        lambda temperature: reconstruct_prompt(prompt, temperature=temperature),
+        fullgraph=True,
+        dynamic=dynamic,
+        backend="eager",
+    )
+    for good in (1.5, 2.5):  # from the second value on the number may be an input
+        compiled(good)
+    with pytest.raises((TypeError, ValueError)) as uncompiled:
+        reconstruct_prompt(prompt, temperature=bad)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape(str(uncompiled.value))):
+        compiled(bad)
 
 
 def test_compiled_code_checks_values() -> None:

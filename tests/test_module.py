@@ -780,6 +780,42 @@ def test_dynamic_code_serves_all_sizes(offset: str | None) -> None:
             torch.testing.assert_close(got, expected)
 
 
+class WithTable(nn.Module):
+    """A prompt in a module that has its embedding layer, as a strict export needs it."""
+
+    def __init__(self, prompt: FusedEPTPrompt | FoldedEPTPrompt) -> None:
+        super().__init__()
+        self.prompt, self.table = prompt, prompt.embedding
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Any, ...]:
+        return tuple(self.prompt(input_ids, attention_mask=attention_mask))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("offset", [None, "low_rank", "table"])
+def test_exported_program_serves_all_sizes(offset: str | None, padding: str, strict: bool) -> None:
+    prompt = shaken(make_prompt())
+    module = WithTable(prompt if offset is None else prompt.fold(offset=offset))
+    sizes = {0: torch.export.Dim("B", min=1), 1: torch.export.Dim("S", min=1, max=N)}
+
+    def inputs(batch: int, length: int) -> dict[str, Tensor]:
+        given = {"input_ids": make_ids(batch, length)}
+        mask = make_mask(padding, batch, length, seeded(2))
+        return given if mask is None else {**given, "attention_mask": mask}
+
+    example = inputs(4, 6)
+    shapes = dict.fromkeys(example, sizes)
+    program = torch.export.export(
+        module, (), example, dynamic_shapes=shapes, strict=strict
+    ).module()
+    for size in ((4, 6), (2, N), (1, 4), (3, 1), (1, 1)):
+        call = inputs(*size)
+        for got, expected in zip(program(**call), module(**call), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 # Embedding layers
 
 

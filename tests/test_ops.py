@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ept_fast import reconstruct_prompt, splice_prompt
-from tests.cases import SEVEN, Case, Sizes, make_case
+from tests.cases import SEVEN, Case, Sizes, make_case, run
 from tests.parity import needs_interpreter
 
 # torch.compile itself does what these warn of.
@@ -229,6 +229,49 @@ def test_autocast_does_not_reach_into_compiled_code() -> None:
         compiled = _step(_compiled(), case)
     for got, expected in zip(compiled, _step(_both, case), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+ZEROS = (
+    *("m", "n", "r", "k", "h", "d", "batch", "length", "vocabulary", "tasks"),
+    *("n length", "vocabulary length", "vocabulary batch", "tasks batch"),
+)
+REFUSED = {
+    "d": "expected shape [m, d] or [T, m, d] with d >= 1, got ",
+    "n": "input_ids: expected at most max_length 0 text positions (the rows of offset_a), got 6",
+    "vocabulary": "input_ids: expected no ids, as there are 0 rows to choose from, got ",
+    "tasks": "task_ids: expected no ids, as there are 0 rows to choose from, got ",
+}
+
+
+@each_backend
+@pytest.mark.parametrize("tasks", [None, 2])
+@pytest.mark.parametrize("gate", ["token", "prompt"])
+@pytest.mark.parametrize("zero", ZEROS)
+def test_zero_sizes(zero: str, gate: str, tasks: int | None, backend: str) -> None:
+    """Each is served, with the definition's values and gradients, or refused by its name."""
+    none = zero.split()
+    tasks = 2 if "tasks" in none else tasks
+    drawn = {name: 0 for name in none if name not in ("vocabulary", "tasks")}
+    case = make_case(Sizes(**drawn, tasks=tasks), padding="none", dtype=torch.float32, gate=gate)
+    if "vocabulary" in none:
+        case = replace(case, weight=case.weight[:0])
+    if "tasks" in none:
+        empty = {name: t.detach()[:0] for name, t in case.parameters.items()}
+        case = replace(case, parameters={n: t.requires_grad_() for n, t in empty.items()})
+    if zero in REFUSED:
+        for name in (backend, "reference"):
+            prompt = case.parameters["short_prompt"]
+            with pytest.raises((ValueError, IndexError), match=re.escape(REFUSED[zero])):
+                case.splice(prompt, name)
+            if zero == "d":
+                with pytest.raises(ValueError, match=re.escape(REFUSED[zero])):
+                    case.reconstruct(name)
+        return
+    cotangent = torch.ones(case.both("reference").shape)
+    got, expected = (run(case, name, cotangent) for name in (backend, "reference"))
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
 
 
 @each_backend

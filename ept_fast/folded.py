@@ -9,7 +9,7 @@ from torch import Tensor
 from ept_fast import backends
 from ept_fast.backends import eager
 from ept_fast.precision import accumulation_dtype
-from ept_fast.validation import check_splice, check_splice_values, values_are_checked
+from ept_fast.validation import check_splice, check_splice_values, constant, values_are_checked
 
 __all__ = ["offset_table", "splice_table", "table_pays"]
 
@@ -67,7 +67,7 @@ def splice_table(
         offset_a, offset_b, scaling: what the table was made from; arguments are checked by them.
     """
     given = (input_ids, weight, inputs_embeds)
-    check_splice(prompt, *given, offset_a, offset_b, scaling, attention_mask, task_ids)
+    check_splice(prompt, *given, offset_a, offset_b, constant(scaling), attention_mask, task_ids)
     compiling = torch.compiler.is_compiling()
     if values_are_checked(prompt.device) and not compiling:
         vocabulary = 0 if weight is None else weight.shape[0]

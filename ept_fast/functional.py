@@ -10,6 +10,7 @@ from ept_fast.validation import (
     check_reconstruct,
     check_splice,
     check_splice_values,
+    constant,
     values_are_checked,
 )
 
@@ -71,6 +72,7 @@ def reconstruct_prompt(
         >>> reconstruct_prompt(torch.ones(4, 8), torch.zeros(16, 2), torch.ones(2, 8)).shape
         torch.Size([4, 8])
     """
+    scaling, temperature = constant(scaling), constant(temperature)
     check_reconstruct(
         short_prompt,
         offset_a,
@@ -179,6 +181,7 @@ def splice_prompt(
         >>> splice_prompt(torch.ones(2, 8), inputs_embeds=torch.zeros(1, 3, 8)).shape
         torch.Size([1, 5, 8])
     """
+    scaling = constant(scaling)
     check_splice(
         prompt,
         input_ids,

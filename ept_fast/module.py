@@ -151,7 +151,7 @@ class SplicedPrompt(nn.Module):
             mask = torch.ones(embeds.shape[:2], **kind)
             ranks = torch.arange(embeds.shape[1], **kind).expand(mask.shape)
         else:
-            head = attention_mask.new_ones(len(embeds), self.config.num_virtual_tokens)
+            head = attention_mask.new_ones(embeds.shape[0], self.config.num_virtual_tokens)
             mask = torch.cat([head, attention_mask], dim=1)
             ranks = mask.cumsum(1, dtype=torch.int64) - 1
         return EPTOutput(embeds, mask, ranks)

@@ -14,6 +14,7 @@ __all__ = [
     "check_reconstruct",
     "check_splice",
     "check_splice_values",
+    "constant",
     "values_are_checked",
 ]
 
@@ -21,7 +22,21 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _IDS = (torch.int64, torch.int32)
 _MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
 _Size = int | str
+
+
+def constant(number: float) -> float:
+    """The number as Python has it, for the checks and for operators whose numbers are constants.
+
+    Where the compiler has made an input of it, code is compiled for each value.
+    """
+    if torch.compiler.is_compiling() and isinstance(number, _NUMBERS):
+        from torch.fx.experimental.symbolic_shapes import guard_scalar  # loads the compiler
+
+        return guard_scalar(number)
+    return number
 
 
 def _check_tensor(
@@ -54,8 +69,10 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[_Size, ...], why: st
 def _check_prompt(name: str, prompt: object) -> tuple[tuple[int, ...], int]:
     """The leading task axis (empty for a single prompt) and the width of a prompt."""
     tensor = _check_tensor(name, prompt, _FLOATS, None)
-    if tensor.dim() not in (2, 3):
-        raise ValueError(f"{name}: expected shape [m, d] or [T, m, d], got {list(tensor.shape)}")
+    if tensor.dim() not in (2, 3) or tensor.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: expected shape [m, d] or [T, m, d] with d >= 1, got {list(tensor.shape)}"
+        )
     return tuple(tensor.shape[:-2]), tensor.shape[-1]
 
 
@@ -211,7 +228,7 @@ def check_splice_values(
     if input_ids is not None and _outside(input_ids, vocabulary):
         row, column = _first((input_ids < 0) | (input_ids >= vocabulary))
         raise IndexError(
-            f"input_ids: expected ids from 0 to {vocabulary - 1}, "
+            f"input_ids: expected {_ids_below(vocabulary)}, "
             f"got {int(input_ids[row, column])} at row {row}, column {column}"
         )
     if (
@@ -227,9 +244,12 @@ def check_splice_values(
     if task_ids is not None and _outside(task_ids, num_tasks):
         (row,) = _first((task_ids < 0) | (task_ids >= num_tasks))
         raise IndexError(
-            f"task_ids: expected ids from 0 to {num_tasks - 1}, "
-            f"got {int(task_ids[row])} at row {row}"
+            f"task_ids: expected {_ids_below(num_tasks)}, got {int(task_ids[row])} at row {row}"
         )
+
+
+def _ids_below(size: int) -> str:
+    return f"ids from 0 to {size - 1}" if size else "no ids, as there are 0 rows to choose from"
 
 
 def _outside(values: Tensor, size: int) -> bool:

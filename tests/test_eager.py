@@ -167,17 +167,6 @@ def test_expanded_inputs_and_gradients() -> None:
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("zero", ["m", "r", "k", "h", "batch", "length"])
-def test_zero_sizes(zero: str) -> None:
-    sizes = Sizes(**{zero: 0})
-    case = make_case(sizes, padding="none")
-    cotangent = torch.ones(sizes.batch, sizes.m + sizes.length, sizes.d, dtype=torch.float64)
-    got, expected = (run(case, backend, cotangent) for backend in ("eager", "reference"))
-    assert got.keys() == expected.keys()
-    for name, tensor in got.items():
-        torch.testing.assert_close(tensor, expected[name])
-
-
 @given(data=st.data())
 @settings(max_examples=150)
 def test_random_cases(data: st.DataObject) -> None:

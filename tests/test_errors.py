@@ -159,14 +159,20 @@ MISTAKES = (
     _reconstruct(
         "one axis",
         ValueError,
-        "short_prompt: expected shape [m, d] or [T, m, d], got [5]",
+        "short_prompt: expected shape [m, d] or [T, m, d] with d >= 1, got [5]",
         short_prompt=_ones(D),
     ),
     _reconstruct(
         "four axes",
         ValueError,
-        "short_prompt: expected shape [m, d] or [T, m, d], got [1, 2, 3, 5]",
+        "short_prompt: expected shape [m, d] or [T, m, d] with d >= 1, got [1, 2, 3, 5]",
         short_prompt=_ones(1, 2, M, D),
+    ),
+    _reconstruct(
+        "a width of 0",
+        ValueError,
+        "short_prompt: expected shape [m, d] or [T, m, d] with d >= 1, got [3, 0]",
+        short_prompt=_ones(M, 0),
     ),
     _reconstruct(
         "offset_a with a task axis beside a single prompt",
@@ -220,8 +226,14 @@ MISTAKES = (
     _splice(
         "prompt with one axis",
         ValueError,
-        "prompt: expected shape [m, d] or [T, m, d], got [5]",
+        "prompt: expected shape [m, d] or [T, m, d] with d >= 1, got [5]",
         prompt=_ones(D),
+    ),
+    _splice(
+        "prompt of width 0",
+        ValueError,
+        "prompt: expected shape [m, d] or [T, m, d] with d >= 1, got [3, 0]",
+        prompt=_ones(M, 0),
     ),
     _splice(
         "token ids with one axis",
@@ -363,6 +375,12 @@ MISTAKES = (
         IndexError,
         "input_ids: expected ids from 0 to 10, got 11 at row 2, column 3",
         input_ids=_with(SPLICE["input_ids"], V, 2, 3),
+    ),
+    _splice(
+        "token id beside an empty table",
+        IndexError,
+        "input_ids: expected no ids, as there are 0 rows to choose from, got 0 at row 0, column 0",
+        weight=_ones(0, D),
     ),
     _splice(
         "negative token id",

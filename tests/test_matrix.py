@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.distributed.checks import (
 from tests.distributed.tasks import (
     LENGTH,
     OVER_TOKENS,
+    TASKS,
     batch_of,
     count_of,
     gradients,
@@ -271,3 +273,51 @@ def test_compile(task: str) -> None:
 @pytest.mark.parametrize("task", cells("torch.compile", ("CAUSAL_LM",)))
 def test_compile_to_code(task: str) -> None:
     assert_one_graph(task, "inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_two_adapters() -> None:
+    """Of another alpha and temperature, by turns, each compiled once, with sizes as inputs."""
+    task = "SEQ_CLS"
+    model = one_layer(task)
+    config = replace(model.prompt.config, alpha=3, temperature=0.5)
+    model.add_adapter("other", config, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.prompts["other"].offset_a.fill_(0.3)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for number, name in enumerate(("other", "default") * 2):
+        model.set_adapter(name)
+        batch = batch_of(task, seed=number)
+        expected = gradients_of(task, model, batch)
+        model.zero_grad()
+        with torch.compiler.set_stance("default" if number < 2 else "fail_on_recompile"):
+            loss_of(task, compiled, batch).backward()
+        assert_close(gradients(model), expected)
+
+
+# Of transformers, which notes the outputs that it captures in a global variable.
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("task", TASKS)
+def test_export(task: str, strict: bool) -> None:
+    """A whole model as a program for every number of rows and every length, 1 too."""
+    model = one_layer(task).eval()
+
+    def inputs(rows: int, length: int) -> dict[str, torch.Tensor]:
+        batch = batch_of(task, rows)
+        given = {name: batch[name][:, -length:] for name in ("input_ids", "attention_mask")}
+        return {**given, "labels": batch["labels"]} if task == "SEQ_2_SEQ_LM" else given
+
+    free = torch.export.Dim.DYNAMIC
+    sizes = {"input_ids": {0: free, 1: free}, "attention_mask": {0: free, 1: free}}
+    if task == "SEQ_2_SEQ_LM":
+        sizes["labels"] = {0: free}
+    example = inputs(8, LENGTH)
+    program = torch.export.export(model, (), example, dynamic_shapes=sizes, strict=strict).module()
+    name = "last_hidden_state" if task == "FEATURE_EXTRACTION" else "logits"
+    for size in ((8, LENGTH), (3, 7), (1, 4), (3, 1), (1, 1)):
+        call = inputs(*size)
+        with torch.no_grad():
+            torch.testing.assert_close(program(**call)[name], model(**call)[name])

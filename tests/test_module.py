@@ -743,6 +743,79 @@ def test_compiles_whole(layer: type[nn.Embedding]) -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("offset", "dynamic"), [(None, None), (None, True), (None, False), ("table", True)]
+)
+def test_one_compiled_function_serves_prompts_of_any_config(
+    offset: str | None, dynamic: bool | None
+) -> None:
+    torch.compiler.reset()
+    ids, mask = make_ids(), make_mask("left", 4, 6, seeded(2))
+
+    def call(prompt: nn.Module) -> EPTOutput:
+        output: EPTOutput = prompt(ids, attention_mask=mask)
+        return output
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for changes in ({}, {"alpha": 2.0, "temperature": 0.5}, {"alpha": 3, "rank": 1}):
+        prompt = shaken(make_prompt(dataclasses.replace(SMALL, **changes)))
+        module: nn.Module = prompt if offset is None else prompt.fold(offset=offset)
+        for got, expected in zip(compiled(module), call(module), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("offset", [None, "low_rank", "table"])
+def test_dynamic_code_serves_all_sizes(offset: str | None) -> None:
+    torch.compiler.reset()
+    prompt = shaken(make_prompt())
+    module: nn.Module = prompt if offset is None else prompt.fold(offset=offset)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for number, (batch, length) in enumerate(((4, 6), (2, 9), (7, 3), (3, 2))):
+        ids, mask = make_ids(batch, length), make_mask("right", batch, length, seeded(2))
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            output = compiled(ids, attention_mask=mask)
+        for got, expected in zip(output, module(ids, attention_mask=mask), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+class WithTable(nn.Module):
+    """A prompt in a module that has its embedding layer, as a strict export needs it."""
+
+    def __init__(self, prompt: FusedEPTPrompt | FoldedEPTPrompt) -> None:
+        super().__init__()
+        self.prompt, self.table = prompt, prompt.embedding
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Any, ...]:
+        return tuple(self.prompt(input_ids, attention_mask=attention_mask))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("offset", [None, "low_rank", "table"])
+def test_exported_program_serves_all_sizes(offset: str | None, padding: str, strict: bool) -> None:
+    prompt = shaken(make_prompt())
+    module = WithTable(prompt if offset is None else prompt.fold(offset=offset))
+    sizes = {0: torch.export.Dim("B", min=1), 1: torch.export.Dim("S", min=1, max=N)}
+
+    def inputs(batch: int, length: int) -> dict[str, Tensor]:
+        given = {"input_ids": make_ids(batch, length)}
+        mask = make_mask(padding, batch, length, seeded(2))
+        return given if mask is None else {**given, "attention_mask": mask}
+
+    example = inputs(4, 6)
+    shapes = dict.fromkeys(example, sizes)
+    program = torch.export.export(
+        module, (), example, dynamic_shapes=shapes, strict=strict
+    ).module()
+    for size in ((4, 6), (2, N), (1, 4), (3, 1), (1, 1)):
+        call = inputs(*size)
+        for got, expected in zip(program(**call), module(**call), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 # Embedding layers
 
 

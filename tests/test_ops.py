@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ept_fast import reconstruct_prompt, splice_prompt
-from tests.cases import SEVEN, Case, Sizes, make_case
+from tests.cases import SEVEN, Case, Sizes, make_case, run
 from tests.parity import needs_interpreter
 
 # torch.compile itself does what these warn of.
@@ -157,6 +159,45 @@ def test_compiled_code_serves_new_batch_sizes_and_lengths(backend: str) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_compiled_code_serves_every_scaling_and_temperature(dynamic: bool | None) -> None:
+    case = make_case(Sizes())
+
+    def both(flags: dict[str, Any]) -> Tensor:
+        return replace(case, flags=flags).both("eager")
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    leaves = list(case.parameters.values())
+    for scaling, temperature in ((1.0, 1.0), (0.4, 0.7), (3, 2), (1.0, 1.0)):
+        flags = {"scaling": scaling, "temperature": temperature}
+        got, expected = compiled(flags), both(flags)
+        torch.testing.assert_close(got, expected)
+        for mine, theirs in zip(
+            torch.autograd.grad(got.square().sum(), leaves),
+            torch.autograd.grad(expected.square().sum(), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -1, True, "1"])
+def test_compiling_names_a_bad_temperature(bad: Any, dynamic: bool | None) -> None:
+    prompt = torch.ones(3, 5)
+    compiled = torch.compile(
+        lambda temperature: reconstruct_prompt(prompt, temperature=temperature),
+        fullgraph=True,
+        dynamic=dynamic,
+        backend="eager",
+    )
+    for good in (1.5, 2.5):  # from the second value on the number may be an input
+        compiled(good)
+    with pytest.raises((TypeError, ValueError)) as uncompiled:
+        reconstruct_prompt(prompt, temperature=bad)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape(str(uncompiled.value))):
+        compiled(bad)
+
+
 def test_compiled_code_checks_values() -> None:
     case = make_case(Sizes(), dtype=torch.float32)
     compiled = _compiled()
@@ -188,6 +229,49 @@ def test_autocast_does_not_reach_into_compiled_code() -> None:
         compiled = _step(_compiled(), case)
     for got, expected in zip(compiled, _step(_both, case), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+ZEROS = (
+    *("m", "n", "r", "k", "h", "d", "batch", "length", "vocabulary", "tasks"),
+    *("n length", "vocabulary length", "vocabulary batch", "tasks batch"),
+)
+REFUSED = {
+    "d": "expected shape [m, d] or [T, m, d] with d >= 1, got ",
+    "n": "input_ids: expected at most max_length 0 text positions (the rows of offset_a), got 6",
+    "vocabulary": "input_ids: expected no ids, as there are 0 rows to choose from, got ",
+    "tasks": "task_ids: expected no ids, as there are 0 rows to choose from, got ",
+}
+
+
+@each_backend
+@pytest.mark.parametrize("tasks", [None, 2])
+@pytest.mark.parametrize("gate", ["token", "prompt"])
+@pytest.mark.parametrize("zero", ZEROS)
+def test_zero_sizes(zero: str, gate: str, tasks: int | None, backend: str) -> None:
+    """Each is served, with the definition's values and gradients, or refused by its name."""
+    none = zero.split()
+    tasks = 2 if "tasks" in none else tasks
+    drawn = {name: 0 for name in none if name not in ("vocabulary", "tasks")}
+    case = make_case(Sizes(**drawn, tasks=tasks), padding="none", dtype=torch.float32, gate=gate)
+    if "vocabulary" in none:
+        case = replace(case, weight=case.weight[:0])
+    if "tasks" in none:
+        empty = {name: t.detach()[:0] for name, t in case.parameters.items()}
+        case = replace(case, parameters={n: t.requires_grad_() for n, t in empty.items()})
+    if zero in REFUSED:
+        for name in (backend, "reference"):
+            prompt = case.parameters["short_prompt"]
+            with pytest.raises((ValueError, IndexError), match=re.escape(REFUSED[zero])):
+                case.splice(prompt, name)
+            if zero == "d":
+                with pytest.raises(ValueError, match=re.escape(REFUSED[zero])):
+                    case.reconstruct(name)
+        return
+    cotangent = torch.ones(case.both("reference").shape)
+    got, expected = (run(case, name, cotangent) for name in (backend, "reference"))
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
 
 
 @each_backend

@@ -164,18 +164,6 @@ def test_inputs_embeds_get_what_a_lookup_gets(padding: str) -> None:
 # Limits
 
 
-@pytest.mark.parametrize("zero", ["m", "n", "r", "k", "h", "batch", "length"])
-@pytest.mark.parametrize("tasks", [None, 2])
-def test_zero_sizes(zero: str, tasks: int | None) -> None:
-    sizes = Sizes(**{zero: 0, "tasks": tasks}, **({"length": 0} if zero == "n" else {}))
-    case = make_case(sizes, padding="none", dtype=torch.float32)
-    cotangent = torch.ones(sizes.batch, sizes.m + sizes.length, sizes.d)
-    got, expected = (run(case, name, cotangent) for name in ("triton", "reference"))
-    assert got.keys() == expected.keys()
-    for name, tensor in got.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
-
-
 LIMITS = {
     "d": (Sizes(m=1, n=2, r=2, k=1, h=2, d=16384, batch=1, length=1), {}),
     "n": (Sizes(m=2, n=32768, r=2, k=1, h=2, d=8, batch=1, length=40), {}),

@@ -98,7 +98,7 @@ class Text(NamedTuple):
     @property
     def length(self) -> int:
         """S."""
-        return int(self.attention_mask.shape[1])
+        return self.attention_mask.shape[1]
 
     def compacted(self) -> Text:
         """The same rows, padded on the right only."""

@@ -159,7 +159,9 @@ class EPTModelForCausalLM(EPTModel):
         if "logits_to_keep" in self._accepted:
             # The text's, and what predicts its first token; or no more than is asked for.
             few = labels is None and text.order is None and isinstance(kept, int) and kept
-            kwargs["logits_to_keep"] = min(kept, length) if few else length + 1
+            number = min(kept, length) if few else length + 1
+            if isinstance(number, int):  # models read a symbol of torch.export as a column
+                kwargs["logits_to_keep"] = number
         output = self.backbone(**self._inputs(text, kwargs))
         logits, loss = output.logits, None
         if labels is not None:

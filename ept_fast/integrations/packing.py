@@ -122,7 +122,7 @@ def packed_forward(
     }
     if "use_cache" in model._accepted:
         inputs["use_cache"] = False
-    if "logits_to_keep" in model._accepted:
+    if "logits_to_keep" in model._accepted and isinstance(width, int):  # no symbol of torch.export
         inputs["logits_to_keep"] = width + 1
     output = backbone(**{**kwargs, **inputs})
     logits = output.logits[:, -(width + 1) :]  # [R, 1 + W, V]: the prompt's last position, the text

@@ -12,7 +12,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name != "click":
             raise
-        print('Error: click not installed: pip install "ept-fast[train]"', file=sys.stderr)
+        print("Error: click not installed: pip install ept-fast", file=sys.stderr)
         raise SystemExit(2) from None
     run()
 

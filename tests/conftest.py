@@ -32,7 +32,12 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("suite")
 
 
-_LONGEST = ("test_triton_random.py", "test_triton.py", "test_text_training.py")
+_LONGEST = (
+    "test_readme.py",
+    "test_text_training.py",
+    "test_triton.py",
+    "test_triton_random.py",
+)
 
 
 def _poison_memory(on: bool) -> None:

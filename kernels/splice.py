@@ -343,9 +343,9 @@ def _splice_forward_kernel(
                     else:
                         ptrs_c = source_ptr + row * stride_source_b + offs_c * stride_source_s
                     if HAS_TASKS:
-                        known_c = known_c & (
-                            tl.sum((known_task & (offs_b == row)).to(tl.int32)) > 0
-                        )
+                        knows = tl.sum((known_task & (offs_b == row)).to(tl.int32))
+                        # As a tile: Triton 3.9's interpreter makes no mask of a scalar comparison.
+                        known_c = known_c & (tl.full(known_c.shape, knows, tl.int32) > 0)
                     for tile_d in range(TILES):
                         offs_d = ((chunk_d * TILES + tile_d) * BLOCK_D + tl.arange(0, BLOCK_D)).to(
                             tl.int64

@@ -135,7 +135,7 @@ def take_cache(kwargs: dict[str, Any]) -> tuple[str, Any]:
     """Remove the keys and values from a call's arguments, where every version's name will do.
 
     Returns:
-        Their name in this call, for messages, and the keys and values; None where none are given.
+        The name that the call gives them, for messages, and the keys and values, or None.
 
     Raises:
         ValueError: two of them, or a cache under another name, where it would not be seen.

@@ -1014,13 +1014,16 @@ def _keep_adapters(module: Any, state: dict[str, Any], prefix: str, _: Any) -> N
 
 
 def _expect_adapters(module: Any, keys: Any) -> None:
-    """Loading one, nobody misses frozen weights; what was folded before is out of date."""
+    """Report neither frozen weights as missing nor the description as unexpected; unfold.
+
+    The description is for those who have no model yet.
+    """
     frozen = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     frozen |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     frozen = {name for name in frozen if not name.startswith(("prompts.", "heads."))}
     keys.missing_keys[:] = [k for k in keys.missing_keys if not _ends_in(k, frozen)]
     others = [k for k in keys.unexpected_keys if not _ends_in(k, {DESCRIPTION})]
-    keys.unexpected_keys[:] = others  # it is there for those who have no model yet
+    keys.unexpected_keys[:] = others
     module.unfold()
 
 

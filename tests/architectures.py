@@ -422,10 +422,9 @@ class _Doubles(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        dtype = args[0].dtype if args and isinstance(args[0], Tensor) else None
-        if func is Tensor.float and dtype in (torch.float64, torch.int64):  # also of positions
-            return args[0].double()
-        if dtype == torch.float64:
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
             args = tuple(_double(a) for a in args)
             kwargs = {name: _double(a) for name, a in kwargs.items()}
         return func(*args, **kwargs)

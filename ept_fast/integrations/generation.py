@@ -96,9 +96,7 @@ def generate_causal(
             f"got another one set on the model itself"
         )
     _refuse(backbone, kwargs)
-    given_as, given = take_cache(kwargs)
-    if given is not None:
-        kwargs[_CACHE] = given
+    given_as, given = _given_cache(kwargs)
     if prefix is not None:
         prefix.check(model, task_ids)
         if given is not None:
@@ -174,9 +172,7 @@ def generate_seq2seq(
     """
     backbone = _generating(model)
     _refuse(backbone, kwargs, ())
-    _, given = take_cache(kwargs)
-    if given is not None:
-        kwargs[_CACHE] = given
+    _given_cache(kwargs)
     spliced, mask = _spliced(model, input_ids, attention_mask, task_ids, kwargs)
     m = spliced.shape[1] - input_ids.shape[1]
     limit = table_limit(backbone, m)
@@ -225,6 +221,14 @@ def _generating(model: Any) -> Any:
         )
     model.check_keeps_cache()
     return backbone
+
+
+def _given_cache(kwargs: dict[str, Any]) -> tuple[str, Any]:
+    """As :func:`take_cache`, with the keys and values put back under the name in ``generate``."""
+    given_as, given = take_cache(kwargs)
+    if given is not None:
+        kwargs[_CACHE] = given
+    return given_as, given
 
 
 def _setting(backbone: Any, kwargs: dict[str, Any], name: str) -> Any:

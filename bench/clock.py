@@ -8,6 +8,7 @@ launch waits for Python. Results and states are let go between the two, outside 
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import math
@@ -88,9 +89,12 @@ class Clock:
     def __init__(self, device: torch.device, seconds: float, fewest: int, most: int) -> None:
         self.device, self.seconds, self.fewest, self.most = device, seconds, fewest, most
         self.on_gpu = device.type == "cuda"
-        if self.on_gpu:
-            cache = torch.cuda.get_device_properties(device).L2_cache_size
-            self._buffer = torch.ones(_CACHE_READS * cache // 4, device=device)
+
+    @functools.cached_property
+    def _buffer(self) -> torch.Tensor:
+        """Read between two rounds, so that nothing else is left in the second-level cache."""
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+        return torch.ones(_CACHE_READS * cache // 4, device=self.device)
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -150,8 +154,8 @@ class Clock:
         return Timing(p20, p50, p80, None, p50, self.peak_mb(peer), None, rounds, *ratio)
 
     def _on_gpu(self, ours: Work, peer: Work, benchmark: Any) -> Timing:
-        peak, launches = self.peak_mb(peer), self._launches(peer)
-        host = {id(work): self._host_seconds(work) for work in (ours, peer)}
+        peak, launches = self.peak_mb(peer), len(self.launches(peer))
+        host = {id(work): self.host_seconds(work) for work in (ours, peer)}
         begin = time.perf_counter()
         for work in (ours, peer):
             self._device_ms(work, 0, host[id(work)])
@@ -182,7 +186,7 @@ class Clock:
         own_host = 1e3 * host[id(peer)]
         return Timing(p20, p50, p80, own_host, elapsed, peak, launches, rounds, *ratio)
 
-    def _host_seconds(self, work: Work) -> float:
+    def host_seconds(self, work: Work) -> float:
         """Median until the call returns, with an idle device."""
         seconds = []
         for i in range(7):
@@ -213,7 +217,7 @@ class Clock:
         for i in range(3):
             work.call(work.prepare(i))
         if self.on_gpu:
-            host = self._host_seconds(work)
+            host = self.host_seconds(work)
             return [self._device_ms(work, i, host) for i in range(rounds)]
         times = []
         for i in range(rounds):
@@ -247,7 +251,8 @@ class Clock:
                 peak = max(peak, held)
         return peak / 1e6
 
-    def _launches(self, work: Work) -> int:
+    def launches(self, work: Work) -> list[tuple[str, float]]:
+        """What one call runs on the device, in order: kernels, copies, fills, with microseconds."""
         state = work.prepare(0)
         self.synchronize()
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -261,7 +266,9 @@ class Clock:
             trace = Path(folder) / "trace.json"
             profile.export_chrome_trace(str(trace))
             events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-        return sum(event.get("cat") in _ON_THE_DEVICE for event in events)
+        found = [event for event in events if event.get("cat") in _ON_THE_DEVICE]
+        found.sort(key=lambda event: event["ts"])
+        return [(event["name"], float(event["dur"])) for event in found]
 
 
 def floor_works(device: torch.device, size: int) -> dict[str, tuple[Work, int]]:

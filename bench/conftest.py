@@ -22,7 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ept-fast benchmarks")
     group.addoption("--quick", action="store_true", help="tiny sizes: a smoke test")
     group.addoption("--out", type=Path, help="folder for CSV and plots (bench/results/<device>)")
-    group.addoption("--device", help="cuda or cpu (cuda where there is one)")
+    group.addoption(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="where to measure (cuda where there is one); with --collect-only, cuda lists on any "
+        "machine what a GPU would measure",
+    )
     group.addoption("--row-seconds", type=float, help="about how long one row is measured")
     group.addoption("--seconds", type=float, help="start no row after that many seconds")
     group.addoption("--no-compiled", action="store_true", help="leave torch.compile out")
@@ -36,14 +41,15 @@ def _device(config: pytest.Config) -> torch.device:
 
 def pytest_configure(config: pytest.Config) -> None:
     device = _device(config)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    listing = config.getoption("collectonly")
+    if device.type == "cuda" and not torch.cuda.is_available() and not listing:
         raise pytest.UsageError("--device: expected cpu on a machine without a CUDA device")
     torch.set_float32_matmul_precision("highest")
     quick = config.getoption("--quick")
     folder = config.getoption("--out")
     if folder is None:
         # The smoke test's figures mean nothing, so they do not take the place of measured ones.
-        name = "quick" if quick else slug(origin_of(device)["device"])
+        name = "quick" if quick or listing else slug(origin_of(device)["device"])
         folder = record.RESULTS / name
     seconds = config.getoption("--row-seconds") or (0.5 if device.type == "cuda" else 2.5)
     settings = Settings(
@@ -84,12 +90,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=worth)
 
 
+_GOALS = ("t5-base", "llama-8b")
+_LARGE = ("long", "tasks-64")
+
+
 def _tier(case: Any) -> int:
-    """On a GPU, where time is short: the named goals' rows, then those of large sizes, the rest."""
-    shape = case.shape.name.partition(" ")[0]
-    if shape in ("t5-base", "llama-8b") and "float32" not in case.id:
+    """On a GPU, where time is short: the named goals' rows, then those of large sizes, the rest.
+
+    What takes a minute to compile comes after what is there at once.
+    """
+    if "float32" in case.id:
+        return 3
+    shape = getattr(case, "shape", None)
+    if shape is None:
+        return 2
+    name = shape.name.partition(",")[0]
+    if name in _GOALS:
         return int("max-autotune" in case.id)
-    return 1 if shape in ("long", "tasks-64") and "float32" not in case.id else 2
+    return 1 if name in _LARGE else 2
 
 
 @pytest.hookimpl(trylast=True)

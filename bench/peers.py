@@ -46,16 +46,28 @@ class Peer:
     same_work: bool = True
 
 
+# What the package has for a GPU, where one is listed and not run.
+_FOR_A_GPU = ("triton", "cuda", "eager")
+
+
+def _only_listed(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.cuda.is_available()
+
+
 def ours(device: torch.device) -> str:
     """The backend that a user gets on this device."""
+    if _only_listed(device):
+        return _FOR_A_GPU[0]
     return backends.select(None, {"prompt": torch.empty(1, 1, 1, device=device)})
 
 
 def others_of_ours(device: torch.device) -> list[str]:
     """The package's further backends that work on this device."""
+    if _only_listed(device):
+        return list(_FOR_A_GPU[1:])
     first = ours(device)
     working = [name for name, works, _ in backends.describe() if works]
-    fit = ("cuda", "triton", "eager") if device.type == "cuda" or first != "eager" else ()
+    fit = _FOR_A_GPU if device.type == "cuda" or first != "eager" else ()
     return [name for name in working if name in fit and name != first]
 
 

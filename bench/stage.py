@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Iterable
@@ -69,10 +70,14 @@ class Stage:
         self.clock = Clock(device, settings.seconds, fewest, most)
         self.book = Book(settings.folder)
         self.deadline = time.perf_counter() + (settings.total or float("inf"))
-        self.origin = origin_of(device)
         self._floor: tuple[float, float] | None = None
         self._held: dict[Any, Any] = {}
         self._held_for: Any = None
+
+    @functools.cached_property
+    def origin(self) -> dict[str, str]:
+        """The columns of a row that say where, when and with what it was measured."""
+        return origin_of(self.device)
 
     # What is kept between the rows of a shape
 
@@ -210,9 +215,11 @@ class Stage:
             embeddings="" if case.operation == "reconstruct" else case.table,
             peer=peer.name,
             ours=ours.name,
-            work=_work(case.direction, peer, sets),
-            our_work=_work(case.direction, ours, sets),
-            floor_bytes=_floor_bytes(case, sets[0]) if peer.same_work else None,
+            work=work_of(case.direction, peer, sets),
+            our_work=work_of(case.direction, ours, sets),
+            floor_bytes=floor_bytes(case.operation, case.direction, case.shape, sets[0])
+            if peer.same_work
+            else None,
             error=error,
         )
 
@@ -240,7 +247,8 @@ def _columns(timing: Timing) -> dict[str, Any]:
     return values
 
 
-def _work(direction: str, peer: peers.Peer, sets: list[Inputs]) -> Work:
+def work_of(direction: str, peer: peers.Peer, sets: list[Inputs]) -> Work:
+    """A peer's forward, backward or both, on sets of inputs that take turns."""
     grads: dict[Any, Tensor] = {}
 
     def chosen(i: int) -> Inputs:
@@ -260,9 +268,9 @@ def _work(direction: str, peer: peers.Peer, sets: list[Inputs]) -> Work:
     return Work(chosen, lambda inputs: gradients((peer.forward(inputs), inputs)))
 
 
-def _floor_bytes(case: Case, inputs: Inputs) -> int:
+def floor_bytes(operation: str, direction: str, shape: Shape, inputs: Inputs) -> int:
     """What has to be read and written once; parameters of tasks that no row has are not read."""
-    shape, width = case.shape, case.shape.hidden_size
+    width = shape.hidden_size
     parameters = _bytes(inputs.parameters.values())
     out = shape.batch * (shape.num_virtual_tokens + shape.length) * width * inputs.weight.itemsize
     used = 1.0 if inputs.task_ids is None else inputs.task_ids.unique().numel() / shape.tasks
@@ -277,9 +285,9 @@ def _floor_bytes(case: Case, inputs: Inputs) -> int:
         ("splice", "forward"): out + rows + integers + int(used * small),
         ("splice", "backward"): out + int(used * small) + small,
     }
-    if case.operation == "prompt path":
+    if operation == "prompt path":
         return sum(parts.values())
-    return parts[case.operation, case.direction]
+    return parts[operation, direction]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -217,10 +217,9 @@ def test_what_has_to_be_moved() -> None:
     out = s.batch * (s.num_virtual_tokens + s.length) * s.hidden_size * 2
     task = 4 * (s.num_virtual_tokens * s.hidden_size + s.rank * (s.max_length + s.hidden_size))
     ids = 27 * 8 + 3 * 8
-    forward = Case("splice", "splice", "forward", shape, "bfloat16", "eager")
-    backward = replace(forward, direction="backward")
-    assert stage._floor_bytes(forward, inputs) == out + 7 * s.hidden_size * 2 + ids + 2 * task
-    assert stage._floor_bytes(backward, inputs) == out + 2 * task + 5 * task
+    rows = 7 * s.hidden_size * 2
+    assert stage.floor_bytes("splice", "forward", s, inputs) == out + rows + ids + 2 * task
+    assert stage.floor_bytes("splice", "backward", s, inputs) == out + 2 * task + 5 * task
 
 
 class Gpu:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.record import read
+from bench.record import SUITES, read
 
 BARE = """
 import sys
@@ -113,6 +113,25 @@ def test_the_gpu_tests_need_only_torch_triton_numpy_and_pytest(root: Path) -> No
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.findall(r"(\d+) tests collected", done.stdout)[0]) > 200
+
+
+def test_the_benchmarks_of_a_gpu_are_listed(root: Path) -> None:
+    """All suites and all rows, on a machine without one; the goals' rows first."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench/", "--device", "cuda", "--collect-only", "-q"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ids = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(ids) == len(set(ids)) > 500
+    suites = {Path(line.partition("::")[0]).stem.removeprefix("test_") for line in ids}
+    assert suites == set(SUITES) - {"floor"}
+    assert "t5-base" in ids[0]
+    for backend in ("triton", "cuda", "eager"):
+        assert any(line.endswith(f"-{backend}]") for line in ids)
 
 
 @pytest.mark.slow

@@ -678,18 +678,21 @@ def launches(chosen: Iterable[Case], targets: Iterable[str], everything: bool = 
 
 
 def compile_all(
-    todo: list[Launch], jobs: int, tick: Callable[[int, int], None] = lambda done, of: None
+    todo: list[Launch],
+    jobs: int,
+    tick: Callable[[int, int], None] = lambda done, of: None,
+    chunk: int = _CHUNK,
 ) -> dict[Launch, Code]:
-    """Compile and read each launch, ``jobs`` at a time."""
+    """Compile and read each launch, ``jobs`` at a time, ``chunk`` in a row by one of them."""
     codes: dict[Launch, Code] = {}
     chunks: list[list[Launch]] = []
     for target in TARGETS:
         mine = [one for one in todo if one.target == target]
-        chunks += [mine[i : i + _CHUNK] for i in range(0, len(mine), _CHUNK)]
+        chunks += [mine[i : i + chunk] for i in range(0, len(mine), chunk)]
     # Spawned: torch's threads do not live through a fork.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for chunk, read in zip(chunks, pool.map(compiled, chunks), strict=True):
-            codes |= zip(chunk, read, strict=True)
+        for some, read in zip(chunks, pool.map(compiled, chunks), strict=True):
+            codes |= zip(some, read, strict=True)
             tick(len(codes), len(todo))
     return codes
 

@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most nine minutes: tests/gpu, compute-sanitizer on a small run,
-# the benchmarks. For a bare machine with torch, triton, numpy and pytest and no network; nothing is
-# installed, the package is imported from this checkout. Stages come in the order of their worth,
-# each has its own time limit, and one that fails loses none of those after it.
+# What a GPU has to show beyond bench/first_contact.py, in at most 500 seconds: the goals' benchmarks,
+# tests/gpu, compute-sanitizer on a small run, further benchmarks. For a bare machine with torch,
+# triton, numpy and pytest and no network; nothing is installed, the package is imported from this
+# checkout. Stages come in the order of their worth, each has its own time limit, and one that fails
+# loses none of those after it.
 #
 #   bench/on_gpu.sh              run; results in $OUT, or else bench/results/<device name>
 #   bench/on_gpu.sh --bench      the benchmarks alone, with all of the time for them
 #   bench/on_gpu.sh --dry-run    say which stages would run, and with what
 #   bench/on_gpu.sh --rehearse   run small parts on a CPU, in Triton's interpreter
+#
+# $OUT gets log.txt and results.tgz, which is renewed after each stage: CSV, plots, and the kernels
+# that Triton has compiled. What an earlier call left is used where the folder .gpu holds it:
+# first_contact.jsonl (what failed there is tried first), triton-cache.tgz, and launches.jsonl of
+# `python -m tests.gpu.launches list`.
 #
 # PYTHON names the interpreter (python3), COMMIT the commit where there is no git.
 # Exit status: 0, or the worst of the stages' (124: a stage ran out of time), or 2: no GPU.
@@ -16,11 +22,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 python=${PYTHON:-python3}
 mode=${1:-run}
-total=530   # seconds for all stages
-reserve=150 # of them for the benchmarks, which come last
+total=500 # seconds for all stages
 began=$SECONDS
 worst=0
 summary=()
+carried=.gpu
+# The rows that the goals are about.
+goals='(t5-base or llama-8b) and not max-autotune'
+goals_files=(bench/test_prompt_path.py bench/test_splice.py bench/test_reconstruct.py)
 
 case $mode in run | --bench | --dry-run | --rehearse) ;; *)
   sed -n '2,/^set/p' bench/on_gpu.sh | grep '^#' >&2
@@ -48,7 +57,7 @@ stage() { # NAME LIMIT COMMAND...: run it within its limit and what is left of t
     printf '%-14s %4d s  %s\n' "$name" "$limit" "$*"
     return 0
   fi
-  left=$((total - reserve - (SECONDS - began)))
+  left=$((total - (SECONDS - began)))
   if ((left < limit)); then limit=$left; fi
   if ((limit < 10)); then
     note "$name" "not run: no time left"
@@ -69,29 +78,37 @@ stage() { # NAME LIMIT COMMAND...: run it within its limit and what is left of t
   *) note "$name" "FAILED with status $status in $((SECONDS - start)) s" ;;
   esac
   if ((status > worst)); then worst=$status; fi
+  keep
   return "$status"
+}
+
+keep() { # renew the archive of what there is
+  "$python" -m bench.triton_cache pack "$results/triton-cache.tgz"
+  tar -czf "$scratch/results.tgz" -C "$results" . && mv "$scratch/results.tgz" "$out/results.tgz"
 }
 
 gpu_tests() { # NAME LIMIT PROCESSES PYTEST-ARGUMENTS...
   local name=$1 limit=$2 processes=$3
   shift 3
   local several=()
-  # Compiling the kernels takes longer than running them.
-  if ((processes > 1)) && has xdist; then several=(-p xdist -n "$processes"); fi
+  # A worker whose context is dead, or whose test hangs, ends, and another takes its place.
+  if has xdist; then several=(-p xdist -n "$processes" --max-worker-restart 20); fi
+  if has pytest_timeout; then several+=(-p pytest_timeout --timeout 60 --timeout-method thread); fi
   stage "$name" "$limit" "$python" -m pytest -c tests/gpu/pytest.ini --rootdir tests/gpu \
     --confcutdir tests/gpu "${several[@]}" -v --durations=5 --tb=short "$@"
 }
 
-benchmark() { # LIMIT SECONDS PYTEST-ARGUMENTS...: start no row after SECONDS
-  local limit=$1 seconds=$2
+benchmark() { # NAME LIMIT PYTEST-ARGUMENTS...: no row is started in the last seconds
+  local name=$1 limit=$2 left=$((total - (SECONDS - began)))
   shift 2
+  if ((left < limit)); then limit=$left; fi
   if ! has pytest_benchmark; then
-    note benchmark "NOT RUN: pytest-benchmark is missing"
+    note "$name" "NOT RUN: pytest-benchmark is missing"
     if ((worst < 1)); then worst=1; fi
     return 0
   fi
-  stage benchmark "$limit" "$python" -m pytest -p pytest_benchmark.plugin bench/ -v --tb=short \
-    --out "$out" --seconds "$seconds" "$@"
+  stage "$name" "$limit" "$python" -m pytest -p pytest_benchmark.plugin -v --tb=short \
+    --out "$results" --seconds "$((limit > 50 ? limit - 30 : limit / 2))" "$@"
 }
 
 sanitizer() { # TOOL LIMIT
@@ -116,6 +133,15 @@ sanitizer() { # TOOL LIMIT
     unset 'summary[-1]'
     note "$name" "skipped: compute-sanitizer does not work on this machine"
   fi
+}
+
+compile_kernels() { # each of the tests' launches once, before workers that start together need it
+  local launches=$carried/launches.jsonl
+  if [[ ! -f $launches ]]; then
+    launches=$scratch/launches.jsonl
+    "$python" -m tests.gpu.launches list "$launches" >"$scratch/listed.txt" || tail "$scratch/listed.txt"
+  fi
+  nice timeout 120 "$python" -m tests.gpu.launches compile "$launches" --jobs 10
 }
 
 main() {
@@ -157,32 +183,49 @@ EOF
   has peft || echo "peft is missing: its rows are left out"
   has matplotlib || echo "matplotlib is missing: there are no plots, the CSV is whole"
   has xdist || echo "pytest-xdist is missing: the tests run one after the other"
-  [[ -d ../shared/golden ]] || echo "../shared/golden is missing: the golden vectors are skipped"
+  has pytest_timeout || echo "pytest-timeout is missing: a test that hangs ends its stage"
+  [[ -d ../shared/golden || -d shared/golden ]] ||
+    echo "neither ../shared/golden nor shared/golden is there: the golden vectors are skipped"
 
   if [[ $mode == --rehearse ]]; then
     export EPT_FAST_TEST_DEVICE=cpu TRITON_INTERPRET=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    EPT_FAST_BACKEND=triton benchmark goals 100 bench/test_splice.py --device cpu --quick --no-compiled
     gpu_tests parity 200 1 tests/gpu/test_parity.py -k 'odd and float32 and not parts'
-    gpu_tests modes 60 1 tests/gpu/test_modes.py -k 'checked or autocast'
+    gpu_tests behaviour 60 1 tests/gpu/test_modes.py -k 'checked or autocast'
     stage small-run 60 "$python" -m tests.gpu.small_run
-    EPT_FAST_BACKEND=triton benchmark 100 15 --device cpu --quick --no-compiled -k 'splice'
   elif [[ $mode == --bench ]]; then
-    reserve=0
-    benchmark 500 450
+    benchmark benchmarks 500 bench/
   else
+    if [[ -f $carried/triton-cache.tgz ]]; then
+      stage unpack 20 "$python" -m bench.triton_cache unpack "$carried/triton-cache.tgz"
+    fi
     # Where this fails, the tests of the CUDA backend are skipped and say why.
     export EPT_FAST_CACHE=${EPT_FAST_CACHE:-$scratch/cache}
     stage extension 120 "$python" -c 'from ept_fast.extension import library; library.load(); print(library.state().text)'
-    gpu_tests parity 150 10 tests/gpu/test_parity.py
-    gpu_tests behaviour 90 6 tests/gpu/test_determinism.py tests/gpu/test_modes.py
-    gpu_tests cost 60 1 tests/gpu/test_cost.py
-    gpu_tests large 50 1 tests/gpu/test_large.py
-    gpu_tests compile 80 4 tests/gpu/test_compile.py
+    if [[ -f $carried/first_contact.jsonl ]]; then
+      stage again 60 "$python" -m bench.first_contact --out "$results" --seconds 55 \
+        --again "$carried/first_contact.jsonl"
+    fi
+    # The tests' kernels are compiled meanwhile, by some of the cores.
+    local compiling=''
+    if [[ $mode == run ]]; then
+      compile_kernels >"$results/compile.txt" 2>&1 &
+      compiling=$!
+    fi
+    benchmark goals 130 "${goals_files[@]}" -k "$goals"
+    if [[ -n $compiling ]]; then
+      wait "$compiling"
+      note kernels "$(tail -n 1 "$results/compile.txt")"
+    fi
+    gpu_tests parity 120 10 tests/gpu/test_parity.py
+    gpu_tests behaviour 60 6 tests/gpu/test_determinism.py tests/gpu/test_modes.py
+    gpu_tests cost 40 1 tests/gpu/test_cost.py
     sanitizer memcheck 45
     sanitizer racecheck 30
     sanitizer initcheck 30
-    reserve=0
-    local left=$((total - (SECONDS - began)))
-    benchmark "$left" "$((left - 45))"
+    gpu_tests compile 60 4 tests/gpu/test_compile.py
+    gpu_tests large 40 1 tests/gpu/test_large.py
+    benchmark others 500 bench/ -k "not ((test_prompt_path or test_splice or test_reconstruct) and $goals)"
   fi
 
   [[ $mode == --dry-run ]] && return 0
@@ -195,12 +238,11 @@ EOF
 scratch=$(mktemp -d) || exit 2
 trap 'rm -rf "$scratch"' EXIT
 if [[ $mode == --dry-run ]]; then
-  out=${OUT:-'bench/results/<device name>'}
+  out=${OUT:-'bench/results/<device name>'} results=$out
   main
   exit
 fi
 if [[ $mode == --rehearse ]]; then
-  device=rehearsal
   out=${OUT:-$scratch/out}
 else
   device=$("$python" -c 'import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else "")' |
@@ -211,6 +253,9 @@ else
   fi
   out=${OUT:-bench/results/$device}
 fi
-mkdir -p "$out" || exit 2
+# $OUT may have room for a few files only: all others are in the archive.
+results=$out
+if [[ -n ${OUT:-} ]]; then results=$scratch/results; fi
+mkdir -p "$out" "$results" || exit 2
 main 2>&1 | tee "$out/log.txt"
 exit "${PIPESTATUS[0]}"

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.utils.deterministic
 
-from tests.gpu.support import DEVICE, ON_GPU
+from tests.gpu.support import DEVICE, LISTING, ON_GPU
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,14 +24,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         # Versions of PyTorch and Triton differ in what they warn of on a GPU.
         item.add_marker(pytest.mark.filterwarnings("default"))
-        if ON_GPU and not torch.cuda.is_available():
+        if ON_GPU and not LISTING and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+# After an illegal access every call of this process fails: its tests go to another one.
+_dead: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            _dead.append(str(error))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """What failed is reported; pytest-xdist starts another worker in this one's place."""
+    if _dead and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)
 def _memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """torch.empty filled with NaN (integers: their largest value), unless the test is marked."""
-    poison = request.node.get_closest_marker("default_algorithms") is None
+    poison = request.node.get_closest_marker("default_algorithms") is None and not LISTING
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(poison, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = poison

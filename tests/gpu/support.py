@@ -12,8 +12,11 @@ from torch import Tensor
 
 from tests.cases import Case, Sizes, make_case, run
 
-DEVICE = torch.device(os.environ.get("EPT_FAST_TEST_DEVICE", "cuda"))
-ON_GPU = DEVICE.type == "cuda"
+_WHERE = os.environ.get("EPT_FAST_TEST_DEVICE", "cuda")
+# Only what would be launched on a GPU is wanted: tests.gpu.launches.
+LISTING = _WHERE == "listing"
+DEVICE = torch.device("cpu" if LISTING else _WHERE)
+ON_GPU = DEVICE.type == "cuda" or LISTING
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: this is a rehearsal on a CPU")
 
 # The sizes that results are named after; the vocabulary is cut to what a test needs.
@@ -103,6 +106,9 @@ def check_parity(case: Case, backend: str, cotangent: Tensor | None = None) -> N
     """Both operations in a row: output and gradients against the definition in float64."""
     if cotangent is None:
         cotangent = make_cotangent(case)
+    if LISTING:
+        run(case, backend, cotangent)
+        return
     exact = run(case.to(torch.float64), "reference", cotangent)
     assert_no_worse(run(case, backend, cotangent), run(case, "reference", cotangent), exact)
 
@@ -128,6 +134,9 @@ def check_function(
         given = {name: g for name, g in zip(names, grads, strict=True) if g is not None}
         return {"output": out.detach(), **given}
 
+    if LISTING:
+        results(backend)
+        return
     assert_no_worse(results(backend), results("reference"), results("reference", torch.float64))
 
 

@@ -1,0 +1,607 @@
+"""What a GPU makes of the kernels, in under three minutes: ``python -m bench.first_contact``.
+
+Each step works in processes of its own, which append one line of JSON for each fact to
+``first_contact.jsonl`` as soon as it is known. Where a process crashes or hangs, what it was at is
+noted, and another goes on behind it: nothing else is lost. The steps:
+
+    environment   versions, the GPU, the CUDA library (loaded, or built)
+    compile       every kernel that the next steps launch, in parallel; registers and spills
+    warm          the definition under torch.compile, in parallel, for its cache on the disk
+    parity        both operations by each backend against float64, in a process for each pair
+    time          the copy, the empty launch; then time, host time and launches of each kernel
+                  beside the definition, plain and compiled
+
+A table comes last. ``--again FILE`` repeats only the parity checks that failed in an earlier file.
+``--rehearse`` runs tiny sizes on a CPU, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.shapes import MANY_TASKS, NAMED, QUICK, Shape
+
+FILE = "first_contact.jsonl"
+KERNELS = ("triton", "cuda")
+DEFINITION, COMPILED = "reference", "reference-compiled"
+# In the order of their worth.
+_SHAPES = ("t5-base", "llama-8b", "tasks-64")
+_MASKS = ("none", "right", "holes")
+_TABLE = "bfloat16"
+# A process that gives no sign for so long hangs: seconds a case.
+_CASE_SECONDS = 60
+_CRASHES = 3  # of a part, before the rest of it is given up
+_ROUNDS = 15
+
+
+# Cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check or measurement: an operation of :mod:`bench.peers` by a peer.
+
+    ``mask``: none, right (padding of up to half a row) or holes (a quarter of the tokens).
+    """
+
+    operation: str
+    peer: str
+    shape: str
+    mask: str
+
+
+def shapes(rehearse: bool) -> dict[str, Shape]:
+    """The sizes by name, without padding."""
+    found = QUICK if rehearse else [s for s in (*NAMED, *MANY_TASKS) if s.name in _SHAPES]
+    return {shape.name: replace(shape, shortest=0) for shape in found}
+
+
+def parity_cases(rehearse: bool) -> list[Case]:
+    """Every backend, operation, shape and mask; reconstruction has no mask."""
+    backends = KERNELS[:1] if rehearse else KERNELS
+    return [
+        Case(operation, backend, shape, mask)
+        for backend in backends
+        for operation in ("splice", "reconstruct")
+        for shape in shapes(rehearse)
+        for mask in (_MASKS if operation == "splice" else _MASKS[:1])
+    ]
+
+
+def time_cases(rehearse: bool) -> list[Case]:
+    """The whole path too, by all peers, those that are compared one after the other."""
+    if rehearse:
+        return [
+            Case(operation, peer, next(iter(shapes(rehearse))), mask)
+            for operation, mask in (("splice", "right"), ("reconstruct", "none"))
+            for peer in (KERNELS[0], DEFINITION)
+        ]
+    works = (
+        ("splice", "right"),
+        ("reconstruct", "none"),
+        ("prompt path", "right"),
+        ("splice", "none"),
+        ("splice", "holes"),
+    )
+    return [
+        Case(operation, peer, shape, mask)
+        for operation, mask in works
+        for shape in shapes(rehearse)
+        for peer in (*KERNELS, DEFINITION, COMPILED)
+    ]
+
+
+def directions(operation: str) -> tuple[str, ...]:
+    """What is timed of an operation."""
+    return ("both",) if operation == "prompt path" else ("forward", "backward")
+
+
+# Facts
+
+
+class Facts:
+    """A file of JSON lines. Each is one write at the file's end, so several processes may add."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, step: str, **fact: Any) -> None:
+        """Add a line."""
+        line = json.dumps({"step": step, **fact}) + "\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines that are whole."""
+        found = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    found.append(json.loads(line))
+                except ValueError:
+                    continue  # cut off
+        return found
+
+
+# The work of a step, in a process of its own
+
+
+def _environment(facts: Facts, work: Work) -> None:
+    import torch
+
+    from bench.environment import origin_of
+    from ept_fast import backends
+
+    device = torch.device(work.device)
+    facts.add("environment", **origin_of(device))
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        facts.add(
+            "environment",
+            multiprocessors=p.multi_processor_count,
+            memory_mb=p.total_memory >> 20,
+            cache_mb=p.L2_cache_size >> 20,
+            capability=[p.major, p.minor],
+        )
+        from ept_fast.extension import library
+
+        begin = time.perf_counter()
+        try:
+            library.load()
+        except library.ExtensionError as error:
+            facts.add("environment", library=str(error)[:2000], loads=False)
+        else:
+            text, seconds = library.state().text, time.perf_counter() - begin
+            facts.add("environment", library=text, loads=True, seconds=round(seconds, 1))
+    for name, works, why in backends.describe():
+        facts.add("environment", backend=name, works=works, why=why)
+
+
+def _compile(facts: Facts, work: Work) -> None:
+    import torch
+
+    from bench import compiled
+
+    uses: list[compiled.Use] = []
+    target = "sm_90"
+    if work.device == "cuda":
+        target = f"sm_{10 * torch.cuda.get_device_capability()[0]}"
+    if missing := compiled.cuda_tools():
+        facts.add("compile", problem=missing)
+        return
+    for s in shapes(work.rehearse).values():
+        sizes = compiled.Shape(
+            *(s.name, s.num_virtual_tokens, s.max_length, s.rank, s.num_spaces, s.space_dim),
+            *(s.hidden_size, s.batch, s.length, s.tasks or None),
+        )
+        types = ("bf16", "fp32")
+        chosen = [compiled.Reconstruct(sizes, ("fp32",) * 3)]
+        chosen += [compiled.Splice(sizes, types, mask=mask) for mask in (None, torch.int64)]
+        uses += compiled.launches(chosen, [target])
+    todo = list(dict.fromkeys(use.launch for use in uses))
+    jobs = max(1, (os.cpu_count() or 1) - 4)
+    begin = time.perf_counter()
+    codes = compiled.compile_all(todo, jobs, chunk=1)
+    for launch, code in codes.items():
+        names = [f"{use.shape} {use.types}" for use in uses if use.launch == launch]
+        fields = ("registers", "spills", "scratch", "shared", "num_warps", "error")
+        figures = {name: getattr(code, name) for name in fields}
+        facts.add("compile", kernel=launch.kernel, of=sorted(set(names)), **figures)
+    facts.add("compile", compiled=len(codes), seconds=round(time.perf_counter() - begin, 1))
+
+
+def _warm(facts: Facts, work: Work) -> None:
+    for case in work.each(facts):
+        begin = time.perf_counter()
+        _ready(work, case)
+        facts.add("warm", **asdict(case), seconds=round(time.perf_counter() - begin, 1))
+
+
+def _parity(facts: Facts, work: Work) -> None:
+    import torch
+    import torch.utils.deterministic
+
+    # Memory that nothing has written holds NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    from bench import gate
+
+    for case in work.each(facts):
+        peer, sets = _ready(work, case, sets=1)
+        expected = gate.expected_of(peer, sets[0])
+        found, second = (gate.results(peer.forward, peer.leaves, sets[0]) for _ in range(2))
+        error, where = gate.compare(found, expected)
+        same = all(torch.equal(t, second[name]) for name, t in found.items())
+        ok = error <= 1 and same
+        facts.add("parity", **asdict(case), ok=ok, error=error, where=where, same_bits=same)
+
+
+def _time(facts: Facts, work: Work) -> None:
+    import torch
+
+    from bench.clock import Clock, floor_works, quantiles
+    from bench.stage import floor_bytes, work_of
+
+    device = torch.device(work.device)
+    clock = Clock(device, 0, 3, 3)
+    size = 1 << 22 if work.rehearse else 1 << 30
+    rounds = 3 if work.rehearse else _ROUNDS
+    if work.start == 0:
+        for name, (nothing, moved) in floor_works(device, size).items():
+            p20, p50, p80 = quantiles(clock.alone_ms(nothing, rounds))
+            speed = moved / 1e9 / p50 if moved else None
+            facts.add("floor", of=name, p20_ms=p20, p50_ms=p50, p80_ms=p80, tb_per_s=speed)
+        torch.cuda.empty_cache()
+    for case in work.each(facts):
+        peer, sets = _ready(work, case, sets=3)
+        shape = shapes(work.rehearse)[case.shape]
+        for direction in directions(case.operation):
+            timed = work_of(direction, peer, sets)
+            p20, p50, p80 = quantiles(clock.alone_ms(timed, rounds))
+            launches = [(name[:60], us) for name, us in clock.launches(timed)]
+            facts.add(
+                "time",
+                **asdict(case),
+                direction=direction,
+                p20_ms=p20,
+                p50_ms=p50,
+                p80_ms=p80,
+                host_us=1e6 * clock.host_seconds(timed),
+                floor_mb=floor_bytes(case.operation, direction, shape, sets[0]) / 1e6,
+                launches=launches,
+            )
+
+
+_held: dict[tuple[str, str], Any] = {}
+
+
+def _ready(work: Work, case: Case, sets: int = 1) -> tuple[Any, list[Any]]:
+    """The peer, run once in each direction, and its inputs; those of one shape are held."""
+    import torch
+
+    from bench import gate, peers
+    from bench.inputs import DTYPES, make_inputs
+
+    torch.set_float32_matmul_precision("highest")
+    device = torch.device(work.device)
+    shape = shapes(work.rehearse)[case.shape]
+    if (case.shape, case.mask) not in _held:
+        _held.clear()
+        torch.compiler.reset()
+        padded = replace(shape, shortest=shape.length // 2 if case.mask == "right" else 0)
+        made = make_inputs(padded, DTYPES[_TABLE], device, sets)
+        if case.mask == "holes":
+            g = torch.Generator(device).manual_seed(2)
+            size = (shape.batch, shape.length)
+            made = [
+                replace(
+                    i, attention_mask=(torch.rand(size, generator=g, device=device) < 0.75).long()
+                )
+                for i in made
+            ]
+        _held[case.shape, case.mask] = made
+    inputs = _held[case.shape, case.mask]
+    peer = peers.make(case.operation, case.peer, shape, inputs[0])
+    gate.results(peer.forward, peer.leaves, inputs[0])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return peer, inputs
+
+
+_STEPS: dict[str, Callable[[Facts, Work], None]] = {
+    "environment": _environment,
+    "compile": _compile,
+    "warm": _warm,
+    "parity": _parity,
+    "time": _time,
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process is told: its step and cases, from which on, until when (epoch), where to."""
+
+    step: str
+    path: str
+    cases: tuple[Case, ...]
+    device: str
+    rehearse: bool
+    start: int
+    until: float
+
+    def each(self, facts: Facts) -> Iterator[Case]:
+        """The cases that are left, each announced; what goes wrong with one is a fact."""
+        import torch
+
+        for i in range(self.start, len(self.cases)):
+            case = self.cases[i]
+            if time.time() > self.until:
+                facts.add(self.step, **asdict(case), left_out="no time left")
+                continue
+            facts.add("begin", of=self.step, case=i, process=os.getpid())
+            yield case
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
+
+def child(text: str) -> int:
+    """Do the work that ``text`` describes, in this process."""
+    told = json.loads(text)
+    work = Work(**{**told, "cases": tuple(Case(**case) for case in told["cases"])})
+    facts = Facts(Path(work.path))
+    at = work.start
+    while True:
+        try:
+            _STEPS[work.step](facts, replace(work, start=at))
+            return 0
+        except Exception as error:
+            begun = [
+                fact["case"]
+                for fact in facts.read()
+                if fact["step"] == "begin" and fact["process"] == os.getpid()
+            ]
+            case = asdict(work.cases[begun[-1]]) if begun else {}
+            lines = f"{type(error).__name__}: {error}".strip().splitlines()
+            facts.add(work.step, **case, failed=" ".join(lines)[:2000])
+            # After an illegal access every further call fails: another process has to go on.
+            if not begun or "CUDA error" in str(error) or "CUDA driver" in str(error):
+                return _LOST if begun else 1
+            at = begun[-1] + 1
+
+
+_LOST = 3  # exit status: the context is dead, what happened is on record
+
+
+# The processes
+
+
+@dataclass
+class Run:
+    """One first contact: where it writes and how long it may take."""
+
+    facts: Facts
+    rehearse: bool
+    deadline: float  # epoch
+
+    def part(self, step: str, cases: Iterable[Case] = (), **environment: str) -> bool:
+        """Do a step's cases in a process, and in another behind each crash; True: all are done.
+
+        Args:
+            environment: variables of the processes.
+        """
+        chosen = tuple(cases)
+        at, crashes = 0, 0
+        while True:
+            left = self.deadline - time.time()
+            if left < 1:
+                self.facts.add(step, problem="not run: no time left")
+                return False
+            work = Work(
+                step,
+                str(self.facts.path),
+                chosen,
+                "cpu" if self.rehearse else "cuda",
+                self.rehearse,
+                at,
+                self.deadline - 4,
+            )
+            status, process, words = self._process(work, environment, left)
+            if status == 0:
+                return True
+            begun = [
+                fact["case"]
+                for fact in self.facts.read()
+                if fact["step"] == "begin" and fact["process"] == process
+            ]
+            case = asdict(chosen[begun[-1]]) if begun else {}
+            if status != _LOST:
+                self.facts.add(step, **case, crashed=status, words=words[-1500:])
+            crashes += 1
+            if not begun or crashes == _CRASHES or begun[-1] + 1 == len(chosen):
+                if begun and begun[-1] + 1 < len(chosen):
+                    self.facts.add(step, problem=f"given up after {crashes} crashes")
+                return False
+            at = begun[-1] + 1
+
+    def _process(
+        self, work: Work, environment: dict[str, str], left: float
+    ) -> tuple[int, int, str]:
+        """Status (-9: it hung or the time was over), process number, last words of a process."""
+        command = [sys.executable, "-m", "bench.first_contact", "--child", json.dumps(asdict(work))]
+        own = {"TRITON_INTERPRET": "1"} if self.rehearse and work.step in ("parity", "time") else {}
+        with tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **own, **environment},
+            )
+            limit = time.monotonic() + left
+            seen, sign = -1, time.monotonic()
+            while process.poll() is None:
+                lines = sum(fact.get("process") == process.pid for fact in self.facts.read())
+                if lines != seen:
+                    seen, sign = lines, time.monotonic()
+                hangs = bool(work.cases) and time.monotonic() - sign > _CASE_SECONDS
+                if hangs or time.monotonic() > limit:
+                    process.kill()
+                    process.wait()
+                    break
+                time.sleep(0.1)
+            log.seek(0)
+            words = log.read()
+        return process.returncode, process.pid, words
+
+
+def run(facts: Facts, rehearse: bool, seconds: float) -> None:
+    """All steps; what needs the GPU to itself comes last."""
+    contact = Run(facts, rehearse, time.time() + seconds)
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:5.1f} s  {text}", flush=True)
+
+    def part(step: str, cases: Iterable[Case] = (), **environment: str) -> None:
+        chosen = list(cases)
+        done = contact.part(step, chosen, **environment)
+        of = f" {chosen[0].peer} {chosen[0].operation}" if chosen and step != "time" else ""
+        say(f"{step}{of}: {'done' if done else 'NOT COMPLETE'}")
+
+    checks = parity_cases(rehearse)
+    pairs = list(dict.fromkeys((case.peer, case.operation) for case in checks))
+
+    def check(peer: str, operation: str) -> None:
+        part("parity", [c for c in checks if (c.peer, c.operation) == (peer, operation)])
+
+    with ThreadPoolExecutor() as pool:
+        first = [pool.submit(part, "environment"), pool.submit(part, "compile")]
+        warm: list[Future[None]] = []
+        if not rehearse:
+            few = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            compiled = [c for c in time_cases(rehearse) if c.peer == COMPILED and c.mask != "holes"]
+            for shape in shapes(rehearse):
+                for operation in ("splice", "reconstruct", "prompt path"):
+                    mine = [c for c in compiled if (c.shape, c.operation) == (shape, operation)]
+                    warm.append(pool.submit(part, "warm", mine, **few))
+        for future in first:
+            future.result()
+        for future in [pool.submit(check, *pair) for pair in pairs]:
+            future.result()
+        for future in warm:
+            future.result()
+    part("time", time_cases(rehearse))
+
+
+def again(facts: Facts, rehearse: bool, seconds: float, earlier: Path) -> int:
+    """Repeat the parity checks that were not passed in an earlier file; the number of those."""
+    contact = Run(facts, rehearse, time.time() + seconds)
+    passed = {_case_of(f) for f in Facts(earlier).read() if f["step"] == "parity" and f.get("ok")}
+    todo = [case for case in parity_cases(rehearse) if case not in passed]
+    for pair in dict.fromkeys((case.peer, case.operation) for case in todo):
+        contact.part("parity", [c for c in todo if (c.peer, c.operation) == pair])
+    return len(todo)
+
+
+# The table
+
+
+def _case_of(fact: dict[str, Any]) -> Case:
+    return Case(*(fact.get(name, "") for name in ("operation", "peer", "shape", "mask")))
+
+
+def _verdicts(facts: list[dict[str, Any]]) -> dict[Case, str]:
+    """What the parity check of each case came to, in a word and the error by what is allowed."""
+    found: dict[Case, str] = {}
+    for fact in facts:
+        if fact["step"] != "parity" or "operation" not in fact:
+            continue
+        case = _case_of(fact)
+        if "error" in fact:
+            word = "ok" if fact["ok"] else "not repeatable" if fact["error"] <= 1 else "WRONG"
+            found[case] = f"{word} {fact['error']:.2g}"
+        elif "left_out" not in fact:
+            found[case] = "CRASHED" if "crashed" in fact else "FAILED"
+    return found
+
+
+def red(facts: list[dict[str, Any]], rehearse: bool) -> list[str]:
+    """What keeps a first contact from being whole: in words, a line each."""
+    verdicts = _verdicts(facts)
+    lines = [
+        f"{case.peer} {case.operation} {case.shape} {case.mask}: {verdict}"
+        for case in parity_cases(rehearse)
+        if not (verdict := verdicts.get(case, "not checked")).startswith("ok")
+    ]
+    for fact in facts:
+        said = fact.get("failed") or fact.get("words") or fact.get("problem") or fact.get("error")
+        if isinstance(said, str) and said:
+            lines.append(f"{fact['step']}: {said.strip().splitlines()[-1][:200]}")
+    return lines
+
+
+def table(facts: list[dict[str, Any]]) -> list[str]:
+    """A line for each kernel, backend, shape and mask that was timed."""
+    verdicts = _verdicts(facts)
+    floor = {fact["of"]: fact for fact in facts if fact["step"] == "floor"}
+    times = {
+        (_case_of(fact), fact["direction"]): fact
+        for fact in facts
+        if fact["step"] == "time" and "p50_ms" in fact
+    }
+    lines = []
+    if floor:
+        copy, empty = floor["copy"], floor["empty launch"]
+        lines.append(
+            f"copy {copy['tb_per_s']:.2f} TB/s, an empty launch {1e3 * empty['p50_ms']:.1f} µs"
+        )
+    lines.append(
+        f"{'kernel':21} {'backend':7} {'shape':9} {'mask':5} {'parity':11} {'p50 µs':>8} "
+        f"{'copy':>5} {'host µs':>7} {'launches':>8} {'of def.':>7} {'of comp.':>8}"
+    )
+    for (case, direction), fact in times.items():
+        if case.peer not in KERNELS:
+            continue
+        bytes_ms = fact["floor_mb"] / 1e3 / floor["copy"]["tb_per_s"]
+        share = max(bytes_ms, floor["empty launch"]["p50_ms"]) / fact["p50_ms"]
+        ratios = []
+        for peer in (DEFINITION, COMPILED):
+            other = times.get((replace(case, peer=peer), direction))
+            ratios.append(f"{fact['p50_ms'] / other['p50_ms']:.2f}" if other else "-")
+        lines.append(
+            f"{case.operation + ' ' + direction:21} {case.peer:7} {case.shape:9} {case.mask:5} "
+            f"{verdicts.get(case, '-'):11} {1e3 * fact['p50_ms']:8.1f} {share:5.0%} "
+            f"{fact['host_us']:7.0f} {len(fact['launches']):8d} {ratios[0]:>7} {ratios[1]:>8}"
+        )
+    return lines
+
+
+def main() -> int:
+    """The command line: 0 where every check was made and passed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder of the JSON lines (a temporary one)")
+    parser.add_argument("--seconds", type=float, default=165, help="for all steps")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="what failed there, alone")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        return child(options.child)
+    folder = options.out or Path(tempfile.mkdtemp(prefix="first-contact-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ("again.jsonl" if options.again else FILE)
+    path.unlink(missing_ok=True)
+    facts = Facts(path)
+    if options.again is not None:
+        count = again(facts, options.rehearse, options.seconds, options.again)
+        print(f"{count} checks that had failed")
+        failed = [f for f in facts.read() if f["step"] == "parity" and not f.get("ok")]
+        for fact in failed:
+            print(json.dumps(fact)[:300])
+        return 1 if failed else 0
+    run(facts, options.rehearse, options.seconds)
+    known = facts.read()
+    problems = red(known, options.rehearse)
+    print("\n".join(problems[:10]))
+    if len(problems) > 10:
+        print(f"and {len(problems) - 10} more in {facts.path}")
+    print("\n".join(table(known)[:60]))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

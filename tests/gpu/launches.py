@@ -1,0 +1,103 @@
+"""The kernels that the tests of this folder launch: listed on any machine, compiled in parallel.
+
+    python -m tests.gpu.launches list FILE [pytest's arguments]
+    python -m tests.gpu.launches compile FILE [--jobs N]
+
+``list`` runs the tests' own calls on tensors of a CPU, as on a GPU of sm_90: Triton specialises
+each launch, and a hook notes it and launches nothing. What the tests then find is of no meaning.
+``compile`` compiles each launch once, into Triton's cache, where workers that start together would
+each compile what another one is at already.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+FILES = ("test_parity", "test_determinism", "test_modes", "test_cost")
+TARGET = "sm_90"
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[list[object]]:
+    """Notes the launches that are made within; the Triton backend serves every call."""
+    from bench.compiled import TARGETS, recorded
+    from ept_fast.backends import triton
+
+    works = mock.Mock(return_value=(True, "its launches are listed"))
+    patches = (
+        mock.patch.object(triton, "supports", works),
+        mock.patch.object(triton, "available", works),
+    )
+    with recorded(TARGETS[TARGET]) as launches, patches[0], patches[1]:
+        yield launches  # type: ignore[misc]
+
+
+def listed(arguments: list[str]) -> list[object]:
+    """The launches of the chosen tests, each once."""
+    import pytest
+
+    here = Path(__file__).parent
+    chosen = [str(here / f"{name}.py") for name in FILES]
+    own = ["-c", str(here / "pytest.ini"), "--rootdir", str(here), "--confcutdir", str(here)]
+    quiet = ["-q", "--tb=no", "-k", "triton and not long"]
+    with _as_on_a_gpu() as launches:
+        pytest.main([*own, *quiet, *(arguments or chosen)])
+    return list(dict.fromkeys(launches))
+
+
+def _compile(text: str) -> str:
+    """Why a launch could not be compiled; empty where it could."""
+    import importlib
+
+    from bench.compiled import TARGETS, Launch, standing_in
+
+    launch = Launch(**json.loads(text))
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    try:
+        with standing_in(TARGETS[launch.target]):
+            kernel.preload(launch.data)
+    except Exception as error:
+        return f"{launch.kernel}: {error}"
+    return ""
+
+
+def compile_all(path: Path, jobs: int) -> list[str]:
+    """Compile the launches of a file; what went wrong."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return [why for why in pool.map(_compile, lines) if why]
+
+
+def main(arguments: list[str]) -> int:
+    """The command line."""
+    if len(arguments) < 2 or arguments[0] not in ("list", "compile"):
+        print((__doc__ or "").strip(), file=sys.stderr)
+        return 2
+    began, path = time.monotonic(), Path(arguments[1])
+    if arguments[0] == "list":
+        # Before the tests' modules read it.
+        os.environ["EPT_FAST_TEST_DEVICE"] = "listing"
+        found = listed(arguments[2:])
+        path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in found))  # type: ignore[call-overload]
+        print(f"{len(found)} launches listed in {time.monotonic() - began:.0f} s")
+        return 0 if found else 1
+    jobs = int(arguments[3]) if arguments[2:3] == ["--jobs"] else os.cpu_count() or 1
+    failed = compile_all(path, jobs)
+    print("\n".join(failed))
+    number = len(path.read_text(encoding="utf-8").splitlines())
+    print(f"{number - len(failed)} of {number} compiled in {time.monotonic() - began:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -68,7 +68,8 @@ def make_inputs(shape: Shape, table: torch.dtype, device: torch.device, count: i
         if not s.shortest:
             return None
         lengths = integers(s.shortest, s.length + 1, s.batch, 1)
-        lengths[0] = s.length
+        if s.batch > 1:
+            lengths[0] = s.length  # a batch is as long as its longest row
         return (torch.arange(s.length, device=device) < lengths).long()
 
     return [

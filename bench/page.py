@@ -17,6 +17,7 @@ from pathlib import Path
 from bench.compare import is_ours, noise
 from bench.plots import fitted_exponents, shape_namer, swept
 from bench.record import Row, read
+from bench.shapes import is_unpadded
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -300,6 +301,7 @@ def _of_copy(direction: str, least: float) -> Callable[[list[Row]], list[Finding
             (row.shape, f"{row.of_floor:.2f}", row.of_floor >= least)
             for row in rows
             if row.suite == "splice" and row.direction == direction and is_ours(row)
+            if not is_unpadded(row.shape)
             if row.embeddings == "bfloat16" and row.of_floor is not None
             if _output_bytes(row) >= 256e6
         ]
@@ -331,7 +333,7 @@ def _path_ratio(peer: str, most: float) -> Callable[[list[Row]], list[Finding]]:
             (name(row), f"{row.ours_to_peer:.2f}", row.ours_to_peer <= most)
             for row in rows
             if row.suite == "prompt_path" and row.direction == "both" and row.peer == peer
-            if row.ours_to_peer is not None
+            if row.ours_to_peer is not None and not is_unpadded(row.shape)
         ]
 
     return find
@@ -362,6 +364,8 @@ def _workspace(most_mb: float) -> Callable[[list[Row]], list[Finding]]:
         found = []
         for row in rows:
             if row.suite != "prompt_path" or row.direction != "both" or not is_ours(row):
+                continue
+            if is_unpadded(row.shape):
                 continue
             if row.embeddings == "bfloat16" and row.peak_mb is not None:
                 beyond = row.peak_mb - (_output_bytes(row) + _gradient_bytes(row)) / 1e6

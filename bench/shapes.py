@@ -29,23 +29,31 @@ class Shape:
     shortest: int = 0
 
 
-_T5 = Shape("t5-base", 32, 256, 768, 40, 256, 30, 4, 8, 32128)
+_T5 = Shape("t5-base", 32, 256, 768, 40, 256, 30, 4, 8, 32128, shortest=128)
 _SENTENCES = replace(_T5, name="sentences", length=40, num_virtual_tokens=20, shortest=20)
-_LLAMA_8B = Shape("llama-8b", 8, 2048, 4096, 60, 2048, 24, 4, 16, 128256)
+_LLAMA_8B = Shape("llama-8b", 8, 2048, 4096, 60, 2048, 24, 4, 16, 128256, shortest=1024)
+_LONG = 32768
 
-# `sentences` is what most classification data looks like: short rows under a long offset.
+# Rows are padded, as those of a real batch are. `sentences` is what most classification data looks
+# like: short rows under a long offset.
 NAMED = (
     _T5,
     replace(_T5, name="t5-large", hidden_size=1024),
-    replace(_T5, name="t5-base-padded", shortest=128),
     _SENTENCES,
     replace(_LLAMA_8B, name="llama-1b", hidden_size=2048),
     _LLAMA_8B,
-    replace(_LLAMA_8B, name="long", batch=1, length=32768, max_length=32768),
+    replace(_LLAMA_8B, name="long", batch=1, length=_LONG, max_length=_LONG, shortest=_LONG // 2),
 )
 # Rows of the batch have tasks at random, so at most 64 of 512 are used at once.
 MANY_TASKS = tuple(
     replace(_T5, name=f"tasks-{tasks}", batch=64, tasks=tasks) for tasks in (1, 8, 64, 512)
+)
+_WITHOUT_PADDING = ", unpadded"
+# The same sizes without a mask.
+UNPADDED = tuple(
+    replace(shape, name=shape.name + _WITHOUT_PADDING, shortest=0)
+    for shape in (*NAMED, *MANY_TASKS)
+    if shape is not _SENTENCES
 )
 # Small, odd and padded: a smoke test's sizes, and a rehearsal's in Triton's interpreter.
 QUICK = (
@@ -53,8 +61,8 @@ QUICK = (
     Shape("tiny-bank", 5, 9, 32, 4, 12, 3, 2, 4, 50, tasks=2),
 )
 
-_SWEPT = replace(_T5, name="swept", batch=8, length=128, max_length=512, rank=16)
-_SWEPT_ON_GPU = replace(_T5, name="swept", batch=32, length=512, max_length=4096, rank=16)
+_SWEPT = replace(_T5, name="swept", batch=8, length=128, max_length=512, rank=16, shortest=0)
+_SWEPT_ON_GPU = replace(_SWEPT, batch=32, length=512, max_length=4096)
 _AXES = {
     "batch": ("batch", (2, 4, 8, 16, 32)),
     "length": ("length", (32, 64, 128, 256, 512)),
@@ -69,6 +77,11 @@ _AXES_ON_GPU = {
     "batch": ("batch", (8, 16, 32, 64, 128)),
     "length": ("length", (256, 512, 1024, 2048, 4096)),
 }
+
+
+def is_unpadded(name: str) -> bool:
+    """Whether a shape of this name is one of ``UNPADDED``: measured, but without a goal."""
+    return name.endswith(_WITHOUT_PADDING)
 
 
 def sweeps(on_gpu: bool) -> list[Shape]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from bench import peers
-from bench.shapes import MANY_TASKS, NAMED, QUICK, Shape
+from bench.shapes import MANY_TASKS, NAMED, QUICK, UNPADDED, Shape
 from bench.stage import Case, Stage
 
 
-def shapes(stage: Stage) -> tuple[Shape, ...]:
-    """The named shapes, or the tiny ones of a smoke test."""
-    return QUICK if stage.settings.quick else (*NAMED, *MANY_TASKS)
+def shapes(stage: Stage, operation: str) -> tuple[Shape, ...]:
+    """The named shapes, or the tiny ones of a smoke test; `reconstruct` never sees a mask."""
+    if stage.settings.quick:
+        return QUICK
+    named = (*NAMED, *MANY_TASKS)
+    return named if operation == "reconstruct" else (*named, *UNPADDED)
 
 
 def names(stage: Stage, operation: str, shape: Shape) -> list[str]:
@@ -33,7 +36,7 @@ def operation_cases(
     return [
         Case(suite, operation, direction, shape, table, name)
         for table in tables
-        for shape in shapes(stage)
+        for shape in shapes(stage, operation)
         for name in names(stage, operation, shape)
         for direction in directions
     ]

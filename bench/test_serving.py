@@ -111,12 +111,14 @@ class Maker:
 
 
 def _make_bank(case: Case, dtype: torch.dtype, device: torch.device) -> Maker:
-    """Adapters of three lengths and two ranks, the largest first; every row is full."""
+    """Adapters of three lengths and two ranks, the largest first."""
     from ept_fast.integrations.bank import BankPrompt
 
     shape = case.shape
     inputs = make_inputs(shape, dtype, device, 1)[0]
-    mask = torch.ones_like(inputs.input_ids)
+    mask = inputs.attention_mask
+    if mask is None:
+        mask = torch.ones_like(inputs.input_ids)
     inputs = replace(inputs, attention_mask=mask)
     table = nn.Embedding.from_pretrained(inputs.weight, freeze=True)
     config = _config(shape, 0)
@@ -136,7 +138,7 @@ def _make_bank(case: Case, dtype: torch.dtype, device: torch.device) -> Maker:
             _rows(shape, inputs, rows),
         )
 
-    return Maker(make, mask.numel(), "lengths and ranks of the adapters differ")
+    return Maker(make, int(mask.sum()), "lengths and ranks of the adapters differ")
 
 
 def _config(shape: Shape, task: int) -> EPTConfig:
@@ -176,6 +178,7 @@ def _rows(shape: Shape, inputs: Inputs, rows: Tensor) -> Tensor:
         one = reference.splice_prompt(
             reference.reconstruct_prompt(**tensors, scaling=SCALING),
             input_ids=inputs.input_ids[row : row + 1],
+            attention_mask=inputs.attention_mask[row : row + 1],
             weight=inputs.weight,
             offset_a=tensors["offset_a"],
             offset_b=tensors["offset_b"],

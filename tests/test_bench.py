@@ -21,7 +21,7 @@ from bench.clock import Clock, Work
 from bench.environment import slug
 from bench.inputs import Inputs, make_inputs
 from bench.record import read
-from bench.shapes import MANY_TASKS, NAMED, QUICK, sweeps
+from bench.shapes import MANY_TASKS, NAMED, QUICK, UNPADDED, Shape, is_unpadded, sweeps
 from bench.stage import Case, Settings, Stage
 
 CPU = torch.device("cpu")
@@ -286,11 +286,34 @@ def test_rows_stop_when_the_time_is_over(tmp_path: Path) -> None:
 
 
 def test_names_of_rows_are_unique() -> None:
-    names = [shape.name for shape in (*NAMED, *MANY_TASKS, *sweeps(False))]
+    names = [shape.name for shape in (*NAMED, *MANY_TASKS, *UNPADDED, *sweeps(False))]
     assert len(set(names)) == len(names)
+    assert [name for name in names if is_unpadded(name)] == [shape.name for shape in UNPADDED]
     assert {"t5-base", "t5-large", "llama-1b", "llama-8b", "long"} <= set(names)
     on_gpu = [shape.name for shape in sweeps(True)]
     assert len(set(on_gpu)) == len(on_gpu)
+
+
+@pytest.mark.parametrize("shape", [*NAMED, *MANY_TASKS], ids=lambda shape: shape.name)
+def test_named_rows_are_padded_on_the_right(shape: Shape) -> None:
+    """Half of the length or more, and a batch of several is as long as its longest row."""
+    small = replace(shape, hidden_size=1, rank=1, vocabulary=8, tasks=min(shape.tasks, 1))
+    (inputs,) = make_inputs(small, torch.float32, CPU, 1)
+    mask = inputs.attention_mask
+    assert mask is not None
+    lengths = mask.sum(1)
+    assert mask.equal((torch.arange(shape.length) < lengths[:, None]).long())
+    assert shape.shortest == shape.length // 2
+    assert lengths.min() >= shape.shortest
+    assert (lengths < shape.length).any()
+    assert shape.batch == 1 or lengths.max() == shape.length
+
+
+@pytest.mark.parametrize("shape", UNPADDED, ids=lambda shape: shape.name)
+def test_unpadded_shapes_have_no_mask(shape: Shape) -> None:
+    small = replace(shape, hidden_size=1, rank=1, vocabulary=8, tasks=min(shape.tasks, 1))
+    (inputs,) = make_inputs(small, torch.float32, CPU, 1)
+    assert inputs.attention_mask is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ noted, and another goes on behind it: nothing else is lost. The steps:
     time          the copy, the empty launch; then time, host time and launches of each kernel
                   beside the definition, plain and compiled
 
-A table comes last. ``--again FILE`` repeats only the parity checks that failed in an earlier file.
+A table comes last. The compiled kernels are left in ``triton-cache.tgz``, and taken from there at
+the start where the folder ``.gpu`` of the checkout has it. ``--again FILE`` repeats only the parity checks that failed in an earlier file.
 ``--rehearse`` runs tiny sizes on a CPU, in Triton's interpreter.
 """
 
@@ -30,9 +31,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench import triton_cache
 from bench.shapes import MANY_TASKS, NAMED, QUICK, Shape
 
 FILE = "first_contact.jsonl"
+CACHE = "triton-cache.tgz"
+# What travels to the machine beside the tracked files.
+_CARRIED = Path(__file__).resolve().parent.parent / ".gpu"
 KERNELS = ("triton", "cuda")
 DEFINITION, COMPILED = "reference", "reference-compiled"
 # In the order of their worth.
@@ -583,6 +588,11 @@ def main() -> int:
         return child(options.child)
     folder = options.out or Path(tempfile.mkdtemp(prefix="first-contact-"))
     folder.mkdir(parents=True, exist_ok=True)
+    # Named, since torch.compile would have Triton keep its kernels elsewhere.
+    cache = Path(tempfile.gettempdir()) / "ept-fast-triton"
+    cache = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(cache)))
+    if not options.rehearse and (_CARRIED / CACHE).exists():
+        triton_cache.unpack(_CARRIED / CACHE, cache)
     path = folder / ("again.jsonl" if options.again else FILE)
     path.unlink(missing_ok=True)
     facts = Facts(path)
@@ -594,6 +604,7 @@ def main() -> int:
             print(json.dumps(fact)[:300])
         return 1 if failed else 0
     run(facts, options.rehearse, options.seconds)
+    triton_cache.pack(cache, folder / CACHE)
     known = facts.read()
     problems = red(known, options.rehearse)
     print("\n".join(problems[:10]))

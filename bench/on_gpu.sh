@@ -256,6 +256,9 @@ fi
 # $OUT may have room for a few files only: all others are in the archive.
 results=$out
 if [[ -n ${OUT:-} ]]; then results=$scratch/results; fi
-mkdir -p "$out" "$results" || exit 2
+# Named, since torch.compile would have Triton keep its kernels elsewhere.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/ept-fast-triton}
+if [[ $mode == --rehearse ]]; then export TRITON_CACHE_DIR=$scratch/triton; fi
+mkdir -p "$out" "$results" "$TRITON_CACHE_DIR" || exit 2
 main 2>&1 | tee "$out/log.txt"
 exit "${PIPESTATUS[0]}"

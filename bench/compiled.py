@@ -359,20 +359,31 @@ def read_ttir(ttir: str) -> dict[str, list[str]]:
     return {"narrow": _narrow_addresses(ttir), "atomics": atomics}
 
 
+def _compile(launch: Launch) -> Any:
+    """The compiled kernel; the compiler's own words where it fails."""
+    kernel: Any = importlib.import_module(launch.module)
+    for part in launch.kernel.split("."):
+        kernel = getattr(kernel, part)
+    try:
+        with standing_in(TARGETS[launch.target]):
+            return kernel.preload(launch.data)
+    except Exception as error:
+        return error
+
+
+def problem(launch: Launch) -> str:
+    """Compile into Triton's cache and read nothing: why it failed, or nothing."""
+    made = _compile(launch)
+    return _last_words(made) if isinstance(made, Exception) else ""
+
+
 def compiled(launches: list[Launch]) -> list[Code]:
     """Compile specialisations for one target and read the code."""
     target = TARGETS[launches[0].target]
-    made: list[Any] = []
-    for one in launches:
-        kernel = importlib.import_module(one.module)
-        for part in one.kernel.split("."):
-            kernel = getattr(kernel, part)
-        try:
-            with standing_in(target):
-                made.append(kernel.preload(one.data))
-        except Exception as error:  # the compiler's own words are the finding
-            made.append(error)
+    made = [_compile(launch) for launch in launches]
     done = [m for m in made if not isinstance(m, Exception)]
+    if target.backend == "cuda" and cuda_tools():
+        return [Code(error=_last_words(m) if isinstance(m, Exception) else "") for m in made]
     if target.backend == "cuda":
         read = iter(read_cubins([m.asm["cubin"] for m in done], target) if done else [])
     else:
@@ -683,7 +694,10 @@ def compile_all(
     tick: Callable[[int, int], None] = lambda done, of: None,
     chunk: int = _CHUNK,
 ) -> dict[Launch, Code]:
-    """Compile and read each launch, ``jobs`` at a time, ``chunk`` in a row by one of them."""
+    """Compile and read each launch, ``jobs`` at a time, ``chunk`` in a row by one of them.
+
+    Where NVIDIA's code cannot be read here, a code says no more than that it compiles.
+    """
     codes: dict[Launch, Code] = {}
     chunks: list[list[Launch]] = []
     for target in TARGETS:

@@ -11,9 +11,9 @@ noted, and another goes on behind it: nothing else is lost. The steps:
     time          the copy, the empty launch; then time, host time and launches of each kernel
                   beside the definition, plain and compiled
 
-A table comes last. The compiled kernels are left in ``triton-cache.tgz``, and taken from there at
-the start where the folder ``.gpu`` of the checkout has it. ``--again FILE`` repeats only the parity checks that failed in an earlier file.
-``--rehearse`` runs tiny sizes on a CPU, in Triton's interpreter.
+A table comes last. The compiled kernels are left in ``triton-cache.tgz``, and taken from it at the
+start where the checkout's folder ``.gpu`` has it. ``--again FILE`` repeats only the parity checks
+that failed in an earlier file. ``--rehearse`` runs tiny sizes on a CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -186,8 +186,7 @@ def _compile(facts: Facts, work: Work) -> None:
     if work.device == "cuda":
         target = f"sm_{10 * torch.cuda.get_device_capability()[0]}"
     if missing := compiled.cuda_tools():
-        facts.add("compile", problem=missing)
-        return
+        facts.add("compile", problem=f"registers and spills are unknown: {missing}")
     for s in shapes(work.rehearse).values():
         sizes = compiled.Shape(
             *(s.name, s.num_virtual_tokens, s.max_length, s.rank, s.num_spaces, s.space_dim),

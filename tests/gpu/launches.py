@@ -59,27 +59,14 @@ def listed(arguments: list[str]) -> list[object]:
     return list(dict.fromkeys(launches))
 
 
-def _compile(text: str) -> str:
-    """Why a launch could not be compiled; empty where it could."""
-    import importlib
-
-    from bench.compiled import TARGETS, Launch, standing_in
-
-    launch = Launch(**json.loads(text))
-    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    try:
-        with standing_in(TARGETS[launch.target]):
-            kernel.preload(launch.data)
-    except Exception as error:
-        return f"{launch.kernel}: {error}"
-    return ""
-
-
 def compile_all(path: Path, jobs: int) -> list[str]:
     """Compile the launches of a file; what went wrong."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    from bench.compiled import Launch, problem
+
+    launches = [Launch(**json.loads(line)) for line in path.read_text().splitlines()]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return [why for why in pool.map(_compile, lines) if why]
+        found = zip(launches, pool.map(problem, launches), strict=True)
+        return [f"{launch.kernel}: {why}" for launch, why in found if why]
 
 
 def main(arguments: list[str]) -> int:

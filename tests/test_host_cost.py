@@ -66,8 +66,11 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, Row
     folder = tmp_path_factory.mktemp("host")
     done = python(root, "-m", "bench.host_cost", "--quick", "--out", str(folder))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    files = [list(csv.DictReader((folder / n).open())) for n in (page.PATHS, page.LAUNCHES)]
-    return files[0], files[1], done.stdout
+    paths, launches = (
+        list(csv.DictReader((folder / name).read_text(encoding="utf-8").splitlines()))
+        for name in (page.PATHS, page.LAUNCHES)
+    )
+    return paths, launches, done.stdout
 
 
 @needs_tools

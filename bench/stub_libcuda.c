@@ -18,10 +18,13 @@ CUresult cuDeviceGet(int *device, int ordinal) { return *device = 0, 0; }
 CUresult cuDeviceGetAttribute(int *value, int attribute, int device) { return *value = 232448, 0; }
 CUresult cuDevicePrimaryCtxRetain(void **context, int device) { return *context = (void *)1, 0; }
 CUresult cuCtxGetCurrent(void **context) { return *context = (void *)1, 0; }
+CUresult cuCtxGetDevice(int *device) { return *device = 0, 0; }
 CUresult cuCtxSetCurrent(void *context) { return 0; }
 CUresult cuCtxGetLimit(size_t *value, int limit) { return *value = 0, 0; }
 CUresult cuCtxSetLimit(int limit, size_t value) { return 0; }
 CUresult cuModuleLoadData(void **module, const void *image) { return *module = (void *)2, 0; }
+CUresult cuModuleUnload(void *module) { return 0; }
+CUresult cuStreamIsCapturing(void *stream, int *status) { return *status = 0, 0; }
 CUresult cuModuleGetFunction(void **function, void *module, const char *name) {
   return *function = (void *)3, 0;
 }

@@ -38,7 +38,8 @@ Rows = list[dict[str, str]]
 
 def python(root: Path, *arguments: str, **changes: str | None) -> subprocess.CompletedProcess[str]:
     """A process in which kernels are compiled, not interpreted; ``changes``: of its environment."""
-    found = {**os.environ, "TRITON_INTERPRET": None, "PYTHONPATH": str(root), **changes}
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    found = {**os.environ, "TRITON_INTERPRET": None, "PYTHONPATH": path, **changes}
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,

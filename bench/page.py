@@ -27,6 +27,9 @@ RESULTS = ROOT / "bench" / "results"
 # every folder.
 PUBLISHED: tuple[str, ...] | None = ("intel-xeon-processor-2-cores",)
 
+# The folder of ``python -m bench.host_cost`` and its files.
+HOST_COST, PATHS, LAUNCHES = "host_cost", "paths.csv", "launches.csv"
+
 _DASH = "–"
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -452,6 +455,7 @@ def goals_table() -> str:
                     verdict if found else _DASH,
                 ]
             )
+    body += _host_goals()
     return "\n".join(_table(["goal", "machine", "measured", "met"], body, 4)) + "\n"
 
 
@@ -486,6 +490,90 @@ def compiled_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _host_cost() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The rows of both files of ``python -m bench.host_cost``; none where it has not run."""
+    found = []
+    for name in (PATHS, LAUNCHES):
+        path = RESULTS / HOST_COST / name
+        if not path.is_file():
+            return [], []
+        with path.open(newline="", encoding="utf-8") as file:
+            found.append(list(csv.DictReader(file)))
+    return found[0], found[1]
+
+
+def _with_interval(row: dict[str, str], column: str) -> str:
+    middle, low, high = (row[column + end] for end in ("", "_low", "_high"))
+    return f"{float(middle):.2f} ({float(low):.2f} to {float(high):.2f})" if middle else _DASH
+
+
+def host_cost_lines(rows: list[dict[str, str]], launches: list[dict[str, str]]) -> list[str]:
+    """A line for each path, direction and mask, and one for each launch."""
+    works: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        work = (row["path"], row["direction"], row["mask"])
+        works.setdefault(work, {})[row["peer"]] = row
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    header = ["what", "direction", "mask", *(f"{peer} (µs)" for peer in peers)]
+    header += ["triton by reference", "triton by reference-compiled", "eager by reference"]
+    header += ["launches", "allocations", "allocations of reference"]
+    body = []
+    for work, found in works.items():
+        ours, plain = found["triton"], found["reference"]
+        cells = [*work, *(_figure(float(found[peer]["p50_us"])) for peer in peers)]
+        cells += [_with_interval(ours, f"by_{name}") for name in ("reference", "compiled")]
+        cells += [_with_interval(found["eager"], "by_reference"), ours["launches"]]
+        body.append([*cells, ours["allocations"], plain["allocations"]])
+    lines = [*_table(header, body, 3), ""]
+    body = [
+        [f"`{row['kernel']}`", row["direction"], row["arguments"]]
+        + [_figure(float(row[name])) for name in ("front_us", "launcher_us")]
+        for row in launches
+    ]
+    sums = [sum(float(row[name]) for row in launches) for name in ("front_us", "launcher_us")]
+    body.append(["all", "both", "", *map(_figure, sums)])
+    header = ["kernel", "direction", "arguments", "front (µs)", "launcher below (µs)"]
+    lines += [*_table(header, body, 2), ""]
+    first = rows[0]
+    parts = [first["device"], f"{first['threads']} thread", f"load {first['load']}"]
+    parts += [f"{name} {first[name]}" for name in ("torch", "triton", "python", "commit")]
+    parts += [first["date"], f"{first['rounds']} rounds of {first['calls']} calls"]
+    return [*lines, ", ".join(parts) + "."]
+
+
+def host_cost_table() -> str:
+    """What ``python -m bench.host_cost`` wrote."""
+    rows, launches = _host_cost()
+    return "\n".join(host_cost_lines(rows, launches) if rows else ["Not measured yet."]) + "\n"
+
+
+# The most that our host time may be, by the columns of the file.
+_HOST_GOALS = {"reference": ("by_reference", 0.35), "compiled reference": ("by_compiled", 0.50)}
+
+
+def _host_goals() -> list[list[str]]:
+    """The lines of the goals in host time, with what was measured."""
+    ours = [r for r in _host_cost()[0] if r["peer"] == "triton" and r["direction"] == "both"]
+    body = []
+    for peer, (column, most) in _HOST_GOALS.items():
+        text = f"host time, forward and backward: at most {most:.2f} of the {peer}'s"
+        found = [
+            (f"{row['path']}{'' if row['mask'] == 'yes' else ', no mask'}", float(row[column]))
+            for row in ours
+            if row[column]
+        ]
+        missed = [label for label, value in found if value > most]
+        body.append(
+            [
+                text,
+                f"{ours[0]['device']}, libcuda a stub" if ours else "CPU",
+                "; ".join(f"{label}: {value:.2f}" for label, value in found) or "not measured",
+                (f"no: {'; '.join(missed)}" if missed else "yes") if found else _DASH,
+            ]
+        )
+    return body
+
+
 TABLES = {
     "goals": goals_table,
     "operations": operations_table,
@@ -493,6 +581,7 @@ TABLES = {
     "inference": inference_table,
     "serving": serving_table,
     "cold-start": cold_start_table,
+    "host-cost": host_cost_table,
     "exponents": exponents_table,
     "floor": floor_table,
     "accuracy": accuracy_table,

@@ -1,0 +1,476 @@
+"""Host time of our path on a CPU, without a GPU: ``python -m bench.host_cost``.
+
+The kernels are compiled for a GPU and launched through a libcuda that does nothing
+(``stub_libcuda.c``), so what is timed is what the host does until a launch has been handed over.
+Beside it, in the same rounds, stand the ``eager`` backend and the definition in plain PyTorch, with
+and without torch.compile. Sizes are tiny, so that what those compute takes next to no time.
+
+What is counted is counted outside of the timing: launches by the stub, allocations by the profiler.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import gc
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+from torch import Tensor, nn
+
+from bench import page, peers
+from bench.clock import median_interval
+from bench.compare import Failure
+from bench.environment import origin_of
+from bench.inputs import SCALING, Inputs, cotangent, make_inputs
+from bench.peers import REFERENCE
+from bench.record import RESULTS
+from bench.shapes import Shape
+
+FOLDER = RESULTS / page.HOST_COST
+OURS, EAGER, COMPILED = "triton", "eager", "reference-compiled"
+FUNCTIONS, MODULE = "two functions", "module"
+DIRECTIONS = ("both", "forward")
+SHAPE = Shape("host", 16, 4, 16, 3, 4, 2, 2, 2, 10, shortest=2)
+
+_STUB = Path(__file__).with_name("stub_libcuda.c")
+_CAPABILITY = (9, 0)
+_CPU = torch.device("cpu")
+_ORIGIN = ("threads", "device", "torch", "triton", "python", "commit", "date")
+
+Call = Callable[[], Any]
+Forward = tuple[Call, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to do the whole path. A ratio is the median over the rounds, with a 95% interval.
+
+    Attributes:
+        path: ``reconstruct_prompt`` and ``splice_prompt`` in a row, or one call of the module.
+        direction: "forward", or "both": forward and backward.
+        mask: whether the text has one.
+        peer: who does the work.
+        p50_us: median time of a call in microseconds.
+        by_reference: the time by the definition's, and the interval's ends.
+        by_compiled: the time by the compiled definition's.
+        launches: of our kernels in one call; empty for a peer that has none.
+        allocations: of tensors' memory in one call.
+        rounds, calls: how often the peers took turns, and calls of each turn.
+        load: the machine's load average over a minute, before the run.
+    """
+
+    path: str
+    direction: str
+    mask: str
+    peer: str
+    p50_us: float
+    by_reference: float
+    by_reference_low: float
+    by_reference_high: float
+    by_compiled: float | None
+    by_compiled_low: float | None
+    by_compiled_high: float | None
+    launches: int | None
+    allocations: int
+    rounds: int
+    calls: int
+    load: float
+    threads: str
+    device: str
+    torch: str
+    triton: str
+    python: str
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True)
+class LaunchRow:
+    """One launch of a step, by the front that our code calls and by the launcher below it.
+
+    Attributes:
+        arguments: of the kernel, its constants included.
+        front_us: ``kernels.launch.run``, which goes through Triton's JIT.
+        launcher_us: the compiled kernel's own launcher, with the arguments that the JIT gives it.
+    """
+
+    kernel: str
+    direction: str
+    arguments: int
+    front_us: float
+    launcher_us: float
+    rounds: int
+    calls: int
+    load: float
+    threads: str
+    device: str
+    torch: str
+    triton: str
+    python: str
+    commit: str
+    date: str
+
+
+# The stub
+
+
+def compile_stub(folder: Path) -> Path:
+    """Make ``libcuda.so.1`` in a folder.
+
+    Raises:
+        Failure: there is no C compiler, or it fails.
+    """
+    named = os.environ.get("CC")
+    found = [
+        path for name in ([named] if named else ["gcc", "clang"]) if (path := shutil.which(name))
+    ]
+    if not found:
+        raise Failure(
+            "the stub of libcuda: expected a C compiler, gcc or clang on the PATH or CC, got "
+            + (f"CC={named!r}, which is not there" if named else "none")
+        )
+    library = folder / "libcuda.so.1"
+    # By its name in the file the linker takes it for the libcuda that Triton's driver asks for.
+    options = ["-shared", "-fPIC", "-O2", f"-Wl,-soname,{library.name}", "-o", str(library)]
+    done = subprocess.run([found[0], *options, str(_STUB)], capture_output=True, text=True)
+    if done.returncode:
+        raise Failure(f"the stub of libcuda: {found[0]} failed: {done.stderr.strip()}")
+    return library
+
+
+def _check_triton() -> None:
+    """Raise Failure unless Triton can compile for an NVIDIA GPU in this process."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        raise Failure("triton: expected a build for NVIDIA GPUs, got none: it is not installed")
+    backend = Path(spec.origin).parent / "backends" / "nvidia"
+    if not (backend / "bin" / "ptxas").is_file():
+        raise Failure(f"triton: expected a build for NVIDIA GPUs, got one without {backend}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise Failure(
+            "TRITON_INTERPRET: expected it not to be set, got 1: nothing is compiled then"
+        )
+
+
+@contextmanager
+def stubbed() -> Iterator[Callable[[], int]]:
+    """Our Triton backend takes tensors of the CPU as a GPU's, and its launches end in the stub.
+
+    Gives a function that tells the number of launches so far. Meant for a process of its own.
+
+    Raises:
+        Failure: no C compiler, or no build of Triton that serves.
+    """
+    _check_triton()
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        library = ctypes.CDLL(str(compile_stub(Path(name))), mode=ctypes.RTLD_GLOBAL)
+        count = ctypes.c_long.in_dll(library, "stub_launches")
+
+        from triton.backends.nvidia.driver import CudaDriver
+        from triton.runtime import driver
+
+        from ept_fast import functional, ops
+        from ept_fast.backends import triton as backend
+        from ept_fast.kernels import launch
+
+        class Driver(CudaDriver):  # type: ignore[misc]
+            """Triton's own, save what it asks PyTorch, which has no GPU here."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.get_current_device = lambda: 0
+                self.get_current_stream = lambda device: 0
+                self.get_device_capability = lambda device: _CAPABILITY
+
+        # Where Triton's linker looks for libcuda.
+        stack.enter_context(mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=name))
+        before = driver._active
+        stack.callback(lambda: setattr(driver, "_active", before))
+        driver.set_active(Driver())
+
+        def patch(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value))
+
+        # The launch sizes are a GPU's, not the interpreter's.
+        patch(launch, "_forced_target", f"sm_{_CAPABILITY[0]}{_CAPABILITY[1]}")
+        # The backend serves a CPU if it is interpreted; the variable is still asked for.
+        patch(backend, "_interpreted", lambda: os.environ.get("TRITON_INTERPRET") != "1")
+        # Values are looked at on a CPU; here, as on a GPU, only where the variable asks for it.
+        for module in (functional, ops):
+            patch(
+                module,
+                "values_are_checked",
+                lambda device: os.environ.get("EPT_FAST_CHECK") == "1",
+            )
+        # A launch makes the tensor's device the current one, on a GPU; so it does here, and what
+        # PyTorch asks the driver for is answered.
+        gpu = torch.device("cuda", 0)
+        patch(launch, "nullcontext", lambda: torch.cuda.device(gpu))
+        patch(torch.cuda, "_exchange_device", lambda index: 0)
+        patch(torch.cuda, "_maybe_exchange_device", lambda index: 0)
+        yield lambda: count.value
+
+
+# What is timed
+
+
+def _module(inputs: Inputs, backend: str) -> nn.Module:
+    from ept_fast import EPTConfig, FusedEPTPrompt
+
+    s = SHAPE
+    config = EPTConfig(
+        s.hidden_size,
+        num_virtual_tokens=s.num_virtual_tokens,
+        max_length=s.max_length,
+        rank=s.rank,
+        num_spaces=s.num_spaces,
+        space_dim=s.space_dim,
+        alpha=SCALING * s.rank**0.5,
+    )
+    table = nn.Embedding.from_pretrained(inputs.weight, freeze=True)
+    tensors = {name: tensor.detach().clone() for name, tensor in inputs.parameters.items()}
+    return FusedEPTPrompt.from_tensors(config, tensors, table, backend=backend)
+
+
+def module_by_definition(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """What a call of the module gives: the embeddings, their mask and their positions."""
+    embeds = peers.operation_of("prompt path", REFERENCE)(inputs)
+    text = inputs.attention_mask
+    if text is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+        return embeds, mask, torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    head = text.new_ones(embeds.shape[0], embeds.shape[1] - text.shape[1])
+    mask = torch.cat([head, text], dim=1)
+    return embeds, mask, mask.cumsum(1) - 1
+
+
+def make_forwards(path: str, inputs: Inputs, names: Iterable[str]) -> dict[str, Forward]:
+    """What each peer calls, and the tensors that it trains."""
+    definition: Callable[[Inputs], Any] = module_by_definition
+    if path == FUNCTIONS:
+        definition = peers.operation_of("prompt path", REFERENCE)
+    options = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    leaves = list(inputs.parameters.values())
+    found: dict[str, Forward] = {}
+    for name in names:
+        if name == REFERENCE:
+            found[name] = partial(definition, inputs), leaves
+        elif name == COMPILED:
+            found[name] = partial(torch.compile(definition, dynamic=False), inputs), leaves
+        elif path == FUNCTIONS:
+            found[name] = partial(peers.operation_of("prompt path", name), inputs), leaves
+        else:
+            prompt = _module(inputs, name)
+            found[name] = partial(prompt, **options), list(prompt.parameters())
+    return found
+
+
+def _call(direction: str, forward: Call, leaves: list[Tensor], grad: Tensor) -> Call:
+    if direction == "forward":
+        return forward
+
+    def both() -> Any:
+        out = forward()
+        return torch.autograd.grad(out if isinstance(out, Tensor) else out[0], leaves, grad)
+
+    return both
+
+
+def allocations(call: Call) -> int:
+    """How often a call takes memory for a tensor."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = call()
+    del result
+    events = profile.profiler.kineto_results.events()
+    return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)
+
+
+def in_turns(calls: dict[str, Call], rounds: int, repeats: int) -> dict[str, list[float]]:
+    """Microseconds of a call in each round; who begins changes from round to round."""
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for call in calls.values():
+        for _ in range(repeats):
+            call()
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                call = calls[name]
+                begin = time.perf_counter()
+                for _ in range(repeats):
+                    call()
+                times[name].append((time.perf_counter() - begin) / repeats * 1e6)
+    finally:
+        gc.enable()
+    return times
+
+
+def path_rows(names: tuple[str, ...], launched: Callable[[], int], **how: Any) -> Iterator[Row]:
+    """Measure every path, mask and direction; ``how``: what the rows say of the run."""
+    size = (SHAPE.batch, SHAPE.num_virtual_tokens + SHAPE.length, SHAPE.hidden_size)
+    grad = cotangent(torch.Size(size), torch.bfloat16, _CPU)
+    for path, mask in product((FUNCTIONS, MODULE), ("yes", "no")):
+        shape = SHAPE if mask == "yes" else replace(SHAPE, shortest=0)
+        (inputs,) = make_inputs(shape, torch.bfloat16, _CPU, 1)
+        torch.compiler.reset()
+        forwards = make_forwards(path, inputs, names)
+        for direction in DIRECTIONS:
+            calls = {name: _call(direction, *forwards[name], grad) for name in names}
+            counts = {name: _counts(name, call, launched) for name, call in calls.items()}
+            times = in_turns(calls, how["rounds"], how["calls"])
+            for name in names:
+                yield Row(
+                    path=path,
+                    direction=direction,
+                    mask=mask,
+                    peer=name,
+                    p50_us=median(times[name]),
+                    **_ratios("by_reference", times[name], times[REFERENCE]),
+                    **_ratios("by_compiled", times[name], times.get(COMPILED)),
+                    **counts[name],
+                    **how,
+                )
+
+
+def _counts(name: str, call: Call, launched: Callable[[], int]) -> dict[str, Any]:
+    """Launches and allocations of one call, once what is compiled on first use is there."""
+    call()
+    call()
+    before = launched()
+    call()
+    launches = launched() - before if name == OURS else None
+    if launches == 0:
+        raise Failure(
+            "launches: expected them in the stub, got none: this process has another libcuda"
+        )
+    return {"launches": launches, "allocations": allocations(call)}
+
+
+def _ratios(column: str, times: list[float], by: list[float] | None) -> dict[str, Any]:
+    found: tuple[float | None, ...] = (None, None, None)
+    if by is not None:
+        found = median_interval([a / b for a, b in zip(times, by, strict=True)])
+    return {column + end: value for end, value in zip(("", "_low", "_high"), found, strict=True)}
+
+
+# One launch
+
+
+@contextmanager
+def _launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any], Any, Any]]]:
+    """Each launch within: the kernel, its arguments and options, the launcher and what it got."""
+    from triton.runtime.jit import JITFunction
+
+    made: list[Any] = []
+    run = JITFunction.run
+
+    def recorded(self: Any, *arguments: Any, **options: Any) -> Any:
+        compiled = run(self, *arguments, **options)
+        given: list[Any] = []
+        launcher = compiled.run
+        with mock.patch.object(compiled, "_run", lambda *below: given.append(below)):
+            run(self, *arguments, **options)
+        made.append((self, arguments, options, launcher, given[0]))
+        return compiled
+
+    with mock.patch.object(JITFunction, "run", recorded):
+        yield made
+
+
+def launch_rows(**how: Any) -> Iterator[LaunchRow]:
+    """Each launch of a step with a mask, by the front and by the launcher below it."""
+    from ept_fast.kernels import launch
+
+    (inputs,) = make_inputs(SHAPE, torch.bfloat16, _CPU, 1)
+    forward = peers.operation_of("prompt path", OURS)
+    with _launches() as made:
+        out = forward(inputs)
+        in_forward = len(made)
+        torch.autograd.grad(out, list(inputs.parameters.values()), torch.ones_like(out))
+    for number, (kernel, arguments, options, launcher, given) in enumerate(made):
+        options = dict(options)
+        programs = options.pop("grid")[0]
+        del options["warmup"]
+        calls: dict[str, Call] = {
+            "front": partial(launch.run, kernel, programs, _CPU, *arguments, **options),
+            "launcher": partial(launcher, *given),
+        }
+        times = in_turns(calls, how["rounds"], how["calls"])
+        yield LaunchRow(
+            kernel=kernel.fn.__name__,
+            direction="forward" if number < in_forward else "backward",
+            arguments=len(kernel.arg_names),
+            front_us=median(times["front"]),
+            launcher_us=median(times["launcher"]),
+            **how,
+        )
+
+
+# The command
+
+
+def texts(row: Row | LaunchRow) -> dict[str, str]:
+    """A row as the file has it: numbers to four digits."""
+    values = asdict(row).items()
+    return {
+        k: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in values
+    }
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows to one file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="A smoke test: its times mean nothing.")
+@click.option("--no-compiled", is_flag=True, help="Leave torch.compile out.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help=f"Folder for the CSV files ({FOLDER.name})."
+)
+def main(quick: bool, no_compiled: bool, out: Path | None) -> None:
+    """Time what the host does in our path, beside the definition; nothing needs a GPU."""
+    torch.set_num_threads(1)
+    origin = {k: v for k, v in origin_of(_CPU).items() if k in _ORIGIN}
+    how: dict[str, Any] = {"rounds": 3 if quick else 150, "calls": 2 if quick else 10}
+    how |= {"load": os.getloadavg()[0], **origin}
+    names = tuple(n for n in (OURS, EAGER, REFERENCE, COMPILED) if n != COMPILED or not no_compiled)
+    with stubbed() as launched:
+        rows = [texts(row) for row in path_rows(names, launched, **how)]
+        launches = [texts(row) for row in launch_rows(**how)]
+    if out is None and not quick:
+        out = FOLDER
+    if out is not None:
+        write(out / page.PATHS, rows)
+        write(out / page.LAUNCHES, launches)
+    click.echo("\n".join(page.host_cost_lines(rows, launches)))
+
+
+if __name__ == "__main__":
+    main()

@@ -71,11 +71,20 @@ def build(library: Path, versions: dict[str, list[str]]) -> None:
         _run("cc", *options, "-o", library, source)
 
 
-def main() -> None:
+def _folder() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise SystemExit("torch is not installed")
-    folder = Path(spec.origin).parent / "lib"
+    return Path(spec.origin).parent / "lib"
+
+
+def present() -> list[str]:
+    """The stand-ins that torch here has; NVIDIA's own libraries lie in other folders."""
+    return sorted(path.name for path in _folder().glob("lib*") if _NVIDIA.match(path.name))
+
+
+def main() -> None:
+    folder = _folder()
     wanted = functions(sorted(folder.glob("*.so")))
     for name, versions in wanted.items():
         build(folder / name, versions)

@@ -1,7 +1,7 @@
 # `make demo` and `make test` need nothing but make and Python 3.11 or newer: the first of them builds
 # a virtual environment in .venv with the tested versions of constraints.txt. `make test-newest` builds
 # another in .venv-newest, where the libraries that ept_fast is written against are the newest that
-# pyproject.toml admits.
+# pyproject.toml admits, and `make rehearse-gpu` one in .venv-gpu with the versions on the GPU machine.
 
 PYTHON ?= python3
 DEMO_STEPS ?=
@@ -10,11 +10,14 @@ DEMO_SEED ?= 0
 PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 BENCH_ARGS ?=
+REHEARSE_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/installed
 NEWEST := .venv-newest/installed
-INSTALL = $(@D)/bin/python -m pip --disable-pip-version-check install --constraint $(@D)/constraints.txt
+GPU := .venv-gpu/installed
+PIP_INSTALL = $(@D)/bin/python -m pip --disable-pip-version-check install
+INSTALL = $(PIP_INSTALL) --constraint $(@D)/constraints.txt
 
 # The tests of what the libraries of .venv-newest do for ept_fast, or to it.
 NEWEST_TESTS ?= $(addprefix tests/test_,ept_model.py generation.py golden.py import.py \
@@ -27,7 +30,7 @@ export HF_HUB_OFFLINE := 1
 # several times slower.
 demo test test-newest support: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-newest support check format bench hooks clean
+.PHONY: help install demo test test-newest support rehearse-gpu check format bench hooks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,8 +41,9 @@ help:
 	@echo "make check    ruff, ruff format --check, mypy"
 	@echo "make format   let ruff mend and format the code"
 	@echo "make bench    time everything against its peers; BENCH_ARGS=--quick: a smoke test"
+	@echo "make rehearse-gpu  try what runs on a GPU, on a CPU and with the GPU machine's versions"
 	@echo "make hooks    install the pre-commit hooks into this clone"
-	@echo "make clean    remove both environments and everything that was built or left by a run"
+	@echo "make clean    remove the environments and everything that was built or left by a run"
 
 install: $(STAMP)
 
@@ -49,14 +53,25 @@ $(STAMP): EXTRAS := dev
 $(NEWEST): FLOATING := transformers|peft|triton|numpy
 $(NEWEST): EXTRAS := test,demo
 
+define VENV
+@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": name another with make PYTHON=...")'
+$(PYTHON) -m venv $(@D)
+endef
+
 # torch comes first and at its pinned version, so that no later step can choose another build of it.
 $(STAMP) $(NEWEST): constraints.txt pyproject.toml setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": name another with make PYTHON=...")'
-	$(PYTHON) -m venv $(@D)
+	$(VENV)
 	grep -vE '^($(FLOATING))==' constraints.txt > $(@D)/constraints.txt
 	$(INSTALL) setuptools
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	$(INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# Without dependencies: the file names all of them but NVIDIA's libraries, and the machine has no ept_fast.
+$(GPU): requirements-gpu.txt bench/stand_ins.py
+	$(VENV)
+	$(PIP_INSTALL) --no-deps --requirement requirements-gpu.txt
+	$(@D)/bin/python -m bench.stand_ins
 	@touch $@
 
 demo: $(STAMP)
@@ -71,6 +86,9 @@ test-newest: $(NEWEST)
 
 support: $(STAMP)
 	$(BIN)/python -m tests.support --workers $(TEST_WORKERS)
+
+rehearse-gpu: $(GPU)
+	.venv-gpu/bin/python -m bench.rehearse $(REHEARSE_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check
@@ -88,5 +106,5 @@ hooks: $(STAMP)
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf .venv .venv-newest build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output
+	rm -rf .venv .venv-newest .venv-gpu build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

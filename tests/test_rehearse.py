@@ -1,0 +1,221 @@
+"""The rehearsal of a run on a GPU: its own judgement, not what it rehearses."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import rehearse, stand_ins
+from bench.rehearse import Failed, Finding, Options
+
+needs_cc = pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in ("cc", "nm", "readelf")),
+    reason="no C compiler or no binutils",
+)
+
+
+def finding(kernel: str = "_kernel", text: str = "6 spills", **others: str) -> Finding:
+    fields = {"types": "bf16", "target": "sm_90", "shape": "base", "rule": "spills"}
+    return {"kernel": kernel, "text": text, **fields, **others}
+
+
+# The record of findings
+
+
+@pytest.mark.parametrize(
+    ("found", "recorded", "group"),
+    [
+        ([finding()], [], "new"),
+        ([], [finding()], "gone"),
+        ([finding(text="8 spills")], [finding()], "changed"),
+        ([finding()], [finding()], "same"),
+    ],
+)
+def test_a_finding_is_new_gone_changed_or_the_same(
+    found: list[Finding], recorded: list[Finding], group: str
+) -> None:
+    groups = rehearse.compare(found, recorded)
+    assert {name for name, members in groups.items() if members} == {group}
+    assert groups[group] == (found or recorded)
+
+
+@pytest.mark.parametrize("field", ["kernel", "types", "target", "shape", "rule"])
+def test_a_finding_elsewhere_is_another_one(field: str) -> None:
+    other = finding() | {field: "other"}
+    groups = rehearse.compare([other], [finding()])
+    assert (groups["new"], groups["gone"]) == ([other], [finding()])
+
+
+@pytest.fixture
+def compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the step with a compiler that finds what it is told; the record is in a folder."""
+
+    def step(found: list[Finding], write: bool = False) -> str:
+        def command(
+            options: Options, name: str, limit: int, arguments: Sequence[str | Path]
+        ) -> tuple[int, str]:
+            report = {"triton": "3.6.0", "compilations": 1, "findings": found}
+            Path(arguments[-1]).write_text(json.dumps(report))
+            return int(bool(found)), ""
+
+        monkeypatch.setattr(rehearse, "command", command)
+        monkeypatch.setattr(rehearse, "RECORDS", tmp_path)
+        return rehearse.compile_kernels(Options(tmp_path, write))
+
+    return step
+
+
+def test_a_new_finding_fails_until_it_is_recorded(compiles: Any) -> None:
+    with pytest.raises(Failed, match="1 new"):
+        compiles([finding()])
+    compiles([finding()], write=True)
+    assert "1 same" in compiles([finding()])
+    with pytest.raises(Failed, match="1 new"):
+        compiles([finding(), finding("_other_kernel")])
+
+
+@pytest.mark.parametrize("found", [[], [finding(text="8 spills")]])
+def test_a_record_that_no_longer_holds_is_to_be_renewed(
+    compiles: Any, found: list[Finding]
+) -> None:
+    compiles([finding()], write=True)
+    assert "renew" in compiles(found)
+    compiles(found, write=True)
+    assert "renew" not in compiles(found)
+
+
+def test_the_committed_record_is_of_the_machines_triton() -> None:
+    version = rehearse.machine()["triton"]
+    records = [path.name for path in rehearse.RECORDS.glob("findings-*.csv")]
+    assert records == [f"findings-{version}.csv"]
+    for one in rehearse.read_record(rehearse.RECORDS / records[0]):
+        assert one["target"] == rehearse.TARGET
+
+
+# Versions
+
+
+def test_differences_from_the_pins_are_found(tmp_path: Path) -> None:
+    ours = importlib.metadata.version("pytest")
+    pins = tmp_path / "pins.txt"
+    pins.write_text(
+        f"# pytest==0\n#= python==2.7\npytest=={ours}\nno-such-package==1.0\n"
+        f"torch=={importlib.metadata.version('torch')}\n#= torch==0.4\n"
+    )
+    assert rehearse.version_differences(pins) == [
+        f"python: {'.'.join(map(str, sys.version_info[:3]))} here, 2.7 on the machine",
+        "no-such-package: missing here, 1.0 on the machine",
+        f"torch: {importlib.metadata.version('torch')} here, 0.4 on the machine",
+    ]
+
+
+def test_the_makefile_installs_the_pins_and_the_stand_ins(root: Path) -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "--always-make", "rehearse-gpu", "REHEARSE_ARGS=collect"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    places = [
+        done.stdout.index(part)
+        for part in (
+            f"install --no-deps --requirement {rehearse.PINS.name}",
+            ".venv-gpu/bin/python -m bench.stand_ins",
+            ".venv-gpu/bin/python -m bench.rehearse collect",
+        )
+    ]
+    assert places == sorted(places)
+
+
+# Steps
+
+
+def test_a_failing_step_loses_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(options: Options) -> str:
+        raise Failed("two findings")
+
+    def crashes(options: Options) -> str:
+        raise ZeroDivisionError("a bug")
+
+    steps = {"fails": fails, "crashes": crashes, "works": lambda options: "all well"}
+    monkeypatch.setattr(rehearse, "STEPS", steps)
+    assert rehearse.main(["--out", str(tmp_path)]) == 1
+    table = capsys.readouterr().out.partition("\nstep ")[2].splitlines()
+    assert [line.split()[0] for line in table[1:4]] == list(steps)
+    assert "FAILED: two findings" in table[1]
+    assert "FAILED: ZeroDivisionError('a bug')" in table[2]
+    assert "all well" in table[3]
+    assert rehearse.main(["works", "--out", str(tmp_path)]) == 0
+
+
+def test_an_unknown_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        rehearse.main(["collect", "everything"])
+    assert stopped.value.code == 2
+    assert "got everything" in capsys.readouterr().err
+
+
+def test_a_command_that_fails_is_named_with_its_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import sys; print('the reason'); sys.exit(3)"
+    with pytest.raises(Failed, match="part: exit status 3"):
+        rehearse.succeed(Options(tmp_path), "part", 60, (sys.executable, "-c", code))
+    assert "the reason" in capsys.readouterr().out
+    assert "the reason" in (tmp_path / "part.log").read_text()
+
+
+def test_a_command_out_of_time_ends_with_what_it_started(tmp_path: Path) -> None:
+    late = tmp_path / "late"
+    with pytest.raises(Failed, match="part: out of time after 1 s"):
+        rehearse.command(
+            Options(tmp_path), "part", 1, ("sh", "-c", f"(sleep 2; touch {late}) & sleep 60")
+        )
+    time.sleep(1.5)
+    assert not late.exists()
+
+
+# The stand-ins
+
+
+def call(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The library is called in a process of its own, which the linker may end."""
+    code = "import ctypes; print(ctypes.CDLL('./libours.so').own(), end='')"
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+
+
+@needs_cc
+def test_a_stand_in_takes_the_place_of_a_library(tmp_path: Path) -> None:
+    """A library that calls one of NVIDIA's loads, and is told that there is no device."""
+
+    def cc(*arguments: str) -> None:
+        subprocess.run(["cc", "-shared", "-fPIC", *arguments], cwd=tmp_path, check=True)
+
+    (tmp_path / "theirs.c").write_text("int cublasThing(void) { return 0; }")
+    (tmp_path / "versions").write_text("libcublas.so.13 { *; };")
+    (tmp_path / "ours.c").write_text(
+        "int cublasThing(void); int own(void) { return cublasThing(); }"
+    )
+    name = "libcublas.so.13"
+    cc("-o", name, f"-Wl,-soname,{name}", "-Wl,--version-script,versions", "theirs.c")
+    cc("-o", "libours.so", "-Wl,-rpath,$ORIGIN", "ours.c", name)
+    (tmp_path / name).unlink()
+    assert name in call(tmp_path).stderr
+    wanted = stand_ins.functions([tmp_path / "libours.so"])
+    assert wanted == {name: {name: ["cublasThing"]}}
+    stand_ins.build(tmp_path / name, wanted[name])
+    done = call(tmp_path)
+    assert done.stdout == "100", done.stderr

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -256,7 +257,7 @@ def _time(facts: Facts, work: Work) -> None:
         for direction in directions(case.operation):
             timed = work_of(direction, peer, sets)
             p20, p50, p80 = quantiles(clock.alone_ms(timed, rounds))
-            launches = [(name[:60], us) for name, us in clock.launches(timed)]
+            launches = [(_plain(name), us) for name, us in clock.launches(timed)]
             facts.add(
                 "time",
                 **asdict(case),
@@ -268,6 +269,12 @@ def _time(facts: Facts, work: Work) -> None:
                 floor_mb=floor_bytes(case.operation, direction, shape, sets[0]) / 1e6,
                 launches=launches,
             )
+
+
+def _plain(kernel: str) -> str:
+    """A kernel's name without its type, namespaces and arguments."""
+    name = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
+    return re.split(r"[<(]", name)[0].rpartition("::")[2][:60]
 
 
 _held: dict[tuple[str, str], Any] = {}

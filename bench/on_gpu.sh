@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU has to show beyond bench/first_contact.py, in at most 500 seconds: the goals' benchmarks,
+# What a GPU has to show beyond bench/first_contact.py, in under 500 seconds: the goals' benchmarks,
 # tests/gpu, compute-sanitizer on a small run, further benchmarks. For a bare machine with torch,
 # triton, numpy and pytest and no network; nothing is installed, the package is imported from this
 # checkout. Stages come in the order of their worth, each has its own time limit, and one that fails
@@ -10,10 +10,11 @@
 #   bench/on_gpu.sh --dry-run    say which stages would run, and with what
 #   bench/on_gpu.sh --rehearse   run small parts on a CPU, in Triton's interpreter
 #
-# $OUT gets log.txt and results.tgz, which is renewed after each stage: CSV, plots, and the kernels
-# that Triton has compiled. What an earlier call left is used where the folder .gpu holds it:
-# first_contact.jsonl (what failed there is tried first), triton-cache.tgz, and launches.jsonl of
-# `python -m tests.gpu.launches list`.
+# $OUT gets log.txt, results.tgz (CSV and plots, renewed after each stage) and triton-cache.tgz (the
+# kernels that Triton has compiled). What failed and what was measured is also printed last, in under
+# 100 lines: where files are lost on their way, that is what remains. What an earlier call left is used
+# where the folder .gpu holds it: first_contact.jsonl (what failed there is tried first),
+# triton-cache.tgz, and launches.jsonl of `python -m tests.gpu.launches list`.
 #
 # PYTHON names the interpreter (python3), COMMIT the commit where there is no git.
 # Exit status: 0, or the worst of the stages' (124: a stage ran out of time), or 2: no GPU.
@@ -22,7 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 python=${PYTHON:-python3}
 mode=${1:-run}
-total=500 # seconds for all stages
+total=470 # seconds for all stages; what is between them comes on top
 began=$SECONDS
 worst=0
 summary=()
@@ -83,8 +84,18 @@ stage() { # NAME LIMIT COMMAND...: run it within its limit and what is left of t
 }
 
 keep() { # renew the archive of what there is
-  "$python" -m bench.triton_cache pack "$results/triton-cache.tgz"
-  tar -czf "$scratch/results.tgz" -C "$results" . && mv "$scratch/results.tgz" "$out/results.tgz"
+  tar -czf "$scratch/results.tgz" --exclude='*.tgz' --exclude=log.txt -C "$results" . &&
+    mv "$scratch/results.tgz" "$out/results.tgz"
+}
+
+keep_kernels() { "$python" -m bench.triton_cache pack "$out/triton-cache.tgz"; }
+
+remains() { # what failed, and what was measured
+  echo
+  # pytest's short summary, and the lines of compilers and sanitizers.
+  grep -aE '^(FAILED|ERROR) |^E   |^========= (Invalid|Error|ERROR)' "$out/log.txt" | cut -c 1-200 | sort -u | head -24
+  if [[ -s $results/compile.txt ]]; then tail -n 4 "$results/compile.txt" | cut -c 1-200; fi
+  "$python" -m bench.summary "$results" 2>/dev/null | head -60
 }
 
 gpu_tests() { # NAME LIMIT PROCESSES PYTEST-ARGUMENTS...
@@ -94,7 +105,7 @@ gpu_tests() { # NAME LIMIT PROCESSES PYTEST-ARGUMENTS...
   # A worker whose context is dead, or whose test hangs, ends, and another takes its place.
   if has xdist; then several=(-p xdist -n "$processes" --max-worker-restart 20); fi
   if has pytest_timeout; then several+=(-p pytest_timeout --timeout 60 --timeout-method thread); fi
-  stage "$name" "$limit" "$python" -m pytest -c tests/gpu/pytest.ini --rootdir tests/gpu \
+  COLUMNS=240 stage "$name" "$limit" "$python" -m pytest -c tests/gpu/pytest.ini --rootdir tests/gpu \
     --confcutdir tests/gpu "${several[@]}" -v --durations=5 --tb=short "$@"
 }
 
@@ -107,7 +118,7 @@ benchmark() { # NAME LIMIT PYTEST-ARGUMENTS...: no row is started in the last se
     if ((worst < 1)); then worst=1; fi
     return 0
   fi
-  stage "$name" "$limit" "$python" -m pytest -p pytest_benchmark.plugin -v --tb=short \
+  COLUMNS=240 stage "$name" "$limit" "$python" -m pytest -p pytest_benchmark.plugin -v --tb=short \
     --out "$results" --seconds "$((limit > 50 ? limit - 30 : limit / 2))" "$@"
 }
 
@@ -216,6 +227,7 @@ EOF
     if [[ -n $compiling ]]; then
       wait "$compiling"
       note kernels "$(tail -n 1 "$results/compile.txt")"
+      keep_kernels
     fi
     gpu_tests parity 120 10 tests/gpu/test_parity.py
     gpu_tests behaviour 60 6 tests/gpu/test_determinism.py tests/gpu/test_modes.py
@@ -229,6 +241,8 @@ EOF
   fi
 
   [[ $mode == --dry-run ]] && return 0
+  [[ $mode == run ]] && keep_kernels
+  remains
   echo
   printf '%s\n' "${summary[@]}"
   echo "$((SECONDS - began)) s, results in $out"

@@ -158,7 +158,8 @@ def _dept(operation: str, shape: Shape) -> Peer:
         text = F.embedding(padded(inputs), inputs.weight)
         offset = SCALING * (inputs.parameters["offset_a"] @ inputs.parameters["offset_b"])
         prompt = prompt_of(inputs)
-        head = prompt.to(text.dtype).expand(shape.batch, *prompt.shape)
+        # As PEFT does it: the gradient is summed over the batch before it is rounded again.
+        head = prompt.expand(shape.batch, *prompt.shape).to(text.dtype)
         return torch.cat([head, text + offset.to(text.dtype)], dim=1)
 
     def definition(inputs: Inputs) -> Tensor:

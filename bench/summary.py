@@ -1,11 +1,13 @@
-"""Ten lines at the end of a run."""
+"""Ten lines at the end of a run; ``python -m bench.summary FOLDER`` prints a line for each row."""
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from bench.record import SUITES, Row
+from bench.record import SUITES, Row, read
 
 
 def lines(rows: list[Row], folder: Path) -> list[str]:
@@ -87,3 +89,30 @@ def _share_of_floor(rows: list[Row]) -> str:
 
     ordered = sorted(ours, key=lambda row: row.of_floor or 0)
     return f"of the floor we reach {said(ordered[0])} to {said(ordered[-1])}"
+
+
+def table(rows: Iterable[Row]) -> list[str]:
+    """A line for each row: what, by whom, milliseconds, share of the floor, our time by theirs."""
+    lines = []
+    for row in rows:
+        what = " ".join(x for x in (row.operation, row.direction, row.shape, row.embeddings) if x)
+        time = "" if row.p50_ms is None else f"{row.p50_ms:.4g} ms"
+        share = "" if row.of_floor is None else f"{row.of_floor:.0%}"
+        ratio = "" if row.ours_to_peer is None else f"{row.ours_to_peer:.2f}"
+        lines.append(f"{what:44} {row.peer:18} {time:>10} {share:>4} {ratio:>5}")
+    return lines
+
+
+def main(arguments: list[str]) -> int:
+    """The command line."""
+    try:
+        rows = read(Path(arguments[0]))
+    except (IndexError, FileNotFoundError, ValueError) as error:
+        print(f"expected a folder of results: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(table(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

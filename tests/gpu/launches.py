@@ -18,21 +18,24 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
+
+from triton import knobs
+
+from bench.compiled import TARGETS, Launch, problem, recorded
 
 FILES = ("test_parity", "test_determinism", "test_modes", "test_cost")
 TARGET = "sm_90"
 
 
 @contextmanager
-def _as_on_a_gpu() -> Iterator[list[object]]:
+def _as_on_a_gpu() -> Iterator[list[Launch]]:
     """Notes the launches that are made within; the Triton backend serves every call."""
     import torch
 
-    from bench.compiled import TARGETS, recorded
     from ept_fast.backends import triton
 
     works = mock.Mock(return_value=(True, "its launches are listed"))
@@ -43,10 +46,10 @@ def _as_on_a_gpu() -> Iterator[list[object]]:
         mock.patch.object(triton, "available", works),
         mock.patch.object(torch.cuda, "Stream", none),  # PyTorch 2.11 crashes where there is no GPU
     ):
-        yield launches  # type: ignore[misc]
+        yield launches
 
 
-def listed(arguments: list[str]) -> list[object]:
+def listed(arguments: list[str]) -> list[Launch]:
     """The launches of the chosen tests, each once."""
     import pytest
 
@@ -56,13 +59,18 @@ def listed(arguments: list[str]) -> list[object]:
     quiet = ["-q", "--tb=no", "-k", "triton and not long"]
     with _as_on_a_gpu() as launches:
         pytest.main([*own, *quiet, *(arguments or chosen)])
-    return list(dict.fromkeys(launches))
+    return list(dict.fromkeys(_portable(launch) for launch in launches))
+
+
+def _portable(launch: Launch) -> Launch:
+    """Without the place of Triton's own library on this machine: another finds its own."""
+    data = json.loads(launch.data)
+    data["options"].pop("extern_libs", None)
+    return replace(launch, data=json.dumps(data))
 
 
 def compile_all(path: Path, jobs: int) -> list[str]:
     """Compile the launches of a file; what went wrong."""
-    from bench.compiled import Launch, problem
-
     launches = [Launch(**json.loads(line)) for line in path.read_text().splitlines()]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         found = zip(launches, pool.map(problem, launches), strict=True)
@@ -74,12 +82,15 @@ def main(arguments: list[str]) -> int:
     if len(arguments) < 2 or arguments[0] not in ("list", "compile"):
         print((__doc__ or "").strip(), file=sys.stderr)
         return 2
+    if knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: nothing is compiled in this process", file=sys.stderr)
+        return 2
     began, path = time.monotonic(), Path(arguments[1])
     if arguments[0] == "list":
         # Before the tests' modules read it.
         os.environ["EPT_FAST_TEST_DEVICE"] = "listing"
         found = listed(arguments[2:])
-        path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in found))  # type: ignore[call-overload]
+        path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in found))
         print(f"{len(found)} launches listed in {time.monotonic() - began:.0f} s")
         return 0 if found else 1
     jobs = int(arguments[3]) if arguments[2:3] == ["--jobs"] else os.cpu_count() or 1

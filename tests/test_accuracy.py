@@ -273,7 +273,7 @@ def test_a_process_that_dies_fails_its_run(
     work = study(tmp_path, tasks=("sst2",), methods=("dept", "pt"))
     assert run_study(work, target=quick) == FAILED
     said = capsys.readouterr().out
-    assert said.count("failed: grid  sst2 dept") == MOST_FAILURES == 3
+    assert said.count("failed: grid  sst2 dept") == MOST_FAILURES
     assert "status 7" in said
     assert read_records(tmp_path) == []
 
@@ -373,6 +373,37 @@ def test_packed_weights_are_float32_when_loaded(tiny: tuple[Path, Path], tmp_pat
         expected = original[name]
         assert tensor.dtype == expected.dtype
         assert torch.equal(tensor, expected.half().to(expected.dtype))
+
+
+def test_float16_weights_hardly_move_the_embeddings(minilm: Path, tmp_path: Path) -> None:
+    """float16 keeps 11 bits: a relative error of at most 2^-11 a weight, which averages out."""
+    data = tmp_path / "data"
+    (data / "trec").mkdir(parents=True)
+    for split in ("train", "test"):
+        (data / "trec" / f"{split}.jsonl").write_text('{"text": "a", "label": 0}\n')
+    pack(str(minilm), data, tmp_path / "out", ("trec",))
+    texts = [f"{a} {b} was {c}" for a in PLAIN[:3] for b in PLAIN[2:6] for c in (*GOOD, *BAD)]
+    found = []
+    for model in (minilm, tmp_path / "out" / "model"):
+        runner = Runner(study(tmp_path, model=str(model)), str(tmp_path))
+        batch = runner.tokenizer(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = runner.backbone.eval()(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        found.append((hidden * mask).sum(1) / mask.sum(1))
+    original, packed = found
+    assert not torch.equal(original, packed)
+    assert torch.cosine_similarity(original, packed).min() > 1 - 1e-5
+    assert (original - packed).square().mean().sqrt() < 2e-3 * original.square().mean().sqrt()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said_at_once(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = map(str, tiny)
+    arguments = ["run", "--model", model, "--data", data, "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="--device: expected cpu, got cuda and no CUDA device"):
+        main([*arguments, "--device", "cuda"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

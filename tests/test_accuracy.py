@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import matplotlib.image
 import pytest
 import torch
 
+from bench.accuracy import schedule
 from bench.accuracy.__main__ import main
 from bench.accuracy.packed import pack
 from bench.accuracy.records import append_record, done_runs, read_records
@@ -253,18 +255,26 @@ def test_runs_are_recorded_as_they_end(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(read_records(tmp_path)) == 6
 
 
-@pytest.mark.parametrize(("minutes", "done"), [(0.0, 0), (0.2, 3)])
-def test_limit_in_minutes(
-    minutes: float, done: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    work = study(tmp_path, tasks=("sst2",), methods=("pt", "ept"), workers=2, minutes=minutes)
+def test_runs_are_given_up_at_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = study(tmp_path, tasks=("sst2",), methods=("ept",), workers=2, minutes=0.1)
     start = time.monotonic()
-    assert run_study(work, target=quick) == RUNS_LEFT
-    assert time.monotonic() - start < 60 * minutes + 5
-    assert f"limit {minutes:g} minutes" in capsys.readouterr().out
-    # The runs of EPT never end; prompt tuning's grid and final runs came first or beside them.
-    assert {r["method"] for r in read_records(tmp_path)} <= {"pt"}
-    assert len(read_records(tmp_path)) >= done
+    assert run_study(work, target=quick) == RUNS_LEFT  # a run of EPT does not end
+    assert 5 < time.monotonic() - start < 15
+    said = capsys.readouterr().out
+    assert "6 runs (3 grid, 3 final) to do, 900 steps, 2 at a time" in said
+    assert "limit 0.1 minutes" in said
+    assert "0 done in 0.1 minutes, 6 runs (3 grid, 3 final) left, at the limit" in said
+    assert multiprocessing.active_children() == []
+    assert read_records(tmp_path) == []
+
+
+def test_no_run_starts_after_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(schedule._Schedule, "start", start)
+    assert run_study(study(tmp_path, minutes=0.0), target=quick) == RUNS_LEFT
+    assert read_records(tmp_path) == []
 
 
 def test_a_process_that_dies_fails_its_run(
@@ -294,6 +304,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         text = "".join(json.dumps(row) + "\n" for row in part)
         (folder / "data" / "sst2" / f"{split}.jsonl").write_text(text)
     model = save_model(folder / "model", hidden_size=48, max_position_embeddings=192)
+    config = json.loads((model / "config.json").read_text())
+    del config["dtype"]  # as in the study's encoder: only the weights have a type
+    (model / "config.json").write_text(json.dumps(config))
     return model, folder / "data"
 
 
@@ -345,7 +358,9 @@ def test_a_changed_encoder_is_found(tiny: tuple[Path, Path], tmp_path: Path) -> 
 # What travels --------------------------------------------------------------------------------
 
 
-def test_pack_refuses_and_changes_nothing(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_pack_refuses_and_changes_nothing(
+    tiny: tuple[Path, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     model, data = tiny
     out = tmp_path / "out"
     size = pack(str(model), data, out, ("sst2",))
@@ -357,6 +372,11 @@ def test_pack_refuses_and_changes_nothing(tiny: tuple[Path, Path], tmp_path: Pat
         pack(str(model), data, out, ("sst2", "trec"))
     with pytest.raises(SystemExit, match=r"--model: expected a folder with model\.safetensors"):
         pack(str(data), data, out, ("sst2",))
+    bare = tmp_path_factory.mktemp("bare")
+    for name in ("model.safetensors", "config.json"):
+        (bare / name).write_bytes((model / name).read_bytes())
+    with pytest.raises(SystemExit, match=r"--model: expected the file .*tokenizer\.json"):
+        pack(str(bare), data, out, ("sst2",))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 

@@ -13,14 +13,9 @@ from bench.accuracy.study import TASKS
 
 LIMIT = 60 * 2**20  # bytes
 _WEIGHTS = "model.safetensors"
-# What loading the model and its tokenizer reads beside the weights, where it is there.
-_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-)
+# What loading the model and its tokenizer reads beside the weights, always or if it is there.
+_FILES = ("config.json", "tokenizer.json")
+_OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
 def pack(model: str, data: Path, out: Path, tasks: Sequence[str], limit: int = LIMIT) -> int:
@@ -66,9 +61,8 @@ def _pack_model(source: Path, target: Path) -> None:
             if not bool(torch.isfinite(tensors[name]).all()):
                 raise SystemExit(f"--model: expected weights within float16, {name} is beyond")
     save_file(tensors, target / _WEIGHTS, metadata={"format": "pt"})
-    _copy("--model", source / "config.json", target / "config.json")
-    for name in _FILES:
-        if (source / name).is_file():
+    for name in (*_FILES, *_OPTIONAL):
+        if name in _FILES or (source / name).is_file():
             _copy("--model", source / name, target / name)
 
 

@@ -1,0 +1,197 @@
+"""Runs side by side in processes of their own, up to a limit of minutes."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from bench.accuracy.records import append_record, done_runs, read_records
+from bench.accuracy.study import Records, Run, Study, next_runs, runs_left
+from bench.accuracy.worker import device_name, serve
+
+MOST_FAILURES = 3  # of runs, before the study gives up
+
+# Exit statuses.
+ALL_DONE = 0
+FAILED = 1
+RUNS_LEFT = 3
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process and the run that it is at."""
+
+    process: SpawnProcess
+    pipe: Connection
+    run: Run | None = None
+
+    def stop(self) -> None:
+        """End the process, whatever it is at."""
+        self.process.terminate()
+        self.process.join()
+        self.pipe.close()
+
+
+def run_study(study: Study, pilots: Sequence[Run] = (), target: Callable[..., None] = serve) -> int:
+    """Do the runs that are not recorded yet, and record each as soon as it ends.
+
+    A process that dies or raises fails its run; the study goes on without that run, in a new
+    process, up to ``MOST_FAILURES``. At the limit of minutes the runs under way are given up.
+
+    Args:
+        study: what to do.
+        pilots: runs to do in place of the study's.
+        target: what a process does; it takes a pipe, the study and a folder for files.
+
+    Returns:
+        The exit status: ``ALL_DONE``, ``FAILED`` or ``RUNS_LEFT``.
+    """
+    return _Schedule(study, pilots, target).run()
+
+
+class _Schedule:
+    def __init__(self, study: Study, pilots: Sequence[Run], target: Callable[..., None]) -> None:
+        self.study, self.pilots, self.target = study, pilots, target
+        self.device = device_name(study.device)
+        self.done: Records = done_runs(read_records(study.out), self.device)
+        self.failed: set[Run] = set()
+        self.workers: list[_Worker] = []
+        self.finished: list[dict[str, Any]] = []  # in this call
+
+    def run(self) -> int:
+        study = self.study
+        start = time.monotonic()
+        limit = None if study.minutes is None else start + 60 * study.minutes
+        left = self.left()
+        print(
+            f"{self.device}: {_numbers(left)} to do, {self.steps(left)} steps, "
+            f"{study.workers} at a time; {len(self.done)} recorded before"
+            + ("" if limit is None else f"; limit {study.minutes:g} minutes"),
+            flush=True,
+        )
+        with tempfile.TemporaryDirectory(prefix="ept-accuracy-") as folder:
+            try:
+                cut = self.loop(limit, folder)
+            finally:
+                for worker in self.workers:
+                    worker.stop()
+        left = self.left()
+        count = sum(left.values())
+        print(
+            f"{len(self.finished)} done in {(time.monotonic() - start) / 60:.1f} minutes, "
+            f"{_numbers(left)} left" + (", at the limit" if cut and count else ""),
+            flush=True,
+        )
+        if self.failed:
+            return FAILED
+        return RUNS_LEFT if count else ALL_DONE
+
+    def loop(self, limit: float | None, folder: str) -> bool:
+        """Give the workers runs and take their records; True at the limit."""
+        while True:
+            if limit is not None and time.monotonic() >= limit:
+                return True
+            self.give(folder)
+            busy = {worker.pipe: worker for worker in self.workers if worker.run is not None}
+            if not busy:
+                return False
+            rest = None if limit is None else max(limit - time.monotonic(), 0)
+            for pipe in wait(list(busy), rest):
+                self.take(busy[pipe])  # type: ignore[index]
+
+    def give(self, folder: str) -> None:
+        """Start what can start."""
+        if len(self.failed) >= MOST_FAILURES:
+            return
+        running = {worker.run for worker in self.workers}
+        ready = [run for run in self.ready() if run not in running and run not in self.failed]
+        for run in ready:
+            worker = next((worker for worker in self.workers if worker.run is None), None)
+            if worker is None:
+                if len(self.workers) >= self.study.workers:
+                    return
+                worker = self.start(folder)
+            with contextlib.suppress(OSError):  # it died idle; its pipe tells of that
+                worker.pipe.send(run)
+            worker.run = run
+
+    def start(self, folder: str) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=self.target, args=(theirs, self.study, folder), daemon=True
+        )
+        process.start()
+        theirs.close()  # so that ours tells of the process's end
+        worker = _Worker(process, ours)
+        self.workers.append(worker)
+        return worker
+
+    def take(self, worker: _Worker) -> None:
+        """Record the run that a worker has finished, or that it failed in."""
+        run = worker.run
+        assert run is not None
+        try:
+            record = worker.pipe.recv()
+        except (EOFError, OSError):
+            worker.process.join(10)  # its status is its own where it has ended itself
+            worker.stop()
+            self.workers.remove(worker)
+            self.failed.add(run)
+            print(
+                f"{_now()} failed: {_words(run)}, the process ended with status "
+                f"{worker.process.exitcode}",
+                flush=True,
+            )
+            return
+        worker.run = None
+        append_record(self.study.out, record)
+        self.done[run.key] = record
+        self.finished.append(record)
+        print(
+            f"{_now()} {_words(run)} {record['metric']} {record['value']:.4f} "
+            f"{record['seconds_per_step']:.3f} s/step; {self.outlook()}",
+            flush=True,
+        )
+
+    def ready(self) -> list[Run]:
+        if self.pilots:
+            return [run for run in self.pilots if run.key not in self.done]
+        return next_runs(self.study, self.done)
+
+    def left(self) -> dict[str, int]:
+        return {"pilot": len(self.ready())} if self.pilots else runs_left(self.study, self.done)
+
+    def steps(self, left: dict[str, int]) -> int:
+        """Training steps of that many runs of each kind."""
+        each = {"final": self.study.steps}
+        return sum(count * each.get(kind, self.study.grid_steps) for kind, count in left.items())
+
+    def outlook(self) -> str:
+        """How much is left, and for how long, by the runs of this call."""
+        left = self.left()
+        seconds = sum(record["seconds"] for record in self.finished)
+        per_step = seconds / sum(record["steps"] for record in self.finished)
+        rest = per_step * self.steps(left) / self.study.workers
+        return f"{sum(left.values())} left, about {rest / 60:.1f} minutes"
+
+
+def _now() -> str:
+    return time.strftime("%H:%M:%S")
+
+
+def _words(run: Run) -> str:
+    return f"{run.kind:5} {run.task:4} {run.method:16} {run.setting:6} seed {run.seed}"
+
+
+def _numbers(left: dict[str, int]) -> str:
+    """As in "72 runs (27 grid, 45 final)"."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in left.items())
+    return f"{sum(left.values())} runs ({kinds})"

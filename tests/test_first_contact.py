@@ -1,0 +1,342 @@
+"""The first contact with a GPU: no process that fails takes what others found along."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import first_contact
+from bench.first_contact import Case, Facts, Run
+
+RESULTS = "bench/results/nvidia-h200/first_contact.jsonl"
+
+# A case's shape says what happens to the process that does it.
+STAND_IN = """
+import ctypes, os, sys, time
+from dataclasses import asdict
+from bench import first_contact
+
+def act(what):
+    if what == "error":
+        raise ValueError("the sizes differ")
+    if what == "dead":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if what == "dead in Triton":
+        raise RuntimeError("Triton Error [CUDA]: misaligned address")
+    if what == "exit":
+        print("the last words", flush=True)
+        os._exit(7)
+    if what == "silent exit":
+        os._exit(7)
+    if what == "signal":
+        os.kill(os.getpid(), 11)
+    if what == "hang":
+        time.sleep(600)
+    if what == "slow":
+        time.sleep(0.5)
+
+def step(facts, work):
+    for case in work.each(facts):
+        act(case.shape)
+        fact = {"ok": True, "error": 0.5, "direction": "forward", "p50_ms": 1.0, "host_us": 1.0}
+        facts.add(work.step, **asdict(case), **fact, floor_mb=1.0, launches=[], by=os.getpid())
+
+first_contact._STEPS = dict.fromkeys(first_contact._STEPS, step)
+sys.exit(first_contact.child(sys.argv[1]))
+"""
+
+
+def cases(*what: str) -> list[Case]:
+    return [Case("splice", "triton", one, f"mask {i}") for i, one in enumerate(what)]
+
+
+@pytest.fixture
+def do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Does stand-in cases: whether all is done, and the facts of each case."""
+    monkeypatch.setattr(first_contact, "_CHILD", (sys.executable, "-c", STAND_IN))
+
+    def done(*what: str, seconds: float = 60) -> tuple[bool, list[dict[str, Any]]]:
+        facts = Facts(tmp_path / "facts.jsonl")
+        whole = Run(facts, True, time.time() + seconds).part("parity", cases(*what))
+        return whole, [fact for fact in facts.read() if fact["step"] == "parity"]
+
+    return done
+
+
+def of_shape(facts: list[dict[str, Any]], shape: str) -> dict[str, Any]:
+    (fact,) = (fact for fact in facts if fact.get("shape") == shape)
+    return fact
+
+
+# Processes
+
+
+def test_one_process_does_what_nothing_is_wrong_with(do: Any) -> None:
+    whole, facts = do("fine", "fine", "fine")
+    assert whole
+    assert [fact["mask"] for fact in facts] == ["mask 0", "mask 1", "mask 2"]
+    assert len({fact["by"] for fact in facts}) == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "words"),
+    [("exit", 7, "the last words"), ("silent exit", 7, ""), ("signal", -11, "")],
+)
+def test_behind_a_crash_another_process_goes_on(
+    do: Any, what: str, status: int, words: str
+) -> None:
+    """It is noted with its case and last words; no other case is lost, and none is done twice."""
+    whole, facts = do("fine", what, "fine", "fine")
+    assert whole
+    assert [fact["mask"] for fact in facts] == [f"mask {i}" for i in range(4)]
+    crash = of_shape(facts, what)
+    assert (crash["crashed"], crash["words"].strip()) == (status, words)
+    before, first, second = (fact["by"] for fact in facts if "by" in fact)
+    assert before != first == second
+
+
+def test_after_an_error_the_same_process_goes_on(do: Any) -> None:
+    whole, facts = do("fine", "error", "fine")
+    assert whole
+    assert of_shape(facts, "error")["failed"] == "ValueError: the sizes differ"
+    assert len({fact["by"] for fact in facts if "by" in fact}) == 1
+
+
+@pytest.mark.parametrize("what", ["dead", "dead in Triton"])
+def test_behind_a_cuda_error_another_process_goes_on(do: Any, what: str) -> None:
+    """The error is noted once, by the process that had it."""
+    whole, facts = do("fine", what, "fine")
+    assert whole
+    assert "CUDA" in of_shape(facts, what)["failed"]
+    before, behind = (fact["by"] for fact in facts if "by" in fact)
+    assert before != behind
+
+
+def test_a_part_that_crashes_over_and_over_is_given_up(do: Any) -> None:
+    whole, facts = do(*["exit"] * 5)
+    assert not whole
+    assert [fact["mask"] for fact in facts if "crashed" in fact] == ["mask 0", "mask 1", "mask 2"]
+    assert facts[-1]["problem"] == "given up after 3 crashes"
+
+
+def test_a_process_that_hangs_is_killed(do: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_contact, "_CASE_SECONDS", 2)
+    whole, facts = do("fine", "hang", "fine")
+    assert whole
+    assert of_shape(facts, "hang")["crashed"] == -9
+    assert [fact["mask"] for fact in facts] == ["mask 0", "mask 1", "mask 2"]
+
+
+def test_at_the_deadline_what_is_left_is_noted(do: Any) -> None:
+    """A process stops by itself some seconds before."""
+    began = time.monotonic()
+    whole, facts = do(*["slow"] * 20, seconds=6)
+    assert time.monotonic() - began < 6
+    assert not whole
+    assert [fact["mask"] for fact in facts] == [f"mask {i}" for i in range(20)]
+    done = ["by" in fact for fact in facts]
+    assert done == sorted(done, reverse=True)
+    assert all(fact["left_out"] for fact in facts if "by" not in fact)
+    assert 0 < sum(done) < 20
+
+
+def test_a_process_is_killed_at_the_deadline(do: Any) -> None:
+    began = time.monotonic()
+    whole, facts = do("hang", "fine", seconds=6)
+    assert time.monotonic() - began < 8
+    assert not whole
+    assert of_shape(facts, "hang")["crashed"] == -9
+    assert facts[-1]["problem"] == "not run: no time left"
+
+
+# The whole
+
+
+@pytest.fixture
+def main(do: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command line with stand-in cases."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(first_contact, "time_cases", lambda rehearse: [])
+
+    def run(*arguments: str, what: tuple[str, ...]) -> int:
+        monkeypatch.setattr(first_contact, "parity_cases", lambda rehearse: cases(*what))
+        return first_contact.main(["--rehearse", "--out", str(tmp_path), *arguments])
+
+    return run
+
+
+def test_the_exit_status_says_whether_all_is_well(
+    main: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(what=("fine", "fine")) == 0
+    capsys.readouterr()
+    assert main(what=("fine", "silent exit", "error")) == 1
+    printed = capsys.readouterr().out
+    for line in (
+        "parity: ended with status 7: without a word",
+        "parity: ValueError: the sizes differ",
+        "triton splice silent exit mask 1: CRASHED",
+        "triton splice error mask 2: FAILED",
+    ):
+        assert f"\n{line}\n" in printed
+
+
+def test_again_repeats_only_what_was_not_passed(main: Any, tmp_path: Path) -> None:
+    what = ("fine", "exit", "error", "fine")
+    assert main(what=what) == 1
+    earlier = str(tmp_path / first_contact.FILE)
+    assert main("--again", earlier, what=what) == 1
+    repeated = Facts(tmp_path / "again.jsonl").read()
+    assert [f["mask"] for f in repeated if f["step"] == "parity"] == ["mask 1", "mask 2"]
+    # With that mended:
+    assert main("--again", str(tmp_path / "again.jsonl"), what=("fine",)) == 0
+
+
+def test_a_line_that_is_cut_off_loses_no_other(tmp_path: Path) -> None:
+    facts = Facts(tmp_path / "facts.jsonl")
+    assert facts.read() == []
+    for number in range(3):
+        facts.add("parity", number=number, words='of a {"step": "time"} line\n')
+    whole = facts.path.read_bytes()
+    for length in range(1, len(whole)):
+        facts.path.write_bytes(whole[:length])
+        facts.add("parity", number=9)
+        numbers = [fact["number"] for fact in facts.read()]
+        before = whole[:length].count(b"}\n")
+        assert numbers in ([*range(before), 9], [*range(before + 1), 9])
+
+
+SMALL = """
+import sys
+from dataclasses import replace
+from bench import first_contact
+first_contact.QUICK = (replace(first_contact.QUICK[0], batch=1, length=3, max_length=4),)
+sys.exit(first_contact.child(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_rehearsal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All steps on one small shape. This process has the interpreter, the compiler's has not."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(first_contact, "QUICK", first_contact.QUICK[:1])
+    monkeypatch.setattr(first_contact, "_CHILD", (sys.executable, "-c", SMALL))
+    status = first_contact.main(["--rehearse", "--out", str(tmp_path), "--seconds", "300"])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    facts = Facts(tmp_path / first_contact.FILE).read()
+    assert {fact["step"] for fact in facts} == {
+        *("begin", "environment", "compile", "parity", "floor", "time"),
+    }
+    compiled = [fact for fact in facts if "kernel" in fact]
+    assert {"_splice_forward_kernel", "_splice_backward_kernel"} <= {f["kernel"] for f in compiled}
+    assert not any(fact["error"] for fact in compiled)
+    assert sum(fact["step"] == "parity" for fact in facts) == 4
+    table = printed.partition("\nkernel ")[2].splitlines()
+    assert [line[:28].split() for line in table[1:]] == [
+        ["splice", "forward", "triton"],
+        ["splice", "backward", "triton"],
+        ["reconstruct", "forward", "triton"],
+        ["reconstruct", "backward", "triton"],
+    ]
+    assert len(printed.splitlines()) <= 60
+    assert (tmp_path / first_contact.CACHE).stat().st_size > 1000
+
+
+# The table, from what an H200 gave
+
+
+@pytest.fixture(scope="module")
+def h200(root: Path) -> list[dict[str, Any]]:
+    return Facts(root / RESULTS).read()
+
+
+def test_the_table_has_every_kernel(h200: list[dict[str, Any]]) -> None:
+    lines = first_contact.table(h200)
+    assert len(lines) <= 60
+    assert lines[0] == "copy 4.22 TB/s, an empty launch 2.8 µs"
+    rows = lines[2:]
+    assert len(rows) == len({line[:45] for line in rows})
+    for case in first_contact.time_cases(rehearse=False):
+        for direction in first_contact.directions(case.operation):
+            start = (
+                f"{case.operation + ' ' + direction:21} {case.peer:7} {case.shape:9} {case.mask} "
+            )
+            expected = case.peer in first_contact.KERNELS
+            assert any(line.startswith(start) for line in rows) == expected
+
+
+def test_the_figures_of_a_row(h200: list[dict[str, Any]]) -> None:
+    """60.672 µs beside 160.224 and 22.560; 26.028 MB at 4.2241 TB/s take 6.162 µs."""
+    (row,) = (
+        line
+        for line in first_contact.table(h200)
+        if line.startswith("splice forward        triton  t5-base   right")
+    )
+    assert row.split()[5:] == ["ok", "0.21", "60.7", "10%", "449", "1", "0.38", "2.69"]
+
+
+def test_the_table_needs_neither_floor_nor_peers(h200: list[dict[str, Any]]) -> None:
+    """Where those lines are lost, the others are shown."""
+    kept = [f for f in h200 if f["step"] == "time" and f["peer"] == "triton"]
+    rows = first_contact.table(kept)[1:]
+    assert len(rows) == len(kept)
+    assert all(row.split()[-2:] == ["-", "-"] for row in rows)
+
+
+def test_nothing_is_red_where_all_is_well(h200: list[dict[str, Any]]) -> None:
+    assert first_contact.red(h200, rehearse=False) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"ok": False, "error": 1.5}, ["triton splice t5-base right: WRONG 1.5"]),
+        ({"ok": False, "error": float("inf")}, ["triton splice t5-base right: WRONG inf"]),
+        ({"ok": False, "error": 0.5}, ["triton splice t5-base right: not repeatable 0.5"]),
+        (None, ["triton splice t5-base right: not checked"]),
+        ({"left_out": "no time left"}, ["triton splice t5-base right: not checked"]),
+        (
+            {"crashed": -11, "words": "first\nSegmentation fault\n"},
+            [
+                "parity: ended with status -11: Segmentation fault",
+                "triton splice t5-base right: CRASHED",
+            ],
+        ),
+        (
+            {"failed": "ValueError: no"},
+            ["parity: ValueError: no", "triton splice t5-base right: FAILED"],
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(
+    h200: list[dict[str, Any]], change: dict[str, Any] | None, expected: list[str]
+) -> None:
+    case = {"operation": "splice", "peer": "triton", "shape": "t5-base", "mask": "right"}
+
+    def is_it(fact: dict[str, Any]) -> bool:
+        return fact["step"] == "parity" and fact.items() >= case.items()
+
+    facts = [fact for fact in h200 if not is_it(fact)]
+    assert len(facts) == len(h200) - 1
+    if change is not None:
+        facts.append({"step": "parity", **case, **json.loads(json.dumps(change))})
+    assert first_contact.red(facts, rehearse=False) == expected
+
+
+def test_what_is_not_measured_is_named(h200: list[dict[str, Any]]) -> None:
+    facts = [f for f in h200 if not (f["step"] == "time" and f["operation"] == "prompt path")]
+    facts.append({"step": "time", "crashed": 1, "words": ""})
+    assert first_contact.red(facts, rehearse=False) == [
+        "time: ended with status 1: without a word",
+        "time: 12 of 108 are not measured",
+    ]

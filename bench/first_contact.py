@@ -205,7 +205,7 @@ def _compile(facts: Facts, work: Work) -> None:
             *(s.hidden_size, s.batch, s.length, s.tasks or None),
         )
         types = ("bf16", "fp32")
-        chosen = [compiled.Reconstruct(sizes, ("fp32",) * 3)]
+        chosen: list[compiled.Case] = [compiled.Reconstruct(sizes, ("fp32",) * 3)]
         chosen += [compiled.Splice(sizes, types, mask=mask) for mask in (None, torch.int64)]
         uses += compiled.launches(chosen, [target])
     todo = list(dict.fromkeys(use.launch for use in uses))

@@ -51,27 +51,30 @@ def unpack(archive: Path, folder: Path) -> int:
     Returns:
         The number of kernels that were added.
     """
-    count = 0
+    kernels: dict[str, dict[str, bytes]] = {}
     with tarfile.open(archive) as tar:
-        groups: dict[Path, bytes] = {}
         for entry in tar:
-            content = tar.extractfile(entry)
-            parts = Path(entry.name).parts
-            if content is None or len(parts) != 2 or ".." in parts:
+            content = tar.extractfile(entry) if entry.isfile() else None
+            parts = entry.name.split("/")
+            if content is None or len(parts) != 2 or not {"", ".", ".."}.isdisjoint(parts):
                 raise ValueError(f"{archive}: expected files of KERNEL/NAME, got {entry.name!r}")
-            path = folder.joinpath(*parts)
-            if parts[1].startswith(_GROUP):
-                groups[path] = content.read()
-            elif not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content.read())
-    # The list of a kernel's files comes last: from then on Triton finds it.
-    for path, listed in groups.items():
-        if not path.exists():
-            names = json.loads(listed)["child_paths"]
-            places = {name: str(path.parent / name) for name in names}
-            path.write_text(json.dumps({"child_paths": places}), encoding="utf-8")
-            count += 1
+            kernels.setdefault(parts[0], {})[parts[1]] = content.read()
+    count = 0
+    for kernel, contents in kernels.items():
+        place = folder / kernel
+        group = next((name for name in contents if name.startswith(_GROUP)), None)
+        if group is None or (place / group).exists():
+            continue
+        names = json.loads(contents.pop(group))["child_paths"]
+        paths = {name: str(place / name) for name in names}
+        # It comes last: from then on Triton finds the kernel.
+        contents[group] = json.dumps({"child_paths": paths}).encode()
+        place.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            temporary = place / f"{name}.tmp"
+            temporary.write_bytes(content)
+            temporary.replace(place / name)
+        count += 1
     return count
 
 

@@ -54,11 +54,11 @@ def unpack(archive: Path, folder: Path) -> int:
     kernels: dict[str, dict[str, bytes]] = {}
     with tarfile.open(archive) as tar:
         for entry in tar:
-            content = tar.extractfile(entry) if entry.isfile() else None
+            file = tar.extractfile(entry) if entry.isfile() else None
             parts = entry.name.split("/")
-            if content is None or len(parts) != 2 or not {"", ".", ".."}.isdisjoint(parts):
+            if file is None or len(parts) != 2 or not {"", ".", ".."}.isdisjoint(parts):
                 raise ValueError(f"{archive}: expected files of KERNEL/NAME, got {entry.name!r}")
-            kernels.setdefault(parts[0], {})[parts[1]] = content.read()
+            kernels.setdefault(parts[0], {})[parts[1]] = file.read()
     count = 0
     for kernel, contents in kernels.items():
         place = folder / kernel

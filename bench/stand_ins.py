@@ -3,7 +3,8 @@
 PyTorch's CUDA build does not start without libraries of 1.9 GB to load and 2.8 GB on disk, none of
 which does anything on a machine without a GPU. Here each of them is made as a small library of that
 name in torch's own folder. All its functions return ``cudaErrorNoDevice``, so torch starts and
-finds no GPU. A C compiler and binutils are needed. torch is not imported, since it would not start.
+finds no GPU; those that name an error return a text, which torch then raises. A C compiler and
+binutils are needed. torch is not imported, since it would not start.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _NO_DEVICE = 100
+# These return a text; the driver's own, cuGetErrorString, has it as an argument.
+_TEXTS = re.compile(r"(?!cu[A-Z])\w+Error(String|Name)")
 _NVIDIA = re.compile(r"lib(cu|nv|nccl)\w*\.so\.")
 
 
@@ -53,6 +56,12 @@ def functions(libraries: Iterable[Path]) -> dict[str, dict[str, list[str]]]:
     return wanted
 
 
+def _function(symbol: str) -> str:
+    if _TEXTS.fullmatch(symbol):
+        return f'const char *{symbol}(void) {{ return "no CUDA device: a stand-in"; }}'
+    return f"int {symbol}(void) {{ return {_NO_DEVICE}; }}"
+
+
 def build(library: Path, versions: dict[str, list[str]]) -> None:
     """Compile one stand-in."""
     symbols = [symbol for names in versions.values() for symbol in names]
@@ -63,7 +72,7 @@ def build(library: Path, versions: dict[str, list[str]]) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         source, versioned = Path(folder, "source.c"), Path(folder, "versions")
-        source.write_text("".join(f"int {s}(void) {{ return {_NO_DEVICE}; }}\n" for s in symbols))
+        source.write_text("".join(f"{_function(symbol)}\n" for symbol in symbols))
         versioned.write_text(script)
         options = ["-shared", "-fPIC", "-w", f"-Wl,-soname,{library.name}"]
         if script:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import shutil
@@ -219,3 +220,19 @@ def test_a_stand_in_takes_the_place_of_a_library(tmp_path: Path) -> None:
     stand_ins.build(tmp_path / name, wanted[name])
     done = call(tmp_path)
     assert done.stdout == "100", done.stderr
+
+
+@needs_cc
+def test_a_stand_in_names_its_error_in_a_text(tmp_path: Path) -> None:
+    """A number in its place is an address, at which torch would read: a segmentation fault."""
+    texts = ["cudaGetErrorString", "cudaGetErrorName", "cudnnGetErrorString"]
+    numbers = ["cudaGetDevice", "cuGetErrorString", "nvrtcGetLoweredName"]
+    stand_ins.build(tmp_path / "libcudart.so.13", {"libcudart.so.13": texts + numbers})
+    library = ctypes.CDLL(str(tmp_path / "libcudart.so.13"))
+    for name in texts:
+        function = getattr(library, name)
+        function.restype = ctypes.c_void_p
+        address = function(100)
+        assert address != 100
+        assert b"no CUDA device" in ctypes.string_at(address)
+    assert [getattr(library, name)() for name in numbers] == [100] * 3

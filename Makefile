@@ -95,9 +95,9 @@ rehearse-gpu: $(GPU)
 # vectors, and what an earlier visit left in .gpu.
 pack-gpu: $(STAMP) $(GPU)
 	EPT_FAST_BUILD_CUDA=1 EPT_FAST_CUDA_ARCHS=90 $(BIN)/python setup.py --quiet build_ext --inplace
-	mkdir -p .gpu shared
+	mkdir -p .gpu shared/golden
 	.venv-gpu/bin/python -m tests.gpu.launches list .gpu/launches.jsonl >.gpu/listed.txt
-	if [ -d ../shared/golden ]; then cp -R ../shared/golden shared/; fi
+	if [ -d ../shared/golden ]; then cp -f ../shared/golden/* shared/golden/; fi
 	du -sh ept_fast/extension/ept_fast_cuda.so .gpu shared
 
 check: $(STAMP)
@@ -116,5 +116,5 @@ hooks: $(STAMP)
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf .venv .venv-newest .venv-gpu build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output
+	rm -rf .venv .venv-newest .venv-gpu build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output ept_fast/extension/*.so
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -30,7 +30,7 @@ export HF_HUB_OFFLINE := 1
 # several times slower.
 demo test test-newest support: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-newest support rehearse-gpu check format bench hooks clean
+.PHONY: help install demo test test-newest support rehearse-gpu pack-gpu check format bench hooks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +42,7 @@ help:
 	@echo "make format   let ruff mend and format the code"
 	@echo "make bench    time everything against its peers; BENCH_ARGS=--quick: a smoke test"
 	@echo "make rehearse-gpu  try what runs on a GPU, on a CPU and with the GPU machine's versions"
+	@echo "make pack-gpu  make what travels to a machine with a GPU"
 	@echo "make hooks    install the pre-commit hooks into this clone"
 	@echo "make clean    remove the environments and everything that was built or left by a run"
 
@@ -90,6 +91,15 @@ support: $(STAMP)
 rehearse-gpu: $(GPU)
 	.venv-gpu/bin/python -m bench.rehearse $(REHEARSE_ARGS)
 
+# Beside the tracked files: the CUDA library for sm_90, the launches of the GPU tests, the golden
+# vectors, and what an earlier visit left in .gpu.
+pack-gpu: $(STAMP) $(GPU)
+	EPT_FAST_BUILD_CUDA=1 EPT_FAST_CUDA_ARCHS=90 $(BIN)/python setup.py --quiet build_ext --inplace
+	mkdir -p .gpu shared/golden
+	.venv-gpu/bin/python -m tests.gpu.launches list .gpu/launches.jsonl >.gpu/listed.txt
+	if [ -d ../shared/golden ]; then cp -f ../shared/golden/* shared/golden/; fi
+	du -sh ept_fast/extension/ept_fast_cuda.so .gpu shared
+
 check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -106,5 +116,5 @@ hooks: $(STAMP)
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf .venv .venv-newest .venv-gpu build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output
+	rm -rf .venv .venv-newest .venv-gpu build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output ept_fast/extension/*.so
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

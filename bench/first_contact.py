@@ -11,9 +11,10 @@ noted, and another goes on behind it: nothing else is lost. The steps:
     time          the copy, the empty launch; then time, host time and launches of each kernel
                   beside the definition, plain and compiled
 
-A table comes last. The compiled kernels are left in ``triton-cache.tgz``, and taken from it at the
-start where the checkout's folder ``.gpu`` has it. ``--again FILE`` repeats only the parity checks
-that failed in an earlier file. ``--rehearse`` runs tiny sizes on a CPU, in Triton's interpreter.
+A table comes last; the same figures are rows in the CSV files of the benchmarks. The compiled
+kernels are left in ``triton-cache.tgz``, and taken from it at the start where the checkout's folder
+``.gpu`` has it. ``--again FILE`` repeats only the parity checks that failed in an earlier file.
+``--rehearse`` runs tiny sizes on a CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import triton_cache
+from bench.record import Book, Row
 from bench.shapes import MANY_TASKS, NAMED, QUICK, Shape
 
 FILE = "first_contact.jsonl"
@@ -581,10 +583,8 @@ def table(facts: list[dict[str, Any]]) -> list[str]:
     for (case, direction), fact in times.items():
         if case.peer not in KERNELS:
             continue
-        share = "-"
-        if copy and empty:
-            least_ms = max(fact["floor_mb"] / 1e3 / copy["tb_per_s"], empty["p50_ms"])
-            share = f"{least_ms / fact['p50_ms']:.0%}"
+        floor_ms = _floor_ms(fact, floor)
+        share = f"{floor_ms / fact['p50_ms']:.0%}" if floor_ms else "-"
         ratios = []
         for peer in (DEFINITION, COMPILED):
             other = times.get((replace(case, peer=peer), direction))
@@ -595,6 +595,68 @@ def table(facts: list[dict[str, Any]]) -> list[str]:
             f"{fact['host_us']:7.0f} {len(fact['launches']):8d} {ratios[0]:>7} {ratios[1]:>8}"
         )
     return lines
+
+
+# What a suite of the benchmarks calls the sizes with such a mask.
+_SUFFIX = {"right": "", "none": ", unpadded", "holes": ", holes"}
+
+
+def rows(facts: list[dict[str, Any]]) -> list[Row]:
+    """The same as rows of the benchmarks, for their tables, until their own take their places.
+
+    A ratio is that of two medians, not the median of pairs, so it has no interval.
+    """
+    origin = next((f for f in facts if f["step"] == "environment" and "driver" in f), None)
+    if origin is None:
+        return []
+    empty: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__)
+    empty |= dict.fromkeys(("direction", "shape", "embeddings", "parameters", "ours", "note"), "")
+    empty |= {name: value for name, value in origin.items() if name in empty}
+    empty["rounds"] = _ROUNDS
+    found = []
+    floor = {fact["of"]: fact for fact in facts if fact["step"] == "floor"}
+    quantiles = ("p20_ms", "p50_ms", "p80_ms")
+    for name, fact in floor.items():
+        own: dict[str, Any] = {"suite": "floor", "operation": name, "peer": "torch"}
+        if speed := fact["tb_per_s"]:
+            own |= {"floor_mb": 1e6 * speed * fact["p50_ms"] / 1e3, "shape": "1024 MiB"}
+        found.append(Row(**empty | own | {q: fact[q] for q in quantiles}))
+    times = _timed(facts)
+    sizes = shapes(rehearse=False)
+    for (case, direction), fact in times.items():
+        shape = asdict(sizes[case.shape])
+        spliced = case.operation != "reconstruct"
+        ours = times.get((replace(case, peer=KERNELS[0]), direction))
+        floor_ms = _floor_ms(fact, floor)
+        own = {
+            "suite": case.operation.replace(" ", "_"),
+            "operation": case.operation,
+            "direction": direction,
+            **{name: value for name, value in shape.items() if name != "shortest"},
+            "shape": case.shape + (_SUFFIX[case.mask] if spliced else ""),
+            "embeddings": _TABLE if spliced else "",
+            "parameters": "float32",
+            "peer": case.peer,
+            "ours": KERNELS[0],
+            "host_ms": fact["host_us"] / 1e3,
+            "launches": len(fact["launches"]),
+            "floor_mb": fact["floor_mb"],
+            "floor_ms": floor_ms,
+            "of_floor": floor_ms / fact["p50_ms"] if floor_ms else None,
+            "ours_to_peer": ours["p50_ms"] / fact["p50_ms"] if ours and ours is not fact else None,
+            "note": "first contact: ratios of two medians",
+        }
+        del own["name"]
+        found.append(Row(**empty | own | {q: fact[q] for q in quantiles}))
+    return found
+
+
+def _floor_ms(fact: dict[str, Any], floor: dict[str, dict[str, Any]]) -> float | None:
+    """The time of what has to be moved, no less than an empty launch; none where those are lost."""
+    copy, empty = floor.get("copy"), floor.get("empty launch")
+    if copy is None or empty is None:
+        return None
+    return float(max(fact["floor_mb"] / 1e3 / copy["tb_per_s"], empty["p50_ms"]))
 
 
 def main(arguments: list[str]) -> int:
@@ -633,6 +695,9 @@ def main(arguments: list[str]) -> int:
     if len(problems) > 10:
         print(f"and {len(problems) - 10} more in {facts.path}")
     print("\n".join(table(known)[:60]))
+    if not options.rehearse:
+        for row in rows(known):
+            Book(folder).add(row)
     return 1 if problems else 0
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import first_contact
 from bench.compare import is_ours, noise
 from bench.plots import fitted_exponents, shape_namer, swept
 from bench.record import Row, read
@@ -25,7 +26,7 @@ RESULTS = ROOT / "bench" / "results"
 
 # The folders that are on the page, in the repository: a reader's own runs do not change it. None:
 # every folder.
-PUBLISHED: tuple[str, ...] | None = ("intel-xeon-processor-2-cores",)
+PUBLISHED: tuple[str, ...] | None = ("intel-xeon-processor-2-cores", "nvidia-h200")
 
 # The folder of ``python -m bench.host_cost`` and its files.
 HOST_COST, PATHS, LAUNCHES = "host_cost", "paths.csv", "launches.csv"
@@ -154,14 +155,22 @@ def _cell(row: Row | None, column: str, form: Callable[[float | None], str]) -> 
 def _operations(rows: list[Row]) -> list[str]:
     others = _others(rows)
     header = ["operation", "direction", "shape", "ours (ms)", "share of the floor"]
-    header += [f"by {peer}" for peer in others] + ["ours (MB)", "reference (MB)"]
+    header += [f"by {peer}" for peer in others]
+    # What a device's rows do not have gets no columns: memory, and on a CPU the host's own time.
+    measured = {
+        column: unit
+        for column, unit in (("peak_mb", "MB"), ("host_ms", "host ms"))
+        if any(getattr(row, column) is not None for row in rows)
+    }
+    both = ("", "reference")
+    header += [f"{peer or 'ours'} ({unit})" for unit in measured.values() for peer in both]
     body = []
     for row, shape, found in _works(rows, shape_namer(rows)):
         ours = found.get("")
         cells = [row.operation, row.direction or _DASH, shape or _DASH]
         cells += [_cell(ours, "p50_ms", _figure), _cell(ours, "of_floor", _share)]
         cells += [_cell(found.get(peer), "ours_to_peer", _ratio) for peer in others]
-        cells += [_cell(found.get(peer), "peak_mb", _figure) for peer in ("", "reference")]
+        cells += [_cell(found.get(p), column, _figure) for column in measured for p in both]
         body.append(cells)
     return _table(header, body, 3)
 
@@ -464,6 +473,17 @@ def accuracy_table() -> str:
     return (RESULTS / "accuracy" / "results.md").read_text(encoding="utf-8")
 
 
+def _ran_on() -> dict[str, str]:
+    """The kernels that a first contact has launched, and on which devices."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(RESULTS.glob(f"*/{first_contact.FILE}")):
+        facts = first_contact.Facts(path).read()
+        device = next((fact["device"] for fact in facts if "device" in fact), "")
+        for name in {name for fact in facts for name, _ in fact.get("launches", ())}:
+            found.setdefault(name, []).append(f"run on {device}")
+    return {name: ", ".join(devices) for name, devices in found.items()}
+
+
 def compiled_table() -> str:
     """A line for each kernel from the table of ``python -m bench.compiled``."""
     with (RESULTS / "compiled" / "table.csv").open(newline="") as file:
@@ -473,6 +493,7 @@ def compiled_table() -> str:
         f"| kernel | {' | '.join(targets)} | shared memory (bytes) | spills | on a GPU |",
         f"|---|{'---:|' * len(targets)}---:|---:|---|",
     ]
+    ran = _ran_on()
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         mine = [row for row in rows if row["kernel"] == kernel]
         registers = [
@@ -483,7 +504,7 @@ def compiled_table() -> str:
         spills = sum(int(row["spills"]) for row in mine)
         lines.append(
             f"| `{kernel}` | {' | '.join(registers)} | {shared} | {spills} "
-            f"| compiled, not yet run on a GPU |"
+            f"| {ran.get(kernel, 'compiled, not yet run on a GPU')} |"
         )
     first = rows[0]
     lines += ["", f"triton {first['triton']}, {first['date']}, commit {first['commit']}."]

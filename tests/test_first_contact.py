@@ -305,6 +305,23 @@ def test_the_table_needs_neither_floor_nor_peers(h200: list[dict[str, Any]]) -> 
     assert all(row.split()[-2:] == ["-", "-"] for row in rows)
 
 
+def test_rows_of_the_benchmarks_are_made(h200: list[dict[str, Any]]) -> None:
+    """One for each time and floor; without the floor a time has still one."""
+    rows = first_contact.rows(h200)
+    assert len(rows) == sum(fact["step"] in ("time", "floor") for fact in h200)
+    (row,) = (
+        row
+        for row in rows
+        if (row.operation, row.direction, row.shape, row.peer)
+        == ("splice", "forward", "t5-base", "reference")
+    )
+    assert row.ours_to_peer == pytest.approx(60.672 / 160.224, rel=1e-3)
+    assert row.of_floor == pytest.approx(6.162 / 160.224, rel=1e-3)
+    lost = first_contact.rows([fact for fact in h200 if fact["step"] != "floor"])
+    assert len(lost) == len(rows) - 3
+    assert {row.of_floor for row in lost} == {None}
+
+
 def test_nothing_is_red_where_all_is_well(h200: list[dict[str, Any]]) -> None:
     assert first_contact.red(h200, rehearse=False) == []
 

@@ -26,6 +26,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -676,7 +677,10 @@ def main(arguments: list[str]) -> int:
     cache = Path(tempfile.gettempdir()) / "ept-fast-triton"
     cache = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(cache)))
     if not options.rehearse and (_CARRIED / CACHE).exists():
-        triton_cache.unpack(_CARRIED / CACHE, cache)
+        try:
+            triton_cache.unpack(_CARRIED / CACHE, cache)
+        except (OSError, ValueError, tarfile.TarError) as error:
+            print(f"{CACHE} is of no use: {error}")  # the kernels are compiled again
     path = folder / ("again.jsonl" if options.again else FILE)
     path.unlink(missing_ok=True)
     facts = Facts(path)

@@ -38,15 +38,18 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 Finding = tuple[str, str, bool]
 
 
+def _published() -> list[Path]:
+    folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    return [path for path in folders if PUBLISHED is None or path.name in PUBLISHED]
+
+
 def devices() -> tuple[list[list[Row]], list[str]]:
     """The rows of each published device's folder under ``RESULTS``, and why others were left out.
 
     A folder without a suite's file is another job's and needs no reason.
     """
     found, reasons = [], []
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-        if PUBLISHED is not None and folder.name not in PUBLISHED:
-            continue
+    for folder in _published():
         try:
             found.append(read(folder))
         except FileNotFoundError:
@@ -476,8 +479,8 @@ def accuracy_table() -> str:
 def _ran_on() -> dict[str, str]:
     """The kernels that a first contact has launched, and on which devices."""
     found: dict[str, list[str]] = {}
-    for path in sorted(RESULTS.glob(f"*/{first_contact.FILE}")):
-        facts = first_contact.Facts(path).read()
+    for folder in _published():
+        facts = first_contact.Facts(folder / first_contact.FILE).read()
         device = next((fact["device"] for fact in facts if "device" in fact), "")
         for name in {name for fact in facts for name, _ in fact.get("launches", ())}:
             found.setdefault(name, []).append(f"run on {device}")

@@ -42,7 +42,8 @@ from bench.shapes import MANY_TASKS, NAMED, QUICK, Shape
 FILE = "first_contact.jsonl"
 CACHE = "triton-cache.tgz"
 # What travels to the machine beside the tracked files.
-_CARRIED = Path(__file__).resolve().parent.parent / ".gpu"
+_ROOT = Path(__file__).resolve().parent.parent
+_CARRIED = _ROOT / ".gpu"
 KERNELS = ("triton", "cuda")
 DEFINITION, COMPILED = "reference", "reference-compiled"
 # In the order of their worth.
@@ -132,8 +133,8 @@ class Facts:
         self.path = path
 
     def add(self, step: str, **fact: Any) -> None:
-        """Add a line."""
-        line = json.dumps({"step": step, **fact}) + "\n"
+        """Add a line; places in the checkout are named from its root."""
+        line = json.dumps({"step": step, **fact}).replace(f"{_ROOT}/", "") + "\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, line.encode())

@@ -34,17 +34,13 @@ TARGET = "sm_90"
 @contextmanager
 def _as_on_a_gpu() -> Iterator[list[Launch]]:
     """Notes the launches that are made within; the Triton backend serves every call."""
-    import torch
-
     from ept_fast.backends import triton
 
     works = mock.Mock(return_value=(True, "its launches are listed"))
-    none = mock.Mock(side_effect=RuntimeError("no GPU: launches are listed"))
     with (
         recorded(TARGETS[TARGET]) as launches,
         mock.patch.object(triton, "supports", works),
         mock.patch.object(triton, "available", works),
-        mock.patch.object(torch.cuda, "Stream", none),  # PyTorch 2.11 crashes where there is no GPU
     ):
         yield launches
 

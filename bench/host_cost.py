@@ -10,7 +10,6 @@ What is counted is counted outside of the timing: launches by the stub, allocati
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import gc
 import importlib.util
@@ -39,7 +38,7 @@ from bench.compare import Failure
 from bench.environment import origin_of
 from bench.inputs import SCALING, Inputs, cotangent, make_inputs
 from bench.peers import REFERENCE
-from bench.record import RESULTS
+from bench.record import RESULTS, write_csv
 from bench.shapes import Shape
 
 FOLDER = RESULTS / page.HOST_COST
@@ -437,17 +436,6 @@ def texts(row: Row | LaunchRow) -> dict[str, str]:
     }
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write rows to one file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
-
-
 @click.command()
 @click.option("--quick", is_flag=True, help="A smoke test: its times mean nothing.")
 @click.option("--no-compiled", is_flag=True, help="Leave torch.compile out.")
@@ -467,8 +455,8 @@ def main(quick: bool, no_compiled: bool, out: Path | None) -> None:
     if out is None and not quick:
         out = FOLDER
     if out is not None:
-        write(out / page.PATHS, rows)
-        write(out / page.LAUNCHES, launches)
+        write_csv(out / page.PATHS, rows[0], rows)
+        write_csv(out / page.LAUNCHES, launches[0], launches)
     click.echo("\n".join(page.host_cost_lines(rows, launches)))
 
 

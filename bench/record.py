@@ -167,14 +167,21 @@ def _row(path: Path, line: int, values: dict[str, str]) -> Row:
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Write rows to one file, whole or not at all; numbers to five digits."""
+    texts = (
+        {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+        for row in rows
+    )
+    write_csv(path, [field.name for field in fields(Row)], texts)
+
+
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write a file of these columns, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            values = asdict(row).items()
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values})
+        writer.writerows(rows)
     temporary.replace(path)
 
 

@@ -22,6 +22,7 @@ from bench.compare import Failure
 from bench.compiled import cuda_tools
 from bench.host_cost import COMPILED, DIRECTIONS, EAGER, FUNCTIONS, MODULE, OURS
 from bench.peers import REFERENCE
+from bench.record import write_csv
 
 PEERS = (OURS, EAGER, REFERENCE, COMPILED)
 LAUNCHES = {"forward": 4, "both": 9}
@@ -238,8 +239,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def save(folder: Path, *rows: dict[str, str]) -> None:
-    host_cost.write(folder / page.PATHS, list(rows))
-    host_cost.write(folder / page.LAUNCHES, [LAUNCH, LAUNCH])
+    write_csv(folder / page.PATHS, rows[0], rows)
+    write_csv(folder / page.LAUNCHES, LAUNCH, [LAUNCH, LAUNCH])
 
 
 def test_the_page_has_the_files_figures(results: Path) -> None:

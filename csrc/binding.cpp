@@ -247,14 +247,14 @@ Seven reconstruct_forward(
   const int64_t dims = call.spaces * call.dim;
   const Tensor prompt = torch::stable::new_empty(short_prompt, short_prompt.sizes());
   const Tensor query = saved(offset, {call.tasks, call.tokens, call.rank});
-  const Tensor lse = saved(offset, {call.tasks, call.tokens});
+  const Tensor stats = saved(offset, {call.tasks, 2, call.tokens});
   const Tensor mix = saved(offset, {call.tasks, call.tokens, call.rank});
   const Tensor hidden = saved(spaces, {call.tasks, call.tokens, dims});
   const Tensor gates = saved(spaces, {call.tasks, call.tokens, call.spaces});
   const Tensor cross = saved(offset && spaces, {call.tasks, call.rank, dims + call.spaces});
   call.prompt = address(prompt);
   call.query = address<float>(query);
-  call.lse = address<float>(lse);
+  call.stats = address<float>(stats);
   call.mix = address<float>(mix);
   call.hidden = address<float>(hidden);
   call.gates = address<float>(gates);
@@ -263,14 +263,14 @@ Seven reconstruct_forward(
   const Tensor space = workspace(short_prompt, ept::reconstruct_forward_workspace(call));
   call.workspace = address(space);
   check(ept::reconstruct_forward(call, launch.stream()));
-  return {prompt, query, lse, mix, hidden, gates, cross};
+  return {prompt, query, stats, mix, hidden, gates, cross};
 }
 
 Seven reconstruct_backward(
     const Tensor& grad, const Tensor& short_prompt, const Optional& offset_a,
     const Optional& offset_b, const Optional& space_down, const Optional& space_up,
     const Optional& gate_weight, const Optional& gate_bias, const Tensor& query,
-    const Tensor& lse, const Tensor& mix, const Tensor& hidden, const Tensor& gates,
+    const Tensor& stats, const Tensor& mix, const Tensor& hidden, const Tensor& gates,
     const Tensor& cross, double scaling, const std::string& activation, const std::string& gate,
     double temperature) {
   const Launch launch(grad);
@@ -292,7 +292,7 @@ Seven reconstruct_backward(
   const bool offset = offset_a.has_value();
   const bool spaces = space_down.has_value();
   call.query = saved("query", query, offset, 3);
-  call.lse = saved("lse", lse, offset, 2);
+  call.stats = saved("stats", stats, offset, 3);
   call.mix = saved("mix", mix, offset, 3);
   call.hidden = saved("hidden", hidden, spaces, 3);
   call.gates = saved("gates", gates, spaces, 3);
@@ -409,7 +409,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ept_fast, m) {
   m.def(
       "cuda_reconstruct_backward(Tensor grad, Tensor short_prompt, Tensor? offset_a, "
       "Tensor? offset_b, Tensor? space_down, Tensor? space_up, Tensor? gate_weight, "
-      "Tensor? gate_bias, Tensor query, Tensor lse, Tensor mix, Tensor hidden, Tensor gates, "
+      "Tensor? gate_bias, Tensor query, Tensor stats, Tensor mix, Tensor hidden, Tensor gates, "
       "Tensor cross, float scaling, str activation, str gate, float temperature) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(

@@ -80,7 +80,7 @@ struct ReconstructForward {
   // null where it does not apply.
   void* prompt = nullptr;   // P′ [T, m, d]
   float* query = nullptr;   // Q [T, m, r]                with the offset
-  float* lse = nullptr;     // [T, m]                     with the offset
+  float* stats = nullptr;   // [T, 2, m]                  with the offset: row maxima and row sums
   float* mix = nullptr;     // O [T, m, r]                with the offset
   float* hidden = nullptr;  // Hin [T, m, K·h]            with the spaces
   float* gates = nullptr;   // g [T, m, K]                with the spaces
@@ -110,7 +110,7 @@ struct ReconstructBackward {
 
   // What the forward saved: float32, contiguous, null where it does not apply.
   const float* query = nullptr;
-  const float* lse = nullptr;
+  const float* stats = nullptr;
   const float* mix = nullptr;
   const float* hidden = nullptr;
   const float* gates = nullptr;

@@ -260,7 +260,7 @@ Parts parts_of(const Call& call) {
   parts.gate_weight = call.gate_weight;
   parts.gate_bias = call.gate_bias;
   parts.scaling = static_cast<float>(call.scaling);
-  parts.slope = static_cast<float>(call.scaling / std::sqrt(static_cast<double>(call.width)));
+  parts.slope = static_cast<float>(1.0 / std::sqrt(static_cast<double>(call.width)));
   parts.temperature = static_cast<float>(call.temperature);
   parts.activation = call.activation;
   parts.gate = call.gate;
@@ -373,7 +373,7 @@ Status run_reconstruct_forward(const Launcher& launcher, const ReconstructForwar
   expand.cross = call.cross;
   expand.pieces = places.pieces;
   expand.prompt = call.prompt;
-  expand.lse = call.lse;
+  expand.stats = call.stats;
   expand.mix = call.mix;
   expand.hidden = call.hidden;
   expand.gates = call.gates;
@@ -437,7 +437,7 @@ Status run_reconstruct_backward(const Launcher& launcher, const ReconstructBackw
   Workspace workspace(call.workspace);
   const BackwardPlaces places = take_places(workspace, call, parts);
   const ReduceCall& reduction = places.reduction;
-  const Saved saved{call.query, call.lse, call.mix, call.hidden, call.gates, call.cross};
+  const Saved saved{call.query, call.stats, call.mix, call.hidden, call.gates, call.cross};
   if (reduction.columns > 0) {
     const Status reduced = launcher.template run<ReduceKernel>(blocks_of(reduction), reduction);
     if (reduced.error != 0) return reduced;

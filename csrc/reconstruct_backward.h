@@ -12,7 +12,7 @@ namespace ept {
 // What the forward saved.
 struct Saved {
   const float* query;   // Q [T, m, r]
-  const float* lse;     // [T, m]
+  const float* stats;   // [T, 2, m]
   const float* mix;     // O [T, m, r]
   const float* hidden;  // Hin [T, m, K·h]
   const float* gates;   // g [T, m, K]
@@ -33,7 +33,7 @@ struct BackwardCoreCall {
 };
 
 // A block takes a chunk of positions for a group of tokens, eight tokens and sixteen positions at a
-// time. The weights of the softmax are made again from Q and its log-sum-exp.
+// time. The weights of the softmax are made again from Q and the statistics of its rows.
 struct BackwardCoreKernel {
   static constexpr const char* name = "reconstruct_backward_core";
   static constexpr int threads = 128;
@@ -267,7 +267,8 @@ struct BackwardCoreKernel {
         const int s = at / r, column = at % r;
         const int64_t from =
             task * a.stride[0] + (first + s) * a.stride[1] + column * a.stride[2];
-        shared.rows[s * (r | 1) + column] = first + s < end ? load(a.data, a.type, from) : 0.0f;
+        shared.rows[s * (r | 1) + column] =
+            first + s < end ? load(a.data, a.type, from) * parts.scaling : 0.0f;
       }
     });
   }
@@ -287,16 +288,16 @@ struct BackwardCoreKernel {
         const float *query = shared.query + token * r, *d_mix = shared.d_mix + token * r;
         const float score = sum_of_terms(r, [&](int i) { return query[i] * row[i]; });
         const float d_weight = sum_of_terms(r, [&](int i) { return d_mix[i] * row[i]; });
-        const float lse = call.saved.lse[int64_t{task} * parts.m + first_m + token];
-        weight = expf(score * parts.slope - lse);
-        d_score = weight * (d_weight * parts.scaling - shared.inner[token]) * parts.slope;
+        const float* stats = call.saved.stats + int64_t{task} * 2 * parts.m + first_m + token;
+        weight = expf((score - stats[0]) * parts.slope) / stats[parts.m];
+        d_score = weight * (d_weight - shared.inner[token]) * parts.slope;
       }
-      shared.weights[thread] = weight * parts.scaling;
+      shared.weights[thread] = weight;
       shared.d_scores[thread] = d_score;
     });
   }
 
-  // dQ += dS·A
+  // dQ += dS·(c·A)
   EPT_DEVICE static void add_query(const Memory& shared, int r, int thread, State& state) {
     const float* d_scores = shared.d_scores + thread / lanes_q * positions;
     EPT_UNROLL_BY(2)
@@ -311,7 +312,7 @@ struct BackwardCoreKernel {
     }
   }
 
-  // dA of sixteen positions from eight tokens: c·Wᵀ·dO + dSᵀ·Q
+  // dA of sixteen positions from eight tokens: c·(Wᵀ·dO + dSᵀ·Q)
   EPT_DEVICE static void add_rows(const Memory& shared, const Call& call, int64_t part, int first,
                                   int end, bool add, int thread) {
     const int r = call.parts.r, s = thread / lanes_a;
@@ -324,6 +325,7 @@ struct BackwardCoreKernel {
         sum += shared.d_scores[token * positions + s] * shared.query[token * r + column];
       }
       const int64_t at = (part * call.parts.n + first + s) * r + column;
+      sum *= call.parts.scaling;
       if (add) sum += static_cast<const float*>(call.d_a)[at];
       store(call.d_a, call.type_a, at, sum);
     }

@@ -15,7 +15,7 @@ struct ForwardCoreCall {
   float* query;   // Q [T, m, r]
   float* maxima;  // [T, pieces, m]
   float* totals;  // [T, pieces, m]
-  float* mixes;   // [T, pieces, m, r], without c and relative to the maximum of the piece
+  float* mixes;   // [T, pieces, m, r], relative to the maximum of the piece
   float* x;       // R [T, m, W]
   float* cross;   // S [T, r, W]
   int pieces, chunk;  // of n
@@ -119,7 +119,8 @@ struct ForwardCoreKernel {
           const int s = at / r, column = at % r;
           const int64_t from = task * a.stride[0] + (first + s) * a.stride[1] +
                                column * a.stride[2];
-          rows[s * padded + column] = first + s < end ? load(a.data, a.type, from) : 0.0f;
+          rows[s * padded + column] =
+              first + s < end ? load(a.data, a.type, from) * parts.scaling : 0.0f;
         }
       });
       block.each([&](int thread) {
@@ -130,7 +131,7 @@ struct ForwardCoreKernel {
           const int s = thread % lanes + i * lanes;
           const float* row = rows + s * padded;
           const float score = sum_of_terms(r, [&](int c) { return q[c] * row[c]; });
-          scores[token * positions + s] = first + s < end ? score * parts.slope : -INFINITY;
+          scores[token * positions + s] = first + s < end ? score : -INFINITY;
         }
       });
       block.each([&](int thread) {
@@ -139,13 +140,13 @@ struct ForwardCoreKernel {
         float maximum = state.maximum;
         EPT_UNROLL_BY(8)
         for (int s = 0; s < positions; ++s) maximum = greatest(maximum, own_scores_of[s]);
-        const float kept = expf(state.maximum - maximum);
+        const float kept = expf((state.maximum - maximum) * parts.slope);
         state.maximum = maximum;
         state.total *= kept;
         EPT_UNROLL
         for (int i = 0; i < own; ++i) state.mix[i] *= kept;
         for (int s = 0; s < positions; ++s) {
-          const float weight = expf(own_scores_of[s] - maximum);
+          const float weight = expf((own_scores_of[s] - maximum) * parts.slope);
           state.total += weight;
           EPT_UNROLL
           for (int i = 0; i < own; ++i) {
@@ -183,7 +184,7 @@ struct ForwardExpandCall {
   const float* cross;  // null: no offset
   int pieces;
   void* prompt;  // P′ [T, m, d], P's type
-  float* lse;
+  float* stats;
   float* mix;
   float* hidden;
   float* gates;
@@ -245,33 +246,41 @@ struct ForwardExpandKernel {
     });
   }
 
-  EPT_DEVICE static float lse_of(const Call& call, int task, int token) {
+  // Of a row of the softmax: its largest score and the sum of its exponentials.
+  struct Stats {
+    float maximum, total;
+  };
+
+  EPT_DEVICE static Stats stats_of(const Call& call, int task, int token) {
     const int m = call.parts.m;
     const int64_t first = int64_t{task} * call.pieces * m + token;
-    float maximum = -INFINITY, total = 0.0f;
+    Stats stats{-INFINITY, 0.0f};
     for (int i = 0; i < call.pieces; ++i) {
-      maximum = greatest(maximum, call.maxima[first + int64_t{i} * m]);
+      stats.maximum = greatest(stats.maximum, call.maxima[first + int64_t{i} * m]);
     }
     for (int i = 0; i < call.pieces; ++i) {
       const int64_t at = first + int64_t{i} * m;
-      total += call.totals[at] * expf(call.maxima[at] - maximum);
+      stats.total +=
+          call.totals[at] * expf((call.maxima[at] - stats.maximum) * call.parts.slope);
     }
-    return maximum + logf(total);
+    return stats;
   }
 
   // One element of O, from the pieces of n.
-  EPT_DEVICE static float mix_of(const Call& call, int task, int token, int column, float lse) {
+  EPT_DEVICE static float mix_of(const Call& call, int task, int token, int column,
+                                 const Stats& stats) {
     const int m = call.parts.m, r = call.parts.r;
     const int64_t first = int64_t{task} * call.pieces * m + token;
     float mix = 0.0f;
     for (int i = 0; i < call.pieces; ++i) {
       const int64_t at = first + int64_t{i} * m;
-      mix += call.mixes[at * r + column] * expf(call.maxima[at] - lse);
+      mix += call.mixes[at * r + column] *
+             expf((call.maxima[at] - stats.maximum) * call.parts.slope);
     }
-    return mix * call.parts.scaling;
+    return mix / stats.total;
   }
 
-  // O into the factor. Threads of a token share its log-sum-exp by computing it each.
+  // O into the factor. Threads of a token share its row's statistics by computing them each.
   template <class B>
   EPT_DEVICE static void combine(const B& block, const Call& call, float* factor, int task,
                                  int first_m, bool saves) {
@@ -280,10 +289,13 @@ struct ForwardExpandKernel {
       const int token = thread % tokens;
       const int row = first_m + token;
       const int64_t at = int64_t{task} * parts.m + row;
-      const float lse = row < parts.m ? lse_of(call, task, row) : 0.0f;
-      if (saves && row < parts.m && thread < tokens) call.lse[at] = lse;
+      const Stats stats = row < parts.m ? stats_of(call, task, row) : Stats{0.0f, 1.0f};
+      if (saves && row < parts.m && thread < tokens) {
+        call.stats[int64_t{task} * 2 * parts.m + row] = stats.maximum;
+        call.stats[(int64_t{task} * 2 + 1) * parts.m + row] = stats.total;
+      }
       for (int column = thread / tokens; column < parts.r; column += threads / tokens) {
-        const float mix = row < parts.m ? mix_of(call, task, row, column, lse) : 0.0f;
+        const float mix = row < parts.m ? mix_of(call, task, row, column, stats) : 0.0f;
         factor[column * tokens + token] = mix;
         if (saves && row < parts.m) call.mix[at * parts.r + column] = mix;
       }
@@ -331,7 +343,7 @@ struct ForwardExpandKernel {
                                  float* sums, int task) {
     const Parts& parts = call.parts;
     mean_of_tokens(block, sums, mean, parts.r, parts.m, [&](int token, int column) {
-      return mix_of(call, task, token, column, lse_of(call, task, token));
+      return mix_of(call, task, token, column, stats_of(call, task, token));
     });
     mean_of_tokens(block, sums, logits, parts.spaces, parts.m, [&](int token, int k) {
       return call.x[(int64_t{task} * parts.m + token) * parts.columns + parts.dims + k];

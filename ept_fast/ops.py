@@ -79,7 +79,7 @@ def _reconstruct_backward(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     query: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     mix: Tensor,
     hidden: Tensor,
     gates: Tensor,
@@ -101,7 +101,7 @@ def _reconstruct_backward(
             gate_weight,
             gate_bias,
             query,
-            lse,
+            stats,
             mix,
             hidden,
             gates,
@@ -210,17 +210,17 @@ def _(
     def saved(*shape: int) -> Tensor:
         return short_prompt.new_empty(shape, dtype=dtype)
 
-    query = lse = mix = hidden = gates = cross = saved(0)
+    query = stats = mix = hidden = gates = cross = saved(0)
     if offset_a is not None:
         rank = offset_a.shape[2]
-        query, lse, mix = saved(tasks, m, rank), saved(tasks, m), saved(tasks, m, rank)
+        query, stats, mix = saved(tasks, m, rank), saved(tasks, 2, m), saved(tasks, m, rank)
     if space_down is not None:
         spaces, dim = space_down.shape[1], space_down.shape[3]
         hidden, gates = saved(tasks, m, spaces * dim), saved(tasks, m, spaces)
         if offset_a is not None:
             cross = saved(tasks, offset_a.shape[2], spaces * dim + spaces)
     # Outputs may not share storage, the empty ones neither.
-    outputs = [x if x.numel() else saved(0) for x in (query, lse, mix, hidden, gates, cross)]
+    outputs = [x if x.numel() else saved(0) for x in (query, stats, mix, hidden, gates, cross)]
     return torch.empty_like(short_prompt, memory_format=torch.contiguous_format), *outputs  # type: ignore[return-value]
 
 
@@ -241,7 +241,7 @@ def _(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     query: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     mix: Tensor,
     hidden: Tensor,
     gates: Tensor,

@@ -2,7 +2,7 @@
 
 Forward, with C = [O | g_k·φ(H_k)]:
     reduce over d   Q = P·Bᵀ   R = P·[D | G]   S = B·[D | G]     partial sums over pieces of d
-    core            W = softmax(c/√d · Q·Aᵀ)   O = c·W·A         partial sums over pieces of n
+    core            W = softmax(Q·(c·A)ᵀ/√d)   O = W·(c·A)       partial sums over pieces of n
     expand over d   [Hin | zin] = R + O·S   g = softmax((zin + b)/τ)   P′ = P + C·[B ; U]
 Backward, from Y = dL/dP′:
     reduce over d   dC = Y·[B ; U]ᵀ
@@ -13,6 +13,10 @@ Backward, from Y = dL/dP′:
 One grid covers all T tasks, the task outermost. Partial sums lie in float32 workspaces and are
 added in order, so that results are bitwise the same on every run. Columns of D and U are numbered
 c = k·h + j; W here stands for the width K·h + K of [D | G].
+
+Scores may be large. So an exponential is taken of a difference of two products, which is 0 for the
+largest score whatever its rounding, and A is scaled as it is read: where one position has all the
+weight, O is then that row of c·A to the bit, and the softmax's gradient cancels.
 """
 
 from __future__ import annotations
@@ -89,22 +93,32 @@ def _sum_parts(ptrs, mask, parts, stride_part, UNROLL: tl.constexpr):
 
 @triton.jit
 def _add_product(
-    acc, x, ptr, stride_r, offs_j, stride_j, mask_j, r, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
+    acc,
+    x,
+    ptr,
+    stride_r,
+    offs_j,
+    stride_j,
+    mask_j,
+    r,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    scale=1.0,
 ):
-    """acc + x·M for x [BLOCK_M, BLOCK_R] and M [r, BLOCK_J] in memory.
+    """acc + x·(scale·M) for x [BLOCK_M, BLOCK_R] and M [r, BLOCK_J] in memory.
 
     A rank of more than 32 goes in steps: a product holds its operands in registers.
     """
     if BLOCK_R <= 32:
         offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
-        matrix = _tile(ptr, offs_j, stride_j, mask_j, offs_r, stride_r, offs_r < r)
+        matrix = _tile(ptr, offs_j, stride_j, mask_j, offs_r, stride_r, offs_r < r) * scale
         acc = tl.dot(x, tl.trans(matrix), acc, input_precision="ieee")
     else:
         for start in range(0, r, 32):
             step = start + tl.arange(0, 32)
             part = tl.gather(x, tl.broadcast_to(step[None, :], (BLOCK_M, 32)), 1)
             offs_r = step.to(tl.int64)
-            matrix = _tile(ptr, offs_j, stride_j, mask_j, offs_r, stride_r, offs_r < r)
+            matrix = _tile(ptr, offs_j, stride_j, mask_j, offs_r, stride_r, offs_r < r) * scale
             acc = tl.dot(part, tl.trans(matrix), acc, input_precision="ieee")
     return acc
 
@@ -258,6 +272,7 @@ def _attend(
     stride_ar,
     row_block,
     n_split,
+    scaling,
     slope,
     m,
     n,
@@ -271,7 +286,7 @@ def _attend(
     BLOCK_R: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """One piece of n: row maxima, row sums of the exponentials, and these times A."""
+    """One piece of n: row maxima of Q·(c·A)ᵀ, row sums of the exponentials, these times c·A."""
     offs_m = (row_block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     mask_m = offs_m < m
@@ -287,16 +302,15 @@ def _attend(
     for start in range(n_split * n_chunk, tl.minimum((n_split + 1) * n_chunk, n), BLOCK_N):
         offs_n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask_n = offs_n < n
-        a = _tile(a_ptr, offs_n, stride_an, mask_n, offs_r, stride_ar, mask_r)
+        a = _tile(a_ptr, offs_n, stride_an, mask_n, offs_r, stride_ar, mask_r) * scaling
         scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         scores = _add_product(
-            scores, query, a_ptr, stride_ar, offs_n, stride_an, mask_n, r, BLOCK_M, BLOCK_R
+            scores, query, a_ptr, stride_ar, offs_n, stride_an, mask_n, r, BLOCK_M, BLOCK_R, scaling
         )
-        scores *= slope
         scores = tl.where(mask_n[None, :], scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, 1))
-        scale = tl.exp(top - highest)
-        weights = tl.exp(scores - highest[:, None])
+        scale = tl.exp((top - highest) * slope)
+        weights = tl.exp((scores - highest[:, None]) * slope)
         total = total * scale + tl.sum(weights, 1)
         mix = tl.dot(weights, a, mix * scale[:, None], input_precision="ieee")
         top = highest
@@ -321,6 +335,7 @@ def _core_forward_kernel(
     stride_at,
     stride_an,
     stride_ar,
+    scaling,
     slope,
     m,
     n,
@@ -362,6 +377,7 @@ def _core_forward_kernel(
                 stride_ar,
                 pid // n_splits,
                 pid % n_splits,
+                scaling,
                 slope,
                 m,
                 n,
@@ -397,14 +413,14 @@ def _combine(
     mix_ptr,  # [n_splits, m, r]
     offs_m,
     offs_r,
-    scaling,
+    slope,
     m,
     r,
     n_splits,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """O [BLOCK_M, BLOCK_R] and the log-sum-exp [BLOCK_M], from the pieces of n."""
+    """O [BLOCK_M, BLOCK_R], row maxima and row sums [BLOCK_M], from the pieces of n."""
     mask_m = offs_m < m
     mask_r = offs_r < r
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -415,11 +431,12 @@ def _combine(
     mix = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for i in range(n_splits):
         split = tl.cast(i, tl.int64)
-        scale = tl.exp(tl.load(max_ptr + (split * m + offs_m), mask=mask_m, other=0.0) - top)
+        part_top = tl.load(max_ptr + (split * m + offs_m), mask=mask_m, other=0.0)
+        scale = tl.exp((part_top - top) * slope)
         total += scale * tl.load(sum_ptr + (split * m + offs_m), mask=mask_m, other=1.0)
         part = _tile(mix_ptr + split * m * r, offs_m, r, mask_m, offs_r, 1, mask_r)
         mix += scale[:, None] * part
-    return mix * (scaling / total)[:, None], top + tl.log(total)
+    return mix * (1.0 / total)[:, None], top, total
 
 
 @triton.jit
@@ -464,7 +481,7 @@ def _logits(
 @triton.jit(do_not_specialize=["n_splits"])
 def _expand_forward_kernel(
     out_ptr,  # P′ [T, m, d]
-    lse_ptr,  # [T, m]
+    stats_ptr,  # [T, 2, m]
     saved_mix_ptr,  # O [T, m, r]
     hidden_ptr,  # Hin [T, m, K·h]
     gates_ptr,  # g [T, m, K]
@@ -489,7 +506,7 @@ def _expand_forward_kernel(
     bias_ptr,
     stride_biast,
     stride_biask,
-    scaling,
+    slope,
     temperature,
     m,
     r,
@@ -528,32 +545,34 @@ def _expand_forward_kernel(
         max_ptr += task * n_splits * m
         sum_ptr += task * n_splits * m
         mix_ptr += task * n_splits * m * r
-        mix, lse = _combine(
-            max_ptr, sum_ptr, mix_ptr, offs_m, offs_r, scaling, m, r, n_splits, BLOCK_M, BLOCK_R
+        mix, top, total = _combine(
+            max_ptr, sum_ptr, mix_ptr, offs_m, offs_r, slope, m, r, n_splits, BLOCK_M, BLOCK_R
         )
         if d_block == 0:
-            tl.store(lse_ptr + (task * m + offs_m), lse, mask=mask_m)
+            stats_ptr += task * 2 * m
+            tl.store(stats_ptr + offs_m, top, mask=mask_m)
+            tl.store(stats_ptr + (m + offs_m), total, mask=mask_m)
             _store_tile(saved_mix_ptr + task * m * r, mix, offs_m, r, mask_m, offs_r, 1, mask_r)
         gate_mix = mix
         if HAS_SPACES and PROMPT:
-            total = tl.zeros((BLOCK_R,), tl.float32)
+            mixes = tl.zeros((BLOCK_R,), tl.float32)
             for start in range(0, m, BLOCK_M):
                 offs = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
-                part, _ = _combine(
+                part, _, _ = _combine(
                     max_ptr,
                     sum_ptr,
                     mix_ptr,
                     offs,
                     offs_r,
-                    scaling,
+                    slope,
                     m,
                     r,
                     n_splits,
                     BLOCK_M,
                     BLOCK_R,
                 )
-                total += tl.sum(part, 0)
-            gate_mix = tl.broadcast_to((total / m)[None, :], (BLOCK_M, BLOCK_R))
+                mixes += tl.sum(part, 0)
+            gate_mix = tl.broadcast_to((mixes / m)[None, :], (BLOCK_M, BLOCK_R))
         b_ptr += task * stride_bt
         acc = _add_product(
             acc, mix, b_ptr, stride_br, offs_d, stride_bd, mask_d, r, BLOCK_M, BLOCK_R
@@ -625,6 +644,7 @@ def _expand_forward_kernel(
                 BLOCK_R,
                 BLOCK_C,
             )
+            z = tl.where(mask_c[None, :], z, float("-inf"))
             gates = tl.exp(z - top[:, None]) / total[:, None]
             if d_block == 0:
                 _store_tile(
@@ -640,7 +660,7 @@ def _expand_forward_kernel(
                     1,
                     mask_c & (columns % DIM == 0),
                 )
-            gated = tl.where(mask_c[None, :], gates * _activate(hidden, ACTIVATION), 0.0)
+            gated = gates * _activate(hidden, ACTIVATION)
             offs_u = _space_offsets(columns, stride_uk, stride_uj, DIM)
             up = _tile(up_ptr, offs_u, 1, mask_c, offs_d, stride_ud, mask_d)
             acc = tl.dot(gated, up, acc, input_precision="ieee")
@@ -894,7 +914,7 @@ def _core_backward_kernel(
     da_ptr,  # [T, groups, n, r]
     partial_ptr,  # dC [T, splits, m, r + K·h]
     query_ptr,  # [T, m, r]
-    lse_ptr,  # [T, m]
+    stats_ptr,  # [T, 2, m]
     mix_ptr,  # [T, m, r]
     hidden_ptr,  # [T, m, K·h]
     gates_ptr,  # [T, m, K]
@@ -948,7 +968,7 @@ def _core_backward_kernel(
     part = tl.cast(m, tl.int64) * columns_c
     partial_ptr += task * splits * part
     query_ptr += task * m * r
-    lse_ptr += task * m
+    stats_ptr += task * 2 * m
     mix_ptr += task * m * r
     hidden_ptr += task * m * dims
     gates_ptr += task * m * spaces
@@ -1066,16 +1086,32 @@ def _core_backward_kernel(
                     )
             if HAS_OFFSET:
                 query = _tile(query_ptr, offs_m, r, mask_m, offs_r, 1, mask_r)
-                mix = _tile(mix_ptr, offs_m, r, mask_m, offs_r, 1, mask_r)
-                lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
-                delta = tl.sum(d_mix * mix, 1)  # Σ_j W·dW of each row
+                top = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
+                total = tl.load(stats_ptr + (m + offs_m), mask=mask_m, other=1.0)
+                d_mix = tl.where(mask_m[:, None], d_mix, 0.0)
+                # Σ_j W·dW of each row is dO·O, summed in the order of dW = dO·(c·A)ᵀ.
+                inner = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+                inner = _add_product(
+                    inner, d_mix, mix_ptr, 1, offs_m, r, mask_m, r, BLOCK_M, BLOCK_R
+                )
+                diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
+                delta = tl.sum(tl.where(diagonal, inner, 0.0), 1)
                 weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 weights = _add_product(
-                    weights, query, a_ptr, stride_ar, offs_n, stride_an, mask_n, r, BLOCK_M, BLOCK_R
+                    weights,
+                    query,
+                    a_ptr,
+                    stride_ar,
+                    offs_n,
+                    stride_an,
+                    mask_n,
+                    r,
+                    BLOCK_M,
+                    BLOCK_R,
+                    scaling,
                 )
-                weights *= slope
-                weights = tl.where(mask_n[None, :], tl.exp(weights - lse[:, None]), 0.0)
-                d_mix = tl.where(mask_m[:, None], d_mix * scaling, 0.0)
+                weights = tl.where(mask_n[None, :], weights, float("-inf"))
+                weights = tl.exp((weights - top[:, None]) * slope) * (1.0 / total)[:, None]
                 d_a = tl.dot(tl.trans(weights), d_mix, d_a, input_precision="ieee")
                 d_weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 d_weights = _add_product(
@@ -1089,9 +1125,10 @@ def _core_backward_kernel(
                     r,
                     BLOCK_M,
                     BLOCK_R,
+                    scaling,
                 )
                 d_scores = weights * (d_weights - delta[:, None]) * slope
-                a = _tile(a_ptr, offs_n, stride_an, mask_n, offs_r, stride_ar, mask_r)
+                a = _tile(a_ptr, offs_n, stride_an, mask_n, offs_r, stride_ar, mask_r) * scaling
                 d_query = tl.dot(d_scores, a, input_precision="ieee")
                 if start_n > first_n:  # what this very program has written for the blocks before
                     d_query += _tile(dq_ptr, offs_m, r, mask_m, offs_r, 1, mask_r)
@@ -1099,7 +1136,7 @@ def _core_backward_kernel(
                 d_a = tl.dot(tl.trans(d_scores), query, d_a, input_precision="ieee")
         if HAS_OFFSET:
             offset = (task * groups + group) * n * r
-            _store_tile(da_ptr + offset, d_a, offs_n, r, mask_n, offs_r, 1, mask_r)
+            _store_tile(da_ptr + offset, d_a * scaling, offs_n, r, mask_n, offs_r, 1, mask_r)
 
 
 @triton.jit
@@ -1439,7 +1476,8 @@ def reconstruct_forward(
     """P′ [T, m, d] and what the backward needs.
 
     Returns:
-        prompt [T, m, d]; query Q [T, m, r]; lse [T, m], the softmax's log-sum-exp; mix O
+        prompt [T, m, d]; query Q [T, m, r]; stats [T, 2, m], the row maxima of
+        Q·(c·A)ᵀ and the row sums of the softmax's exponentials; mix O
         [T, m, r]; hidden Hin [T, m, K·h]; gates g [T, m, K]; cross S [T, r, K·h + K]. All but the
         prompt in float32; those that do not apply are empty.
     """
@@ -1451,11 +1489,11 @@ def reconstruct_forward(
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     out = torch.empty((tasks, m, d), dtype=p.dtype, device=device)
-    query, lse, mix, hidden, gates, cross = (empty(0) for _ in range(6))
+    query, stats, mix, hidden, gates, cross = (empty(0) for _ in range(6))
     has_offset = offset_a is not None and offset_b is not None
     has_spaces = space_down is not None
     if not has_offset and not has_spaces:
-        return out.copy_(p), query, lse, mix, hidden, gates, cross
+        return out.copy_(p), query, stats, mix, hidden, gates, cross
     # An absent tensor's place is taken by one that is never read through it.
     a = p if offset_a is None else offset_a
     b = p if offset_b is None else offset_b
@@ -1512,7 +1550,7 @@ def reconstruct_forward(
     maxima, sums, mixes, x = partial, partial, partial, partial
     programs = 0
     if has_offset:
-        query, lse, mix = empty(tasks, m, r), empty(tasks, m), empty(tasks, m, r)
+        query, stats, mix = empty(tasks, m, r), empty(tasks, 2, m), empty(tasks, m, r)
         maxima, sums = empty(tasks, splits, m), empty(tasks, splits, m)
         mixes = empty(tasks, splits, m, r)
         programs += triton.cdiv(m, config.rows) * splits
@@ -1534,7 +1572,8 @@ def reconstruct_forward(
         cross,
         a,
         *a.stride(),
-        scaling / d**0.5,
+        scaling,
+        d**-0.5,
         m,
         n,
         r,
@@ -1558,7 +1597,7 @@ def reconstruct_forward(
         tasks * triton.cdiv(m, config.rows) * triton.cdiv(d, config.expand_depth),
         device,
         out,
-        lse,
+        stats,
         mix,
         hidden,
         gates,
@@ -1575,7 +1614,7 @@ def reconstruct_forward(
         *up.stride(),
         bias,
         *bias.stride()[:2],
-        scaling,
+        d**-0.5,
         temperature,
         m,
         r,
@@ -1595,7 +1634,7 @@ def reconstruct_forward(
         num_warps=config.warps,
         num_stages=1,
     )
-    return out, query, lse, mix, hidden, gates, cross
+    return out, query, stats, mix, hidden, gates, cross
 
 
 def reconstruct_backward(
@@ -1608,7 +1647,7 @@ def reconstruct_backward(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     query: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     mix: Tensor,
     hidden: Tensor,
     gates: Tensor,
@@ -1654,8 +1693,8 @@ def reconstruct_backward(
     dims = spaces * dim
     width = dims + spaces
     config = _config(p, offset_a, space_down)
-    query, lse, mix, hidden, gates, cross = (
-        saved.contiguous() for saved in (query, lse, mix, hidden, gates, cross)
+    query, stats, mix, hidden, gates, cross = (
+        saved.contiguous() for saved in (query, stats, mix, hidden, gates, cross)
     )
 
     columns = r + dims
@@ -1711,7 +1750,7 @@ def reconstruct_backward(
         da_parts,
         partial,
         query,
-        lse,
+        stats,
         mix,
         hidden,
         gates,
@@ -1719,7 +1758,7 @@ def reconstruct_backward(
         a,
         *a.stride(),
         scaling,
-        scaling / d**0.5,
+        d**-0.5,
         temperature,
         m,
         n,

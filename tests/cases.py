@@ -167,6 +167,27 @@ def make_case(
     )
 
 
+def sharp_case(case: Case, scores: str, size: float, large: str) -> Case:
+    """The case with fusion's scores up to ``size``, by a larger tensor ``large``, in float32.
+
+    Args:
+        case: in float64.
+        scores: ``"tied"``: those of all positions alike; ``"pairs"``: two and two alike;
+            ``"apart"``: far from each other, so that one weight is 1 where they are large.
+        size: of the largest score.
+        large: ``"short_prompt"``, ``"offset_a"`` or ``"offset_b"``.
+    """
+    p = {name: t.detach().clone() for name, t in case.parameters.items()}
+    a = p["offset_a"]
+    if scores == "tied":
+        a[:] = a[..., :1, :].clone()
+    elif scores == "pairs":
+        a[..., 1::2, :] = a[..., : a.shape[-2] // 2 * 2 : 2, :].clone()
+    largest = (p["short_prompt"] @ p["offset_b"].mT @ a.mT).abs().max()
+    p[large] *= size * case.sizes.d**0.5 / (case.flags["scaling"] * largest)
+    return replace(case, parameters=p).to(torch.float32)
+
+
 def run(case: Case, backend: str, cotangent: Tensor) -> dict[str, Tensor]:
     """Output and gradients of both operations in a row."""
     for parameter in case.parameters.values():

@@ -9,6 +9,10 @@ from pathlib import Path
 # Before anything imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# The compiler's cache on disk knows a graph by its operators' names: after a change of what an
+# operator gives it would serve code for what it gave before.
+os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "0"
+os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 # cuBLAS asks for it where deterministic algorithms are on, as they are in `_poisoned_memory`.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

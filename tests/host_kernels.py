@@ -72,7 +72,7 @@ class _ReconstructForward(ctypes.Structure):
         view: short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
         number: scaling temperature
         choice: activation gate
-        memory: prompt query lse mix hidden gates cross workspace
+        memory: prompt query stats mix hidden gates cross workspace
         """
     )
 
@@ -82,7 +82,7 @@ class _ReconstructBackward(ctypes.Structure):
         """
         size: tasks tokens positions rank spaces dim width
         view: grad short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
-        memory: query lse mix hidden gates cross
+        memory: query stats mix hidden gates cross
         number: scaling temperature
         choice: activation gate
         memory: d_short_prompt d_offset_a d_offset_b d_space_down d_space_up
@@ -311,7 +311,7 @@ def reconstruct_forward(
     if offset_a is not None:
         rank = offset_a.shape[2]
         saved["query"] = memory.empty(tasks, m, rank)
-        saved["lse"] = memory.empty(tasks, m)
+        saved["stats"] = memory.empty(tasks, 2, m)
         saved["mix"] = memory.empty(tasks, m, rank)
     if space_down is not None:
         spaces, dim = space_down.shape[1], space_down.shape[3]
@@ -330,11 +330,11 @@ def reconstruct_forward(
         **{name: tensor.data_ptr() for name, tensor in saved.items()},
     )
     _run("reconstruct_forward", call, memory)
-    query, lse, mix, hidden, gates, cross = (
+    query, stats, mix, hidden, gates, cross = (
         saved.get(name, torch.empty(0))
-        for name in ("query", "lse", "mix", "hidden", "gates", "cross")
+        for name in ("query", "stats", "mix", "hidden", "gates", "cross")
     )
-    return out, query, lse, mix, hidden, gates, cross
+    return out, query, stats, mix, hidden, gates, cross
 
 
 def reconstruct_backward(
@@ -347,7 +347,7 @@ def reconstruct_backward(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     query: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     mix: Tensor,
     hidden: Tensor,
     gates: Tensor,
@@ -362,7 +362,7 @@ def reconstruct_backward(
     grads = [None if t is None else memory.empty(*t.shape, dtype=t.dtype) for t in seven]
     saved = {
         "query": query,
-        "lse": lse,
+        "stats": stats,
         "mix": mix,
         "hidden": hidden,
         "gates": gates,

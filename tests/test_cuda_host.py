@@ -28,7 +28,13 @@ from tests.cases import (
     run,
     typed,
 )
-from tests.parity import assert_as_exact_as_the_definition, cotangent_of
+from tests.parity import (
+    LARGE_SCORES,
+    assert_as_exact_as_the_definition,
+    assert_no_slope_at_zero,
+    cotangent_of,
+    large_scores,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "host"),
@@ -82,6 +88,15 @@ def test_parity_of_flags(activation: str, gate: str) -> None:
         for part in PARTS.values()
     )
     assert_as_exact_as_the_definition(cases, "host")
+
+
+@pytest.mark.parametrize(("scores", "size", "cancels"), LARGE_SCORES)
+def test_large_scores(scores: str, size: float, cancels: bool) -> None:
+    assert_as_exact_as_the_definition(large_scores(scores, size), "host", cancels=cancels)
+
+
+def test_relu_has_no_slope_at_zero() -> None:
+    assert_no_slope_at_zero("host")
 
 
 @pytest.mark.parametrize("types", ["bf16 table", "fp16 table", "fp32"])
@@ -431,12 +446,16 @@ def test_neighbours_change_no_bit_of_a_row() -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_what_is_saved_is_what_the_eager_backend_saves(gate: str) -> None:
+def test_what_is_saved(gate: str) -> None:
     case = make_case(Sizes(tasks=2, m=9, n=40), dtype=torch.float32)
     seven = [case.parameters[name].detach() for name in SEVEN]
     flags = (0.4, "gelu", gate, 0.7)
     got, expected = (module.reconstruct_forward(*seven, *flags) for module in (kernels, eager))
-    names = ("prompt", "query", "lse", "mix", "hidden", "gates", "cross")
+    scores = expected[1] @ (0.4 * seven[1]).mT
+    top = scores.amax(-1)
+    total = ((scores - top.unsqueeze(-1)) / case.sizes.d**0.5).exp().sum(-1)
+    expected = (*expected[:2], torch.stack([top, total], 1), *expected[3:])
+    names = ("prompt", "query", "stats", "mix", "hidden", "gates", "cross")
     for name, one, other in zip(names, got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: n + m)
 

@@ -18,7 +18,12 @@ from torch.utils._pytree import tree_leaves
 from ept_fast import reconstruct_prompt, splice_prompt
 from ept_fast.kernels.launch import eager_splice_config
 from tests.cases import PADDINGS, Case, Sizes, make_case, make_mask, run
-from tests.parity import assert_as_exact_as_the_definition
+from tests.parity import (
+    LARGE_SCORES,
+    assert_as_exact_as_the_definition,
+    assert_no_slope_at_zero,
+    large_scores,
+)
 
 ACTIVATIONS = ("gelu", "relu", "silu", "identity")
 GATES = ("token", "prompt")
@@ -117,6 +122,15 @@ def test_error_is_about_the_definitions_own(
     assert_as_exact_as_the_definition(
         (replace(case, weight=case.weight.to(table)) for case in cases), "eager"
     )
+
+
+@pytest.mark.parametrize(("scores", "size", "cancels"), LARGE_SCORES)
+def test_large_scores(scores: str, size: float, cancels: bool) -> None:
+    assert_as_exact_as_the_definition(large_scores(scores, size), "eager", cancels=cancels)
+
+
+def test_relu_has_no_slope_at_zero() -> None:
+    assert_no_slope_at_zero("eager")
 
 
 def _layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -28,7 +28,14 @@ from tests.cases import (
     shapes_of,
     typed,
 )
-from tests.parity import assert_as_exact_as_the_definition, cotangent_of, needs_interpreter
+from tests.parity import (
+    LARGE_SCORES,
+    assert_as_exact_as_the_definition,
+    assert_no_slope_at_zero,
+    cotangent_of,
+    large_scores,
+    needs_interpreter,
+)
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("one_thread")]
 SHAPES = {
@@ -75,6 +82,15 @@ def test_parity_of_flags(activation: str, gate: str) -> None:
         for part in PARTS.values()
     )
     assert_as_exact_as_the_definition(cases, "triton")
+
+
+@pytest.mark.parametrize(("scores", "size", "cancels"), LARGE_SCORES)
+def test_large_scores(scores: str, size: float, cancels: bool) -> None:
+    assert_as_exact_as_the_definition(large_scores(scores, size), "triton", cancels=cancels)
+
+
+def test_relu_has_no_slope_at_zero() -> None:
+    assert_no_slope_at_zero("triton")
 
 
 # Layouts

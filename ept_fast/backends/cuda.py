@@ -143,7 +143,7 @@ def reconstruct_backward(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     query: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     mix: Tensor,
     hidden: Tensor,
     gates: Tensor,
@@ -155,7 +155,7 @@ def reconstruct_backward(
 ) -> _Seven:
     """Gradients of the seven tensors, as in :mod:`ept_fast.backends.eager`."""
     seven = (short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
-    saved = (query, lse, mix, hidden, gates, cross)
+    saved = (query, stats, mix, hidden, gates, cross)
     if _is_plain(*seven):
         return eager.reconstruct_backward(
             grad, *seven, *saved, scaling, activation, gate, temperature

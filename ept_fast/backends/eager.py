@@ -65,6 +65,11 @@ def _by_space(tensor: Tensor, spaces: int, dim: int) -> Tensor:
     return tensor.reshape(*tensor.shape[:-1], spaces, dim)
 
 
+def _weights(query: Tensor, a: Tensor, scaling: float, width: int) -> Tensor:
+    """W [T, m, n], the softmax of the scores Q·(c·A)ᵀ/√d."""
+    return (query @ a.mT).mul_(scaling / width**0.5).softmax(-1)
+
+
 def _activate(hidden: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return F.gelu(hidden)
@@ -103,7 +108,8 @@ def reconstruct_forward(
     """P′ [T, m, d] and what the backward needs.
 
     Returns:
-        prompt [T, m, d]; query Q [T, m, r]; lse [T, m], the softmax's log-sum-exp; mix O
+        prompt [T, m, d]; query Q [T, m, r]; stats [T, 2, m], in the kernels the softmax's row
+        maxima and row sums, zeros here, where the backward makes the whole softmax again; mix O
         [T, m, r]; hidden Hin [T, m, K·h]; gates g [T, m, K]; cross S [T, r, K·h + K]. All but the
         prompt in the accumulation type; those that do not apply are empty.
     """
@@ -112,14 +118,13 @@ def reconstruct_forward(
     )
     p = short_prompt.to(dtype)
     result = p
-    query, lse, mix, hidden, gates, cross = (p.new_empty(0) for _ in range(6))
+    query, stats, mix, hidden, gates, cross = (p.new_empty(0) for _ in range(6))
     b = None
     if offset_a is not None and offset_b is not None:
         a, b = offset_a.to(dtype), offset_b.to(dtype)
         query = p @ b.mT
-        scores = (query @ a.mT) * (scaling / p.shape[-1] ** 0.5)  # [T, m, n]
-        lse = scores.logsumexp(-1)
-        mix = ((scores - lse.unsqueeze(-1)).exp_() @ a) * scaling
+        stats = p.new_zeros(p.shape[0], 2, p.shape[1])
+        mix = (_weights(query, a, scaling, p.shape[-1]) @ a) * scaling
         result = torch.baddbmm(result, mix, b)
     if space_down is not None and space_up is not None and gate_weight is not None:
         assert gate_bias is not None
@@ -141,7 +146,7 @@ def reconstruct_forward(
     return (
         prompt.clone() if prompt is short_prompt else prompt,
         query,
-        lse,
+        stats,
         mix,
         hidden,
         gates,
@@ -159,7 +164,7 @@ def reconstruct_backward(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     query: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     mix: Tensor,
     hidden: Tensor,
     gates: Tensor,
@@ -218,12 +223,11 @@ def reconstruct_backward(
         assert offset_a is not None
         assert offset_b is not None
         assert d_mix is not None
-        slope = scaling / p.shape[-1] ** 0.5
-        weights = ((query @ a.mT) * slope - lse.unsqueeze(-1)).exp_()  # W [T, m, n]
+        weights = _weights(query, a, scaling, p.shape[-1])
         d_weights = (d_mix @ a.mT) * scaling
         d_a = (weights.mT @ d_mix) * scaling
-        d_weights -= (weights * d_weights).sum(-1, keepdim=True)
-        d_scores = d_weights.mul_(weights).mul_(slope)
+        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, dtype)
+        d_scores = d_scores.mul_(scaling / p.shape[-1] ** 0.5)
         d_query = d_scores @ a
         d_a = torch.baddbmm(d_a, d_scores.mT, query).to(offset_a.dtype)
         d_p = torch.baddbmm(d_p, d_query, b)

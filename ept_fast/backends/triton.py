@@ -160,7 +160,7 @@ def reconstruct_backward(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     query: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     mix: Tensor,
     hidden: Tensor,
     gates: Tensor,
@@ -174,7 +174,7 @@ def reconstruct_backward(
     from ept_fast.kernels import reconstruct
 
     seven = (short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
-    saved = (query, lse, mix, hidden, gates, cross)
+    saved = (query, stats, mix, hidden, gates, cross)
     owner = eager if is_degenerate(*seven) else reconstruct
     result: _Seven = owner.reconstruct_backward(
         grad, *seven, *saved, scaling, activation, gate, temperature

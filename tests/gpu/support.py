@@ -41,12 +41,17 @@ def device_case(sizes: Sizes, types: str = "float32", **options: object) -> Case
     table, parameters = TYPES[types]
     skip_rounding(parameters)
     case = make_case(sizes, dtype=parameters, **options)  # type: ignore[arg-type]
+    return on_device(replace(case, weight=case.weight.to(table)))
+
+
+def on_device(case: Case) -> Case:
+    """The case on the device."""
     return replace(
         case,
         parameters={
             name: t.detach().to(DEVICE).requires_grad_() for name, t in case.parameters.items()
         },
-        weight=case.weight.to(DEVICE, table),
+        weight=case.weight.to(DEVICE),
         input_ids=case.input_ids.to(DEVICE),
         attention_mask=None if case.attention_mask is None else case.attention_mask.to(DEVICE),
         task_ids=None if case.task_ids is None else case.task_ids.to(DEVICE),

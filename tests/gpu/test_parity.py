@@ -15,6 +15,7 @@ from ept_fast import reconstruct_prompt, splice_prompt
 from tests.cases import PADDINGS, SEVEN, Sizes, run
 from tests.gpu.support import (
     DEVICE,
+    LISTING,
     NAMED,
     TYPES,
     assert_no_worse,
@@ -23,6 +24,13 @@ from tests.gpu.support import (
     device_case,
     make_cotangent,
     needs_gpu,
+    on_device,
+)
+from tests.parity import (
+    LARGE_SCORES,
+    assert_as_exact_as_the_definition,
+    cotangent_of,
+    large_scores,
 )
 
 pytestmark = pytest.mark.gpu
@@ -72,6 +80,16 @@ def test_a_batch_of_a_language_model_with_padding(backend: str, padding: str) ->
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "identity"])
 def test_activations_and_gates(backend: str, activation: str, gate: str, types: str) -> None:
     check_parity(device_case(SHAPES["odd"], types, activation=activation, gate=gate), backend)
+
+
+@pytest.mark.parametrize(("scores", "size", "cancels"), LARGE_SCORES)
+def test_large_scores(backend: str, scores: str, size: float, cancels: bool) -> None:
+    cases = (on_device(case) for case in large_scores(scores, size))
+    if LISTING:
+        for case in cases:
+            run(case, backend, cotangent_of(case))
+        return
+    assert_as_exact_as_the_definition(cases, backend, cancels=cancels)
 
 
 @pytest.mark.parametrize("shape", ["odd", "bank"])

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ept_fast import backends
-from ept_fast.backends import eager
+from ept_fast import backends, ops
 from ept_fast.precision import accumulation_dtype
-from ept_fast.validation import check_splice, check_splice_values, constant, values_are_checked
+from ept_fast.validation import check_splice, constant, values_are_checked
 
 __all__ = ["offset_table", "splice_table", "table_pays"]
 
@@ -68,19 +67,22 @@ def splice_table(
     """
     given = (input_ids, weight, inputs_embeds)
     check_splice(prompt, *given, offset_a, offset_b, constant(scaling), attention_mask, task_ids)
-    compiling = torch.compiler.is_compiling()
-    if values_are_checked(prompt.device) and not compiling:
-        vocabulary = 0 if weight is None else weight.shape[0]
-        tasks = prompt.shape[0] if prompt.dim() == 3 else 1
-        check_splice_values(input_ids, vocabulary, attention_mask, task_ids, tasks)
-    trains = torch.is_grad_enabled() and inputs_embeds is not None and inputs_embeds.requires_grad
-    if prompt.device.type == "cpu" and not compiling and not trains:
+    if values_are_checked(prompt.device):  # by the operator, in compiled code too
         bank = prompt.dim() == 3
-        tables = [t if bank else t.unsqueeze(0) for t in (prompt, table)]
-        with torch.no_grad():
-            return eager.splice_forward(
-                tables[0], *given, tables[1], None, attention_mask, task_ids, 1.0
-            )
+        head, rows = (t if bank else t.unsqueeze(0) for t in (prompt, table))
+        looked_up = None if weight is None else weight.detach()
+        return ops.splice(
+            head,
+            input_ids,
+            looked_up,
+            inputs_embeds,
+            rows,
+            None,
+            attention_mask,
+            task_ids,
+            1.0,
+            "eager",
+        )
     if inputs_embeds is not None:
         text = inputs_embeds
     else:

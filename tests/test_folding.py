@@ -55,11 +55,19 @@ def inputs(tasks: int | None, mask: str) -> dict[str, Tensor | None]:
     }
 
 
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "as on a GPU"])
 @pytest.mark.parametrize("mask", ["none", "ones", "left", "holes"])
 @pytest.mark.parametrize("tasks", [None, 3], ids=["single", "bank"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_table(dtype: torch.dtype, tasks: int | None, mask: str) -> None:
+def test_table(
+    dtype: torch.dtype,
+    tasks: int | None,
+    mask: str,
+    checked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What A and B give, but for one more rounding: of the table."""
+    monkeypatch.setattr("ept_fast.folded.values_are_checked", lambda device: checked)
     prompt = make_prompt(tasks, dtype)
     prompt.embedding.to(dtype)
     folded, plain = prompt.fold(offset="table"), prompt.fold()
@@ -76,6 +84,32 @@ def test_table(dtype: torch.dtype, tasks: int | None, mask: str) -> None:
         assert mine.equal(theirs)
     embeds = prompt.embedding(call.pop("input_ids")).detach()
     assert folded(inputs_embeds=embeds, **call).inputs_embeds.equal(got.inputs_embeds)
+
+
+@pytest.mark.parametrize("tasks", [None, 3], ids=["single", "bank"])
+@pytest.mark.parametrize("offset", ["low_rank", "table"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_code_looks_at_values(offset: str, tasks: int | None) -> None:
+    prompt = make_prompt(tasks)
+    folded = prompt.fold(offset=offset)
+    compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
+    call = inputs(tasks, "holes")
+    ids, mask, task_ids = call["input_ids"], call["attention_mask"], call["task_ids"]
+    assert ids is not None
+    assert mask is not None
+    assert compiled(**call).inputs_embeds.equal(folded(**call).inputs_embeds)
+    embeds = prompt.embedding(ids).detach().requires_grad_()
+    out = compiled(inputs_embeds=embeds, attention_mask=mask, task_ids=task_ids).inputs_embeds
+    (grad,) = torch.autograd.grad(out.square().sum(), embeds)
+    assert grad.equal(2 * out[:, 3:])
+    with pytest.raises(ValueError, match="attention_mask: expected only 0 and 1, got 2 at row 0"):
+        compiled(**{**call, "attention_mask": mask + 1 + (mask == 0)})
+    for wrong in (-1, 20):
+        with pytest.raises(IndexError, match=f"input_ids: expected ids from 0 to 19, got {wrong}"):
+            compiled(**{**call, "input_ids": ids * 0 + wrong})
+    if task_ids is not None:
+        with pytest.raises(IndexError, match="task_ids: expected ids from 0 to 2, got -1 at row 0"):
+            compiled(**{**call, "task_ids": task_ids * 0 - 1})
 
 
 def test_table_is_rounded_once() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ept_fast import CheckpointError, EPTBank, EPTConfig, EPTModel, get_ept_model
+from ept_fast.integrations.locks import ReadWriteLock
 from tests.architectures import BY_NAME, in_float64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,6 +104,26 @@ class Alone:
         inputs = {} if extra is None else {"decoder_input_ids": extra[number : number + 1]}
         with torch.no_grad():
             return values_of(self.models[name](ids[number : number + 1, kept], **inputs))[0]
+
+
+def during(bank: EPTBank, call: Callable[[], Tensor], change: Callable[[], Any]) -> Tensor:
+    """What ``call`` gives if another thread makes the change once the backbone is reached."""
+    with ThreadPoolExecutor(1) as pool:
+        changes: list[Future[Any]] = []
+
+        def start(*_: Any) -> None:
+            for hook in hooks:
+                hook.remove()
+            changes.append(pool.submit(change))
+            wait(changes, timeout=0.3)
+            assert not changes[0].done()
+
+        # Some classifiers call what is inside of the backbone.
+        modules = bank.model.backbone.children()
+        hooks = [m.register_forward_pre_hook(start) for m in (bank.model.backbone, *modules)]
+        got = call()
+        changes[0].result(60)
+    return got
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -416,3 +440,95 @@ def test_generation(alone: Alone, choices: dict[str, Any], offset: str) -> None:
     # The tasks matter: other adapters see it otherwise.
     others = bank.generate(ids, mask, tasks=ROWS[1:] + ROWS[:1], **choices)
     assert not torch.allclose(others.logits[-1], got.logits[-1])
+
+
+def test_a_change_waits_for_a_call(alone: Alone) -> None:
+    """Whoever calls meanwhile sees the old adapter whole, and afterwards the new one whole."""
+    ids, mask = batch()
+    extra = decoder_inputs(alone.case)
+    inputs = {} if extra is None else {"decoder_input_ids": extra}
+    bank = alone.bank()
+
+    def call() -> Tensor:
+        return values_of(bank(ids, mask, tasks=["long"] * 5, **inputs))
+
+    old = call()
+    got = during(bank, call, lambda: bank.replace("long", alone.folders["short"]))
+    torch.testing.assert_close(got, old, rtol=0, atol=0)
+    torch.testing.assert_close(
+        call(), values_of(bank(ids, mask, tasks=["short"] * 5, **inputs)), rtol=0, atol=0
+    )
+    during(bank, call, lambda: bank.remove("short"))
+    during(bank, call, lambda: bank.add("more", alone.folders["short"]))
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_change_waits_for_generate(llama: Alone, prefix: bool) -> None:
+    ids, mask = batch()
+    bank = llama.bank()
+    more: dict[str, Any] = {"prefix": bank.prefix_cache()} if prefix else {}
+
+    def call() -> Tensor:
+        choices = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+        output = bank.generate(ids, mask, tasks=ROWS, output_logits=True, **choices, **more)
+        return torch.stack(output.logits)
+
+    def change() -> None:
+        bank.replace("long", llama.folders["short"])
+        if prefix:
+            more["prefix"].update()
+
+    old = call()
+    torch.testing.assert_close(during(bank, call, change), old, rtol=0, atol=0)
+    assert not torch.allclose(call(), old)
+
+
+def test_a_change_within_a_call_is_an_error(llama: Alone) -> None:
+    """It would wait for itself."""
+    ids, mask = batch()
+    bank = llama.bank()
+    hook = bank.model.backbone.register_forward_pre_hook(lambda *_: bank.remove("short"))
+    with pytest.raises(RuntimeError, match="expected a change outside of forward and generate"):
+        bank(ids, mask, tasks=ROWS)
+    hook.remove()
+    assert bank.names == tuple(SIZES)
+    copied = copy.deepcopy(bank)
+    copied.remove("short")
+    assert bank.names == tuple(SIZES)
+
+
+def test_a_lock_for_readers_and_a_writer() -> None:
+    lock = ReadWriteLock()
+    reading, release = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def read() -> None:
+        with lock.reading(), lock.reading():  # the inner one passes those who wait to write
+            reading.set()
+            assert release.wait(60)
+            order.append("first")
+
+    def write() -> None:
+        with lock.writing(), lock.writing(), lock.reading():
+            order.append("writer")
+        with pytest.raises(KeyError), lock.writing():
+            raise KeyError
+
+    def read_later() -> None:
+        with lock.reading():
+            order.append("later")
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(read)
+        assert reading.wait(60)
+        writer = pool.submit(write)
+        while not lock._waiting:
+            pass
+        later = pool.submit(read_later)
+        wait([writer, later], timeout=0.1)
+        assert order == []
+        release.set()
+        for each in (first, writer, later):
+            each.result(60)
+    assert order[:2] == ["first", "writer"]
+    assert sorted(order) == ["first", "later", "writer"]

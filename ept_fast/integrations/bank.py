@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ept_fast.folded import offset_table, table_pays
 from ept_fast.integrations import TASKS
 from ept_fast.integrations.adapters import read_adapter
 from ept_fast.integrations.backbones import embedding_width
+from ept_fast.integrations.locks import ReadWriteLock
 from ept_fast.integrations.model import Description, EPTModel, check_adapter_name
 from ept_fast.integrations.models import EPTModelForCausalLM, EPTModelForSeq2SeqLM
 from ept_fast.integrations.prefix import PrefixCache
@@ -92,6 +94,7 @@ class BankPrompt(SplicedPrompt):
         self.register_buffer("limits", torch.full((capacity,), _UNLIMITED, **kind))
         self._shortest_limit = _UNLIMITED
         self.equal_lengths = True
+        self.lock = ReadWriteLock()  # of the slots and of all that is kept for their tasks
 
     def check(self, config: EPTConfig) -> None:
         """Raise ValueError unless an adapter of these sizes fits into a slot."""
@@ -251,7 +254,11 @@ class EPTBank(nn.Module):
     All adapters lie in tensors of a fixed size, so that one can be added, replaced or removed while
     serving: nothing else is copied and nothing compiled anew. Shorter prompts, lower ranks and
     shorter offsets than the bank's are padded and masked, which changes no result. For inference
-    only. Writing and calling at the same time is not safe.
+    only.
+
+    Threads may share a bank. A change waits for calls of ``forward`` and ``generate`` under way,
+    and new ones wait for it, so that each sees the old adapter or the new one, whole. Compiled code
+    takes no part in this: whoever calls a bank from within it keeps changes out himself.
 
     Args:
         model: the frozen ``transformers`` model, as for :func:`ept_fast.get_ept_model`.
@@ -394,18 +401,22 @@ class EPTBank(nn.Module):
             ValueError: a name that is taken, a full bank, an adapter that does not fit; the bank is
                 as before then.
         """
-        check_adapter_name(name, self._slots)
-        used = set(self._slots.values())
-        slot = next((s for s in range(self.capacity) if s not in used), None)
-        if slot is None:
-            raise ValueError(f"capacity: expected at most {self.capacity} adapters, got one more")
-        self._write(name, slot, adapter)
+        with self.bank.lock.writing():
+            check_adapter_name(name, self._slots)
+            used = set(self._slots.values())
+            slot = next((s for s in range(self.capacity) if s not in used), None)
+            if slot is None:
+                raise ValueError(
+                    f"capacity: expected at most {self.capacity} adapters, got one more"
+                )
+            self._write(name, slot, adapter)
         return slot
 
     def replace(self, name: str, adapter: str | Path | EPTModel | FusedEPTPrompt) -> int:
         """Put another adapter in a task's slot; arguments, result and errors as :meth:`add`."""
-        slot = int(self.ids([name])[0])
-        self._write(name, slot, adapter)
+        with self.bank.lock.writing():
+            slot = int(self.ids([name])[0])
+            self._write(name, slot, adapter)
         return slot
 
     def remove(self, name: str) -> None:
@@ -414,11 +425,12 @@ class EPTBank(nn.Module):
         Raises:
             ValueError: an unknown name.
         """
-        slot = int(self.ids([name])[0])
-        del self._slots[name], self._labels[name]
-        self.bank.write(slot, None)
-        for head in self._heads():
-            head.write(slot, None)
+        with self.bank.lock.writing():
+            slot = int(self.ids([name])[0])
+            del self._slots[name], self._labels[name]
+            self.bank.write(slot, None)
+            for head in self._heads():
+                head.write(slot, None)
 
     def _write(self, name: str, slot: int, adapter: Any) -> None:
         try:
@@ -540,7 +552,8 @@ class EPTBank(nn.Module):
 
     def unload(self) -> Any:
         """Take the backbone out: the model that was given, as it was; the bank is done with."""
-        return self.model.unload()
+        with self.bank.lock.writing():
+            return self.model.unload()
 
     # Use
 
@@ -569,9 +582,9 @@ class EPTBank(nn.Module):
         if kwargs.pop("labels", None) is not None:
             raise ValueError("labels: expected None, as a bank is for inference, got some")
         text = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
-        task_ids = self._task_ids(tasks, None if text is None else text.shape[0])
-        kwargs |= {"attention_mask": attention_mask, "task_ids": task_ids}
-        with torch.no_grad():
+        with self._reading(), torch.no_grad():
+            task_ids = self._task_ids(tasks, None if text is None else text.shape[0])
+            kwargs |= {"attention_mask": attention_mask, "task_ids": task_ids}
             if not self.model.has_head:
                 return self.model(input_ids=input_ids, **kwargs)
             token = _ROWS.set(task_ids)
@@ -613,8 +626,12 @@ class EPTBank(nn.Module):
         """
         if not isinstance(self.model, (EPTModelForCausalLM, EPTModelForSeq2SeqLM)):
             raise TypeError(f"generate: expected a task that generates, got {self.model.task}")
-        task_ids = self._task_ids(tasks, input_ids.shape[0])
-        return self.model.generate(input_ids, attention_mask, task_ids=task_ids, **kwargs)
+        with self._reading():
+            task_ids = self._task_ids(tasks, input_ids.shape[0])
+            return self.model.generate(input_ids, attention_mask, task_ids=task_ids, **kwargs)
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return nullcontext() if torch.compiler.is_compiling() else self.bank.lock.reading()
 
     def _task_ids(self, tasks: Sequence[str] | Tensor, batch: int | None) -> Tensor:
         if isinstance(tasks, str):

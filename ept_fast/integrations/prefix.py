@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,6 +68,10 @@ class PrefixCache:
             ValueError: another adapter is active, or the model trains with recomputed layers, which
                 keep nothing.
         """
+        with self._prompt.lock.writing() if _is_bank(self._prompt) else nullcontext():
+            self._update()
+
+    def _update(self) -> None:
         if self._model.prompt is not self._prompt:
             raise ValueError("prefix: expected the cache of the active adapter, got another's")
         state = _state(self._prompt)

@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from ept_fast.module import TENSOR_FILE
+from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train
-from ept_fast.training.trainer import newest_checkpoint
 from tests.tiny import (
     answer_rows,
     save_llama,

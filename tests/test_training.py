@@ -19,11 +19,12 @@ from ept_fast import CheckpointError, EPTConfig, EPTModel, get_ept_model
 from ept_fast.integrations.adapters import ADAPTER_FILE, HEAD_FILE
 from ept_fast.integrations.backbones import load_backbone, text_limit
 from ept_fast.module import TENSOR_FILE
+from ept_fast.training.checkpoints import mark_complete, newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, read_rows
 from ept_fast.training.job import evaluate, load_task, predict, train
 from ept_fast.training.metrics import classification_metrics
-from ept_fast.training.trainer import NonFiniteLossError, newest_checkpoint
+from ept_fast.training.trainer import NonFiniteLossError
 from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -594,9 +595,9 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(
     settings = small_run(model_folder, data_folder, output, max_steps=12, eval_steps=4)
     train(TrainConfig(**settings), progress=False)
     good = weights(output)
-    shutil.rmtree(output / "checkpoints" / "checkpoint-12")
+    (output / "checkpoints" / "checkpoint-12" / "optimizer.pt").unlink()  # no good one
     (output / "metrics.json").unlink()
-    kept = newest_checkpoint(output / "checkpoints")
+    kept = newest_checkpoint(output / "checkpoints", 11)
     assert kept is not None
     assert kept.name == "checkpoint-8"
     state = torch.load(kept / "optimizer.pt", weights_only=True)
@@ -604,10 +605,11 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(
         values["exp_avg"].fill_(3e38)  # the next step throws every weight out of range
         values["exp_avg_sq"].fill_(1e-40)
     torch.save(state, kept / "optimizer.pt")
+    mark_complete(kept)
     with pytest.raises(NonFiniteLossError, match=r"not finite at step 1\d.*checkpoint-8") as caught:
         train(TrainConfig(**settings), resume=True, progress=False)
     assert caught.value.step == 10
-    assert newest_checkpoint(output / "checkpoints") == kept
+    assert newest_checkpoint(output / "checkpoints", 11) == kept
     assert weights(output) == good
     assert not (output / "metrics.json").exists()
 

@@ -18,6 +18,7 @@ import ept_fast
 from ept_fast.checkpoint import CheckpointError, read_json, write_json
 from ept_fast.libraries import MissingLibraryError, require
 from ept_fast.training import parallel
+from ept_fast.training.checkpoints import sound_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, Fields, LabelSet, Rows, hold_out, read_split
 from ept_fast.training.inference import Adapter, evaluate, load_adapter, predict
@@ -113,8 +114,9 @@ def train(
 
     Args:
         config: the run.
-        resume: go on from the newest complete checkpoint of the same run; from the start where
-            there is none yet. A finished run gives its metrics again.
+        resume: go on from the newest complete checkpoint of the same run whose files are those
+            that were written, with a warning for each one that is passed over; from the start
+            where none is complete yet. A finished run gives its metrics again.
         overwrite: replace the results of an earlier run in the folder; other files stay.
         progress: whether to say on standard error how far it is: a bar on a terminal, else lines.
         data: the rows, in place of ``config.data`` and ``config.eval_data``.
@@ -126,6 +128,7 @@ def train(
         FileExistsError: the folder is not empty, and neither ``resume`` nor ``overwrite`` is given.
         DataError: malformed data.
         ValueError: a config that does not fit the model, or a resumed run that was another one.
+        CheckpointError: every complete checkpoint of the run to resume is damaged.
         NonFiniteLossError: the loss became NaN or infinite; checkpoints before it are kept.
         MissingLibraryError: the ``train`` extra is not installed.
     """
@@ -137,8 +140,6 @@ def train(
 def _train(
     config: TrainConfig, resume: bool, overwrite: bool, progress: bool, data: TaskData | None
 ) -> dict[str, Any]:
-    from ept_fast.training.trainer import newest_checkpoint
-
     output = Path(config.output)
     parallel.on_main(lambda: _check_output(output, resume, overwrite))
     task = parallel.agreed(lambda: data or load_task(config))
@@ -147,15 +148,14 @@ def _train(
         "data": {"train": task.train.fingerprint(), "evaluation": task.evaluation.fingerprint()},
         "processes": parallel.world_size(),
     }
+    checkpoint = None
     if resume:
         finished = parallel.on_main(lambda: _metrics_of(output, run))
         if finished is not None:
             return finished
+        checkpoint = parallel.on_main(lambda: sound_checkpoint(output / "checkpoints"))
     work, trainer = parallel.agreed(lambda: _prepare_trainer(config, task, output, progress))
     parallel.on_main(lambda: _begin(output, run, overwrite))
-    checkpoint = None
-    if resume:
-        checkpoint = parallel.on_main(lambda: newest_checkpoint(trainer.checkpoints))
     if checkpoint is None and config.eval_before:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -163,7 +163,7 @@ def _train(
         trainer.evaluate()
     best = trainer.best()
     if config.keep == "best":
-        parallel.agreed(lambda: work.model.load_pretrained(trainer.best_folder(best["step"])))
+        parallel.agreed(lambda: work.model.load_pretrained(trainer.best_folder))
     metrics = {
         "before": trainer.evaluations[0] if config.eval_before else None,
         "after": best if config.keep == "best" else trainer.evaluations[-1],

@@ -1,4 +1,7 @@
-"""A killed run goes on where it was, to the same weights as a run that was never killed."""
+"""A killed run goes on where it was, to the same weights as a run that was never killed.
+
+And no other run can use its folder meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from ept_fast import CheckpointError
+from ept_fast.checkpoint import WriteError
 from ept_fast.integrations.adapters import HEAD_FILE
 from ept_fast.module import TENSOR_FILE
 from ept_fast.training.checkpoints import (
@@ -28,7 +33,8 @@ from ept_fast.training.checkpoints import (
     sound_checkpoint,
 )
 from ept_fast.training.config import TrainConfig
-from ept_fast.training.job import train
+from ept_fast.training.data import DataError
+from ept_fast.training.job import LOCK_FILE, train
 from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,10 +160,12 @@ def test_killed_run_resumes_to_the_same_weights(
     assert said == "stopped\n", errors
     assert child.returncode == -signal.SIGKILL
     assert not (output / "metrics.json").exists()
+    assert (output / LOCK_FILE).exists()
     complete = complete_checkpoints(output / "checkpoints")
     assert [path.name for path in complete] == [f"checkpoint-{steps}" for steps in PLACES[place]]
     train(TrainConfig(**settings), resume=True, progress=False)
     assert outcome(output) == unbroken(inputs, tmp_path_factory)
+    assert not (output / LOCK_FILE).exists()
 
 
 @pytest.mark.default_algorithms
@@ -233,6 +241,10 @@ def copy_of(run: Path, folder: Path) -> tuple[Path, Path, Path]:
     output = Path(shutil.copytree(run, folder / "out"))
     older, newer = complete_checkpoints(output / "checkpoints")
     return output, older, newer
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def flip_a_bit(path: Path) -> None:
@@ -341,7 +353,7 @@ def test_damaged_checkpoints_only_are_a_clear_error(
     output, older, newer = copy_of(run, tmp_path)
     (older / COMPLETE_FILE).write_text("")
     (newer / "rng_state.pth").unlink()
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    before = files_of(output)
     expected = (
         rf"checkpoints: expected a checkpoint to resume from, got damaged ones only .*: "
         rf"{newer}/complete.json: sha256: .*\['rng_state.pth'\]; "
@@ -349,7 +361,7 @@ def test_damaged_checkpoints_only_are_a_clear_error(
     )
     with pytest.raises(CheckpointError, match=expected):
         train(TrainConfig(**settings_of(inputs, output)), resume=True, progress=False)
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert files_of(output) == before
 
 
 def test_newest_counts_steps_and_wants_the_marker(tmp_path: Path) -> None:
@@ -365,3 +377,113 @@ def test_newest_counts_steps_and_wants_the_marker(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path, 9) == tmp_path / "checkpoint-9"
     assert newest_checkpoint(tmp_path, 8) is None
     assert sound_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_second_run_is_refused_and_changes_nothing(
+    inputs: tuple[Path, Path], root: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    settings = settings_of(inputs, output)
+    words = ["-c", CHILD, "between checkpoints", "train", "--quiet", *options(settings)]
+    with command_line(root, words) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "stopped\n"
+        before = files_of(output)
+        expected = f"^output: expected a folder that no other run is using, got {output}, which one"
+        for how in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(FileExistsError, match=expected):
+                train(TrainConfig(**settings), progress=False, **how)
+        assert files_of(output) == before
+        first.kill()
+
+
+# Waits for a line before it starts.
+TOGETHER = """
+import sys
+from ept_fast.training import trainer
+from ept_fast.cli import main
+print("ready", flush=True)
+sys.stdin.readline()
+main()
+"""
+
+
+@pytest.mark.default_algorithms
+def test_of_runs_that_start_together_one_runs(
+    inputs: tuple[Path, Path],
+    root: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    output = tmp_path / "new" / "out"
+    words = ["-c", TOGETHER, "train", "--quiet", *options(settings_of(inputs, output))]
+    runs = [command_line(root, words, stdin=subprocess.PIPE) for _ in range(2)]
+    for run in runs:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        assert run.stdin is not None
+        run.stdin.write("\n")
+        run.stdin.flush()
+    errors = [run.communicate()[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 2], errors
+    # Or "expected an empty folder", where the one had ended before the other came that far.
+    assert max(errors).startswith("Error: output: expected "), errors
+    assert outcome(output) == unbroken(inputs, tmp_path_factory)
+
+
+def test_the_folder_is_looked_at_under_the_lock(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that began and ended just before leaves a folder that is not empty."""
+    output = tmp_path / "out"
+    acquire = FileLock.acquire
+
+    def late(self: Any, *args: Any, **kwargs: Any) -> Any:
+        (output / "metrics.json").write_text("theirs")
+        return acquire(self, *args, **kwargs)
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with pytest.raises(FileExistsError, match="output: expected an empty folder"):
+        train(TrainConfig(**settings_of(inputs, output)), progress=False)
+    assert files_of(output) == {output / "metrics.json": b"theirs"}
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_the_lock_file_of_a_dead_run_hinders_nothing(
+    how: dict[str, Any], inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / LOCK_FILE).write_text("")
+    settings = {**settings_of(inputs, output), "max_steps": 2}
+    train(TrainConfig(**settings), progress=False, **how)
+    assert not (output / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_place_of_the_lock_file_is_not_followed(
+    there: bool, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    output, target = tmp_path / "out", tmp_path / "target"
+    output.mkdir()
+    if there:
+        target.write_text("mine")
+    (output / LOCK_FILE).symlink_to(target)
+    with pytest.raises(WriteError, match=rf"{LOCK_FILE}: expected a writable file, got "):
+        train(TrainConfig(**settings_of(inputs, output)), progress=False)
+    assert files_of(tmp_path) == ({output / LOCK_FILE: b"mine", target: b"mine"} if there else {})
+    assert (output / LOCK_FILE).is_symlink()
+
+
+def test_a_start_that_fails_leaves_no_folder(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "a" / "b" / "out"
+    settings = {**settings_of(inputs, output), "data": str(tmp_path / "gone.jsonl")}
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(DataError):
+            train(TrainConfig(**settings), progress=False, **how)
+        assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(DataError):
+        train(TrainConfig(**settings), progress=False)
+    assert not list((tmp_path / "a").iterdir())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import resource
 import shutil
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import ept_fast
-from ept_fast.checkpoint import CheckpointError, read_json, write_json
+from ept_fast.checkpoint import CheckpointError, WriteError, read_json, write_json, writing
 from ept_fast.libraries import MissingLibraryError, require
 from ept_fast.training import parallel
 from ept_fast.training.checkpoints import sound_checkpoint
@@ -42,6 +44,7 @@ __all__ = [
     "train",
 ]
 
+LOCK_FILE = ".ept-fast.lock"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 _OURS = ("adapter", "best", "checkpoints")
@@ -107,7 +110,8 @@ def train(
     The folder then holds ``adapter/`` (safetensors and JSON), ``metrics.json``,
     ``learning_curves.png``, ``gate_weights.png`` (where the prompt has subspaces), ``samples.md``
     (what the model writes, for text tasks), ``run.json`` and ``checkpoints/``. Nothing in it is
-    touched before arguments, data and model are found good.
+    touched before arguments, data and model are found good. While it lasts, a run holds a lock on
+    the folder, which ends with the process; no other run can use the folder then.
 
     Started by ``torchrun``, the processes share the rows of every step; ``batch_size`` is then that
     of each of them. One of them writes the folder.
@@ -125,15 +129,17 @@ def train(
         What ``metrics.json`` holds.
 
     Raises:
-        FileExistsError: the folder is not empty, and neither ``resume`` nor ``overwrite`` is given.
+        FileExistsError: another run holds the folder; or it is not empty, and neither ``resume``
+            nor ``overwrite`` is given.
         DataError: malformed data.
         ValueError: a config that does not fit the model, or a resumed run that was another one.
         CheckpointError: every complete checkpoint of the run to resume is damaged.
         NonFiniteLossError: the loss became NaN or infinite; checkpoints before it are kept.
         MissingLibraryError: the ``train`` extra is not installed.
     """
-    require("transformers", "accelerate", "matplotlib")
-    with parallel.session(cpu=config.device == "cpu"):
+    require("transformers", "accelerate", "filelock", "matplotlib")
+    with parallel.session(cpu=config.device == "cpu"), contextlib.ExitStack() as stack:
+        parallel.on_main(lambda: stack.enter_context(_held(Path(config.output))))
         return _train(config, resume, overwrite, progress, data)
 
 
@@ -182,6 +188,36 @@ def _train(
     return metrics
 
 
+@contextlib.contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """Keep other runs out of the folder. Where nothing was put into it, it goes again."""
+    from filelock import FileLock, Timeout
+
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output: expected a folder, got the file {output}")
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    path = output / LOCK_FILE
+    lock = FileLock(path)  # of the operating system: it ends with the process, however that ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(
+            f"output: expected a folder that no other run is using, got {output}, which one is"
+        ) from None
+    except OSError as error:
+        raise WriteError(path, error) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a folder with files in it stays
+            path.unlink()  # while it is held, so that it is nobody else's
+            for folder in made:
+                folder.rmdir()
+        lock.release()
+
+
 def _begin(output: Path, run: dict[str, Any], overwrite: bool) -> None:
     if overwrite:
         _clear(output)
@@ -195,16 +231,15 @@ def _finish(output: Path, work: _Work, metrics: dict[str, Any]) -> None:
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output: expected a folder, got the file {output}")
     if resume and overwrite:
         raise ValueError("resume, overwrite: expected one of them, got both")
-    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
+    files = {path.name for path in output.iterdir()} - {LOCK_FILE}
+    if files and not (resume or overwrite):
         raise FileExistsError(
             f"output: expected an empty folder, got {output} with files in it "
             f"(resume the run, or overwrite it)"
         )
-    if resume and output.is_dir() and any(output.iterdir()) and not (output / RUN_FILE).exists():
+    if resume and files and RUN_FILE not in files:
         raise FileExistsError(f"output: expected a run to resume, got {output} without {RUN_FILE}")
 
 

@@ -387,14 +387,16 @@ def test_a_second_run_is_refused_and_changes_nothing(
     words = ["-c", CHILD, "between checkpoints", "train", "--quiet", *options(settings)]
     with command_line(root, words) as first:
         assert first.stdout is not None
-        assert first.stdout.readline() == "stopped\n"
-        before = files_of(output)
-        expected = f"^output: expected a folder that no other run is using, got {output}, which one"
-        for how in ({}, {"resume": True}, {"overwrite": True}):
-            with pytest.raises(FileExistsError, match=expected):
-                train(TrainConfig(**settings), progress=False, **how)
-        assert files_of(output) == before
-        first.kill()
+        try:
+            assert first.stdout.readline() == "stopped\n"
+            before = files_of(output)
+            expected = f"^output: expected a folder that no other run is using, got {output}, which"
+            for how in ({}, {"resume": True}, {"overwrite": True}):
+                with pytest.raises(FileExistsError, match=expected):
+                    train(TrainConfig(**settings), progress=False, **how)
+            assert files_of(output) == before
+        finally:
+            first.kill()
 
 
 # Waits for a line before it starts.

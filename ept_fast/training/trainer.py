@@ -159,7 +159,6 @@ class PromptTrainer(Trainer):
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(max_steps * config.warmup_ratio),
             max_grad_norm=config.max_grad_norm,
-            weight_decay=config.weight_decay,
             seed=config.seed,
             bf16=bf16,
             use_cpu=config.device == "cpu",

@@ -5,6 +5,7 @@ And no other run can use its folder meanwhile.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from ept_fast.training.checkpoints import (
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError
 from ept_fast.training.job import LOCK_FILE, train
+from ept_fast.training.trainer import PromptTrainer
 from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -310,6 +312,48 @@ def test_a_damaged_marker_makes_a_checkpoint_unsound(
     assert sound_checkpoint(newer.parent) == older
 
 
+def test_a_checkpoint_that_the_disk_fails_to_read_is_passed_over(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, older, newer = copy_of(run, tmp_path)
+    is_file = Path.is_file
+
+    def failing(self: Path) -> bool:
+        if self == newer / "optimizer.pt":
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return is_file(self)
+
+    monkeypatch.setattr(Path, "is_file", failing)
+    assert sound_checkpoint(newer.parent) == older
+    (message,) = caplog.messages
+    assert f"Input/output error: '{newer / 'optimizer.pt'}'; going on from" in message
+
+
+@pytest.mark.default_algorithms
+def test_best_weights_that_are_damaged_meanwhile_get_into_no_checkpoint(
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    config = TrainConfig(**settings_of(inputs, output))
+    save = PromptTrainer._save_checkpoint
+
+    def saving(self: PromptTrainer, *args: Any) -> None:
+        if self.state.global_step == 20:
+            flip_a_bit(output / "best" / HEAD_FILE)
+        save(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTrainer, "_save_checkpoint", saving)
+        with pytest.raises(CheckpointError, match=rf"best/adapter.json: sha256: .*{HEAD_FILE}"):
+            train(config, progress=False)
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["checkpoint-10"]
+    train(config, resume=True, progress=False)
+    assert outcome(output) == unbroken(inputs, tmp_path_factory)
+
+
 def test_a_file_that_the_marker_does_not_name_does_not_matter(run: Path, tmp_path: Path) -> None:
     _, _, newer = copy_of(run, tmp_path)
     (newer / "notes.txt").write_text("mine")
@@ -390,7 +434,7 @@ def test_a_second_run_is_refused_and_changes_nothing(
         try:
             assert first.stdout.readline() == "stopped\n"
             before = files_of(output)
-            expected = f"^output: expected a folder that no other run is using, got {output}, which"
+            expected = f"^output: expected a folder that no other run is using, got {output} "
             for how in ({}, {"resume": True}, {"overwrite": True}):
                 with pytest.raises(FileExistsError, match=expected):
                     train(TrainConfig(**settings), progress=False, **how)

@@ -100,7 +100,7 @@ def sound_checkpoint(folder: Path) -> Path | None:
     for path in reversed(complete_checkpoints(folder)):
         try:
             check_complete(path)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:  # of a disk, too
             damaged.append(str(error))
             continue
         for reason in damaged:

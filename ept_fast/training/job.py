@@ -204,7 +204,8 @@ def _held(output: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise FileExistsError(
-            f"output: expected a folder that no other run is using, got {output}, which one is"
+            f"output: expected a folder that no other run is using, got {output} "
+            f"(a run is going on there)"
         ) from None
     except OSError as error:
         raise WriteError(path, error) from None

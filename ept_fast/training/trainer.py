@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ept_fast.checkpoint import CheckpointError, read_json, write_files, write_json, writing
+from ept_fast.integrations.adapters import read_adapter
 from ept_fast.integrations.models import EPTModel
 from ept_fast.libraries import without_peft
 from ept_fast.training import parallel
@@ -77,7 +78,8 @@ def _write(folder: Path, save: Callable[[], None]) -> None:
 
 
 def _copy(adapter: Path, folder: Path) -> None:
-    """Replace a folder with a copy of an adapter's."""
+    """Replace a folder with a copy of an adapter's; CheckpointError where that is damaged."""
+    read_adapter(adapter)
     shutil.rmtree(folder, ignore_errors=True)
     write_files({folder / path.name: path.read_bytes() for path in adapter.iterdir()})
 

@@ -515,7 +515,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(result.exception, RuntimeError)
 
 
-@pytest.mark.parametrize("name", ["transformers", "accelerate", "matplotlib"])
+@pytest.mark.parametrize("name", ["transformers", "accelerate", "filelock", "matplotlib"])
 def test_missing_library_says_what_to_install(
     name: str, trained: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ept_fast
-from ept_fast import CheckpointError, EPTConfig, get_ept_model
+from ept_fast import CheckpointError, EPTBank, EPTConfig, FusedEPTPrompt, get_ept_model
 from tests.architectures import BY_NAME
 from tests.distributed import tasks
+from tests.tiny import random_states
 
 pytest.importorskip("transformers")
 
@@ -156,6 +157,37 @@ def test_saved_and_loaded(task: str, tmp_path: Path) -> None:
     assert again.adapter_names == ("default",)
     assert values_of(again(ids, mask, **extra)).equal(expected)
     assert json.loads((tmp_path / ADAPTER_FILE).read_text())["extra"] == {"note": 1}
+
+
+# A head that is a copy of the model's own, a linear one, and none.
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "model": ("SEQ_CLS", {}),
+    "linear": ("SEQ_CLS", {"bare": True, "labels": LABELS}),
+    "none": ("CAUSAL_LM", {}),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_loading_draws_no_random_numbers(head: str, tmp_path: Path) -> None:
+    task, choices = HEADS[head]
+    model = wrapped(task, **choices)
+    saved, state = tmp_path / "saved", tmp_path / "state"
+    model.save_pretrained(saved)
+    save_state(model, state)
+    frozen, other = (
+        BY_NAME[CLASSES[task][0]].build(task, bare=choices.get("bare", False)) for _ in range(2)
+    )
+    sizes = {"num_virtual_tokens": 4, "max_length": 16, "rank": 2, "num_labels": 3}
+    bank = EPTBank(frozen, task, capacity=1, **sizes)
+    states = random_states()
+    for folder in (saved, state):
+        model.load_pretrained(folder)
+        model.load_adapter(folder, f"of-{folder.name}")
+        EPTModel.from_pretrained(folder, other).unload()
+    FusedEPTPrompt.from_pretrained(saved)
+    bank.add("mine", saved)
+    bank.replace("mine", saved)
+    assert random_states() == states
 
 
 @pytest.mark.parametrize("task", CLASSES)

@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from ept_fast.module import TENSOR_FILE
+from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train
-from ept_fast.training.trainer import newest_checkpoint
 from tests.tiny import (
     answer_rows,
     save_llama,
@@ -28,17 +28,19 @@ from tests.tiny import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Trains the runs of a JSON file one after another, and writes what each process got of each. Where
-# told to, rank 1 dies or comes late, or the main process cannot write a file.
+# told to, rank 1 dies or comes late, another run holds the folder, or the main process cannot write
+# a file.
 CHILD = """
 import json, os, random, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 torch.set_num_threads(1)
 from ept_fast import checkpoint
 from ept_fast.training.config import TrainConfig
-from ept_fast.training.job import train
+from ept_fast.training.job import LOCK_FILE, train
 from ept_fast.training.trainer import PromptTrainer
 
 folder = Path(sys.argv[1])
@@ -68,6 +70,9 @@ for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
             time.sleep(0.01)
     if job.get("uneven"):
         time.sleep(random.Random(2 * number + rank).uniform(0, 0.2))
+    other = FileLock(output / LOCK_FILE)
+    if job.get("held") and rank == 0:
+        other.acquire()
     PromptTrainer.training_step = dying if job.get("dies") else step
     checkpoint.tempfile.mkstemp = without_room_for(job["full"]) if "full" in job else mkstemp
     try:
@@ -76,6 +81,7 @@ for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         outcomes.append(["metrics", metrics["after"]["loss"]])
     except Exception as error:
         outcomes.append([type(error).__name__, str(error)])
+    other.release()
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
 dist.destroy_process_group()
 """
@@ -207,6 +213,10 @@ DECISIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"late": True}, "FileExistsError: output: expected an empty folder, got ",
     ),
     "a finished run is overwritten": ({"late": True, "how": {"overwrite": True}}, "metrics"),
+    "another run has the folder": (
+        {"held": True, "how": {"overwrite": True}},
+        "FileExistsError: output: expected a folder that no other run is using, got ",
+    ),
     "another run is resumed": (
         {"run": {"seed": 1}, "how": {"resume": True}},
         "ValueError: seed: expected 0 as in the run to resume, got 1",

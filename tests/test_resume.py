@@ -1,24 +1,42 @@
-"""A killed run goes on where it was, to the same weights as a run that was never killed."""
+"""A killed run goes on where it was, to the same weights as a run that was never killed.
+
+And no other run can use its folder meanwhile.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from ept_fast import CheckpointError
+from ept_fast.checkpoint import WriteError
 from ept_fast.integrations.adapters import HEAD_FILE
 from ept_fast.module import TENSOR_FILE
+from ept_fast.training.checkpoints import (
+    COMPLETE_FILE,
+    check_complete,
+    complete_checkpoints,
+    mark_complete,
+    newest_checkpoint,
+    sound_checkpoint,
+)
 from ept_fast.training.config import TrainConfig
-from ept_fast.training.job import train
-from ept_fast.training.trainer import COMPLETE_FILE, newest_checkpoint
+from ept_fast.training.data import DataError
+from ept_fast.training.job import LOCK_FILE, train
+from ept_fast.training.trainer import PromptTrainer
 from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,19 +65,24 @@ if place == "between checkpoints":
     before(PromptTrainer, "training_step", lambda self, *a, **k: self.state.global_step == 25)
 elif place == "inside a checkpoint":
     before(PromptTrainer, "_save_rng_state", lambda self, *a: self.state.global_step == 30)
+elif place == "before the progress file":
+    before(trainer, "write_json", lambda path, *_: path.parent.name == "checkpoint-30")
 elif place == "while old checkpoints go":
-    before(trainer.shutil, "rmtree", lambda path, **k: not k and path.name == "checkpoint-10")
+    before(trainer.shutil, "rmtree", lambda path, **_: path.name == "checkpoint-10"
+           and path.exists())
 elif place == "inside the final adapter":
     before(checkpoint.os, "replace", lambda _, path: path.parent.name == "adapter"
            and path.name == "head.safetensors")
 main()
 """
 
+# The steps of the checkpoints that then count as complete.
 PLACES = {
-    "between checkpoints": 20,
-    "inside a checkpoint": 20,
-    "while old checkpoints go": 30,
-    "inside the final adapter": 40,
+    "between checkpoints": (10, 20),
+    "inside a checkpoint": (10, 20),
+    "before the progress file": (10, 20),
+    "while old checkpoints go": (20, 30),
+    "inside the final adapter": (30, 40),
 }
 
 
@@ -139,11 +162,12 @@ def test_killed_run_resumes_to_the_same_weights(
     assert said == "stopped\n", errors
     assert child.returncode == -signal.SIGKILL
     assert not (output / "metrics.json").exists()
-    newest = newest_checkpoint(output / "checkpoints")
-    assert newest is not None
-    assert newest.name == f"checkpoint-{PLACES[place]}"
+    assert (output / LOCK_FILE).exists()
+    complete = complete_checkpoints(output / "checkpoints")
+    assert [path.name for path in complete] == [f"checkpoint-{steps}" for steps in PLACES[place]]
     train(TrainConfig(**settings), resume=True, progress=False)
     assert outcome(output) == unbroken(inputs, tmp_path_factory)
+    assert not (output / LOCK_FILE).exists()
 
 
 @pytest.mark.default_algorithms
@@ -204,23 +228,308 @@ def test_other_rows_are_not_resumed(inputs: tuple[Path, Path], tmp_path: Path) -
         train(TrainConfig(**settings), resume=True, progress=False)
 
 
-def test_damaged_checkpoint_is_a_clear_error(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    settings = {**settings_of(inputs, tmp_path / "out"), "max_steps": 10}
-    train(TrainConfig(**settings), progress=False)
-    (tmp_path / "out" / "metrics.json").unlink()
-    newest = newest_checkpoint(tmp_path / "out" / "checkpoints")
-    assert newest is not None
-    path = newest / TENSOR_FILE
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"adapter\.json: sha256"):
-        train(TrainConfig(**settings), resume=True, progress=False)
+@pytest.fixture(scope="module")
+def run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed behind its last checkpoint; it has those of 30 and 40 steps."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    train(TrainConfig(**settings_of(inputs, output)), progress=False)
+    (output / "metrics.json").unlink()
+    shutil.rmtree(output / "adapter")
+    return output
+
+
+def copy_of(run: Path, folder: Path) -> tuple[Path, Path, Path]:
+    """The run once more in ``folder``, and its checkpoints of 30 and of 40 steps."""
+    output = Path(shutil.copytree(run, folder / "out"))
+    older, newer = complete_checkpoints(output / "checkpoints")
+    return output, older, newer
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def leave_the_folder(path: Path) -> None:
+    outside = path.rename(path.parents[3] / "outside")
+    path.symlink_to(outside)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": os.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"garbage"),
+    "one bit": flip_a_bit,
+    "elsewhere": leave_the_folder,
+}
+MARKERS = {
+    "empty": (b"", "expected a JSON object, got "),
+    "not JSON": (b"garbage", "expected a JSON object, got "),
+    "a list": (b"[]", "expected a JSON object, got list"),
+    "of an earlier version": (b'{"step": 40}', "sha256: expected the digests of the"),
+    "without digests": (b'{"sha256": {}}', "sha256: expected the digests of the"),
+    "digests of another type": (b'{"sha256": ["optimizer.pt"]}', "sha256: expected the digests"),
+    "digests that are no text": (b'{"sha256": {"optimizer.pt": 1}}', "['optimizer.pt']"),
+    "a file outside": (b'{"sha256": {"../checkpoint-30/optimizer.pt": ""}}', "'../checkpoint-30/"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_makes_a_checkpoint_unsound(damage: str, run: Path, tmp_path: Path) -> None:
+    """Every file in turn, those of the best adapter too."""
+    _, older, newer = copy_of(run, tmp_path)
+    files = [path for path in newer.rglob("*") if path.is_file() and path.name != COMPLETE_FILE]
+    names = {path.relative_to(newer).as_posix() for path in files}
+    expected = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    assert names > {*expected, "progress.json", TENSOR_FILE, HEAD_FILE, f"best/{HEAD_FILE}"}
+    check_complete(newer)
+    for path in files:
+        data = path.read_bytes()
+        DAMAGES[damage](path)
+        with pytest.raises(CheckpointError, match=re.escape(path.relative_to(newer).as_posix())):
+            check_complete(newer)
+        assert sound_checkpoint(newer.parent) == older
+        path.unlink(missing_ok=True)
+        path.write_bytes(data)
+    check_complete(newer)
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+def test_a_damaged_marker_makes_a_checkpoint_unsound(
+    marker: str, run: Path, tmp_path: Path
+) -> None:
+    _, older, newer = copy_of(run, tmp_path)
+    content, message = MARKERS[marker]
+    (newer / COMPLETE_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        check_complete(newer)
+    assert str(newer / COMPLETE_FILE) in str(caught.value)
+    assert sound_checkpoint(newer.parent) == older
+
+
+def test_a_checkpoint_that_the_disk_fails_to_read_is_passed_over(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, older, newer = copy_of(run, tmp_path)
+    is_file = Path.is_file
+
+    def failing(self: Path) -> bool:
+        if self == newer / "optimizer.pt":
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return is_file(self)
+
+    monkeypatch.setattr(Path, "is_file", failing)
+    assert sound_checkpoint(newer.parent) == older
+    (message,) = caplog.messages
+    assert f"Input/output error: '{newer / 'optimizer.pt'}'; going on from" in message
+
+
+@pytest.mark.default_algorithms
+def test_best_weights_that_are_damaged_meanwhile_get_into_no_checkpoint(
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    config = TrainConfig(**settings_of(inputs, output))
+    save = PromptTrainer._save_checkpoint
+
+    def saving(self: PromptTrainer, *args: Any) -> None:
+        if self.state.global_step == 20:
+            flip_a_bit(output / "best" / HEAD_FILE)
+        save(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTrainer, "_save_checkpoint", saving)
+        with pytest.raises(CheckpointError, match=rf"best/adapter.json: sha256: .*{HEAD_FILE}"):
+            train(config, progress=False)
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["checkpoint-10"]
+    train(config, resume=True, progress=False)
+    assert outcome(output) == unbroken(inputs, tmp_path_factory)
+
+
+def test_a_file_that_the_marker_does_not_name_does_not_matter(run: Path, tmp_path: Path) -> None:
+    _, _, newer = copy_of(run, tmp_path)
+    (newer / "notes.txt").write_text("mine")
+    check_complete(newer)
+
+
+@pytest.mark.default_algorithms
+@pytest.mark.parametrize("name", ["optimizer.pt", f"best/{HEAD_FILE}"])
+def test_a_run_goes_on_from_the_newest_sound_checkpoint(
+    name: str,
+    inputs: tuple[Path, Path],
+    run: Path,
+    root: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """To the weights of the unbroken run, and writes the damaged checkpoint anew."""
+    output, _, newer = copy_of(run, tmp_path)
+    flip_a_bit(newer / name)
+    shutil.rmtree(output / "best")  # of which every checkpoint has its own
+    for steps in (50, 60):  # more damaged ones than are kept
+        shutil.copytree(newer, newer.with_name(f"checkpoint-{steps}"))
+    words = ["-m", "ept_fast", "train", "--resume", "--quiet"]
+    child = command_line(root, [*words, *options(settings_of(inputs, output))])
+    _, errors = child.communicate()
+    assert child.returncode == 0, errors
+    assert errors.splitlines() == [
+        f"{newer.with_name(f'checkpoint-{steps}')}/complete.json: sha256: expected the files that "
+        f"were written, got others or none for ['{name}']; going on from checkpoint-30"
+        for steps in (60, 50, 40)
+    ]
+    assert outcome(output) == unbroken(inputs, tmp_path_factory)
+    names = [path.name for path in complete_checkpoints(newer.parent)]
+    assert names == [f"checkpoint-{steps}" for steps in (30, 40, 50, 60)]
+    assert sound_checkpoint(newer.parent) == newer
+
+
+def test_damaged_checkpoints_only_are_a_clear_error(
+    inputs: tuple[Path, Path], run: Path, tmp_path: Path
+) -> None:
+    output, older, newer = copy_of(run, tmp_path)
+    (older / COMPLETE_FILE).write_text("")
+    (newer / "rng_state.pth").unlink()
+    before = files_of(output)
+    expected = (
+        rf"checkpoints: expected a checkpoint to resume from, got damaged ones only .*: "
+        rf"{newer}/complete.json: sha256: .*\['rng_state.pth'\]; "
+        rf"{older}/complete.json: expected a JSON object, got "
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        train(TrainConfig(**settings_of(inputs, output)), resume=True, progress=False)
+    assert files_of(output) == before
 
 
 def test_newest_counts_steps_and_wants_the_marker(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
-    for steps, complete in ((9, True), (10, True), (100, False)):
+    assert sound_checkpoint(tmp_path) is None
+    for steps, complete in (("9", True), ("10", True), ("100", False), ("mine", True)):
         folder = tmp_path / f"checkpoint-{steps}"
         folder.mkdir()
+        (folder / "optimizer.pt").write_text(steps)
         if complete:
-            (folder / COMPLETE_FILE).write_text("{}")
+            mark_complete(folder)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert newest_checkpoint(tmp_path, 9) == tmp_path / "checkpoint-9"
+    assert newest_checkpoint(tmp_path, 8) is None
+    assert sound_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_second_run_is_refused_and_changes_nothing(
+    inputs: tuple[Path, Path], root: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    settings = settings_of(inputs, output)
+    words = ["-c", CHILD, "between checkpoints", "train", "--quiet", *options(settings)]
+    with command_line(root, words) as first:
+        assert first.stdout is not None
+        try:
+            assert first.stdout.readline() == "stopped\n"
+            before = files_of(output)
+            expected = f"^output: expected a folder that no other run is using, got {output} "
+            for how in ({}, {"resume": True}, {"overwrite": True}):
+                with pytest.raises(FileExistsError, match=expected):
+                    train(TrainConfig(**settings), progress=False, **how)
+            assert files_of(output) == before
+        finally:
+            first.kill()
+
+
+# Waits for a line before it starts.
+TOGETHER = """
+import sys
+from ept_fast.training import trainer
+from ept_fast.cli import main
+print("ready", flush=True)
+sys.stdin.readline()
+main()
+"""
+
+
+@pytest.mark.default_algorithms
+def test_of_runs_that_start_together_one_runs(
+    inputs: tuple[Path, Path],
+    root: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    output = tmp_path / "new" / "out"
+    words = ["-c", TOGETHER, "train", "--quiet", *options(settings_of(inputs, output))]
+    runs = [command_line(root, words, stdin=subprocess.PIPE) for _ in range(2)]
+    for run in runs:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        assert run.stdin is not None
+        run.stdin.write("\n")
+        run.stdin.flush()
+    errors = [run.communicate()[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 2], errors
+    # Or "expected an empty folder", where the one had ended before the other came that far.
+    assert max(errors).startswith("Error: output: expected "), errors
+    assert outcome(output) == unbroken(inputs, tmp_path_factory)
+
+
+def test_the_folder_is_looked_at_under_the_lock(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that began and ended just before leaves a folder that is not empty."""
+    output = tmp_path / "out"
+    acquire = FileLock.acquire
+
+    def late(self: Any, *args: Any, **kwargs: Any) -> Any:
+        (output / "metrics.json").write_text("theirs")
+        return acquire(self, *args, **kwargs)
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with pytest.raises(FileExistsError, match="output: expected an empty folder"):
+        train(TrainConfig(**settings_of(inputs, output)), progress=False)
+    assert files_of(output) == {output / "metrics.json": b"theirs"}
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_the_lock_file_of_a_dead_run_hinders_nothing(
+    how: dict[str, Any], inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / LOCK_FILE).write_text("")
+    settings = {**settings_of(inputs, output), "max_steps": 2}
+    train(TrainConfig(**settings), progress=False, **how)
+    assert not (output / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_place_of_the_lock_file_is_not_followed(
+    there: bool, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    output, target = tmp_path / "out", tmp_path / "target"
+    output.mkdir()
+    if there:
+        target.write_text("mine")
+    (output / LOCK_FILE).symlink_to(target)
+    with pytest.raises(WriteError, match=rf"{LOCK_FILE}: expected a writable file, got "):
+        train(TrainConfig(**settings_of(inputs, output)), progress=False)
+    assert files_of(tmp_path) == ({output / LOCK_FILE: b"mine", target: b"mine"} if there else {})
+    assert (output / LOCK_FILE).is_symlink()
+
+
+def test_a_start_that_fails_leaves_no_folder(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "a" / "b" / "out"
+    settings = {**settings_of(inputs, output), "data": str(tmp_path / "gone.jsonl")}
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(DataError):
+            train(TrainConfig(**settings), progress=False, **how)
+        assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(DataError):
+        train(TrainConfig(**settings), progress=False)
+    assert not list((tmp_path / "a").iterdir())

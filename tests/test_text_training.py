@@ -21,13 +21,14 @@ from ept_fast.cli import describe_run
 from ept_fast.integrations.backbones import load_backbone, load_tokenizer
 from ept_fast.module import TENSOR_FILE
 from ept_fast.training import trainer
+from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, Rows, read_rows
 from ept_fast.training.evaluation import TextEvaluation, spread
 from ept_fast.training.generation import Writer
 from ept_fast.training.job import evaluate, load_adapter, predict, train
 from ept_fast.training.tokens import TextForm, tokenise_inputs
-from ept_fast.training.trainer import NonFiniteLossError, PromptTrainer, newest_checkpoint
+from ept_fast.training.trainer import NonFiniteLossError, PromptTrainer
 from tests.tiny import (
     ANSWERS,
     answer_rows,

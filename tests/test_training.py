@@ -19,12 +19,13 @@ from ept_fast import CheckpointError, EPTConfig, EPTModel, get_ept_model
 from ept_fast.integrations.adapters import ADAPTER_FILE, HEAD_FILE
 from ept_fast.integrations.backbones import load_backbone, text_limit
 from ept_fast.module import TENSOR_FILE
+from ept_fast.training.checkpoints import mark_complete, newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, read_rows
-from ept_fast.training.job import evaluate, load_task, predict, train
+from ept_fast.training.job import evaluate, load_adapter, load_task, predict, train
 from ept_fast.training.metrics import classification_metrics
-from ept_fast.training.trainer import NonFiniteLossError, newest_checkpoint
-from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
+from ept_fast.training.trainer import NonFiniteLossError
+from tests.tiny import random_states, save_model, save_task, small_run, task_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -440,6 +441,12 @@ def test_checkpoints_hold_no_backbone(finished: tuple[Path, dict[str, Any]]) -> 
         assert path.suffix != ".bin", path
 
 
+def test_loading_a_run_draws_no_random_numbers(finished: tuple[Path, dict[str, Any]]) -> None:
+    states = random_states()
+    load_adapter(finished[0])
+    assert random_states() == states
+
+
 def test_evaluate_and_predict_agree_with_training(
     finished: tuple[Path, dict[str, Any]], data_folder: Path
 ) -> None:
@@ -458,13 +465,14 @@ def test_evaluate_and_predict_agree_with_training(
         assert result["probabilities"][str(result["label"])] >= 0.5
 
 
+def tensors(output: Path) -> dict[str, Tensor]:
+    files = (TENSOR_FILE, HEAD_FILE)
+    return {n: t for file in files for n, t in load_file(output / "adapter" / file).items()}
+
+
 def weights(output: Path) -> dict[str, bytes]:
     """The adapter's tensors, to the bit."""
-    return {
-        f"{file}:{name}": tensor.numpy().tobytes()
-        for file in (TENSOR_FILE, HEAD_FILE)
-        for name, tensor in load_file(output / "adapter" / file).items()
-    }
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors(output).items()}
 
 
 @pytest.mark.default_algorithms
@@ -481,6 +489,27 @@ def test_same_seed_same_bits(
         runs[name] = (weights(tmp_path / name), metrics["curves"])
     assert runs["a"] == runs["b"]
     assert runs["a"][0] != runs["c"][0]
+
+
+@pytest.mark.default_algorithms
+def test_weight_decay_shrinks_every_trained_tensor(
+    model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """A first step of AdamW takes lr · decay of the value that it began with."""
+    runs = {}
+    for name, lr, decay in (("before", 1e-30, 0.0), ("plain", 0.1, 0.0), ("decayed", 0.1, 0.5)):
+        rates = dict.fromkeys(("prompt_lr", "offset_lr", "space_lr", "head_lr"), lr)
+        settings = small_run(
+            model_folder, data_folder, tmp_path / name,
+            max_steps=1, warmup_ratio=0.0, weight_decay=decay, **rates,
+        )  # fmt: skip
+        train(TrainConfig(**settings), progress=False)
+        runs[name] = tensors(tmp_path / name)
+    moved = {name for name, value in runs["before"].items() if value.abs().max() > 1e-3}
+    assert moved == {"short_prompt", "offset_b", "space_down", "gate_weight", "weight"}
+    for name, value in runs["before"].items():
+        shrunk = runs["plain"][name] - runs["decayed"][name]
+        torch.testing.assert_close(shrunk, 0.1 * 0.5 * value, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -594,9 +623,9 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(
     settings = small_run(model_folder, data_folder, output, max_steps=12, eval_steps=4)
     train(TrainConfig(**settings), progress=False)
     good = weights(output)
-    shutil.rmtree(output / "checkpoints" / "checkpoint-12")
+    (output / "checkpoints" / "checkpoint-12" / "optimizer.pt").unlink()  # no good one
     (output / "metrics.json").unlink()
-    kept = newest_checkpoint(output / "checkpoints")
+    kept = newest_checkpoint(output / "checkpoints", 11)
     assert kept is not None
     assert kept.name == "checkpoint-8"
     state = torch.load(kept / "optimizer.pt", weights_only=True)
@@ -604,10 +633,11 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(
         values["exp_avg"].fill_(3e38)  # the next step throws every weight out of range
         values["exp_avg_sq"].fill_(1e-40)
     torch.save(state, kept / "optimizer.pt")
+    mark_complete(kept)
     with pytest.raises(NonFiniteLossError, match=r"not finite at step 1\d.*checkpoint-8") as caught:
         train(TrainConfig(**settings), resume=True, progress=False)
     assert caught.value.step == 10
-    assert newest_checkpoint(output / "checkpoints") == kept
+    assert newest_checkpoint(output / "checkpoints", 11) == kept
     assert weights(output) == good
     assert not (output / "metrics.json").exists()
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 GOOD = ("fine", "great", "lovely", "warm", "bright")
@@ -203,6 +204,12 @@ def save_task(folder: Path, rows: Callable[[int, int], list[dict[str, Any]]] = t
     for seed, (split, count) in enumerate({"train": 96, "validation": 40, "test": 40}.items()):
         write_rows(folder / f"{split}.jsonl", rows(count, seed))
     return folder
+
+
+def random_states() -> tuple[Any, ...]:
+    """What torch, Python and numpy draw from where no generator is named."""
+    kind, keys, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), kind, list(keys), rest
 
 
 def small_run(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import resource
 import shutil
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import ept_fast
-from ept_fast.checkpoint import CheckpointError, read_json, write_json
+from ept_fast.checkpoint import CheckpointError, WriteError, read_json, write_json, writing
 from ept_fast.libraries import MissingLibraryError, require
 from ept_fast.training import parallel
+from ept_fast.training.checkpoints import sound_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, Fields, LabelSet, Rows, hold_out, read_split
 from ept_fast.training.inference import Adapter, evaluate, load_adapter, predict
@@ -41,6 +44,7 @@ __all__ = [
     "train",
 ]
 
+LOCK_FILE = ".ept-fast.lock"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 _OURS = ("adapter", "best", "checkpoints")
@@ -106,15 +110,17 @@ def train(
     The folder then holds ``adapter/`` (safetensors and JSON), ``metrics.json``,
     ``learning_curves.png``, ``gate_weights.png`` (where the prompt has subspaces), ``samples.md``
     (what the model writes, for text tasks), ``run.json`` and ``checkpoints/``. Nothing in it is
-    touched before arguments, data and model are found good.
+    touched before arguments, data and model are found good. While it lasts, a run holds a lock on
+    the folder, which ends with the process; no other run can use the folder then.
 
     Started by ``torchrun``, the processes share the rows of every step; ``batch_size`` is then that
     of each of them. One of them writes the folder.
 
     Args:
         config: the run.
-        resume: go on from the newest complete checkpoint of the same run; from the start where
-            there is none yet. A finished run gives its metrics again.
+        resume: go on from the newest complete checkpoint of the same run whose files are those
+            that were written, with a warning for each one that is passed over; from the start
+            where none is complete yet. A finished run gives its metrics again.
         overwrite: replace the results of an earlier run in the folder; other files stay.
         progress: whether to say on standard error how far it is: a bar on a terminal, else lines.
         data: the rows, in place of ``config.data`` and ``config.eval_data``.
@@ -123,22 +129,23 @@ def train(
         What ``metrics.json`` holds.
 
     Raises:
-        FileExistsError: the folder is not empty, and neither ``resume`` nor ``overwrite`` is given.
+        FileExistsError: another run holds the folder; or it is not empty, and neither ``resume``
+            nor ``overwrite`` is given.
         DataError: malformed data.
         ValueError: a config that does not fit the model, or a resumed run that was another one.
+        CheckpointError: every complete checkpoint of the run to resume is damaged.
         NonFiniteLossError: the loss became NaN or infinite; checkpoints before it are kept.
         MissingLibraryError: the ``train`` extra is not installed.
     """
-    require("transformers", "accelerate", "matplotlib")
-    with parallel.session(cpu=config.device == "cpu"):
+    require("transformers", "accelerate", "filelock", "matplotlib")
+    with parallel.session(cpu=config.device == "cpu"), contextlib.ExitStack() as stack:
+        parallel.on_main(lambda: stack.enter_context(_held(Path(config.output))))
         return _train(config, resume, overwrite, progress, data)
 
 
 def _train(
     config: TrainConfig, resume: bool, overwrite: bool, progress: bool, data: TaskData | None
 ) -> dict[str, Any]:
-    from ept_fast.training.trainer import newest_checkpoint
-
     output = Path(config.output)
     parallel.on_main(lambda: _check_output(output, resume, overwrite))
     task = parallel.agreed(lambda: data or load_task(config))
@@ -147,15 +154,14 @@ def _train(
         "data": {"train": task.train.fingerprint(), "evaluation": task.evaluation.fingerprint()},
         "processes": parallel.world_size(),
     }
+    checkpoint = None
     if resume:
         finished = parallel.on_main(lambda: _metrics_of(output, run))
         if finished is not None:
             return finished
+        checkpoint = parallel.on_main(lambda: sound_checkpoint(output / "checkpoints"))
     work, trainer = parallel.agreed(lambda: _prepare_trainer(config, task, output, progress))
     parallel.on_main(lambda: _begin(output, run, overwrite))
-    checkpoint = None
-    if resume:
-        checkpoint = parallel.on_main(lambda: newest_checkpoint(trainer.checkpoints))
     if checkpoint is None and config.eval_before:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -163,7 +169,7 @@ def _train(
         trainer.evaluate()
     best = trainer.best()
     if config.keep == "best":
-        parallel.agreed(lambda: work.model.load_pretrained(trainer.best_folder(best["step"])))
+        parallel.agreed(lambda: work.model.load_pretrained(trainer.best_folder))
     metrics = {
         "before": trainer.evaluations[0] if config.eval_before else None,
         "after": best if config.keep == "best" else trainer.evaluations[-1],
@@ -182,6 +188,37 @@ def _train(
     return metrics
 
 
+@contextlib.contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """Keep other runs out of the folder. Where nothing was put into it, it goes again."""
+    from filelock import FileLock, Timeout
+
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output: expected a folder, got the file {output}")
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    path = output / LOCK_FILE
+    lock = FileLock(path)  # of the operating system: it ends with the process, however that ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(
+            f"output: expected a folder that no other run is using, got {output} "
+            f"(a run is going on there)"
+        ) from None
+    except OSError as error:
+        raise WriteError(path, error) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a folder with files in it stays
+            path.unlink()  # while it is held, so that it is nobody else's
+            for folder in made:
+                folder.rmdir()
+        lock.release()
+
+
 def _begin(output: Path, run: dict[str, Any], overwrite: bool) -> None:
     if overwrite:
         _clear(output)
@@ -195,16 +232,15 @@ def _finish(output: Path, work: _Work, metrics: dict[str, Any]) -> None:
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output: expected a folder, got the file {output}")
     if resume and overwrite:
         raise ValueError("resume, overwrite: expected one of them, got both")
-    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
+    files = {path.name for path in output.iterdir()} - {LOCK_FILE}
+    if files and not (resume or overwrite):
         raise FileExistsError(
             f"output: expected an empty folder, got {output} with files in it "
             f"(resume the run, or overwrite it)"
         )
-    if resume and output.is_dir() and any(output.iterdir()) and not (output / RUN_FILE).exists():
+    if resume and files and RUN_FILE not in files:
         raise FileExistsError(f"output: expected a run to resume, got {output} without {RUN_FILE}")
 
 

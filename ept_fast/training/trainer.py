@@ -18,11 +18,19 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ept_fast.checkpoint import CheckpointError, read_json, write_json, writing
+from ept_fast.checkpoint import CheckpointError, read_json, write_files, write_json, writing
+from ept_fast.integrations.adapters import read_adapter
 from ept_fast.integrations.models import EPTModel
 from ept_fast.libraries import without_peft
 from ept_fast.training import parallel
 from ept_fast.training.batches import Collator, GroupedBatches, PackedBatches, PackingCollator
+from ept_fast.training.checkpoints import (
+    COMPLETE_FILE,
+    complete_checkpoints,
+    mark_complete,
+    newest_checkpoint,
+    remove_checkpoint,
+)
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.evaluation import Evaluation
 from ept_fast.training.metrics import goodness
@@ -32,16 +40,10 @@ with without_peft():
     from transformers.trainer import Trainer
     from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-__all__ = [
-    "COMPLETE_FILE",
-    "NonFiniteLossError",
-    "PromptTrainer",
-    "newest_checkpoint",
-    "train_batches",
-]
+__all__ = ["NonFiniteLossError", "PromptTrainer", "train_batches"]
 
-COMPLETE_FILE = "complete.json"  # written last: a checkpoint folder without it was cut off
 PROGRESS_FILE = "progress.json"
+BEST_FOLDER = "best"
 _KEPT = 2
 
 
@@ -61,16 +63,6 @@ class NonFiniteLossError(RuntimeError):
         return type(self), self._given  # as it goes from one process to another
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the most steps, or None."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return max(found, key=_steps, default=None)
-
-
-def _steps(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
 def _write(folder: Path, save: Callable[[], None]) -> None:
     """Save files into a folder; WriteError where that fails."""
     with writing(folder):
@@ -83,6 +75,13 @@ def _write(folder: Path, save: Callable[[], None]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             raise
+
+
+def _copy(adapter: Path, folder: Path) -> None:
+    """Replace a folder with a copy of an adapter's; CheckpointError where that is damaged."""
+    read_adapter(adapter)
+    shutil.rmtree(folder, ignore_errors=True)
+    write_files({folder / path.name: path.read_bytes() for path in adapter.iterdir()})
 
 
 def train_batches(
@@ -162,7 +161,6 @@ class PromptTrainer(Trainer):
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(max_steps * config.warmup_ratio),
             max_grad_norm=config.max_grad_norm,
-            weight_decay=config.weight_decay,
             seed=config.seed,
             bf16=bf16,
             use_cpu=config.device == "cpu",
@@ -206,9 +204,15 @@ class PromptTrainer(Trainer):
         """The folder of the checkpoints."""
         return Path(str(self.args.output_dir))
 
-    def best_folder(self, step: int) -> Path:
-        """Where the weights of an evaluation go that was the best so far."""
-        return self.checkpoints.parent / "best" / f"step-{step}"
+    @property
+    def best_folder(self) -> Path:
+        """Where the weights of the best evaluation so far go; every checkpoint has a copy."""
+        return self.checkpoints.parent / BEST_FOLDER
+
+    @property
+    def has_best(self) -> bool:
+        """Whether there are such weights."""
+        return self.run_config.keep == "best" and bool(self.evaluations)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's batches of the whole run; to the base class it is one epoch."""
@@ -267,15 +271,14 @@ class PromptTrainer(Trainer):
     def _keep_best(self, step: int) -> None:
         if self.best() is self.evaluations[-1]:
             model: Any = self.model
-            # Earlier ones stay: a run that resumes on a GPU may not find this one best again.
-            folder = self.best_folder(step)
-            parallel.on_main(lambda: model.save_pretrained(folder, extra={"step": step}))
+            parallel.on_main(lambda: model.save_pretrained(self.best_folder, extra={"step": step}))
 
     def _stop(self, what: str, step: int) -> NoReturn:
         """Raise NonFiniteLossError; every process has found the same."""
 
         def fail() -> NoReturn:
-            raise NonFiniteLossError(what, step, newest_checkpoint(self.checkpoints))
+            # One of this step or later would be of a run before this one, and damaged.
+            raise NonFiniteLossError(what, step, newest_checkpoint(self.checkpoints, step - 1))
 
         parallel.on_main(fail)
         raise AssertionError("not reached")
@@ -287,8 +290,7 @@ class PromptTrainer(Trainer):
                 self._stop(f"the weight {name}", self.state.global_step)
         folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
         save = super()._save_checkpoint
-        # What a killed run left here goes first; the marker of a whole checkpoint comes last.
-        parallel.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+        parallel.on_main(lambda: remove_checkpoint(folder))  # what an earlier run left there
         try:
             parallel.agreed(lambda: _write(folder, lambda: save(model, trial)))
             progress = {
@@ -306,15 +308,12 @@ class PromptTrainer(Trainer):
 
     def _complete(self, folder: Path, progress: dict[str, Any]) -> None:
         """Mark a checkpoint as whole, and remove those that it makes needless."""
+        if self.has_best:
+            _copy(self.best_folder, folder / BEST_FOLDER)
         write_json(folder / PROGRESS_FILE, progress)
-        write_json(folder / COMPLETE_FILE, {"step": self.state.global_step})
-        complete = sorted(
-            (path.parent for path in self.checkpoints.glob(f"checkpoint-*/{COMPLETE_FILE}")),
-            key=_steps,
-        )
-        for old in complete[:-_KEPT]:
-            os.unlink(old / COMPLETE_FILE)  # first, so that it never looks complete and is not
-            shutil.rmtree(old)
+        mark_complete(folder)
+        for old in complete_checkpoints(self.checkpoints, self.state.global_step)[:-_KEPT]:
+            remove_checkpoint(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         model: Any = self.model
@@ -336,6 +335,9 @@ class PromptTrainer(Trainer):
             self.positions = progress["positions"] * parallel.is_main()
         except KeyError as error:
             raise CheckpointError(f"{path}: expected the field {error}, got none") from None
+        if self.has_best:
+            saved = Path(resume_from_checkpoint) / BEST_FOLDER
+            parallel.on_main(lambda: _copy(saved, self.best_folder))
 
 
 class _Clock(TrainerCallback):

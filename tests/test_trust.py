@@ -379,3 +379,16 @@ def test_every_call_says_whether_it_trusts(root: Path) -> None:
     assert len(found) >= 13
     for where, node in found:
         assert "trust_remote_code" in [word.arg for word in node.keywords], where
+
+
+def test_the_policy_is_linked_and_names_what_is_there(root: Path) -> None:
+    assert "(SECURITY.md)" in (root / "README.md").read_text(encoding="utf-8")
+    page = (root / "SECURITY.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", page):
+        name, _, anchor = link.partition("#")
+        heading = f"\n## {anchor.replace('-', ' ')}\n"
+        assert heading in (root / name).read_text(encoding="utf-8").lower(), link
+    options = [option for command in main.commands.values() for option in command.params]
+    server = (root / "examples" / "server" / "__main__.py").read_text(encoding="utf-8")
+    for name in re.findall(r"`(--[a-z-]+)`", page):
+        assert any(name in option.opts for option in options) or f'"{name}"' in server, name

@@ -102,6 +102,43 @@ _separator = click.option(
 )
 
 
+def _loading(command: F) -> F:
+    """Options that say which adapter and model to load; the command gets ``load`` for them."""
+
+    @functools.wraps(command)
+    def run(
+        adapter: str,
+        model: str | None,
+        device: str,
+        trust_remote_code: bool,
+        allow_download: bool,
+        **how: Any,
+    ) -> Any:
+        def load() -> Any:
+            from ept_fast.training.job import load_adapter
+
+            return load_adapter(
+                adapter,
+                model=model,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                allow_download=allow_download,
+            )
+
+        return command(load=load, **how)
+
+    options = (
+        click.option(
+            "--adapter", required=True, type=click.Path(), help="Folder of an adapter or a run."
+        ),
+        click.option("--model", help="The model, in place of the one saved with the adapter."),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that --model brings."),
+        click.option("--allow-download", is_flag=True, help="Ask the hub for the adapter's model."),
+        _option("--device", type=click.Choice(DEVICES)),
+    )
+    return functools.reduce(lambda last, option: option(last), reversed(options), run)  # type: ignore[return-value]
+
+
 def _writing(command: F) -> F:
     """Options of commands that write texts with a trained adapter."""
     count = click.IntRange(min=1)
@@ -174,6 +211,7 @@ def _writing(command: F) -> F:
 @_option("--seed", type=int)
 @_option("--bf16/--no-bf16", help="Default: on a GPU that supports it.")
 @_option("--device", type=click.Choice(DEVICES))
+@_option("--trust-remote-code", is_flag=True, help="Run code that --model brings.")
 @click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run's results in --output.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -240,10 +278,9 @@ def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
 
 
 @main.command()
-@click.option("--adapter", required=True, type=click.Path(), help="Folder of an adapter or a run.")
+@_loading
 @click.option("--data", required=True, help="As in train.")
 @click.option("--split", default="test", show_default=True, help="Which split of --data.")
-@click.option("--model", help="The model, in place of the one saved with the adapter.")
 @_option("--text-field", help="Column of the text.")
 @_option("--pair-field", help="Column of the second text.")
 @_option("--label-field", help="Column of the label.")
@@ -255,10 +292,9 @@ def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
     help="Rows to write texts for (seq2seq, causal); all where not given.",
 )
 @_writing
-@_option("--device", type=click.Choice(DEVICES))
 @_clean
 def evaluate(
-    adapter: str,
+    load: Callable[[], Any],
     data: str,
     text_field: str,
     pair_field: str,
@@ -271,11 +307,11 @@ def evaluate(
     from ept_fast.training.job import evaluate as run
 
     fields = Fields(text_field, pair_field, label_field, target_field)
-    _say(json.dumps(run(adapter, data, fields=fields, **how), indent=2))
+    _say(json.dumps(run(load(), data, fields=fields, **how), indent=2))
 
 
 @main.command()
-@click.option("--adapter", required=True, type=click.Path(), help="Folder of an adapter or a run.")
+@_loading
 @click.option("--input", "source", default="-", show_default=True, help="- is standard input.")
 @click.option(
     "--format",
@@ -286,15 +322,13 @@ def evaluate(
     help="txt is a text a line. auto: by the suffix; standard input is txt.",
 )
 @click.option("--output", type=click.Path(), help="File; standard output where not given.")
-@click.option("--model", help="The model, in place of the one saved with the adapter.")
 @_option("--text-field", help="Column of the text.")
 @_option("--pair-field", help="Column of the second text.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @_writing
-@_option("--device", type=click.Choice(DEVICES))
 @_clean
 def predict(
-    adapter: str,
+    load: Callable[[], Any],
     source: str,
     form: str,
     output: str | None,
@@ -325,7 +359,7 @@ def predict(
     if form != "auto":
         suffix = f".{form}"
     rows = parse_rows(data, suffix, name, fields=Fields(text_field, pair_field), answer="none")
-    results = run(adapter, rows, **how)
+    results = run(load(), rows, **how)
     pairs = rows.pairs or (None,) * len(rows)
     lines = []
     for text, pair, result in zip(rows.texts, pairs, results, strict=True):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module  # the hooks of all modules
 
 from ept_fast.checkpoint import (
     check_shapes,
@@ -670,6 +671,8 @@ def _is_plain_table(embedding: nn.Module) -> bool:
         and embedding.max_norm is None
         and not embedding._forward_hooks
         and not embedding._forward_pre_hooks
+        and not every_module._global_forward_hooks
+        and not every_module._global_forward_pre_hooks
     )
 
 

@@ -46,10 +46,12 @@ def main() -> None:
 
     on_gpu = torch.cuda.is_available()
     rows = [json.loads(line) for line in args.data.open()] if args.data else ROWS
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     decoder = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.bfloat16 if on_gpu else torch.float32
+        args.model,
+        dtype=torch.bfloat16 if on_gpu else torch.float32,
+        trust_remote_code=False,
     )
     # As many trained parameters as a plain prompt of 100 tokens, in a prompt of 20. The offset
     # covers the text and what is generated after it.

@@ -49,8 +49,8 @@ def main() -> None:
     rows = [json.loads(line) for line in args.data.open()] if args.data else ROWS
     labels = sorted({row["label"] for row in rows})
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    encoder = AutoModel.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    encoder = AutoModel.from_pretrained(args.model, trust_remote_code=False)
     # As many trained parameters as a plain prompt of 100 tokens, in a prompt of 20.
     config = EPTConfig.from_budget(
         encoder.config.hidden_size, prompt_length=100, num_virtual_tokens=20, max_length=128

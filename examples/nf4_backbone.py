@@ -34,7 +34,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -43,7 +43,11 @@ def main() -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     decoder = AutoModelForCausalLM.from_pretrained(
-        args.model, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": device}
+        args.model,
+        quantization_config=quantised,
+        dtype=torch.bfloat16,
+        device_map={"": device},
+        trust_remote_code=False,
     )
     print(f"backbone: {decoder.get_memory_footprint() / 1e6:.1f} MB in 4 bits")
 

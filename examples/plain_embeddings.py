@@ -59,8 +59,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--adapter", help="folder of a trained prompt")
     options = parser.parse_args(arguments)
 
-    model = AutoModelForCausalLM.from_pretrained(options.model).eval()  # gpt2
-    tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=False)  # gpt2
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(
+        options.model, trust_remote_code=False, padding_side="left"
+    )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     input_ids, mask = batch["input_ids"], batch["attention_mask"]

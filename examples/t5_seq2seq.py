@@ -38,8 +38,8 @@ def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [json.loads(line) for line in args.data.open()] if args.data else ROWS
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    t5 = AutoModelForSeq2SeqLM.from_pretrained(args.model).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    t5 = AutoModelForSeq2SeqLM.from_pretrained(args.model, trust_remote_code=False).to(device)
 
     def tokens(texts):
         batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")

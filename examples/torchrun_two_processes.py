@@ -49,8 +49,8 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
 
     torch.manual_seed(0)  # the same prompt in every process
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    encoder = AutoModel.from_pretrained(args.model).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    encoder = AutoModel.from_pretrained(args.model, trust_remote_code=False).to(device)
     # As many trained parameters as a plain prompt of 100 tokens, in a prompt of 20.
     config = EPTConfig.from_budget(
         encoder.config.hidden_size, prompt_length=100, num_virtual_tokens=20, max_length=64

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -343,8 +344,12 @@ def test_a_cache_that_is_no_folder_is_named(workshop: Workshop) -> None:
     workshop.cache.write_text("")
     with pytest.raises(ExtensionError) as caught:
         build.build(("90",))
-    expected = "EPT_FAST_CACHE: expected a folder to build the CUDA library in, got "
-    assert str(caught.value) == f"{expected}{workshop.cache}: Not a directory"
+    user = "0" if os.geteuid() == 0 else f"0 or {os.geteuid()}"
+    assert re.fullmatch(
+        rf"EPT_FAST_CACHE: expected {re.escape(str(workshop.cache))} to be a folder of user {user} "
+        rf"that no other can write, got -rw-r-.r-- of user {os.geteuid()}",
+        str(caught.value),
+    )
     assert workshop.calls() == []
 
 
@@ -354,6 +359,172 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert build._cache_folder() == tmp_path / "ept_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert build._cache_folder() == Path.home() / ".cache" / "ept_fast"
+
+
+@pytest.mark.parametrize(
+    ("home", "xdg"), [(None, None), ("here", None), ("", None), (None, "here"), ("/root", "./x")]
+)
+def test_without_a_home_there_is_no_cache(
+    home: str | None, xdg: str | None, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workshop.folder)
+    for name, value in (("EPT_FAST_CACHE", None), ("HOME", home), ("XDG_CACHE_HOME", xdg)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    if not home:  # as of a user whom the system does not know
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(ExtensionError, match=r"^EPT_FAST_CACHE: expected a folder, as the user's"):
+        build.build(("90",))
+    monkeypatch.setattr(library, "_capabilities", lambda: (90,))
+    monkeypatch.setattr(library, "_PACKAGED", workshop.folder / "none")
+    assert "EPT_FAST_CACHE: expected a folder" in library.state().text
+    assert not library.state().usable
+    assert {p.name for p in workshop.folder.iterdir()} <= {"csrc", "cuda: $HOME 13.0"}
+
+
+# Who may have written it
+
+
+def give_away(place: Path, shop: Workshop) -> None:
+    """Make it another user's; only root really can."""
+    if os.geteuid() == 0:
+        os.chown(place, 54321, -1)
+        return
+    plain = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        found = plain(path)
+        return found if path != place else os.stat_result((*found[:4], 54321, *found[5:]))
+
+    shop.monkeypatch.setattr(Path, "lstat", lstat)
+
+
+def make_link(place: Path, shop: Workshop) -> None:
+    """Leave a link there to what was there, which is as good as it was."""
+    target = shop.cache / "elsewhere"
+    place.rename(target)
+    place.symlink_to(target)
+
+
+def chmod(mode: int) -> Callable[[Path, Workshop], None]:
+    return lambda place, shop: place.chmod(mode)
+
+
+# What is done to the library (0), its folder (1), the cache (2) or the folder that is in (3), and
+# how the error shows it.
+HOLES: dict[str, tuple[int, Callable[[Path, Workshop], None], str]] = {
+    "the library is another user's": (0, give_away, "a file ~ -rwxr-xr-x of user 54321"),
+    "its folder is": (1, give_away, "a folder ~ drwx------ of user 54321"),
+    "the cache is": (2, give_away, "a folder ~ drwx------ of user 54321"),
+    "the folder above is": (3, give_away, "a folder ~ drwx------ of user 54321"),
+    "the group can write the library": (0, chmod(0o775), "a file ~ -rwxrwxr-x of user "),
+    "others can write it": (0, chmod(0o757), "a file ~ -rwxr-xrwx of user "),
+    "the group can write its folder": (1, chmod(0o770), "a folder ~ drwxrwx--- of user "),
+    "its folder is a /tmp": (1, chmod(0o1777), "a folder ~ drwxrwxrwt of user "),
+    "the group can write the cache": (2, chmod(0o770), "a folder ~ drwxrwx--- of user "),
+    "others can write above it": (3, chmod(0o707), "a folder ~ drwx---rwx of user "),
+    "the library is a link": (0, make_link, "a file ~ lrwxrwxrwx of user "),
+    "its folder is a link": (1, make_link, "a folder ~ lrwxrwxrwx of user "),
+}
+
+
+@needs_ninja
+@pytest.mark.parametrize("built", [True, False], ids=["built", "to build"])
+@pytest.mark.parametrize("hole", HOLES)
+def test_what_others_can_write_is_neither_loaded_nor_built_in(
+    hole: str, built: bool, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depth, damage, shown = HOLES[hole]
+    path = build.build(("90",))
+    if depth and not built:
+        path.unlink()
+    place = (path, *path.parents)[depth]
+    damage(place, workshop)
+    before = workshop.calls()
+    expected, _, got = shown.partition(" ~ ")
+    message = f"EPT_FAST_CACHE: expected {re.escape(str(place))} to be {expected} of user .*{got}"
+    with pytest.raises(ExtensionError, match=f"^{message}"):
+        build.build(("90",))
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr(library, "_capabilities", lambda: (90,))
+    monkeypatch.setattr(library, "_PACKAGED", workshop.folder / "none")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"loaded {path}"))
+    assert not library.state().usable
+    assert re.search(message, library.state().text)
+    with pytest.raises(ExtensionError, match=f"^{message}"):
+        library.load()
+    assert workshop.calls() == before
+
+
+@needs_ninja
+def test_a_cache_in_a_folder_for_all(workshop: Workshop) -> None:
+    """As /tmp is: others cannot rename what is ours there."""
+    workshop.cache.mkdir()
+    workshop.cache.chmod(0o1777)
+    assert build.build(("90",)) == build.build(("90",))
+    assert len(workshop.calls()) == ONE_BUILD
+
+
+@needs_ninja
+@pytest.mark.parametrize("umask", [0o002, 0o000, 0o077], ids=oct)
+def test_no_umask_opens_what_is_built(umask: int, workshop: Workshop) -> None:
+    workshop.monkeypatch.setenv("EPT_FAST_CACHE", str(workshop.cache / "deep" / "down"))
+    before = os.umask(umask)
+    try:
+        path = build.build(("90",))
+        assert build.build(("90",)) == path
+    finally:
+        os.umask(before)
+    assert len(workshop.calls()) == ONE_BUILD
+    folders = list(path.parents)[:4]
+    assert folders[3] == workshop.cache
+    assert {stat.S_IMODE(p.stat().st_mode) for p in folders} == {0o700}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    assert stat.S_IMODE((path.parent / "lock").stat().st_mode) == 0o600
+
+
+@needs_ninja
+def test_a_lock_is_neither_followed_nor_emptied(workshop: Workshop) -> None:
+    path = build.build(("90",))
+    path.unlink()
+    lock, other = path.parent / "lock", workshop.folder / "other"
+    lock.write_text("kept")
+    assert build.build(("90",)) == path
+    assert lock.read_text() == "kept"
+    path.unlink()
+    lock.rename(other)
+    lock.symlink_to(other)
+    with pytest.raises(
+        ExtensionError, match=r"^EPT_FAST_CACHE: expected a folder to build .*: Too"
+    ):
+        build.build(("90",))
+    assert other.read_text() == "kept"
+    lock.unlink()
+    lock.symlink_to(workshop.folder / "new")
+    with pytest.raises(
+        ExtensionError, match=r"^EPT_FAST_CACHE: expected a folder to build .*: Too"
+    ):
+        build.build(("90",))
+    assert not (workshop.folder / "new").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's file")
+def test_what_another_puts_there_meanwhile_is_not_loaded(workshop: Workshop) -> None:
+    """In a folder for all, between the look into the cache and the lock."""
+    workshop.cache.mkdir()
+    workshop.cache.chmod(0o1777)
+    plain = build._lock
+
+    def late(path: Path) -> Any:
+        (path.parent / build.LIBRARY).write_text("planted")
+        for place in (path.parent, path.parent / build.LIBRARY):
+            os.chown(place, 54321, 54321)
+        return plain(path)
+
+    workshop.monkeypatch.setattr(build, "_lock", late)
+    with pytest.raises(ExtensionError, match="to be a file of user 0 that no other can write, got"):
+        build.build(("90",))
 
 
 # The real library

@@ -913,6 +913,41 @@ def test_hooks_added_later_are_respected() -> None:
     assert torch.equal(prompt(make_ids()).inputs_embeds[:, M:], table.weight[make_ids()])
 
 
+def twice(module: nn.Module, args: Any, output: Any) -> Any:
+    return 2 * output if isinstance(module, nn.Embedding) else None
+
+
+def next_ids(module: nn.Module, args: Any) -> Any:
+    return ((args[0] + 1) % VOCABULARY,) if isinstance(module, nn.Embedding) else None
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("folded", [False, True], ids=["trainable", "folded"])
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
+def test_hooks_of_all_modules_are_as_the_layers_own(
+    kind: str, folded: bool, compiled: bool
+) -> None:
+    torch.compiler.reset()
+    table, ids, hook = make_table(), make_ids(), twice if kind == "forward_hook" else next_ids
+    prompt: nn.Module = shaken(make_prompt(SMALL, table))
+    prompt = prompt.fold() if folded else prompt
+    plain = prompt(ids).inputs_embeds
+    own = getattr(table, f"register_{kind}")(hook)
+    expected = prompt(ids).inputs_embeds
+    own.remove()
+    call = torch.compile(prompt, fullgraph=True, backend="aot_eager") if compiled else prompt
+    of_all = getattr(nn.modules.module, f"register_module_{kind}")(hook)
+    try:
+        got = call(ids).inputs_embeds
+    finally:
+        of_all.remove()
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, plain)
+    assert torch.equal(call(ids).inputs_embeds, plain)
+
+
 @pytest.mark.parametrize("parameters", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("table", HALVES, ids=str)
 def test_half_precision_tied_table(table: torch.dtype, parameters: torch.dtype) -> None:

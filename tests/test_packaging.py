@@ -218,7 +218,7 @@ def test_sdist_holds_the_kernels_and_cuda_sources_once_and_no_links(
     assert {f for f in files if f.endswith(suffixes)} == {
         f"ept_fast/csrc/{name}" for name in cuda_sources(root)
     }
-    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= set(files)
+    assert {"LICENSE", "README.md", "SECURITY.md", "pyproject.toml", "setup.py"} <= set(files)
 
 
 def test_metadata(built: Built) -> None:

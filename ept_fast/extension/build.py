@@ -17,6 +17,7 @@ import platform
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ __all__ = [
     "cached",
     "covers",
     "find_tools",
+    "is_built",
     "known_architectures",
     "parse_architectures",
     "read_record",
@@ -279,17 +281,57 @@ def _key(architectures: tuple[str, ...], tools: Tools) -> str:
 
 
 def _cache_folder() -> Path:
-    """``EPT_FAST_CACHE``, or ``ept_fast`` in the user's cache folder."""
+    """``EPT_FAST_CACHE``, or ``ept_fast`` in the user's cache folder; links followed."""
     chosen = os.environ.get("EPT_FAST_CACHE")
     if chosen:
-        return Path(chosen).absolute()
+        return Path(os.path.realpath(chosen))
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base).absolute() / "ept_fast"
+    if not os.path.isabs(base):
+        raise ExtensionError(
+            f"EPT_FAST_CACHE: expected a folder, as the user's own cache has no absolute path "
+            f"({base}), got none"
+        )
+    return Path(os.path.realpath(os.path.join(base, "ept_fast")))
 
 
 def cached(architectures: tuple[str, ...], tools: Tools) -> Path:
-    """Where the library for these lies once it is built."""
+    """Where the library for these lies once it is built.
+
+    Raises:
+        ExtensionError: this user has no cache folder.
+    """
     return _cache_folder() / f"cuda-{_key(architectures, tools)}" / LIBRARY
+
+
+def is_built(library: Path) -> bool:
+    """Whether the cache has the library.
+
+    Raises:
+        ExtensionError: another user than this one and root could have put it there or could replace
+            it, by owning it or a folder above it, or by a mode that lets others write. In a folder
+            with the sticky bit, such as ``/tmp``, others replace nothing of ours; the library's own
+            folder may not be one.
+    """
+    users = sorted({0, os.geteuid()})
+    for depth, place in enumerate((library, *library.parents)):
+        try:
+            found = place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ExtensionError(
+                f"EPT_FAST_CACHE: expected a folder to look into, got {place}: {error.strerror}"
+            ) from error
+        kind, expected = (stat.S_ISDIR, "a folder") if depth else (stat.S_ISREG, "a file")
+        sticky = depth > 1 and found.st_mode & stat.S_ISVTX
+        open_to_others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky
+        if not kind(found.st_mode) or found.st_uid not in users or open_to_others:
+            raise ExtensionError(
+                f"EPT_FAST_CACHE: expected {place} to be {expected} of user "
+                f"{' or '.join(map(str, users))} that no other can write, got "
+                f"{stat.filemode(found.st_mode)} of user {found.st_uid}"
+            )
+    return library.exists()
 
 
 def read_record(library: Path) -> Record | None:
@@ -315,17 +357,19 @@ def build(architectures: tuple[str, ...]) -> Path:
     Of several processes that ask at once, one compiles and the others wait for it.
 
     Raises:
-        ExtensionError: a tool is missing, the cache cannot be written or the compiler fails.
+        ExtensionError: a tool is missing, the cache cannot be written or is open to others, or the
+            compiler fails.
     """
     tools = find_tools()
     architectures = known_architectures(architectures, tools)
     library = cached(architectures, tools)
-    if library.exists():
+    if is_built(library):
         return library
     try:
-        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (*reversed(library.parent.parents), library.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
         with _lock(library.parent / "lock"):
-            if not library.exists():
+            if not is_built(library):
                 _compile(library, architectures, tools)
     except OSError as error:
         raise ExtensionError(
@@ -340,13 +384,16 @@ def _lock(path: Path) -> Iterator[None]:
     """Held by one process at a time, and let go when a process ends in whatever way."""
     import fcntl
 
-    with path.open("w") as file:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             _logger.warning("another process builds the CUDA library: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(file)
 
 
 def _compile(library: Path, architectures: tuple[str, ...], tools: Tools) -> None:
@@ -381,6 +428,7 @@ def _compile(library: Path, architectures: tuple[str, ...], tools: Tools) -> Non
                 f"the CUDA library does not compile for sm {names} with {tools.nvcc} "
                 f"{tools.nvcc_version}:\n{told}"
             )
+        (folder / LIBRARY).chmod(0o755)  # whatever the umask: others must not write to it
         os.replace(folder / LIBRARY, library)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -66,10 +66,11 @@ def _find() -> State:
             return State(None, (), f"{_SUBJECT} {text}{stale}", usable=True)
         architectures = build.known_architectures(wanted, tools)
         path = build.cached(architectures, tools)
+        built = build.is_built(path)
     except ExtensionError as error:
         return State(None, (), f"{_SUBJECT} cannot be built: {error}{stale}", usable=False)
     names = _listed(architectures)
-    if path.exists():
+    if built:
         text = f"{_SUBJECT} is built for {names}, in {path.parent}"
         return State(path, architectures, text, usable=True)
     text = f"would be built for {names} on first use, with nvcc {tools.nvcc_version}"

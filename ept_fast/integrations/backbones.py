@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import pickle
 import sys
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import nn
 
 from ept_fast.config import check_choice
@@ -28,6 +32,7 @@ __all__ = [
     "layer_kinds",
     "load_backbone",
     "load_tokenizer",
+    "names_it",
     "output_width",
     "own_head",
     "position_table",
@@ -67,6 +72,8 @@ def load_backbone(
     *,
     labels: tuple[str, ...] | None = None,
     dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
 ) -> nn.Module:
     """A pretrained model by folder or hub id, of the kind that the task needs.
 
@@ -77,23 +84,31 @@ def load_backbone(
             encoder.
         labels: names of the classes; then the model is loaded with a head for them.
         dtype: type of the weights.
+        trust_remote_code: whether to run the code that a model of an architecture of its own
+            brings.
+        local_files_only: whether to ask no hub: only for a folder or what the hub's cache has.
 
     Raises:
-        ValueError: nothing loadable under that name.
+        ValueError: nothing loadable under that name, or a model with code that is not trusted.
     """
     check_choice("task", task, TASKS)
+    place = _cached(name) if local_files_only and not os.path.isdir(name) else name
     logging: Any = transformers.utils.logging
     bars = logging.is_progress_bar_enabled()
-    if Path(name).is_dir() or not sys.stderr.isatty():
+    if os.path.isdir(place) or not sys.stderr.isatty():
         logging.disable_progress_bar()  # reading a local file needs none, and no log does
     try:
         if labels is None:
-            backbone: Any = _AUTO[task].from_pretrained(name, dtype=dtype)
+            backbone: Any = _AUTO[task].from_pretrained(
+                place, dtype=dtype, trust_remote_code=trust_remote_code
+            )
         else:
             ids = dict(enumerate(labels))
-            backbone = _AUTO_WITH_HEAD[task].from_pretrained(name, dtype=dtype, id2label=ids)
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_found(name, error)) from None
+            backbone = _AUTO_WITH_HEAD[task].from_pretrained(
+                place, dtype=dtype, id2label=ids, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(_not_found(name, _reason(name, error))) from None
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -101,18 +116,62 @@ def load_backbone(
     return backbone if whole else backbone.get_encoder()  # type: ignore[no-any-return]
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a pretrained model; ``ValueError`` where there is none."""
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, local_files_only: bool = False
+) -> Any:
+    """The tokenizer of a pretrained model; arguments and errors as :func:`load_backbone`."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, local_files_only=local_files_only
+        )
     except (OSError, ValueError) as error:
-        raise ValueError(_not_found(name, error)) from None
+        raise ValueError(_not_found(name, _reason(name, error))) from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of no files
+        raise ValueError(_not_found(name, "it has no tokenizer"))
+    return tokenizer
 
 
-def _not_found(name: str, error: Exception) -> str:
-    gone = Path(name).is_absolute() and not Path(name).exists()
-    reason = "no such folder" if gone else str(error).strip().partition("\n")[0]
+def _cached(name: str) -> str:
+    """The folder of a hub's model in the cache.
+
+    Given its name and ``local_files_only``, transformers still asks the hub, for an adapter of PEFT
+    and to have a pickle converted; for a folder it does not.
+    """
+    try:
+        config = try_to_load_from_cache(name, transformers.utils.CONFIG_NAME)
+    except ValueError:  # not even a hub id
+        config = None
+    if isinstance(config, str):
+        return str(Path(config).parent)
+    gone = "no such folder"
+    if not Path(name).is_absolute():
+        gone += ", and not in the cache of the Hugging Face hub"
+    raise ValueError(_not_found(name, gone))
+
+
+def names_it(folder: str | Path, name: str, allow_download: bool) -> str:
+    """What to add to an error about the model that an adapter names."""
+    ways = "base_model (on the command line --model) names another place"
+    if not (allow_download or Path(name).is_absolute() or os.path.isdir(name)):
+        ways += ", allow_download (--allow-download) loads it from the hub"
+    return f"; {folder} names it; {ways}"
+
+
+def _not_found(name: str, reason: str) -> str:
     return f"model: expected a folder or hub id of a pretrained model, got {name!r} ({reason})"
+
+
+def _reason(name: str, error: Exception) -> str:
+    if Path(name).is_absolute() and not Path(name).exists():
+        return "no such folder"
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings code of its own, which is run with trust_remote_code only, on the command "
+            "line --trust-remote-code"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle of more than tensors"
+    return str(error).strip().partition("\n")[0]
 
 
 def accepted_arguments(backbone: nn.Module) -> frozenset[str]:

@@ -33,6 +33,7 @@ from ept_fast.integrations.backbones import (
     embedding_width,
     first_position,
     load_backbone,
+    names_it,
     position_table_name,
     take_cache,
     text_limit,
@@ -748,6 +749,8 @@ class EPTModel(nn.Module):
         adapter_name: str = "default",
         saved_name: str | None = None,
         backend: str | None = None,
+        trust_remote_code: bool = False,
+        allow_download: bool = False,
     ) -> EPTModel:
         """The model of a saved adapter, of the class of its task, in evaluation mode.
 
@@ -755,16 +758,21 @@ class EPTModel(nn.Module):
             folder: what :meth:`save_pretrained` wrote; or else what transformers' Trainer or
                 accelerate did, the state dict of a model as ``model.safetensors``.
             model: the frozen model, where it is already loaded.
-            base_model: where to load it from, in place of the name saved with the adapter.
+            base_model: folder or hub id to load it from, in place of the name saved with the
+                adapter.
             adapter_name: the adapter's name in the new model.
             saved_name: which adapter of several in a state dict; the one that was active where not
                 given.
             backend: as in :func:`ept_fast.reconstruct_prompt`.
+            trust_remote_code: whether to run the code that the model at ``base_model`` brings.
+            allow_download: whether a model that only the adapter names may be loaded from the hub;
+                else it has to be a folder or in the hub's cache on this machine.
 
         Raises:
             CheckpointError: a missing, damaged or foreign file, or another model than it was
                 trained on.
-            ValueError: the model cannot be found.
+            ValueError: the model cannot be found, or not without what the last two allow;
+                ``trust_remote_code`` without ``base_model``.
         """
         check_adapter_name(adapter_name, ())
         saved = read_adapter(folder, saved_name)
@@ -773,20 +781,28 @@ class EPTModel(nn.Module):
             raise CheckpointError(
                 f"{saved.path}: task: expected {cls.task!r}, got {values['task']!r}"
             )
-        name = base_model or values["base_model"]
+        name = values["base_model"] if base_model is None else base_model
         if model is None:
+            if trust_remote_code and base_model is None:
+                raise ValueError(
+                    f"trust_remote_code: expected base_model (on the command line --model) beside "
+                    f"it, as {folder} may name any code, got none"
+                )
             if name is None:
                 raise ValueError(f"base_model: expected a folder or hub id, {folder} names none")
             labels = tuple(values["labels"] or ()) if values["head"] == "model" else None
             try:
-                model = load_backbone(name, values["task"], labels=labels)
+                model = load_backbone(
+                    name,
+                    values["task"],
+                    labels=labels,
+                    trust_remote_code=trust_remote_code,
+                    local_files_only=base_model is None and not allow_download,
+                )
             except ValueError as error:
                 if base_model is not None:
                     raise
-                raise ValueError(
-                    f"{error}; {folder} names it; base_model (on the command line --model) names "
-                    f"another place"
-                ) from None
+                raise ValueError(f"{error}{names_it(folder, name, allow_download)}") from None
         chosen = EPTModel.of_task(values["task"])(model, base_model=name, backend=backend)
         try:
             chosen._add_saved(saved, adapter_name)

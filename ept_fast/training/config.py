@@ -97,6 +97,8 @@ class TrainConfig:
         seed: of everything random. On a CPU the same seed gives the same weights to the bit.
         bf16: bfloat16 autocast; where not given, on a GPU that supports it.
         device: ``"auto"`` (a GPU where there is one) or ``"cpu"``.
+        trust_remote_code: whether to run the code that a model of an architecture of its own
+            brings.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of its range, by name.
@@ -154,6 +156,7 @@ class TrainConfig:
     seed: int = 0
     bf16: bool | None = None
     device: str = "auto"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         fields = ("text_field", "pair_field", "label_field", "target_field")
@@ -169,7 +172,7 @@ class TrainConfig:
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("keep", self.keep, KEEPS)
         check_choice("device", self.device, DEVICES)
-        for name in ("fusion", "eval_before", "group_by_length", "packing"):
+        for name in ("fusion", "eval_before", "group_by_length", "packing", "trust_remote_code"):
             check_flag(name, getattr(self, name))
         if self.bf16 is not None:
             check_flag("bf16", self.bf16)

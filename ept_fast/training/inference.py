@@ -45,22 +45,31 @@ class Adapter:
     num_beams: int = 1
 
 
-def load_adapter(folder: str | Path, *, model: str | None = None, device: str = "auto") -> Adapter:
+def load_adapter(
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    allow_download: bool = False,
+) -> Adapter:
     """Load an adapter (or a run's output folder) and the frozen model it was trained on.
 
     Args:
         folder: the adapter.
         model: folder or hub id of that model, in place of the one saved with the adapter.
         device: ``"auto"`` or ``"cpu"``.
+        trust_remote_code, allow_download: as in :meth:`ept_fast.EPTModel.from_pretrained`, with
+            ``model`` as its ``base_model``.
 
     Raises:
         CheckpointError: a missing, damaged or foreign adapter, or one of another task.
-        ValueError: the model cannot be found.
+        ValueError: as there.
         MissingLibraryError: the ``train`` extra is not installed.
     """
     require("transformers")
     from ept_fast.integrations.adapters import read_adapter
-    from ept_fast.integrations.backbones import load_tokenizer
+    from ept_fast.integrations.backbones import load_tokenizer, names_it
     from ept_fast.integrations.models import EPTModel
     from ept_fast.training.tasks import WRAPPER_TASKS
 
@@ -76,10 +85,25 @@ def load_adapter(folder: str | Path, *, model: str | None = None, device: str = 
             f"{saved.path}: task: expected one of {', '.join(WRAPPER_TASKS.values())}, "
             f"got {values['task']!r}"
         )
-    trained = EPTModel.from_pretrained(path, base_model=model)
+    trained = EPTModel.from_pretrained(
+        path,
+        base_model=model,
+        trust_remote_code=trust_remote_code,
+        allow_download=allow_download,
+    )
     if device == "auto" and torch.cuda.is_available():
         trained.to("cuda")
-    tokenizer = load_tokenizer(model or values["base_model"])
+    name = values["base_model"] if model is None else model
+    try:
+        tokenizer = load_tokenizer(
+            name,
+            trust_remote_code=trust_remote_code,
+            local_files_only=model is None and not allow_download,
+        )
+    except ValueError as error:
+        if model is not None:
+            raise
+        raise ValueError(f"{error}{names_it(path, name, allow_download)}") from None
     extra = values["extra"]
     if values["task"] == "SEQ_CLS":
         labels = LabelSet(tuple(values["labels"]), bool(extra.get("integer_labels", False)))

@@ -333,7 +333,7 @@ def _prepare_trainer(
 def _prepare(config: TrainConfig, task: TaskData) -> _Work:
     from ept_fast.integrations.backbones import load_tokenizer
 
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     labels = LabelSet.of(task.train, config.num_labels) if config.task == "classification" else None
     model = _build(config, labels)
     bf16 = config.bf16
@@ -447,7 +447,7 @@ def _build(config: TrainConfig, labels: LabelSet | None) -> EPTModel:
     from ept_fast.training.tasks import WRAPPER_TASKS
 
     task = WRAPPER_TASKS[config.task]
-    backbone = load_backbone(config.model, task)
+    backbone = load_backbone(config.model, task, trust_remote_code=config.trust_remote_code)
     tokens = config.prompt_length if config.method == "pt" else config.num_virtual_tokens
     most = text_limit(backbone, tokens)
     wanted = config.max_length + (config.max_target_length if config.task == "causal" else 0)

@@ -29,6 +29,7 @@ from torch import Tensor
 Damage = Callable[[Path], object]
 
 HUGE = 2**60
+LONGEST = 10**4300 - 1  # the largest integer that Python reads and writes
 OUTSIDE = "outside"  # a folder beside the checkpoint's
 CANARY = "canary"  # a file there that code in a pickle would make
 
@@ -250,6 +251,7 @@ VALUES = {
     "10^12": "1" + "0" * 12,
     "2^60": str(HUGE),
     "10^400": "1" + "0" * 400,
+    "10^4300 - 1": str(LONGEST),
     "10^5000": "1" + "0" * 5000,
     "negative": "-1",
     "real": "3.0",
@@ -379,6 +381,14 @@ def _overlap(header: dict[str, Any], first: str) -> None:
     header[first]["data_offsets"] = [start + 4, end + 4]
 
 
+def _beyond_writing(header: dict[str, Any], first: str) -> None:
+    """One tensor that fits its place, in a file of more bytes than Python writes the number of."""
+    end = LONGEST - 3
+    for name in set(header) - {first, "__metadata__"}:
+        del header[name]
+    header[first] = {"dtype": "F32", "shape": [end // 4], "data_offsets": [0, end]}
+
+
 def _filled(value: float) -> Damage:
     def damage(path: Path) -> None:
         header, values = _split(path)
@@ -471,10 +481,14 @@ TENSORS: dict[str, Damage] = {
     "a shape that is none": _entry(shape=None),
     "a nested shape": _entry(shape=[[3]]),
     "an empty shape": _entry(shape=[]),
+    "a shape of 100,000 nines": _entry(shape=[9] * 100_000),
+    "64 axes more": _header(lambda h, f: h[f].update(shape=[1] * 64 + h[f]["shape"])),
+    "a shape of 10^4300 - 1": _entry(shape=[LONGEST, LONGEST]),
     "a shape of zero": _entry(shape=[0]),
     "places that overlap": _header(_overlap),
     "places beyond the end": _entry(data_offsets=[0, 2**40]),
     "places that overflow": _entry(data_offsets=[2**63, 2**64 - 1]),
+    "places up to 10^4300 - 4": _header(_beyond_writing),
     "negative places": _entry(data_offsets=[-8, 8]),
     "reversed places": _entry(data_offsets=[8, 0]),
     "one place": _entry(data_offsets=[0]),

@@ -579,6 +579,13 @@ TABLE: dict[tuple[str, str], dict[str, Damage]] = {
             "another type": of_json(lambda v: v.update(peft_type="LORA")),
             "another task": of_json(lambda v: v.update(task_type="../../secret")),
             "a task that is a list": of_json(lambda v: v.update(task_type=["CAUSAL_LM"])),
+            "two prompts of 10^4300 - 1": of_json(
+                lambda v: v.update(
+                    task_type="SEQ_2_SEQ_LM",
+                    num_transformer_submodules=2,
+                    num_virtual_tokens=damage.LONGEST,
+                )
+            ),
             **damage.flips(
                 10,
                 damage.in_fields("peft_type", "token_dim", "num_virtual_tokens", *sizes),

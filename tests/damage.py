@@ -707,6 +707,8 @@ _BOMBS: dict[str, Damage] = {
         "a stride": _prompt(_tensor(stride=(bomb, 1))),
         "a parameter": _prompt(_Call(torch._utils._rebuild_parameter, bomb, True, {})),
         "all": _pickle(bomb),
+        "a function": _pickle(_dump(bomb)[:-1] + b"K\1R."),
+        "arguments": _pickle(b"\x80\x02ccollections\nOrderedDict\n" + _dump(bomb)[2:-1] + b"R."),
     }.items()
 }
 _DOUBLED = b"\x80\x02})" + b"".join(

@@ -218,8 +218,10 @@ def _follow(text: bytearray, archive: _Archive) -> Any:
             case "BINPERSID":
                 stack.append(_storage(stack.pop(), archive))
             case "REDUCE":
-                # One of the names: nothing else that can be called gets onto the stack.
                 function, arguments = taken(2)
+                # One of the names, or Python would write out what it cannot call.
+                if not callable(function) or type(arguments) is not tuple:
+                    raise ValueError(f"a call of {_kind(function)} with {_kind(arguments)}")
                 stack.append(function(*arguments))
             case "STOP":
                 return stack.pop()

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ept_fast.reading import shorten
+
 __all__ = ["ACTIVATIONS", "GATES", "EPTConfig"]
 
 ACTIVATIONS = ("gelu", "relu", "silu", "identity")
@@ -16,36 +18,39 @@ GATES = ("token", "prompt")
 
 
 def check_count(name: str, value: object, minimum: int) -> None:
-    """Raise unless ``value`` is an integer (no bool) of at least ``minimum``."""
+    """Raise unless ``value`` is an integer (no bool) of at least ``minimum`` that int64 holds."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {shorten(value)}")
     if value < minimum:
-        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
+        raise ValueError(f"{name}: expected an integer >= {minimum}, got {shorten(value)}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: expected an integer < 2^63, got {shorten(value)}")
 
 
 def check_number(name: str, value: object, *, positive: bool = False) -> None:
     """Raise unless ``value`` is a finite real number (no bool), above zero where asked."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a real number, got {type(value).__name__} {value!r}")
+        got = f"{type(value).__name__} {shorten(value)}"
+        raise TypeError(f"{name}: expected a real number, got {got}")
     try:
         finite = math.isfinite(value)
     except OverflowError:  # an integer beyond the range of a float
         finite = False
     if not finite or (positive and value <= 0):
         expected = "a finite number > 0" if positive else "a finite number"
-        raise ValueError(f"{name}: expected {expected}, got {value}")
+        raise ValueError(f"{name}: expected {expected}, got {shorten(value)}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {shorten(value)}")
 
 
 def check_flag(name: str, value: object) -> None:
     """Raise unless ``value`` is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__} {shorten(value)}")
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,9 @@ class EPTConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"config: expected the fields {sorted(known)}, got also {unknown}")
+            raise ValueError(
+                f"config: expected the fields {sorted(known)}, got also {shorten(unknown)}"
+            )
         if "hidden_size" not in values:
             raise ValueError("config: expected the field hidden_size, got none")
         return cls(**values)

@@ -33,6 +33,9 @@ FILE_LIMIT = 1 << 30
 
 _JSON_DEPTH = 32
 
+# Bits of an integer that a message shows.
+_LONGEST_INTEGER = 1024
+
 
 class CheckpointError(ValueError):
     """An adapter file that is missing, truncated, foreign, or at odds with its config or module."""
@@ -83,7 +86,14 @@ def check_size(path: Path, file: BinaryIO, limit: int) -> None:
 
 @contextmanager
 def open_inside(path: Path) -> Iterator[BufferedReader]:
-    """Open a regular file that lies in the folder in which it is named."""
+    """Open a regular file that lies in the folder in which it is named.
+
+    That holds for the file also if a link takes its place meanwhile. It does not for the folders
+    above: who may replace one of them by a link can have another folder's file read.
+
+    Raises:
+        CheckpointError: no such file, no regular one, or a link that leads out of the folder.
+    """
     try:
         folder, real = path.parent.resolve(strict=True), path.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:  # also a loop of links, NUL in a name
@@ -164,6 +174,37 @@ def _no_number(text: str) -> Any:
 
 
 def shorten(value: object, length: int = 300) -> str:
-    """``repr`` for a message: cut where a damaged file would make it endless."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."
+    """``repr`` for a message, cut: of what JSON and pickles hold, no more is written than is shown.
+
+    The values of a damaged file can make it endless, and Python writes no integer of 4,301 digits.
+    """
+    text = ""
+    for piece in _pieces(value, length):
+        text += piece
+        if len(text) > length:
+            return f"{text[:length]}..."
+    return text
+
+
+def _pieces(value: object, length: int) -> Iterator[str]:
+    """What joins to the ``repr``; a level begins with a bracket, so that they end before Python."""
+    if isinstance(value, str):
+        yield repr(value[: length + 1])
+    elif isinstance(value, int) and value.bit_length() > _LONGEST_INTEGER:
+        yield f"an integer of {value.bit_length()} bits"
+    elif isinstance(value, dict):
+        yield "{"
+        for number, (key, each) in enumerate(value.items()):
+            yield ", " if number else ""
+            yield from _pieces(key, length)
+            yield ": "
+            yield from _pieces(each, length)
+        yield "}"
+    elif isinstance(value, (list, tuple)):
+        yield "[" if isinstance(value, list) else "("
+        for number, each in enumerate(value):
+            yield ", " if number else ""
+            yield from _pieces(each, length)
+        yield "]" if isinstance(value, list) else ",)" if len(value) == 1 else ")"
+    else:
+        yield repr(value)

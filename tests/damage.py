@@ -29,6 +29,7 @@ from torch import Tensor
 Damage = Callable[[Path], object]
 
 HUGE = 2**60
+LONGEST = 10**4300 - 1  # the largest integer that Python reads and writes
 OUTSIDE = "outside"  # a folder beside the checkpoint's
 CANARY = "canary"  # a file there that code in a pickle would make
 
@@ -250,6 +251,7 @@ VALUES = {
     "10^12": "1" + "0" * 12,
     "2^60": str(HUGE),
     "10^400": "1" + "0" * 400,
+    "10^4300 - 1": str(LONGEST),
     "10^5000": "1" + "0" * 5000,
     "negative": "-1",
     "real": "3.0",
@@ -379,6 +381,14 @@ def _overlap(header: dict[str, Any], first: str) -> None:
     header[first]["data_offsets"] = [start + 4, end + 4]
 
 
+def _beyond_writing(header: dict[str, Any], first: str) -> None:
+    """One tensor that fits its place, in a file of more bytes than Python writes the number of."""
+    end = LONGEST - 3
+    for name in set(header) - {first, "__metadata__"}:
+        del header[name]
+    header[first] = {"dtype": "F32", "shape": [end // 4], "data_offsets": [0, end]}
+
+
 def _filled(value: float) -> Damage:
     def damage(path: Path) -> None:
         header, values = _split(path)
@@ -471,10 +481,14 @@ TENSORS: dict[str, Damage] = {
     "a shape that is none": _entry(shape=None),
     "a nested shape": _entry(shape=[[3]]),
     "an empty shape": _entry(shape=[]),
+    "a shape of 100,000 nines": _entry(shape=[9] * 100_000),
+    "64 axes more": _header(lambda h, f: h[f].update(shape=[1] * 64 + h[f]["shape"])),
+    "a shape of 10^4300 - 1": _entry(shape=[LONGEST, LONGEST]),
     "a shape of zero": _entry(shape=[0]),
     "places that overlap": _header(_overlap),
     "places beyond the end": _entry(data_offsets=[0, 2**40]),
     "places that overflow": _entry(data_offsets=[2**63, 2**64 - 1]),
+    "places up to 10^4300 - 4": _header(_beyond_writing),
     "negative places": _entry(data_offsets=[-8, 8]),
     "reversed places": _entry(data_offsets=[8, 0]),
     "one place": _entry(data_offsets=[0]),
@@ -541,12 +555,16 @@ def _storage(key: Any = "0", length: Any = 48, kind: Any = torch.FloatStorage) -
     return _Storage(("storage", kind, key, "cpu", length))
 
 
+_REBUILD = torch._utils._rebuild_tensor_v2
+_SIZES = (3, 16), (16, 1)
+
+
 def _tensor(
-    shape: Any = (3, 16), stride: Any = (16, 1), offset: Any = 0, storage: Any = None
+    shape: Any = _SIZES[0], stride: Any = _SIZES[1], offset: Any = 0, storage: Any = None
 ) -> _Call:
     place = _storage() if storage is None else storage
     hooks = collections.OrderedDict()  # type: ignore[var-annotated]
-    return _Call(torch._utils._rebuild_tensor_v2, place, offset, shape, stride, False, hooks)
+    return _Call(_REBUILD, place, offset, shape, stride, False, hooks)
 
 
 def _rezip(change: Callable[[dict[str, bytes]], object], kind: int = zipfile.ZIP_STORED) -> Damage:
@@ -599,15 +617,43 @@ def _saved_again(change: Callable[[State], object]) -> Damage:
     return damage
 
 
+def _many_entries(path: Path) -> None:
+    """A directory that takes little room for many records of nothing."""
+    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", *[0] * 9, 1, *[0] * 6) + b"a"
+    count = 1_000_000
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, count * len(entry), 0, 0)
+    path.write_bytes(entry * count + end)
+
+
+def _gigabyte_before(path: Path) -> None:
+    """Which an archive may have before it: a hole, which takes no room on the disk."""
+    data = path.read_bytes()
+    path.write_bytes(b"")
+    os.truncate(path, 1 << 30)
+    with path.open("ab") as file:
+        file.write(data)
+
+
+def _expanded_in_both(path: Path) -> None:
+    """One value for 2^40 rows, and a config that asks for them."""
+    _prompt(_tensor(shape=(2**40, 16), stride=(0, 0)))(path)
+    config = path.with_name("adapter_config.json")
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "num_virtual_tokens": 2**40}))
+
+
 def _second_entry(path: Path) -> None:
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("other/data.pkl", _dump({}))
 
 
-def _same_entry(path: Path) -> None:
-    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zipfile about the second record of a name
-        archive.writestr("adapter_model/data.pkl", _dump({}))
+def _same_entry(name: str, data: bytes) -> Damage:
+    def damage(path: Path) -> None:
+        with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zipfile about the second record of a name
+            archive.writestr(f"adapter_model/{name}", data)
+
+    return damage
 
 
 def _flip_record(name: str) -> Damage:
@@ -627,6 +673,44 @@ def _swapped(path: Path) -> None:
     _rezip(lambda r: r.update({"adapter_model/data/0": r["adapter_model/data/0"][:-4]}))(path)
 
 
+def _nested(make: Callable[[Any], Any], levels: int = 64) -> Any:
+    """A value that holds another twice, and that the next: to print or compare it ends never."""
+    value = make(1)
+    for _ in range(levels):
+        value = make(value)
+    return value
+
+
+_DICTS = _nested(lambda value: {"a": value, "b": value})
+_ORDERED = _nested(lambda value: collections.OrderedDict(a=value, b=value))
+_TUPLES = _nested(lambda value: (value, value))
+
+
+def _key(value: Any) -> bytes:
+    """A dict with a tensor under this key, which Python would hash if it made the dict itself."""
+    return b"\x80\x02}" + _dump(value)[2:-1] + _dump(_tensor())[2:-1] + b"s."
+
+
+_BOMBS: dict[str, Damage] = {
+    f"{name} of 2^64 for {place}": damage
+    for name, bomb in (("dicts", _DICTS), ("ordered dicts", _ORDERED), ("tuples", _TUPLES))
+    for place, damage in {
+        "a tensor": _prompt(bomb),
+        "a storage": _prompt(_tensor(storage=_Storage(bomb))),
+        "a kind of storage": _prompt(_tensor(storage=_Storage((bomb, bomb, "0", "cpu", 48)))),
+        "a type": _prompt(_tensor(storage=_storage(kind=bomb))),
+        "a record": _prompt(_tensor(storage=_storage(key=bomb))),
+        "a length": _prompt(_tensor(storage=_storage(length=bomb))),
+        "an offset": _prompt(_tensor(offset=bomb)),
+        "a shape": _prompt(_tensor(shape=bomb)),
+        "a size": _prompt(_tensor(shape=(bomb, 16))),
+        "a stride": _prompt(_tensor(stride=(bomb, 1))),
+        "a parameter": _prompt(_Call(torch._utils._rebuild_parameter, bomb, True, {})),
+        "all": _pickle(bomb),
+        "a function": _pickle(_dump(bomb)[:-1] + b"K\1R."),
+        "arguments": _pickle(b"\x80\x02ccollections\nOrderedDict\n" + _dump(bomb)[2:-1] + b"R."),
+    }.items()
+}
 _DOUBLED = b"\x80\x02})" + b"".join(
     b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(64)
 )
@@ -662,6 +746,7 @@ PICKLES: dict[str, Damage] = {
     "a negative storage": _prompt(_tensor(storage=_storage(length=-48))),
     "a shape of 2^60": _prompt(_tensor(shape=(HUGE, 16))),
     "an expanded shape of 2^60": _prompt(_tensor(shape=(HUGE, 16), stride=(0, 0))),
+    "an expanded shape of 2^40 in both files": _expanded_in_both,
     "an offset of 2^60": _prompt(_tensor(offset=HUGE)),
     "a negative offset": _prompt(_tensor(offset=-4)),
     "a negative stride": _prompt(_tensor(stride=(-16, 1))),
@@ -673,6 +758,15 @@ PICKLES: dict[str, Damage] = {
     "a text of 2^32": _pickle(b"\x80\x02}X\xff\xff\xff\xffab."),
     "a tuple of 2^64 tuples": _pickle(_DOUBLED + b"Ns."),
     "a tuple 100,000 deep": _pickle(_DEEP),
+    "a key of 2^64 tuples": _pickle(_key(_TUPLES)),
+    "a key of 2^64 tuples and a dict": _pickle(_key((_TUPLES, {}))),
+    "a length of 2^2000": _prompt(_tensor(storage=_storage(length=2**2000))),
+    "a shape of 2^2000": _prompt(_tensor(shape=(2**2000, 16))),
+    "an offset of 2^2000": _prompt(_tensor(offset=2**2000)),
+    "a directory of a million records": _many_entries,
+    "a gigabyte before the archive": _gigabyte_before,
+    "4 million dicts": _pickle(b"\x80\x02" + b"}" * 4_000_000),
+    **_BOMBS,
     "a compressed record": _rezip(
         lambda r: r.update({"adapter_model/data/9": bytes(1 << 22)}), zipfile.ZIP_DEFLATED
     ),
@@ -692,14 +786,17 @@ PICKLES: dict[str, Damage] = {
     "another persistent id": _prompt(_tensor(storage=_Storage(("module", 1, 2, 3, 4)))),
     "a short persistent id": _prompt(_tensor(storage=_Storage(("storage",)))),
     "a tensor without storage": _prompt(_tensor(storage="0")),
+    "a negated view": _prompt(_Call(_REBUILD, _storage(), 0, *_SIZES, False, {}, {"neg": True})),
     "integers": _prompt(_tensor((3, 8), (8, 1), 0, _storage("0", 24, torch.LongStorage))),
     # the archive
     "another byte order": _rezip(lambda r: r.update({"adapter_model/byteorder": b"middle"})),
+    "big values first": _rezip(lambda r: r.update({"adapter_model/byteorder": b"big"})),
     "no data.pkl": _rezip(lambda r: r.pop("adapter_model/data.pkl")),
     "no values": _rezip(lambda r: r.pop("adapter_model/data/0")),
     "short values": _swapped,
     "two archives": _second_entry,
-    "two data.pkl": _same_entry,
+    "two data.pkl": _same_entry("data.pkl", _dump({})),
+    "values twice": _same_entry("data/0", bytes(48 * 4)),
     "a flipped bit in the values": _flip_record("data/0"),
     "a flipped bit in the instructions": _flip_record("data.pkl"),
     "before PyTorch 1.6": lambda path: torch.save(

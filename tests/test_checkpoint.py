@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt, checkpoint
 from ept_fast.module import CONFIG_FILE, TENSOR_FILE
+from ept_fast.reading import read_file, shorten
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -545,7 +548,7 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "beyond float": (
         lambda v: v.update(alpha=10**400),
-        "alpha: expected a finite number, got 1000",
+        "alpha: expected a finite number, got an integer of 1329 bits",
     ),
 }
 
@@ -662,3 +665,76 @@ def test_write_json_refuses_what_json_has_not(tmp_path: Path) -> None:
             checkpoint.write_json(tmp_path / "x.json", {"a": value})
     assert contents(tmp_path) == before
     assert checkpoint.read_json(tmp_path / "x.json") == {"a": [1, None, "é"]}
+
+
+# Files that are built to take for ever, or changed while they are read
+
+
+def test_no_product_of_a_header_is_long(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of half a million counts it takes a minute, and counts of 4,300 digits make it longer."""
+    product, longest = math.prod, [0]
+
+    def counted(values: list[int]) -> int:
+        longest[0] = max(longest[0], sum(value.bit_length() for value in values))
+        return product(values) if longest[0] <= 64 * 63 else -1
+
+    monkeypatch.setattr(math, "prod", counted)
+    path = saved / TENSOR_FILE
+    for shape in ([9] * 300_000, [10**4299] * 200, [2**63]):
+        data, values = path.read_bytes(), header_size(path)
+        header = json.loads(data[8:values])
+        header["short_prompt"]["shape"] = shape
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data[values:])
+        with pytest.raises(CheckpointError, match="short_prompt': expected a tensor's dtype"):
+            checkpoint.read_header(path)
+    assert 0 < longest[0] <= 64 * 63
+
+
+@pytest.mark.parametrize("suffix", ["", "x" * 300, ["y"] * 100], ids=["short", "long", "longer"])
+def test_values_in_messages(suffix: Any) -> None:
+    values = {
+        "a": [],
+        "b": [1, (), (2,), (3, 4)],
+        "c": {"d'": None, "e\n": True},
+        "f": (1e9, suffix),
+    }
+    text = repr(values)
+    assert shorten(values, 1 << 12) == text
+    assert shorten(values) == (text if len(text) <= 300 else f"{text[:300]}...")
+    assert shorten([10**5000, -1]) == "[an integer of 16610 bits, -1]"
+
+
+@pytest.mark.parametrize("make", [lambda v: {"a": v, "b": v}, lambda v: [v, v], lambda v: (v, v)])
+def test_no_more_of_a_value_is_written_than_a_message_shows(make: Callable[[Any], Any]) -> None:
+    """Whose ``repr`` has a million parts."""
+    value: Any = "a"
+    for _ in range(20):
+        value = make(value)
+    tracemalloc.start()
+    try:
+        text = shorten(value)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 16
+    finally:
+        tracemalloc.stop()
+    assert len(text) == len("...") + 300
+
+
+def test_a_link_that_takes_a_files_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it was found to lie in its folder, and before it is opened."""
+    path, outside = tmp_path / "folder/file", tmp_path / "secret"
+    path.parent.mkdir()
+    path.write_bytes(b"its own")
+    outside.write_bytes(b"secret")
+    assert read_file(path) == b"its own"
+    really_open = os.open
+
+    def swapped(name: Any, *arguments: Any) -> int:
+        path.unlink()
+        path.symlink_to(outside)
+        return really_open(name, *arguments)
+
+    monkeypatch.setattr(os, "open", swapped)
+    with pytest.raises(CheckpointError, match="file: expected a readable file, got "):
+        read_file(path)
+    assert path.read_bytes() == b"secret"

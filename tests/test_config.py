@@ -21,6 +21,7 @@ from ept_fast.training.config import TrainConfig
 
 FIELDS = tuple(field.name for field in dataclasses.fields(EPTConfig))
 BEYOND_FLOAT = 10**400
+BEYOND_TEXT = 10**5000  # of which Python writes no digits
 
 
 @st.composite
@@ -48,6 +49,7 @@ REFUSED = [
     ("hidden_size", 8.0, TypeError, "expected an integer, got float 8.0"),
     ("hidden_size", True, TypeError, "expected an integer, got bool True"),
     ("hidden_size", 0, ValueError, "expected an integer >= 1, got 0"),
+    ("hidden_size", 2**63, ValueError, "expected an integer < 2^63, got 9223372036854775808"),
     ("num_virtual_tokens", None, TypeError, "expected an integer, got NoneType None"),
     ("num_virtual_tokens", 0, ValueError, "expected an integer >= 1, got 0"),
     ("max_length", 1.5, TypeError, "expected an integer, got float 1.5"),
@@ -69,7 +71,7 @@ REFUSED = [
     ("alpha", True, TypeError, "expected a real number, got bool True"),
     ("alpha", math.nan, ValueError, "expected a finite number, got nan"),
     ("alpha", -math.inf, ValueError, "expected a finite number, got -inf"),
-    ("alpha", BEYOND_FLOAT, ValueError, f"expected a finite number, got {BEYOND_FLOAT}"),
+    ("alpha", BEYOND_FLOAT, ValueError, "expected a finite number, got an integer of 1329 bits"),
     ("activation", "tanh", ValueError, "expected one of gelu, relu, silu, identity, got 'tanh'"),
     ("activation", "GELU", ValueError, "expected one of gelu, relu, silu, identity, got 'GELU'"),
     ("activation", None, ValueError, "expected one of gelu, relu, silu, identity, got None"),
@@ -96,6 +98,13 @@ def test_refused(field: str, value: Any, error: type[Exception], message: str) -
         with pytest.raises(error) as caught:
             build()
         assert str(caught.value) == f"{field}: {message}"
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_integers_that_are_not_written_out(field: str) -> None:
+    for value in (BEYOND_TEXT, -BEYOND_TEXT, [BEYOND_TEXT]):
+        with pytest.raises((TypeError, ValueError), match=rf"^{field}: .*an integer of 16610 bits"):
+            EPTConfig(**{"hidden_size": 8, field: value})
 
 
 def test_every_field_is_refused_something() -> None:

@@ -43,6 +43,7 @@ from torch import nn
 from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt, get_ept_model
 from ept_fast.checkpoint import json_bytes
 from ept_fast.integrations.interchange import export_plain, import_dept, import_peft, import_plain
+from ept_fast.integrations.interchange.folder import open_state
 from ept_fast.module import CONFIG_FILE, TENSOR_FILE
 from tests import damage
 from tests import interchange as tiny
@@ -579,6 +580,13 @@ TABLE: dict[tuple[str, str], dict[str, Damage]] = {
             "another type": of_json(lambda v: v.update(peft_type="LORA")),
             "another task": of_json(lambda v: v.update(task_type="../../secret")),
             "a task that is a list": of_json(lambda v: v.update(task_type=["CAUSAL_LM"])),
+            "two prompts of 10^4300 - 1": of_json(
+                lambda v: v.update(
+                    task_type="SEQ_2_SEQ_LM",
+                    num_transformer_submodules=2,
+                    num_virtual_tokens=damage.LONGEST,
+                )
+            ),
             **damage.flips(
                 10,
                 damage.in_fields("peft_type", "token_dim", "num_virtual_tokens", *sizes),
@@ -787,6 +795,67 @@ def test_foreign_tensors_that_are_left_out(kind: str, intact: Path, tmp_path: Pa
     folder = place(intact, tmp_path / "large", kind, file, change)
     refusal(lambda: read(folder, prompt_only=True), folder, file)
     shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not LINUX, reason="the limit of memory is Linux's")
+def test_values_of_torch_save_are_held_once(tmp_path: Path) -> None:
+    rows, width = 1 << 14, 1 << 10  # 64 MiB
+    config = {**tiny.PEFT_CONFIG, "token_dim": width, "num_virtual_tokens": rows}
+    state = {"prompt_embeddings": torch.ones(rows, width)}
+    tiny.save_adapter(tmp_path, config, state, pickled=True)
+    with memory_limit(96 << 20):
+        loaded = open_state(tmp_path).load({"prompt_embeddings": (rows, width)})
+    assert torch.equal(loaded["prompt_embeddings"], state["prompt_embeddings"])
+
+
+@pytest.mark.skipif(not LINUX, reason="the limit of memory is Linux's")
+def test_values_that_nobody_wants_are_not_read(tmp_path: Path) -> None:
+    state = {**tiny.peft_state(tiny.PEFT_CONFIG), "head": torch.ones(1 << 24)}  # 64 MiB
+    tiny.save_adapter(tmp_path, tiny.PEFT_CONFIG, state, pickled=True)
+    with memory_limit(32 << 20):
+        import_peft(tmp_path, prompt_only=True)
+
+
+BEFORE_VALUES = {
+    "a list": "the instruction EMPTY_LIST",
+    "tuples of 2^64 for all": "tuple'$",
+    "a tensor alone": "a tensor",
+    "a number for a tensor": "3 under the key 'prompt_embeddings'",
+    "a tensor without storage": "a tensor without storage and shape",
+    "a shape without strides": "zip",
+    "a shape of texts": "the size '3'",
+    "values behind the storage": r"shape \(3, 16\) in a storage of 48 values",
+    "an expanded shape of 2^60": r"shape \(1152921504606846976, 16\) in a storage of 48 values",
+    "a declared storage of 2^40": "a storage of 1099511627776 torch.float32 in a record of 192",
+    "a negated view": "bool under the key 'neg'",
+    "dicts of 2^64 for a parameter": "1 under the key 'a'",
+    "a key of 2^64 tuples": "a tensor under the key tuple",
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_VALUES)
+def test_what_a_pickle_describes_is_checked_first(name: str, intact: Path, tmp_path: Path) -> None:
+    """Its values need not be read for that."""
+    place_of = "PEFT of torch.save", "adapter_model.bin"
+    folder = place(intact, tmp_path, *place_of, damage.PICKLES[name])
+    message = refusal(lambda: open_state(folder), folder, place_of[1])
+    assert re.search(f"nothing else, got .ValueError: {BEFORE_VALUES[name]}", message), message
+
+
+def test_a_file_that_is_replaced_between_its_shapes_and_its_values(tmp_path: Path) -> None:
+    """Its values are those of the new file, if that fits, and never the one read as the other."""
+    state = tiny.peft_state(tiny.PEFT_CONFIG)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    tiny.save_adapter(tmp_path, tiny.PEFT_CONFIG, state, pickled=True)
+    opened = open_state(tmp_path)
+    tiny.save_adapter(tmp_path, tiny.PEFT_CONFIG, {n: -v for n, v in state.items()}, pickled=True)
+    loaded = opened.load(shapes)
+    assert all(torch.equal(loaded[name], -value) for name, value in state.items())
+    tiny.save_adapter(
+        tmp_path, tiny.PEFT_CONFIG, {n: v[1:] for n, v in state.items()}, pickled=True
+    )
+    with pytest.raises(CheckpointError, match=r"expected shape \(3, 16\), got \(2, 16\)"):
+        opened.load(shapes)
 
 
 def test_the_cache_of_a_hub(intact: Path, tmp_path: Path) -> None:

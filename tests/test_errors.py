@@ -472,6 +472,12 @@ MISTAKES = (
     ),
     _config("config: negative rank", ValueError, "rank: expected an integer >= 0, got -1", rank=-1),
     _config(
+        "config: width that no tensor has",
+        ValueError,
+        "hidden_size: expected an integer < 2^63, got 9223372036854775808",
+        hidden_size=2**63,
+    ),
+    _config(
         "config: rank beyond the width",
         ValueError,
         "rank: expected at most min(max_length 256, hidden_size 5) = 5, got 6",

@@ -123,7 +123,13 @@ def parameters(state: dict[str, Tensor]) -> dict[str, Any]:
     return {name: nn.Parameter(value) for name, value in state.items()}
 
 
-SAVED = {
+def of_one_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that begin at the same value."""
+    values = tiny.random(max(map(torch.numel, state.values())), seed=7)
+    return {name: values[: value.numel()].view_as(value) for name, value in state.items()}
+
+
+SAVED: dict[str, Any] = {
     "tensors": dict,
     "an ordered dict": OrderedDict,
     "parameters": parameters,
@@ -131,15 +137,22 @@ SAVED = {
         name: torch.stack([value, value])[1] for name, value in state.items()
     },
     "transposed": lambda state: {name: v.mT.contiguous().mT for name, v in state.items()},
+    "expanded": lambda state: {name: v[:1].expand_as(v) for name, v in state.items()},
+    "of one storage": of_one_storage,
 }
 
 
 @pytest.mark.parametrize("how", SAVED)
 def test_files_of_torch_save(how: str, tmp_path: Path) -> None:
-    state = tiny.dept_state(DEPT_CONFIG)
-    tiny.save_adapter(tmp_path, DEPT_CONFIG, SAVED[how](state), pickled=True)
-    values = import_dept(tmp_path).state_dict()
-    assert all(torch.equal(*pair) for pair in zip(values.values(), state.values(), strict=True))
+    saved = SAVED[how](tiny.dept_state(DEPT_CONFIG))
+    tiny.save_adapter(tmp_path, DEPT_CONFIG, saved, pickled=True)
+    values = list(import_dept(tmp_path).state_dict().values())
+    assert all(torch.equal(*pair) for pair in zip(values, saved.values(), strict=True))
+    # and no value of them is in the place of another
+    others = [torch.arange(value.numel()).view_as(value).float() for value in values]
+    for value, other in zip(values, others, strict=True):
+        value.copy_(other)
+    assert all(torch.equal(*pair) for pair in zip(values, others, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

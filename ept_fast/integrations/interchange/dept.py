@@ -8,7 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from ept_fast.config import EPTConfig
-from ept_fast.integrations.interchange.folder import PROMPT, AdapterConfig, naming, open_state
+from ept_fast.integrations.interchange.folder import (
+    PROMPT,
+    AdapterConfig,
+    first_prompt,
+    naming,
+    open_state,
+)
 from ept_fast.module import FusedEPTPrompt
 from ept_fast.reading import CheckpointError, shorten
 
@@ -93,7 +99,7 @@ def import_dept(
             f"offset of a token depended on the length of its text in training; here it does not",
             stacklevel=2,
         )
-    values = {"short_prompt": tensors[PROMPT][:short].clone()}
+    values = {"short_prompt": first_prompt(tensors[PROMPT], short)}
     if rank:
         values["offset_a"], values["offset_b"] = (tensors[name] for name in _LOW_RANK)
     return FusedEPTPrompt.from_tensors(config, values, embedding, backend=backend)

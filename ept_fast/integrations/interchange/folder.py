@@ -24,6 +24,7 @@ __all__ = [
     "TENSOR_FILE",
     "AdapterConfig",
     "StateFile",
+    "first_prompt",
     "naming",
     "open_state",
 ]
@@ -133,6 +134,11 @@ class AdapterConfig:
     def _check_given(self, name: str) -> None:
         if name not in self.values:
             raise ValueError(f"{name}: expected a value, got none")
+
+
+def first_prompt(prompts: Tensor, rows: int) -> Tensor:
+    """The first of several prompts, without memory for the others."""
+    return prompts if len(prompts) == rows else prompts[:rows].clone()
 
 
 class StateFile(Protocol):

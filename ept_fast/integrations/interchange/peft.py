@@ -19,6 +19,7 @@ from ept_fast.integrations.interchange.folder import (
     TASK_TYPES,
     TENSOR_FILE,
     AdapterConfig,
+    first_prompt,
     naming,
     open_state,
 )
@@ -64,7 +65,7 @@ def import_peft(
         config = EPTConfig(width, num_virtual_tokens=short, rank=0, num_spaces=0)
     expected = {PROMPT: (given.copies * short, width)}
     tensors = open_state(folder).load(expected, others=prompt_only)
-    values = {"short_prompt": tensors[PROMPT][:short].clone()}
+    values = {"short_prompt": first_prompt(tensors[PROMPT], short)}
     return FusedEPTPrompt.from_tensors(config, values, embedding, backend=backend)
 
 

@@ -432,7 +432,7 @@ def splice(
     backend: str,
 ) -> Tensor:
     """Differentiable operation 2 on tensors with a task axis, [B, m + S, d]."""
-    result: Tensor = _Splice.apply(  # type: ignore[no-untyped-call]
+    arguments = (
         prompt,
         input_ids,
         weight,
@@ -444,4 +444,10 @@ def splice(
         scaling,
         backend,
     )
+    if not torch.compiler.is_compiling():
+        floats = (prompt, inputs_embeds, offset_a, offset_b)
+        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats)
+        if not trains:
+            return _splice_forward(*arguments)
+    result: Tensor = _Splice.apply(*arguments)  # type: ignore[no-untyped-call]
     return result

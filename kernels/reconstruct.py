@@ -1085,17 +1085,10 @@ def _core_backward_kernel(
                         UNROLL,
                     )
             if HAS_OFFSET:
+                d_mix = tl.where(mask_m[:, None], d_mix, 0.0)
                 query = _tile(query_ptr, offs_m, r, mask_m, offs_r, 1, mask_r)
                 top = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
                 total = tl.load(stats_ptr + (m + offs_m), mask=mask_m, other=1.0)
-                d_mix = tl.where(mask_m[:, None], d_mix, 0.0)
-                # Σ_j W·dW of each row is dO·O, summed in the order of dW = dO·(c·A)ᵀ.
-                inner = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-                inner = _add_product(
-                    inner, d_mix, mix_ptr, 1, offs_m, r, mask_m, r, BLOCK_M, BLOCK_R
-                )
-                diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
-                delta = tl.sum(tl.where(diagonal, inner, 0.0), 1)
                 weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 weights = _add_product(
                     weights,
@@ -1127,9 +1120,16 @@ def _core_backward_kernel(
                     BLOCK_R,
                     scaling,
                 )
+                # Σ_j W·dW of each row is dO·O, summed in the order of dW = dO·(c·A)ᵀ.
+                inner = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+                inner = _add_product(
+                    inner, d_mix, mix_ptr, 1, offs_m, r, mask_m, r, BLOCK_M, BLOCK_R
+                )
+                diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
+                delta = tl.sum(tl.where(diagonal, inner, 0.0), 1)
                 d_scores = weights * (d_weights - delta[:, None]) * slope
-                a = _tile(a_ptr, offs_n, stride_an, mask_n, offs_r, stride_ar, mask_r) * scaling
-                d_query = tl.dot(d_scores, a, input_precision="ieee")
+                a = _tile(a_ptr, offs_n, stride_an, mask_n, offs_r, stride_ar, mask_r)
+                d_query = tl.dot(d_scores * scaling, a, input_precision="ieee")
                 if start_n > first_n:  # what this very program has written for the blocks before
                     d_query += _tile(dq_ptr, offs_m, r, mask_m, offs_r, 1, mask_r)
                 _store_tile(dq_ptr, d_query, offs_m, r, mask_m, offs_r, 1, mask_r)

@@ -257,8 +257,9 @@ def _check_same_run(path: Path, run: dict[str, Any]) -> None:
     saved = read_json(path)
     try:
         old, new = saved["config"], run["config"]
-        # Where the folder lies may change; everything that decides the weights may not.
-        changed = [n for n in new if n != "output" and old.get(n, None) != new[n]]
+        # Where the folder lies may change, and who trusts it; what decides the weights may not.
+        free = ("output", "trust_remote_code")
+        changed = [n for n in new if n not in free and old.get(n, None) != new[n]]
         same_rows = saved["data"] == run["data"]
         processes = saved["processes"]
     except (KeyError, AttributeError):

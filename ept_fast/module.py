@@ -452,16 +452,17 @@ class FusedEPTPrompt(SplicedPrompt):
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if got != expected:
             raise ValueError(f"tensors: expected the shapes {expected}, got {got}")
-        prompt = cls(
-            config,
-            embedding,
-            init=torch.zeros(config.num_virtual_tokens + config.rank, config.hidden_size),
-            num_tasks=num_tasks,
-            generator=torch.Generator(),  # every value is replaced; the global one stays as it is
-            backend=backend,
-        )
-        for name, parameter in list(prompt.named_parameters(recurse=False)):
-            setattr(prompt, name, nn.Parameter(tensors[name].detach().to(parameter.device)))
+        prompt = cls.__new__(cls)  # without initial values, which these would replace
+        SplicedPrompt.__init__(prompt, config, embedding, backend)
+        prompt.num_tasks = num_tasks
+        device = torch.device("cpu")
+        if embedding is not None:
+            _check_width(embedding, config)
+            device = embedding_device(embedding)
+        for name in _NAMES:
+            value = tensors.get(name)
+            parameter = None if value is None else nn.Parameter(value.detach().to(device))
+            prompt.register_parameter(name, parameter)
         return prompt
 
 

@@ -481,10 +481,10 @@ def _ran_on() -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for folder in _published():
         facts = first_contact.Facts(folder / first_contact.FILE).read()
-        device = next((fact["device"] for fact in facts if "device" in fact), "")
+        of = next((fact for fact in facts if "device" in fact), {})
         for name in {name for fact in facts for name, _ in fact.get("launches", ())}:
-            found.setdefault(name, []).append(f"run on {device}")
-    return {name: ", ".join(devices) for name, devices in found.items()}
+            found.setdefault(name, []).append(f"{of.get('device')}, commit {of.get('commit')}")
+    return {name: f"run on {'; '.join(devices)}" for name, devices in found.items()}
 
 
 def compiled_table() -> str:

@@ -362,7 +362,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("home", "xdg"), [(None, None), ("here", None), ("", None), (None, "here"), ("/root", "./x")]
+    ("home", "xdg"), [(None, None), ("here", None), ("", None), (None, "here"), ("/home/me", "./x")]
 )
 def test_without_a_home_there_is_no_cache(
     home: str | None, xdg: str | None, workshop: Workshop, monkeypatch: pytest.MonkeyPatch

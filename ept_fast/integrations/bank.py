@@ -544,10 +544,11 @@ class EPTBank(nn.Module):
             shared += [heads[0].weight, heads[0].bias]
         each = sum(b.numel() * b.element_size() for b in shared) // self.capacity
         sizes = {}
-        for name, slot in self._slots.items():
-            own = [h.of_slot[str(slot)] for h in heads if isinstance(h, _ModuleHeads)]
-            parameters = [p for module in own for p in module.parameters()]
-            sizes[name] = each + sum(p.numel() * p.element_size() for p in parameters)
+        with self._reading():
+            for name, slot in self._slots.items():
+                own = [h.of_slot[str(slot)] for h in heads if isinstance(h, _ModuleHeads)]
+                parameters = [p for module in own for p in module.parameters()]
+                sizes[name] = each + sum(p.numel() * p.element_size() for p in parameters)
         return sizes
 
     def unload(self) -> Any:

@@ -151,9 +151,9 @@ class PromptStep:
 
     @property
     def _core(self) -> int:
-        """Elements of one task that are saved beside P′: Q, the softmax's sums, O, Hin, g and S."""
+        """Elements of one task saved beside P′: Q, O, Hin, g, S, and two a row of the softmax."""
         (_, m, _, _, dims, spaces), r = self._sizes, self._fused
-        return (2 * r + bool(r)) * m + (m + r) * dims + (m + r) * spaces
+        return 2 * (r + bool(r)) * m + (m + r) * dims + (m + r) * spaces
 
     def _eager_reconstruct(self) -> tuple[int, int]:
         """Of one task, forward and backward."""
@@ -166,10 +166,11 @@ class PromptStep:
         small = t * (m * width + r * width + 3 * m * dims + m * spaces + gates)
 
         held = cast * (prompt + a + b)  # P, A and B in the accumulation type
-        softmax = scores + t * m * (2 * r + 1) if r else 0  # with Q and O, to the end
+        rows = 2 * t * m if r else 0  # what the kernels keep of the softmax
         fused = prompt if r else 0  # P + O·B
-        moments = [held + t * m * r + 2 * scores]
-        held += softmax
+        # Scores and weights, then weights beside W·A and O; Q is there throughout.
+        moments = [held + rows + t * m * r + max(2 * scores, scores + 2 * t * m * r)]
+        held += rows + 2 * t * m * r  # with Q and O, to the end
         if spaces:
             # D is brought into order, unless it is one matrix, then cast, then joined with G.
             order = p * d * dims * (spaces > 1) + cast * t * d * width
@@ -194,7 +195,7 @@ class PromptStep:
             held += 2 * scores
             query, d_a, d_b = t * m * r, p * n * r, p * r * d  # dQ, dA and dB
             moments += [
-                held + own + scores + a + t * m,
+                held + own + scores + a,
                 held + own + query + 2 * a + cast * d_a,
                 held + own + query + d_a + prompt,
                 held + prompt + query + d_a + b + cast * d_b,

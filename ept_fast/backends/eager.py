@@ -224,10 +224,11 @@ def reconstruct_backward(
         assert offset_b is not None
         assert d_mix is not None
         weights = _weights(query, a, scaling, p.shape[-1])
-        d_weights = (d_mix @ a.mT) * scaling
         d_a = (weights.mT @ d_mix) * scaling
+        d_weights = (d_mix @ a.mT) * scaling
         d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, dtype)
-        d_scores = d_scores.mul_(scaling / p.shape[-1] ** 0.5)
+        del d_weights
+        d_scores.mul_(scaling / p.shape[-1] ** 0.5)
         d_query = d_scores @ a
         d_a = torch.baddbmm(d_a, d_scores.mT, query).to(offset_a.dtype)
         d_p = torch.baddbmm(d_p, d_query, b)

@@ -151,7 +151,7 @@ class PromptStep:
 
     @property
     def _core(self) -> int:
-        """Elements of one task saved beside P′: Q, O, Hin, g, S, and two a row of the softmax."""
+        """Elements of one task saved beside P′: Q, O, Hin, g, S, and two for each softmax row."""
         (_, m, _, _, dims, spaces), r = self._sizes, self._fused
         return 2 * (r + bool(r)) * m + (m + r) * dims + (m + r) * spaces
 

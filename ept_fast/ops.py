@@ -444,7 +444,7 @@ def splice(
         scaling,
         backend,
     )
-    if not torch.compiler.is_compiling():
+    if backend == "eager" and not torch.compiler.is_compiling():  # which is plain PyTorch
         floats = (prompt, inputs_embeds, offset_a, offset_b)
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats)
         if not trains:

@@ -90,6 +90,7 @@ def test_table(
 @pytest.mark.parametrize("offset", ["low_rank", "table"])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_code_looks_at_values(offset: str, tasks: int | None) -> None:
+    torch.compiler.reset()  # every test compiles the same functions, and their number is limited
     prompt = make_prompt(tasks)
     folded = prompt.fold(offset=offset)
     compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")

@@ -731,8 +731,8 @@ def test_a_bank_is_its_single_prompts(part: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("layer", [nn.Embedding, ScaledEmbedding])
 def test_compiles_whole(layer: type[nn.Embedding]) -> None:
-    torch.compiler.reset()
     """One graph, forward and backward, with the same bits."""
+    torch.compiler.reset()
     prompt = shaken(make_prompt(SMALL, layer(VOCABULARY, D, _weight=make_table().weight)))
     ids, mask = make_ids(), make_mask("left", 4, 6, seeded(2))
     grads = []

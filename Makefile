@@ -98,7 +98,7 @@ pack-gpu: $(STAMP) $(GPU)
 	mkdir -p .gpu shared/golden
 	.venv-gpu/bin/python -m tests.gpu.launches list .gpu/launches.jsonl >.gpu/listed.txt
 	if [ -d ../shared/golden ]; then cp -f ../shared/golden/* shared/golden/; fi
-	du -sh ept_fast/extension/ept_fast_cuda.so .gpu shared
+	du -sh ept_fast/backends/cuda/ept_fast_cuda.so .gpu shared
 
 check: $(STAMP)
 	$(BIN)/ruff check
@@ -116,5 +116,5 @@ hooks: $(STAMP)
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf .venv .venv-newest .venv-gpu build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output ept_fast/extension/*.so
+	rm -rf .venv .venv-newest .venv-gpu build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output ept_fast/backends/cuda/*.so
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -17,8 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 
 def load_build():
-    """ept_fast.extension.build, without importing the package, which would import torch."""
-    path = Path(__file__).resolve().parent / "ept_fast" / "extension" / "build.py"
+    """ept_fast.backends.cuda.build, without importing the package, which would import torch."""
+    path = Path(__file__).resolve().parent / "ept_fast" / "backends" / "cuda" / "build.py"
     spec = importlib.util.spec_from_file_location("ept_fast_extension_build", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -49,7 +49,7 @@ class AnyPython(bdist_wheel):
 
 
 with_cuda = {
-    "ext_modules": [Extension("ept_fast.extension.ept_fast_cuda", sources=[])],
+    "ext_modules": [Extension("ept_fast.backends.cuda.ept_fast_cuda", sources=[])],
     "cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": AnyPython},
 }
 setup(**(with_cuda if os.environ.get("EPT_FAST_BUILD_CUDA") == "1" else {}))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 __all__ = ["offences"]
 
-TARGET = "0x020a000000000000"  # torch 2.10, as in ept_fast/extension/build.py
+TARGET = "0x020a000000000000"  # torch 2.10, as in ept_fast/backends/cuda/build.py
 HEADERS = ("torch/csrc/stable/c/shim.h", "torch/csrc/inductor/aoti_torch/c/shim.h")
 # What the C and C++ libraries offer carries their version; these few carry none and are weak.
 VERSIONED = re.compile(r".+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\w.]+$")

@@ -165,7 +165,7 @@ def _environment(facts: Facts, work: Work) -> None:
     import torch
 
     from bench.environment import origin_of
-    from ept_fast import backends
+    from ept_fast.ops import dispatch
 
     device = torch.device(work.device)
     facts.add("environment", **origin_of(device))
@@ -178,7 +178,7 @@ def _environment(facts: Facts, work: Work) -> None:
             cache_mb=p.L2_cache_size >> 20,
             capability=[p.major, p.minor],
         )
-        from ept_fast.extension import library
+        from ept_fast.backends.cuda import library
 
         begin = time.perf_counter()
         try:
@@ -188,7 +188,7 @@ def _environment(facts: Facts, work: Work) -> None:
         else:
             text, seconds = library.state().text, time.perf_counter() - begin
             facts.add("environment", library=text, loads=True, seconds=round(seconds, 1))
-    for name, works, why in backends.describe():
+    for name, works, why in dispatch.describe():
         facts.add("environment", backend=name, works=works, why=why)
 
 

@@ -174,7 +174,7 @@ EOF
     nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv,noheader
   fi
   if ! has safetensors; then
-    # ept_fast.checkpoint imports it; nothing here saves or loads.
+    # ept_fast.storage.files imports it; nothing here saves or loads.
     echo "safetensors is missing: an empty stand-in is imported, saving and loading are not run"
     mkdir -p "$scratch/safetensors"
     echo 'SafetensorError = ValueError; safe_open = None' >"$scratch/safetensors/__init__.py"
@@ -212,7 +212,7 @@ EOF
     fi
     # Where this fails, the tests of the CUDA backend are skipped and say why.
     export EPT_FAST_CACHE=${EPT_FAST_CACHE:-$scratch/cache}
-    stage extension 120 "$python" -c 'from ept_fast.extension import library; library.load(); print(library.state().text)'
+    stage extension 120 "$python" -c 'from ept_fast.backends.cuda import library; library.load(); print(library.state().text)'
     if [[ -f $carried/first_contact.jsonl ]]; then
       stage again 60 "$python" -m bench.first_contact --out "$results" --seconds 55 \
         --again "$carried/first_contact.jsonl"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import ept_fast
 from bench.inputs import SCALING, Inputs
 from bench.shapes import Shape
-from ept_fast import backends, reference
+from ept_fast import reference
+from ept_fast.ops import dispatch
 
 REFERENCE = "reference"
 COMPILED = {"reference-compiled": "default", "reference-max-autotune": "max-autotune"}
@@ -58,7 +59,7 @@ def ours(device: torch.device) -> str:
     """The backend that a user gets on this device."""
     if _only_listed(device):
         return _FOR_A_GPU[0]
-    return backends.select(None, {"prompt": torch.empty(1, 1, 1, device=device)})
+    return dispatch.select(None, {"prompt": torch.empty(1, 1, 1, device=device)})
 
 
 def others_of_ours(device: torch.device) -> list[str]:
@@ -66,7 +67,7 @@ def others_of_ours(device: torch.device) -> list[str]:
     if _only_listed(device):
         return list(_FOR_A_GPU[1:])
     first = ours(device)
-    working = [name for name, works, _ in backends.describe() if works]
+    working = [name for name, works, _ in dispatch.describe() if works]
     fit = _FOR_A_GPU if device.type == "cuda" or first != "eager" else ()
     return [name for name in working if name in fit and name != first]
 

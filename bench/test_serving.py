@@ -112,7 +112,7 @@ class Maker:
 
 def _make_bank(case: Case, dtype: torch.dtype, device: torch.device) -> Maker:
     """Adapters of three lengths and two ranks, the largest first."""
-    from ept_fast.integrations.bank import BankPrompt
+    from ept_fast.transformers.bank import BankPrompt
 
     shape = case.shape
     inputs = make_inputs(shape, dtype, device, 1)[0]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ept_fast.checkpoint import CheckpointError
 from ept_fast.config import EPTConfig
-from ept_fast.functional import reconstruct_prompt, splice_prompt
-from ept_fast.module import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.ops.functional import reconstruct_prompt, splice_prompt
+from ept_fast.prompts.ept import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.storage.files import CheckpointError
 
 if TYPE_CHECKING:
-    from ept_fast.integrations.bank import EPTBank
-    from ept_fast.integrations.interchange import (
+    from ept_fast.interchange import (
         PlainPrompt,
         export_peft,
         export_plain,
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
         import_peft,
         import_plain,
     )
-    from ept_fast.integrations.models import EPTModel, get_ept_model
+    from ept_fast.transformers.bank import EPTBank
+    from ept_fast.transformers.tasks import EPTModel, get_ept_model
 
 __version__ = "0.1.0"
 
@@ -46,14 +46,14 @@ __all__ = [
 
 # Imported on first use, since they take longer. All but _INTERCHANGE need transformers, which the
 # core does without.
-_INTERCHANGE = "ept_fast.integrations.interchange"
+_INTERCHANGE = "ept_fast.interchange"
 _LAZY = {
-    "EPTBank": "ept_fast.integrations.bank",
-    "EPTModel": "ept_fast.integrations.models",
+    "EPTBank": "ept_fast.transformers.bank",
+    "EPTModel": "ept_fast.transformers.tasks",
     "PlainPrompt": _INTERCHANGE,
     "export_peft": _INTERCHANGE,
     "export_plain": _INTERCHANGE,
-    "get_ept_model": "ept_fast.integrations.models",
+    "get_ept_model": "ept_fast.transformers.tasks",
     "import_dept": _INTERCHANGE,
     "import_peft": _INTERCHANGE,
     "import_plain": _INTERCHANGE,

@@ -18,9 +18,9 @@ import click
 
 import ept_fast
 from ept_fast.config import ACTIVATIONS, GATES
-from ept_fast.integrations import POOLINGS
 from ept_fast.training.config import DEVICES, INITS, KEEPS, METHODS, TASKS, TrainConfig
 from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
+from ept_fast.transformers import POOLINGS
 
 __all__ = ["main"]
 
@@ -52,7 +52,7 @@ def _exit_code(error: Exception) -> int | None:
 
 def _say(text: str | bytes, nl: bool = True) -> None:
     """Write to standard output."""
-    from ept_fast.checkpoint import writing
+    from ept_fast.storage.files import writing
 
     with writing("standard output"):
         click.echo(text, nl=nl)
@@ -343,7 +343,7 @@ def predict(
     row of the other formats, in which a blank line is an error. Nothing is written where one text
     cannot be answered.
     """
-    from ept_fast.checkpoint import write_bytes
+    from ept_fast.storage.files import write_bytes
     from ept_fast.training.data import DataError, Fields, parse_rows
     from ept_fast.training.job import predict as run
 
@@ -379,8 +379,8 @@ def info(as_json: bool) -> None:
     """Print versions, devices, and which backends work here and why the others do not."""
     import torch
 
-    from ept_fast.backends import describe
-    from ept_fast.extension import library
+    from ept_fast.backends.cuda import library
+    from ept_fast.ops.dispatch import describe
 
     found = library.state()
     backends = [{"name": n, "works": ok, "reason": reason} for n, ok, reason in describe()]

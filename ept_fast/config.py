@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ept_fast.reading import shorten
+from ept_fast.storage.untrusted import shorten
 
 __all__ = ["ACTIVATIONS", "GATES", "EPTConfig"]
 

@@ -5,7 +5,7 @@ materialised, autograd differentiates them, and every other backend is checked a
 The only subtleties are the ones the definition itself asks for: products and sums accumulate in
 float32 (float64 for float64 input) and each output element is rounded once.
 
-The arguments are taken as valid; :mod:`ept_fast.functional` is the checked entrance.
+The arguments are taken as valid; :mod:`ept_fast.ops.functional` is the checked entrance.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from ept_fast.backends import eager
 from ept_fast.backends import triton as fused
-from ept_fast.checkpoint import CheckpointError, read_json, write_json
 from ept_fast.kernels import launch
 from ept_fast.kernels.launch import ReconstructConfig, SpliceConfig
+from ept_fast.storage.files import CheckpointError, read_json, write_json
 
 __all__ = ["TuneSizes", "read_tuned", "tune"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ept_fast import EPTConfig, get_ept_model, reference
-from ept_fast.integrations.models import EPTModel
+from ept_fast.transformers.tasks import EPTModel
 from tests.architectures import BOTH, BY_NAME, VOCABULARY, in_float64
 
 M, N = 3, 10  # prompt, and positions that the offset covers

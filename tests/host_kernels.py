@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ept_fast import backends
+from ept_fast.ops import dispatch
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 _FLAGS = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
@@ -168,9 +168,9 @@ def downwards() -> Iterator[None]:
 
 def as_backend(monkeypatch: pytest.MonkeyPatch, name: str = "host") -> None:
     """Have this module stand among the backends under a name, for calls that ask for it."""
-    order = {**backends._IN_ORDER, name: sys.modules[__name__]}
-    monkeypatch.setattr(backends, "_IN_ORDER", order)
-    monkeypatch.setattr(backends, "_NAMES", (*order, backends.REFERENCE))
+    order = {**dispatch._IN_ORDER, name: sys.modules[__name__]}
+    monkeypatch.setattr(dispatch, "_IN_ORDER", order)
+    monkeypatch.setattr(dispatch, "_NAMES", (*order, dispatch.REFERENCE))
 
 
 def supports(tensors: dict[str, Tensor | None], by_name: bool = False) -> tuple[bool, str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ept_fast import CheckpointError, EPTBank, EPTConfig, EPTModel, get_ept_model
-from ept_fast.integrations.locks import ReadWriteLock
+from ept_fast.transformers.locks import ReadWriteLock
 from tests.architectures import BY_NAME, in_float64
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -28,8 +28,8 @@ from bench.models import BACKBONE, DEPT, PEFT, Backbone, Batch, Method
 from bench.record import read
 from bench.stage import Settings, Stage
 from ept_fast import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt
-from ept_fast.integrations.bank import BankPrompt
-from ept_fast.integrations.prefix import PrefixCache
+from ept_fast.transformers.bank import BankPrompt
+from ept_fast.transformers.prefix_cache import PrefixCache
 from tests.test_bench import Benchmark
 
 CPU = torch.device("cpu")

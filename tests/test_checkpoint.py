@@ -18,9 +18,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt, checkpoint
-from ept_fast.module import CONFIG_FILE, TENSOR_FILE
-from ept_fast.reading import read_file, shorten
+from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt
+from ept_fast.prompts.ept import CONFIG_FILE, TENSOR_FILE
+from ept_fast.storage import files
+from ept_fast.storage.untrusted import read_file, shorten
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,11 +187,11 @@ def _raise(error: BaseException) -> Callable[..., Any]:
 
 
 BREAKS: dict[str, tuple[Any, str]] = {
-    "rename": (checkpoint.os, "replace"),
-    "flush to disk": (checkpoint.os, "fsync"),
-    "permissions": (checkpoint.os, "chmod"),
-    "serialisation": (checkpoint, "serialize_tensors"),
-    "config": (checkpoint.json, "dumps"),
+    "rename": (files.os, "replace"),
+    "flush to disk": (files.os, "fsync"),
+    "permissions": (files.os, "chmod"),
+    "serialisation": (files, "serialize_tensors"),
+    "config": (files.json, "dumps"),
 }
 
 
@@ -222,8 +223,8 @@ def test_both_files_are_on_the_disk_before_a_rename(
         assert Path(source).parent == target.parent
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", noting_fsync)
-    monkeypatch.setattr(checkpoint.os, "replace", noting_replace)
+    monkeypatch.setattr(files.os, "fsync", noting_fsync)
+    monkeypatch.setattr(files.os, "replace", noting_replace)
     make_prompt(seed=5).save_pretrained(saved)
     sizes = [(saved / file).stat().st_size for file in (TENSOR_FILE, CONFIG_FILE)]
     assert events == [(event, size) for event in ("flushed", "renamed") for size in sizes]
@@ -243,7 +244,7 @@ def test_a_full_disk_at_the_second_file_leaves_both(
             raise OSError(28, "No space left on device")
         return real(*args)
 
-    monkeypatch.setattr(checkpoint.os, step, second_fails)
+    monkeypatch.setattr(files.os, step, second_fails)
     with pytest.raises(OSError, match="No space left"):
         make_prompt(PARTS["choices"], seed=5).save_pretrained(saved)
     assert len(calls) == 2
@@ -265,7 +266,7 @@ def test_a_failure_between_the_renames_is_never_silent(
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", second_fails)
+        patch.setattr(files.os, "replace", second_fails)
         with pytest.raises(OSError, match="Input/output"):
             other.save_pretrained(saved)
     assert set(contents(saved)) == {CONFIG_FILE, TENSOR_FILE}
@@ -653,18 +654,18 @@ def test_checkpoint_errors_are_value_errors() -> None:
 def test_write_bytes_makes_the_folder_and_replaces(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     for data in (b"first", b"", b"third"):
-        checkpoint.write_bytes(path, data)
+        files.write_bytes(path, data)
         assert contents(path.parent) == {"file": data}
 
 
 def test_write_json_refuses_what_json_has_not(tmp_path: Path) -> None:
-    checkpoint.write_json(tmp_path / "x.json", {"a": [1, None, "é"]})
+    files.write_json(tmp_path / "x.json", {"a": [1, None, "é"]})
     before = contents(tmp_path)
     for value in (float("nan"), float("inf"), object()):
         with pytest.raises((TypeError, ValueError)):
-            checkpoint.write_json(tmp_path / "x.json", {"a": value})
+            files.write_json(tmp_path / "x.json", {"a": value})
     assert contents(tmp_path) == before
-    assert checkpoint.read_json(tmp_path / "x.json") == {"a": [1, None, "é"]}
+    assert files.read_json(tmp_path / "x.json") == {"a": [1, None, "é"]}
 
 
 # Files that are built to take for ever, or changed while they are read
@@ -687,7 +688,7 @@ def test_no_product_of_a_header_is_long(saved: Path, monkeypatch: pytest.MonkeyP
         text = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + data[values:])
         with pytest.raises(CheckpointError, match="short_prompt': expected a tensor's dtype"):
-            checkpoint.read_header(path)
+            files.read_header(path)
     assert 0 < longest[0] <= 64 * 63
 
 

@@ -20,8 +20,9 @@ import torch
 from click.testing import CliRunner, Result
 
 import ept_fast
-from ept_fast import backends, checkpoint
 from ept_fast.cli import main
+from ept_fast.ops import dispatch
+from ept_fast.storage import files
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train as run
 from tests.tiny import (
@@ -483,7 +484,7 @@ def test_predictions_that_cannot_be_written_leave_the_old_ones(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     words = ("predict", "--adapter", trained.output, "--output", target)
     result = call(*words, stdin="the play was fine\n")
     assert result.exit_code == 1
@@ -510,7 +511,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(backends, "describe", broken)
+    monkeypatch.setattr(dispatch, "describe", broken)
     result = call("info")
     assert isinstance(result.exception, RuntimeError)
 
@@ -534,7 +535,7 @@ def test_info_lists_every_backend() -> None:
     assert facts["ept_fast"] == ept_fast.__version__
     assert facts["torch"] == torch.__version__
     assert facts["devices"][0].startswith("CPU (")
-    expected = [tuple(row) for row in backends.describe()]
+    expected = [tuple(row) for row in dispatch.describe()]
     assert [(b["name"], b["works"], b["reason"]) for b in facts["backends"]] == expected
     for name, works, reason in expected:
         line = next(x for x in result.stdout.splitlines() if x.startswith(f"backend {name} "))

@@ -16,10 +16,11 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from ept_fast import backends, cli, reconstruct_prompt, splice_prompt
+from ept_fast import cli, reconstruct_prompt, splice_prompt
 from ept_fast.backends import cuda, eager, triton
-from ept_fast.extension import build, library
-from ept_fast.extension.build import ExtensionError
+from ept_fast.backends.cuda import build, library
+from ept_fast.backends.cuda.build import ExtensionError
+from ept_fast.ops import dispatch
 
 GPU = torch.device("cuda", 0)
 
@@ -75,7 +76,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.setattr(library, "_failure", "")
-    monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
 
 
 # Order
@@ -86,12 +87,12 @@ def test_order_and_logged_reasons(
 ) -> None:
     caplog.set_level(logging.INFO, "ept_fast")
     tensors = prompt_on_gpu()
-    assert backends.select(None, tensors) == "triton"
+    assert dispatch.select(None, tensors) == "triton"
     monkeypatch.setenv("EPT_FAST_DISABLE", "triton")
-    assert backends.select(None, tensors) == "cuda"
-    assert backends.select(None, tensors) == "cuda"
+    assert dispatch.select(None, tensors) == "cuda"
+    assert dispatch.select(None, tensors) == "cuda"
     monkeypatch.setenv("EPT_FAST_DISABLE", "triton, cuda")
-    assert backends.select(None, tensors) == "eager"
+    assert dispatch.select(None, tensors) == "eager"
     off = "switched off by EPT_FAST_DISABLE"
     assert caplog.messages == [
         "backend triton",
@@ -100,13 +101,13 @@ def test_order_and_logged_reasons(
     ]
     monkeypatch.setenv("EPT_FAST_DISABLE", "triton,cuda,eager")
     with pytest.raises(RuntimeError, match=r"^backend: none supports this call \(triton: switched"):
-        backends.select(None, tensors)
+        dispatch.select(None, tensors)
 
 
 def test_what_triton_does_not_serve_goes_to_cuda(machine: Machine) -> None:
     machine.set_gpu("sm_75")
     machine.set_state("built", usable=True, architectures=("75",))
-    assert backends.select(None, prompt_on_gpu()) == "cuda"
+    assert dispatch.select(None, prompt_on_gpu()) == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_a_library_that_cannot_be_built_leaves_the_call_to_the_next(
     monkeypatch.setenv("EPT_FAST_DISABLE", "triton")
     caplog.set_level(logging.INFO, "ept_fast")
     for _ in range(2):
-        assert backends.select(None, prompt_on_gpu()) == "eager"
+        assert dispatch.select(None, prompt_on_gpu()) == "eager"
     assert machine.loads == 1  # tried once a process
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warnings == [f"without the CUDA backend: {error}"]
@@ -135,7 +136,7 @@ def test_a_library_that_cannot_be_built_leaves_the_call_to_the_next(
 
 
 def test_forced_it_is_not_built_before_the_call(machine: Machine) -> None:
-    assert backends.select("cuda", prompt_on_gpu()) == "cuda"
+    assert dispatch.select("cuda", prompt_on_gpu()) == "cuda"
     assert machine.loads == 0
 
 
@@ -158,10 +159,10 @@ def test_forced_backend_says_why_not(
     with pytest.raises(
         RuntimeError, match=f"^backend: 'cuda' does not support this call: {reason}"
     ):
-        backends.select("cuda", dict(change))
+        dispatch.select("cuda", dict(change))
     monkeypatch.setenv("EPT_FAST_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match=f"^EPT_FAST_BACKEND: 'cuda' does .* call: {reason}"):
-        backends.select(None, dict(change))
+        dispatch.select(None, dict(change))
     assert machine.loads == 0
 
 
@@ -184,7 +185,7 @@ def test_a_library_for_other_gpus_is_refused(machine: Machine) -> None:
 def test_forced_without_a_compiler_it_says_so(machine: Machine) -> None:
     machine.set_state("the CUDA library cannot be built: nvcc was not found", usable=False)
     with pytest.raises(RuntimeError, match=r"call: the CUDA library cannot be built: nvcc was not"):
-        backends.select("cuda", prompt_on_gpu())
+        dispatch.select("cuda", prompt_on_gpu())
 
 
 def test_rocm_is_refused(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,9 +226,9 @@ def test_unknown_name_in_disable(value: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nothing_is_disabled_by_an_empty_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPT_FAST_DISABLE", "")
-    assert backends.select(None, {"short_prompt": torch.ones(4, 8)}) == "eager"
+    assert dispatch.select(None, {"short_prompt": torch.ones(4, 8)}) == "eager"
     monkeypatch.setenv("EPT_FAST_DISABLE", " ,")
-    assert backends.select(None, {"short_prompt": torch.ones(4, 8)}) == "eager"
+    assert dispatch.select(None, {"short_prompt": torch.ones(4, 8)}) == "eager"
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -453,7 +454,7 @@ def test_import_and_an_eager_call_leave_the_extension_alone(root: Path) -> None:
     code = (
         "import sys, torch, ept_fast\n"
         "ept_fast.reconstruct_prompt(torch.ones(4, 8))\n"
-        "left = [name for name in sys.modules if name.startswith('ept_fast.extension')]\n"
+        "left = [name for name in sys.modules if name.startswith('ept_fast.backends.cuda.')]\n"
         "assert not left, left\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "EPT_FAST_DISABLE"}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ept_fast import splice_prompt
 from ept_fast.backends import cuda
-from ept_fast.extension import library
+from ept_fast.backends.cuda import library
 from tests.cases import PADDINGS, Case, Sizes, make_case, run, shapes_of
 from tests.parity import assert_as_exact_as_the_definition, cotangent_of
 

@@ -21,9 +21,9 @@ import torch
 
 import ept_fast
 from bench.abi import offences
-from ept_fast import ops
-from ept_fast.extension import build, library
-from ept_fast.extension.build import ExtensionError
+from ept_fast.backends.cuda import build, library
+from ept_fast.backends.cuda.build import ExtensionError
+from ept_fast.ops import operators
 from tests.test_packaging import copy_of_the_sources, run
 
 ARCHITECTURES = "80;90"
@@ -216,7 +216,7 @@ PROCESS = """
 import logging, sys
 from pathlib import Path
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-from ept_fast.extension import build
+from ept_fast.backends.cuda import build
 build.SOURCES = Path(sys.argv[1])
 print(build.build(("90",)))
 """
@@ -553,7 +553,7 @@ LOAD = """
 import json, sys
 from pathlib import Path
 import ept_fast, torch
-from ept_fast.extension import library
+from ept_fast.backends.cuda import library
 exec(sys.argv.pop(1))
 before = library.state()
 library.load()
@@ -599,7 +599,7 @@ def test_it_compiles_without_warnings_and_loads(loaded: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_operators_take_what_the_python_operators_take(name: str, loaded: dict[str, Any]) -> None:
-    assert ops.__name__ == "ept_fast.ops"  # it registers them
+    assert operators.__name__ == "ept_fast.ops"  # it registers them
     schema = str(getattr(torch.ops.ept_fast, name).default._schema)
     assert schema.count(", str backend)") == 1
     expected = schema.replace(f"::{name}(", f"::cuda_{name}(").replace(", str backend)", ")")
@@ -694,7 +694,7 @@ def test_the_wheel_with_the_library(
     name, version, python, abi, platform = wheel.stem.split("-")
     assert (name, version, python, abi) == ("ept_fast", ept_fast.__version__, "py3", "none")
     assert platform.startswith("linux_")
-    inside = f"ept_fast/extension/{build.LIBRARY}"
+    inside = f"ept_fast/backends/cuda/{build.LIBRARY}"
     with zipfile.ZipFile(wheel) as archive:
         assert [n for n in archive.namelist() if n.endswith((".so", ".o"))] == [inside]
         # Nothing is compiled twice: it is the one that was loaded above.

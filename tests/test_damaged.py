@@ -41,10 +41,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt, get_ept_model
-from ept_fast.checkpoint import json_bytes
-from ept_fast.integrations.interchange import export_plain, import_dept, import_peft, import_plain
-from ept_fast.integrations.interchange.folder import open_state
-from ept_fast.module import CONFIG_FILE, TENSOR_FILE
+from ept_fast.interchange import export_plain, import_dept, import_peft, import_plain
+from ept_fast.interchange.folder import open_state
+from ept_fast.prompts.ept import CONFIG_FILE, TENSOR_FILE
+from ept_fast.storage.files import json_bytes
 from tests import damage
 from tests import interchange as tiny
 from tests.architectures import BY_NAME
@@ -52,10 +52,10 @@ from tests.damage import Damage
 
 pytest.importorskip("transformers")
 
-from ept_fast.integrations import adapters
-from ept_fast.integrations.adapters import ADAPTER_FILE, DESCRIPTION, HEAD_FILE, STATE_FILE
-from ept_fast.integrations.bank import EPTBank
-from ept_fast.integrations.models import EPTModel
+from ept_fast.transformers import adapters
+from ept_fast.transformers.adapter import ADAPTER_FILE, DESCRIPTION, HEAD_FILE, STATE_FILE
+from ept_fast.transformers.bank import EPTBank
+from ept_fast.transformers.tasks import EPTModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,8 +22,8 @@ from tests.tiny import random_states
 
 pytest.importorskip("transformers")
 
-from ept_fast.integrations.adapters import ADAPTER_FILE, DESCRIPTION, HEAD_FILE, STATE_FILE
-from ept_fast.integrations.models import (
+from ept_fast.transformers.adapter import ADAPTER_FILE, DESCRIPTION, HEAD_FILE, STATE_FILE
+from ept_fast.transformers.tasks import (
     EPTModel,
     EPTModelForCausalLM,
     EPTModelForFeatureExtraction,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_fast import EPTConfig, FusedEPTPrompt
-from ept_fast.folded import offset_table
-from ept_fast.integrations.models import EPTModel, get_ept_model
+from ept_fast.prompts.table import offset_table
+from ept_fast.transformers.tasks import EPTModel, get_ept_model
 from tests.architectures import BY_NAME, VOCABULARY, WIDTH, in_float64
 from tests.decoding import EXACT, LOGITS, PLACES, M, N, assert_greedy, make_trial, pad
 
@@ -67,7 +67,7 @@ def test_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What A and B give, but for one more rounding: of the table."""
-    monkeypatch.setattr("ept_fast.folded.values_are_checked", lambda device: checked)
+    monkeypatch.setattr("ept_fast.prompts.table.values_are_checked", lambda device: checked)
     prompt = make_prompt(tasks, dtype)
     prompt.embedding.to(dtype)
     folded, plain = prompt.fold(offset="table"), prompt.fold()
@@ -133,7 +133,7 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = make_prompt()
     prompt.backend = "reference"
     assert prompt.fold(offset="auto").offset_table is None
-    monkeypatch.setattr("ept_fast.folded._MOST_BYTES", 9 * D * 4 - 1)
+    monkeypatch.setattr("ept_fast.prompts.table._MOST_BYTES", 9 * D * 4 - 1)
     assert make_prompt().fold(offset="auto").offset_table is None
     assert make_prompt().fold(offset="table").offset_table is not None
 
@@ -196,7 +196,7 @@ def test_one_launch_more_than_plain_prompt_tuning(
     folded, table = prompt.fold(offset=offset), prompt.embedding.requires_grad_(False)
     ids = torch.randint(0, 20, (ROWS, TEXT))
     mask = torch.ones(ROWS, TEXT, dtype=torch.int64) if masked else None
-    for module in ("ept_fast.functional", "ept_fast.ops"):
+    for module in ("ept_fast.ops.functional", "ept_fast.ops"):
         monkeypatch.setattr(f"{module}.values_are_checked", lambda device: False)
     with Launches() as mine, torch.no_grad():
         monkeypatch.setattr(

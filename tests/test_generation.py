@@ -15,8 +15,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StaticCache
 
-from ept_fast.integrations import generation
-from ept_fast.integrations.backbones import accepted_arguments, cache_name, cache_of
+from ept_fast.transformers import generation
+from ept_fast.transformers.backbone import accepted_arguments, cache_name, cache_of
 from tests.architectures import BOTH, BY_NAME, VOCABULARY, in_float64, names
 from tests.decoding import (
     ENDLESS,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import ept_fast
 from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt
-from ept_fast.integrations.interchange import (
+from ept_fast.interchange import (
     export_peft,
     export_plain,
     import_dept,

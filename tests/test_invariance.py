@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 
 from ept_fast import EPTConfig, get_ept_model, reference
-from ept_fast.integrations.models import EPTModel
+from ept_fast.transformers.tasks import EPTModel
 from tests.architectures import (
     ARCHITECTURES,
     BOTH,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ept_fast.integrations import checkpointing
+from ept_fast.transformers import checkpointing
 from tests.architectures import build, in_float64
 from tests.distributed.checks import (
     Gradients,

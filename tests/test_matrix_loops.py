@@ -15,7 +15,7 @@ import transformers
 from accelerate import Accelerator
 
 from ept_fast import EPTModel
-from ept_fast.integrations.adapters import DESCRIPTION
+from ept_fast.transformers.adapter import DESCRIPTION
 from tests import architectures
 from tests.distributed import trainers
 from tests.distributed.checks import assert_close, assert_equal, cells, runs_of_layers

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from ept_fast.integrations.adapters import DESCRIPTION
+from ept_fast.transformers.adapter import DESCRIPTION
 from tests.distributed import trainers
 from tests.distributed.checks import (
     assert_close,

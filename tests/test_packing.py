@@ -17,7 +17,7 @@ from tests.architectures import BY_NAME, VOCABULARY, build, in_float64
 
 pytest.importorskip("transformers")
 
-from ept_fast.integrations import packing
+from ept_fast.transformers import packing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from ept_fast.module import TENSOR_FILE
+from ept_fast.prompts.ept import TENSOR_FILE
 from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train
@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 torch.set_num_threads(1)
-from ept_fast import checkpoint
+from ept_fast.storage import files
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import LOCK_FILE, train
 from ept_fast.training.trainer import PromptTrainer
@@ -46,7 +46,7 @@ from ept_fast.training.trainer import PromptTrainer
 folder = Path(sys.argv[1])
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank = dist.get_rank()
-step, mkstemp = PromptTrainer.training_step, checkpoint.tempfile.mkstemp
+step, mkstemp = PromptTrainer.training_step, files.tempfile.mkstemp
 outcomes = []
 
 def dying(self, *args, **kwargs):
@@ -74,7 +74,7 @@ for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
     if job.get("held") and rank == 0:
         other.acquire()
     PromptTrainer.training_step = dying if job.get("dies") else step
-    checkpoint.tempfile.mkstemp = without_room_for(job["full"]) if "full" in job else mkstemp
+    files.tempfile.mkstemp = without_room_for(job["full"]) if "full" in job else mkstemp
     try:
         metrics = train(TrainConfig(**settings), progress=False, **job.get("how", {}))
         assert metrics["processes"] == 2

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import StaticCache
 
 from ept_fast import EPTBank, EPTConfig
-from ept_fast.integrations.backbones import cache_of, column_free_length
-from ept_fast.integrations.models import get_ept_model
-from ept_fast.integrations.packing import check_packing
-from ept_fast.integrations.prefix import PrefixCache
+from ept_fast.transformers.backbone import cache_of, column_free_length
+from ept_fast.transformers.packing import check_packing
+from ept_fast.transformers.prefix_cache import PrefixCache
+from ept_fast.transformers.tasks import get_ept_model
 from tests.architectures import BY_NAME, VOCABULARY, in_float64, names
 from tests.decoding import (
     EXACT,

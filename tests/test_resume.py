@@ -22,9 +22,8 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from ept_fast import CheckpointError
-from ept_fast.checkpoint import WriteError
-from ept_fast.integrations.adapters import HEAD_FILE
-from ept_fast.module import TENSOR_FILE
+from ept_fast.prompts.ept import TENSOR_FILE
+from ept_fast.storage.files import WriteError
 from ept_fast.training.checkpoints import (
     COMPLETE_FILE,
     check_complete,
@@ -37,6 +36,7 @@ from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError
 from ept_fast.training.job import LOCK_FILE, train
 from ept_fast.training.trainer import PromptTrainer
+from ept_fast.transformers.adapter import HEAD_FILE
 from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +46,7 @@ CHILD = """
 import sys, time
 import torch
 torch.set_num_threads(1)
-from ept_fast import checkpoint
+from ept_fast.storage import files
 from ept_fast.training import trainer
 from ept_fast.training.trainer import PromptTrainer
 from ept_fast.cli import main
@@ -71,7 +71,7 @@ elif place == "while old checkpoints go":
     before(trainer.shutil, "rmtree", lambda path, **_: path.name == "checkpoint-10"
            and path.exists())
 elif place == "inside the final adapter":
-    before(checkpoint.os, "replace", lambda _, path: path.parent.name == "adapter"
+    before(files.os, "replace", lambda _, path: path.parent.name == "adapter"
            and path.name == "head.safetensors")
 main()
 """

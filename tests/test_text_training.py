@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ept_fast import CheckpointError, EPTConfig, get_ept_model
 from ept_fast.cli import describe_run
-from ept_fast.integrations.backbones import load_backbone, load_tokenizer
-from ept_fast.module import TENSOR_FILE
+from ept_fast.prompts.ept import TENSOR_FILE
 from ept_fast.training import trainer
 from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig
@@ -29,6 +28,7 @@ from ept_fast.training.generation import Writer
 from ept_fast.training.job import evaluate, load_adapter, predict, train
 from ept_fast.training.tokens import TextForm, tokenise_inputs
 from ept_fast.training.trainer import NonFiniteLossError, PromptTrainer
+from ept_fast.transformers.backbone import load_backbone, load_tokenizer
 from tests.tiny import (
     ANSWERS,
     answer_rows,

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ept_fast import CheckpointError, EPTConfig, EPTModel, get_ept_model
-from ept_fast.integrations.adapters import ADAPTER_FILE, HEAD_FILE
-from ept_fast.integrations.backbones import load_backbone, text_limit
-from ept_fast.module import TENSOR_FILE
+from ept_fast.prompts.ept import TENSOR_FILE
 from ept_fast.training.checkpoints import mark_complete, newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, read_rows
 from ept_fast.training.job import evaluate, load_adapter, load_task, predict, train
 from ept_fast.training.metrics import classification_metrics
 from ept_fast.training.trainer import NonFiniteLossError
+from ept_fast.transformers.adapter import ADAPTER_FILE, HEAD_FILE
+from ept_fast.transformers.backbone import load_backbone, text_limit
 from tests.tiny import random_states, save_model, save_task, small_run, task_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

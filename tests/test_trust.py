@@ -24,8 +24,8 @@ from click.testing import CliRunner, Result
 
 from ept_fast import EPTConfig, EPTModel, get_ept_model
 from ept_fast.cli import main
-from ept_fast.integrations.backbones import load_backbone, load_tokenizer
 from ept_fast.training.job import load_adapter
+from ept_fast.transformers.backbone import load_backbone, load_tokenizer
 from tests.tiny import save_model, save_task, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -204,7 +204,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def report(out: Path, device: str | None = None) -> None:
     """Write results.csv, results.md and results.png from the records of one device alone."""
-    from ept_fast.checkpoint import write_bytes
+    from ept_fast.storage.files import write_bytes
 
     rows = summary(on_one_device(read_records(out), device))
     if not rows:

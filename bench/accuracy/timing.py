@@ -24,11 +24,11 @@ def build(
 ) -> tuple[dict[str, tuple[Any, Any]], list[dict[str, Any]]]:
     """Models of these methods on one frozen encoder, and batches of sst2's training rows."""
     from ept_fast import get_ept_model
-    from ept_fast.integrations.backbones import embedding_width, load_backbone, load_tokenizer
     from ept_fast.training.batches import Collator, GroupedBatches
     from ept_fast.training.config import TrainConfig
     from ept_fast.training.data import LabelSet, read_split
     from ept_fast.training.tokens import tokenise
+    from ept_fast.transformers.backbone import embedding_width, load_backbone, load_tokenizer
 
     torch.set_num_threads(study.threads)
     rows = read_split(study.data / "sst2", "train")

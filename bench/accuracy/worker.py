@@ -57,7 +57,7 @@ class Runner:
     """
 
     def __init__(self, study: Study, folder: str) -> None:
-        from ept_fast.integrations.backbones import load_backbone, load_tokenizer
+        from ept_fast.transformers.backbone import load_backbone, load_tokenizer
 
         torch.set_num_threads(study.threads)
         self.study = study
@@ -69,12 +69,13 @@ class Runner:
 
     def __call__(self, run: Run) -> dict[str, Any]:
         """Do one run and give its record."""
-        from ept_fast import backends, get_ept_model
-        from ept_fast.integrations.backbones import embedding_width
+        from ept_fast import get_ept_model
+        from ept_fast.ops import dispatch
         from ept_fast.training.batches import Collator
         from ept_fast.training.config import TrainConfig
         from ept_fast.training.evaluation import ClassEvaluation
         from ept_fast.training.trainer import PromptTrainer
+        from ept_fast.transformers.backbone import embedding_width
 
         start = time.perf_counter()
         final = run.kind == "final"
@@ -115,7 +116,7 @@ class Runner:
                 )
                 trainer.train()
                 evaluation = trainer.evaluations[-1]
-                backend = backends.select(None, dict(model.prompt.named_parameters(recurse=False)))
+                backend = dispatch.select(None, dict(model.prompt.named_parameters(recurse=False)))
                 record = {
                     **dataclasses.asdict(run),
                     "metric": TASKS[run.task][1],

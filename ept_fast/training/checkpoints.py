@@ -8,8 +8,8 @@ import math
 import shutil
 from pathlib import Path
 
-from ept_fast.checkpoint import CheckpointError, read_adapter_json, write_json
-from ept_fast.reading import open_inside, shorten
+from ept_fast.storage.files import CheckpointError, read_adapter_json, write_json
+from ept_fast.storage.untrusted import open_inside, shorten
 
 __all__ = [
     "COMPLETE_FILE",

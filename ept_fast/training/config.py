@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ept_fast.config import EPTConfig, check_choice, check_count, check_flag, check_number
-from ept_fast.integrations import POOLINGS
 from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
+from ept_fast.transformers import POOLINGS
 
 __all__ = ["DEVICES", "INITS", "KEEPS", "METHODS", "MOST", "TASKS", "TrainConfig", "check_most"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ept_fast.config import check_choice
-from ept_fast.reading import load_json
+from ept_fast.storage.untrusted import load_json
 from ept_fast.training.config import MOST, check_most
 
 __all__ = [

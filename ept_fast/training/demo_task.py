@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ept_fast.checkpoint import write_bytes
+from ept_fast.storage.files import write_bytes
 
 __all__ = ["INTENTS", "NEW_MESSAGES", "DemoRow", "demo_rows", "write_demo_task"]
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ept_fast.checkpoint import CheckpointError
 from ept_fast.config import check_count
 from ept_fast.libraries import require
+from ept_fast.storage.files import CheckpointError
 from ept_fast.training.config import check_most
 from ept_fast.training.data import DataError, Fields, LabelSet, Rows, read_split
 from ept_fast.training.metrics import classification_metrics
 
 if TYPE_CHECKING:
-    from ept_fast.integrations.models import EPTModel
     from ept_fast.training.tokens import TextForm
+    from ept_fast.transformers.tasks import EPTModel
 
 __all__ = ["Adapter", "evaluate", "load_adapter", "predict"]
 
@@ -68,10 +68,10 @@ def load_adapter(
         MissingLibraryError: the ``train`` extra is not installed.
     """
     require("transformers")
-    from ept_fast.integrations.adapters import read_adapter
-    from ept_fast.integrations.backbones import load_tokenizer, names_it
-    from ept_fast.integrations.models import EPTModel
     from ept_fast.training.tasks import WRAPPER_TASKS
+    from ept_fast.transformers.adapter import read_adapter
+    from ept_fast.transformers.backbone import load_tokenizer, names_it
+    from ept_fast.transformers.tasks import EPTModel
 
     path = Path(folder)
     if (path / "adapter").is_dir():

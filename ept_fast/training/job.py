@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import ept_fast
-from ept_fast.checkpoint import CheckpointError, WriteError, read_json, write_json, writing
 from ept_fast.libraries import MissingLibraryError, require
+from ept_fast.storage.files import CheckpointError, WriteError, read_json, write_json, writing
 from ept_fast.training import parallel
 from ept_fast.training.checkpoints import sound_checkpoint
 from ept_fast.training.config import TrainConfig
@@ -27,10 +27,10 @@ from ept_fast.training.inference import Adapter, evaluate, load_adapter, predict
 from ept_fast.training.metrics import GENERATED_METRICS
 
 if TYPE_CHECKING:
-    from ept_fast.integrations.models import EPTModel
     from ept_fast.training.evaluation import Evaluation
     from ept_fast.training.tokens import TextForm, Tokenised
     from ept_fast.training.trainer import PromptTrainer
+    from ept_fast.transformers.tasks import EPTModel
 
 __all__ = [
     "Adapter",
@@ -332,7 +332,7 @@ def _prepare_trainer(
 
 
 def _prepare(config: TrainConfig, task: TaskData) -> _Work:
-    from ept_fast.integrations.backbones import load_tokenizer
+    from ept_fast.transformers.backbone import load_tokenizer
 
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     labels = LabelSet.of(task.train, config.num_labels) if config.task == "classification" else None
@@ -378,12 +378,12 @@ def _prepare_classes(
 def _prepare_texts(
     config: TrainConfig, task: TaskData, model: EPTModel, tokenizer: Any, bf16: bool
 ) -> _Work:
-    from ept_fast.integrations.packing import check_packing
     from ept_fast.training.batches import Collator, PackingCollator
     from ept_fast.training.evaluation import TextEvaluation, spread
     from ept_fast.training.generation import Writer
     from ept_fast.training.tasks import new_tokens, text_form
     from ept_fast.training.tokens import tokenise_text
+    from ept_fast.transformers.packing import check_packing
 
     targets = task.train.targets is not None
     if config.metric in GENERATED_METRICS and not targets:
@@ -443,9 +443,9 @@ def _longest(form: TextForm) -> int:
 
 
 def _build(config: TrainConfig, labels: LabelSet | None) -> EPTModel:
-    from ept_fast.integrations.backbones import embedding_width, load_backbone, text_limit
-    from ept_fast.integrations.models import get_ept_model
     from ept_fast.training.tasks import WRAPPER_TASKS
+    from ept_fast.transformers.backbone import embedding_width, load_backbone, text_limit
+    from ept_fast.transformers.tasks import get_ept_model
 
     task = WRAPPER_TASKS[config.task]
     backbone = load_backbone(config.model, task, trust_remote_code=config.trust_remote_code)

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ept_fast.checkpoint import write_bytes
+from ept_fast.storage.files import write_bytes
 
 __all__ = [
     "draw_gate_weights",

@@ -34,7 +34,7 @@ def text_form(model: Any, tokenizer: Any, config: TrainConfig, targets: bool) ->
     Raises:
         ValueError: no room for a text before the longest target.
     """
-    from ept_fast.integrations.backbones import text_limit
+    from ept_fast.transformers.backbone import text_limit
 
     limit = token_limit(model, tokenizer)
     target = config.max_target_length
@@ -64,7 +64,7 @@ def new_tokens(model: Any, form: TextForm, asked: int | None, longest: int) -> i
     Raises:
         ValueError: the model has no positions for that many; where nobody asked, there are fewer.
     """
-    from ept_fast.integrations.backbones import table_limit
+    from ept_fast.transformers.backbone import table_limit
 
     causal = form.task == "causal"
     most = table_limit(model.backbone, model.prompt.config.num_virtual_tokens if causal else 0)

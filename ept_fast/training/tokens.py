@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ept_fast.config import check_choice, check_count, check_flag
-from ept_fast.reading import shorten
+from ept_fast.storage.untrusted import shorten
 from ept_fast.training.data import DataError, LabelSet, Rows
 
 __all__ = [

@@ -18,10 +18,8 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ept_fast.checkpoint import CheckpointError, read_json, write_files, write_json, writing
-from ept_fast.integrations.adapters import read_adapter
-from ept_fast.integrations.models import EPTModel
 from ept_fast.libraries import without_peft
+from ept_fast.storage.files import CheckpointError, read_json, write_files, write_json, writing
 from ept_fast.training import parallel
 from ept_fast.training.batches import Collator, GroupedBatches, PackedBatches, PackingCollator
 from ept_fast.training.checkpoints import (
@@ -35,6 +33,8 @@ from ept_fast.training.config import TrainConfig
 from ept_fast.training.evaluation import Evaluation
 from ept_fast.training.metrics import goodness
 from ept_fast.training.tokens import Tokenised
+from ept_fast.transformers.adapter import read_adapter
+from ept_fast.transformers.tasks import EPTModel
 
 with without_peft():
     from transformers.trainer import Trainer

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ept_fast.integrations.adapters import ADAPTER_FILE, read_adapter
-from ept_fast.integrations.backbones import load_backbone, load_tokenizer, text_limit
-from ept_fast.integrations.bank import EPTBank
-from ept_fast.integrations.model import check_adapter_name
 from ept_fast.training.tokens import TextForm
+from ept_fast.transformers.adapter import ADAPTER_FILE, read_adapter
+from ept_fast.transformers.backbone import load_backbone, load_tokenizer, text_limit
+from ept_fast.transformers.bank import EPTBank
+from ept_fast.transformers.model import check_adapter_name
 
 __all__ = ["Engine", "Task", "find_adapters", "load_engine"]
 

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import ept_fast.checkpoint
+import ept_fast.storage.files
 from tests.distributed.run_ddp import backward
 from tests.distributed.tasks import TASKS, batch_of, gradients, make_model, part, trained
 
@@ -75,7 +75,7 @@ def refusal(call: Callable[[], Any]) -> str:
 def files_written(call: Callable[[], Any]) -> int:
     """How many files this process puts in place."""
     with mock.patch.object(
-        ept_fast.checkpoint.os, "replace", wraps=ept_fast.checkpoint.os.replace
+        ept_fast.storage.files.os, "replace", wraps=ept_fast.storage.files.os.replace
     ) as replace:
         call()
     return replace.call_count

@@ -77,10 +77,10 @@ def _free_memory() -> Iterator[None]:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend of fused kernels; skipped with its own reason where it does not work."""
-    from ept_fast import backends
+    from ept_fast.ops import dispatch
 
     name: str = request.param
-    working = {name: (works, why) for name, works, why in backends.describe()}
+    working = {name: (works, why) for name, works, why in dispatch.describe()}
     works, why = working[name]
     if not works:
         pytest.skip(f"{name}: {why}")
@@ -89,7 +89,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        from ept_fast import backends
+        from ept_fast.ops import dispatch
 
-        names = [name for name, *_ in backends.describe() if name not in ("eager", "reference")]
+        names = [name for name, *_ in dispatch.describe() if name not in ("eager", "reference")]
         metafunc.parametrize("backend", names, indirect=True)

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from ept_fast import backends
+from ept_fast.ops import dispatch
 from tests.gpu.support import DEVICE, device_case, make_cotangent, step
 from tests.gpu.test_parity import SHAPES
 
@@ -20,7 +20,7 @@ CASES = (("odd", "holes"), ("odd", "right"), ("bank", "left"), ("more tasks than
 def main() -> int:
     """1 where a result is not finite."""
     print("the device answers", torch.ones(1, device=DEVICE).item(), flush=True)
-    fused = [n for n, works, _ in backends.describe() if works and n not in ("eager", "reference")]
+    fused = [n for n, works, _ in dispatch.describe() if works and n not in ("eager", "reference")]
     for backend in fused:
         for shape, padding in CASES:
             case = device_case(SHAPES[shape], "bfloat16", padding=padding)

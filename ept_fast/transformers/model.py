@@ -14,11 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput  # type: ignore[attr-defined]
 
-from ept_fast.checkpoint import CheckpointError
 from ept_fast.config import EPTConfig, check_choice
-from ept_fast.folded import offset_table
-from ept_fast.integrations import checkpointing
-from ept_fast.integrations.adapters import (
+from ept_fast.precision import accumulation_dtype
+from ept_fast.prompts.ept import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, embedding_device
+from ept_fast.prompts.table import offset_table
+from ept_fast.storage.files import CheckpointError
+from ept_fast.storage.sharded import fill, gather, reshard, writing_process
+from ept_fast.storage.untrusted import shorten
+from ept_fast.transformers import checkpointing
+from ept_fast.transformers.adapter import (
     DESCRIPTION,
     SavedAdapter,
     adapter_files,
@@ -26,7 +30,7 @@ from ept_fast.integrations.adapters import (
     read_adapter,
     write_adapter,
 )
-from ept_fast.integrations.backbones import (
+from ept_fast.transformers.backbone import (
     accepted_arguments,
     cache_name,
     check_backbone,
@@ -38,12 +42,8 @@ from ept_fast.integrations.backbones import (
     take_cache,
     text_limit,
 )
-from ept_fast.integrations.positions import check_sums, looked_up, with_offset
-from ept_fast.integrations.quantised import allow_packing, prevent_packing
-from ept_fast.module import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, embedding_device
-from ept_fast.precision import accumulation_dtype
-from ept_fast.reading import shorten
-from ept_fast.sharding import fill, gather, reshard, writing_process
+from ept_fast.transformers.positions import check_sums, looked_up, with_offset
+from ept_fast.transformers.quantised import allow_packing, prevent_packing
 
 __all__ = [
     "Description",

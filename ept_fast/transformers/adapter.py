@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ept_fast.checkpoint import (
+from ept_fast.config import EPTConfig
+from ept_fast.prompts.ept import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    expected_shapes,
+    read_prompt,
+    read_prompt_config,
+)
+from ept_fast.storage.files import (
     check_shapes,
     check_tensors,
     json_bytes,
@@ -27,16 +35,8 @@ from ept_fast.checkpoint import (
     tensor_bytes,
     write_files,
 )
-from ept_fast.config import EPTConfig
-from ept_fast.integrations import POOLINGS, TASKS
-from ept_fast.module import (
-    CONFIG_FILE,
-    TENSOR_FILE,
-    expected_shapes,
-    read_prompt,
-    read_prompt_config,
-)
-from ept_fast.reading import (
+from ept_fast.storage.sharded import has_values
+from ept_fast.storage.untrusted import (
     FILE_LIMIT,
     JSON_LIMIT,
     CheckpointError,
@@ -46,7 +46,7 @@ from ept_fast.reading import (
     read_adapter_json,
     shorten,
 )
-from ept_fast.sharding import has_values
+from ept_fast.transformers import POOLINGS, TASKS
 
 __all__ = [
     "ADAPTER_FILE",

@@ -22,15 +22,15 @@ import transformers
 from torch import Tensor
 from transformers import GenerationMixin
 
-from ept_fast.functional import splice_prompt
-from ept_fast.integrations.backbones import (
+from ept_fast.ops.functional import splice_prompt
+from ept_fast.transformers.backbone import (
     cache_name,
     column_free_length,
     table_limit,
     take_cache,
 )
-from ept_fast.integrations.model import layout_of, mark_layout
-from ept_fast.integrations.prefix import PrefixCache
+from ept_fast.transformers.model import layout_of, mark_layout
+from ept_fast.transformers.prefix_cache import PrefixCache
 
 __all__ = ["generate_causal", "generate_seq2seq"]
 
@@ -67,7 +67,7 @@ def generate_causal(
 
     Args:
         model: with ``backbone``, ``active_prompt`` and ``splice``, as
-            :class:`ept_fast.integrations.models.EPTModelForCausalLM`.
+            :class:`ept_fast.transformers.tasks.EPTModelForCausalLM`.
         input_ids: ``[B, S]``, padded in any way.
         attention_mask: ``[B, S]`` of 0 and 1. Where it is not given, zeros at the padding token if
             the generation config names one that does not end texts too, as ``generate`` does.
@@ -156,7 +156,7 @@ def generate_seq2seq(
 
     Args:
         model: with ``backbone`` and ``splice``, as
-            :class:`ept_fast.integrations.models.EPTModelForSeq2SeqLM`.
+            :class:`ept_fast.transformers.tasks.EPTModelForSeq2SeqLM`.
         input_ids: ``[B, S]``, padded in any way.
         attention_mask: ``[B, S]`` of 0 and 1; as in :func:`generate_causal` where it is not given.
         task_ids: ``[B]`` integers, for a bank of prompts.

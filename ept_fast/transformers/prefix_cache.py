@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from ept_fast.integrations.backbones import ATTENTION, column_free_length, layer_kinds
-from ept_fast.integrations.model import keep_logits, mark_layout, replace_fields
+from ept_fast.transformers.backbone import ATTENTION, column_free_length, layer_kinds
+from ept_fast.transformers.model import keep_logits, mark_layout, replace_fields
 
 __all__ = ["PrefixCache", "prefix_forward"]
 
@@ -25,7 +25,7 @@ class PrefixCache:
     is refused; a change that PyTorch does not count, through ``.data``, needs another prefix.
 
     Args:
-        model: an :class:`ept_fast.integrations.models.EPTModelForCausalLM`; its active adapter.
+        model: an :class:`ept_fast.transformers.tasks.EPTModelForCausalLM`; its active adapter.
 
     Attributes:
         layers: keys and values of each layer, ``[T, heads, m, head width]``; T is 1 for a single
@@ -152,7 +152,7 @@ def prefix_forward(
     Args:
         model: the causal model, its active adapter that of ``prefix``.
         prefix: from ``prefix_cache()``.
-        text: :class:`ept_fast.integrations.model.Text`.
+        text: :class:`ept_fast.transformers.model.Text`.
         labels: refused.
         kwargs: ``task_ids``; ``logits_to_keep``; others go to the backbone.
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ept_fast import backends, ops
+from ept_fast.checks import check_splice, constant, values_are_checked
+from ept_fast.ops import dispatch, operators
 from ept_fast.precision import accumulation_dtype
-from ept_fast.validation import check_splice, constant, values_are_checked
 
 __all__ = ["offset_table", "splice_table", "table_pays"]
 
@@ -41,7 +41,7 @@ def table_pays(prompt: Tensor, offset_a: Tensor, itemsize: int, backend: str | N
     """
     size = offset_a.shape[:-1].numel() * prompt.shape[-1] * itemsize
     on_host = prompt.device.type == "cpu" and size <= _MOST_BYTES
-    return on_host and backends.select(backend, {"prompt": prompt}) == "eager"
+    return on_host and dispatch.select(backend, {"prompt": prompt}) == "eager"
 
 
 def splice_table(
@@ -71,7 +71,7 @@ def splice_table(
         bank = prompt.dim() == 3
         head, rows = (t if bank else t.unsqueeze(0) for t in (prompt, table))
         looked_up = None if weight is None else weight.detach()
-        return ops.splice(
+        return operators.splice(
             head,
             input_ids,
             looked_up,

@@ -48,7 +48,7 @@ __all__ = [
 LIBRARY = "ept_fast_cuda.so"
 ENVIRONMENT = "EPT_FAST_CUDA_ARCHS"
 WHEEL_ARCHITECTURES = ("75", "80", "86", "89", "90", "100+PTX")
-SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 
 _OLDEST_ARCHITECTURE = 75
 _OLDEST_NVCC = (12, 4)  # the first with __maxnreg__

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from ept_fast.config import EPTConfig, check_choice, check_count
-from ept_fast.folded import offset_table, table_pays
-from ept_fast.integrations import TASKS
-from ept_fast.integrations.adapters import read_adapter
-from ept_fast.integrations.backbones import embedding_width
-from ept_fast.integrations.locks import ReadWriteLock
-from ept_fast.integrations.model import Description, EPTModel, check_adapter_name
-from ept_fast.integrations.models import EPTModelForCausalLM, EPTModelForSeq2SeqLM
-from ept_fast.integrations.prefix import PrefixCache
-from ept_fast.module import (
+from ept_fast.prompts.ept import (
     EPTOutput,
     FoldedEPTPrompt,
     FusedEPTPrompt,
     SplicedPrompt,
     embedding_device,
 )
+from ept_fast.prompts.table import offset_table, table_pays
+from ept_fast.transformers import TASKS
+from ept_fast.transformers.adapter import read_adapter
+from ept_fast.transformers.backbone import embedding_width
+from ept_fast.transformers.locks import ReadWriteLock
+from ept_fast.transformers.model import Description, EPTModel, check_adapter_name
+from ept_fast.transformers.prefix_cache import PrefixCache
+from ept_fast.transformers.tasks import EPTModelForCausalLM, EPTModelForSeq2SeqLM
 
 __all__ = ["BankPrompt", "EPTBank"]
 

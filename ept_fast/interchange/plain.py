@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ept_fast.checkpoint import json_bytes, read_tensors, tensor_bytes, write_files
 from ept_fast.config import check_choice, check_count
-from ept_fast.integrations.interchange.folded import fold_values, product
-from ept_fast.integrations.interchange.folder import naming
-from ept_fast.module import FoldedEPTPrompt, FusedEPTPrompt
-from ept_fast.reading import CheckpointError, parse_json, read_adapter_json, shorten
+from ept_fast.interchange.folded import fold_values, product
+from ept_fast.interchange.folder import naming
+from ept_fast.prompts.ept import FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.storage.files import json_bytes, read_tensors, tensor_bytes, write_files
+from ept_fast.storage.untrusted import CheckpointError, parse_json, read_adapter_json, shorten
 
 __all__ = ["PLAIN_CONFIG_FILE", "PLAIN_TENSOR_FILE", "PlainPrompt", "export_plain", "import_plain"]
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ept_fast.config import check_choice
-from ept_fast.integrations import TASKS
+from ept_fast.transformers import TASKS
 
 __all__ = [
     "ATTENTION",

@@ -35,7 +35,7 @@ _MAX_SIZE = 1 << 30
 
 def available() -> tuple[bool, str]:
     """Whether the backend works on this machine, and why (not). Nothing is built for the answer."""
-    from ept_fast.extension import library
+    from ept_fast.backends.cuda import library
 
     found = library.state()
     if torch.version.hip is not None:
@@ -69,7 +69,7 @@ def supports(tensors: dict[str, Tensor | None], by_name: bool = False) -> tuple[
 
 def _refusal(device: torch.device, prepare: bool) -> str:
     """Why neither this GPU nor the library would do; empty where both do."""
-    from ept_fast.extension import library
+    from ept_fast.backends.cuda import library
 
     architecture = target(device)
     capability = int(architecture.removeprefix("sm_"))
@@ -99,7 +99,7 @@ def _sizes_fit(tensors: dict[str, Tensor | None]) -> tuple[bool, str]:
 
 def _operators() -> Any:
     """torch's namespace of this package, with the library's operators in it."""
-    from ept_fast.extension import library
+    from ept_fast.backends.cuda import library
 
     library.load()
     return torch.ops.ept_fast

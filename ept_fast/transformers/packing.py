@@ -11,14 +11,14 @@ import transformers
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ept_fast.integrations.backbones import (
+from ept_fast.transformers.backbone import (
     ATTENTION,
     accepted_arguments,
     column_free_length,
     layer_kinds,
     text_config,
 )
-from ept_fast.integrations.model import IGNORED
+from ept_fast.transformers.model import IGNORED
 
 __all__ = ["check_packing", "packed_forward"]
 
@@ -78,7 +78,7 @@ def packed_forward(
     own; its first token is predicted by the prompt's last position.
 
     Args:
-        model: an :class:`ept_fast.integrations.models.EPTModelForCausalLM`.
+        model: an :class:`ept_fast.transformers.tasks.EPTModelForCausalLM`.
         input_ids: ``[N, L]`` integers, the segments, padded on the right.
         attention_mask: ``[N, L]`` of 0 and 1; ones where it is not given.
         labels: ``[N, L]`` integers, -100 where nothing is to be predicted.

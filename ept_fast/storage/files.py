@@ -17,7 +17,7 @@ from safetensors.torch import load as deserialize_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
-from ept_fast.reading import (
+from ept_fast.storage.untrusted import (
     FILE_LIMIT,
     CheckpointError,
     check_size,

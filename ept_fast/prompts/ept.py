@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module  # the hooks of all modules
 
-from ept_fast.checkpoint import (
+from ept_fast.checks import check_input_ids, check_splice_values
+from ept_fast.config import EPTConfig, check_choice, check_count
+from ept_fast.ops.functional import reconstruct_prompt, splice_prompt
+from ept_fast.prompts.table import offset_table, splice_table, table_pays
+from ept_fast.storage.files import (
     check_shapes,
     json_bytes,
     read_header,
@@ -20,12 +24,8 @@ from ept_fast.checkpoint import (
     tensor_bytes,
     write_files,
 )
-from ept_fast.config import EPTConfig, check_choice, check_count
-from ept_fast.folded import offset_table, splice_table, table_pays
-from ept_fast.functional import reconstruct_prompt, splice_prompt
-from ept_fast.reading import CheckpointError, parse_json, read_adapter_json, shorten
-from ept_fast.sharding import check_whole, fill, gather, writing_process
-from ept_fast.validation import check_input_ids, check_splice_values
+from ept_fast.storage.sharded import check_whole, fill, gather, writing_process
+from ept_fast.storage.untrusted import CheckpointError, parse_json, read_adapter_json, shorten
 
 __all__ = [
     "CONFIG_FILE",

@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor, nn
 
-from ept_fast.checkpoint import json_bytes, write_files
 from ept_fast.config import EPTConfig, check_choice
-from ept_fast.integrations.interchange.folded import FoldedValues, fold_values, product
-from ept_fast.integrations.interchange.folder import (
+from ept_fast.interchange.folded import FoldedValues, fold_values, product
+from ept_fast.interchange.folder import (
     CONFIG_FILE,
     PROMPT,
     TASK_TYPES,
@@ -23,7 +22,8 @@ from ept_fast.integrations.interchange.folder import (
     naming,
     open_state,
 )
-from ept_fast.module import FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.prompts.ept import FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.storage.files import json_bytes, write_files
 
 __all__ = ["export_peft", "import_peft"]
 

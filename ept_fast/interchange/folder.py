@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ept_fast.checkpoint import load_tensors, read_header
 from ept_fast.config import check_count, check_number
-from ept_fast.integrations.interchange.pickled import PickledState
-from ept_fast.reading import CheckpointError, read_adapter_json, shorten
+from ept_fast.interchange.pickled import PickledState
+from ept_fast.storage.files import load_tensors, read_header
+from ept_fast.storage.untrusted import CheckpointError, read_adapter_json, shorten
 
 __all__ = [
     "CONFIG_FILE",

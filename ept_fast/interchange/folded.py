@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ept_fast.config import check_count
-from ept_fast.folded import offset_table
-from ept_fast.module import FoldedEPTPrompt, FusedEPTPrompt
 from ept_fast.precision import accumulation_dtype
+from ept_fast.prompts.ept import FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.prompts.table import offset_table
 
 __all__ = ["FoldedValues", "fold_values", "product"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ept_fast.extension import build
-from ept_fast.extension.build import ExtensionError
+from ept_fast.backends.cuda import build
+from ept_fast.backends.cuda.build import ExtensionError
 
 __all__ = ["ExtensionError", "State", "load", "problem", "state"]
 

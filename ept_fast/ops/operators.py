@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ept_fast import backends
+from ept_fast.checks import check_splice_values, values_are_checked
+from ept_fast.ops import dispatch
 from ept_fast.precision import accumulation_dtype
-from ept_fast.validation import check_splice_values, values_are_checked
 
 __all__ = ["reconstruct", "splice"]
 
@@ -53,7 +53,7 @@ def _reconstruct_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with _without_autocast(short_prompt.device):
-        result: _Seven = backends.load(backend).reconstruct_forward(
+        result: _Seven = dispatch.load(backend).reconstruct_forward(
             short_prompt,
             offset_a,
             offset_b,
@@ -91,7 +91,7 @@ def _reconstruct_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with _without_autocast(grad.device):
-        result: _Seven = backends.load(backend).reconstruct_backward(
+        result: _Seven = dispatch.load(backend).reconstruct_backward(
             grad,
             short_prompt,
             offset_a,
@@ -130,7 +130,7 @@ def _splice_forward(
         vocabulary = 0 if weight is None else weight.shape[0]
         check_splice_values(input_ids, vocabulary, attention_mask, task_ids, prompt.shape[0])
     with _without_autocast(prompt.device):
-        result: Tensor = backends.load(backend).splice_forward(
+        result: Tensor = dispatch.load(backend).splice_forward(
             prompt,
             input_ids,
             weight,
@@ -157,7 +157,7 @@ def _splice_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _without_autocast(grad.device):
-        result: _Three = backends.load(backend).splice_backward(
+        result: _Three = dispatch.load(backend).splice_backward(
             grad,
             prompt,
             offset_a,

@@ -8,15 +8,15 @@ from pathlib import Path
 from torch import nn
 
 from ept_fast.config import EPTConfig
-from ept_fast.integrations.interchange.folder import (
+from ept_fast.interchange.folder import (
     PROMPT,
     AdapterConfig,
     first_prompt,
     naming,
     open_state,
 )
-from ept_fast.module import FusedEPTPrompt
-from ept_fast.reading import CheckpointError, shorten
+from ept_fast.prompts.ept import FusedEPTPrompt
+from ept_fast.storage.untrusted import CheckpointError, shorten
 
 __all__ = ["import_dept"]
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 from ept_fast.config import EPTConfig, check_choice, check_number
-from ept_fast.integrations import POOLINGS, TASKS
-from ept_fast.integrations.backbones import (
+from ept_fast.transformers import POOLINGS, TASKS
+from ept_fast.transformers.backbone import (
     cache_of,
     column_free_length,
     output_width,
     own_head,
     reads_last_column,
 )
-from ept_fast.integrations.model import (
+from ept_fast.transformers.model import (
     IGNORED,
     Description,
     EPTModel,
@@ -31,7 +31,7 @@ from ept_fast.integrations.model import (
     replace_fields,
     token_loss,
 )
-from ept_fast.integrations.prefix import PrefixCache, prefix_forward
+from ept_fast.transformers.prefix_cache import PrefixCache, prefix_forward
 
 __all__ = [
     "EPTModel",
@@ -129,7 +129,7 @@ class EPTModelForCausalLM(EPTModel):
     out.
 
     The first token of a text is predicted by the prompt's last position, so its label counts too.
-    ``pack_index`` [R, W] packs several texts into a row (:mod:`ept_fast.integrations.packing`).
+    ``pack_index`` [R, W] packs several texts into a row (:mod:`ept_fast.transformers.packing`).
     ``prefix`` takes the prompt's keys and values from :meth:`prefix_cache`.
     """
 
@@ -145,7 +145,7 @@ class EPTModelForCausalLM(EPTModel):
             return prefix_forward(self, prefix, text, labels, kwargs)
         pack_index = kwargs.pop("pack_index", None)
         if pack_index is not None:
-            from ept_fast.integrations.packing import packed_forward
+            from ept_fast.transformers.packing import packed_forward
 
             if text.input_ids is None:
                 raise ValueError("input_ids: expected ids for packed rows, got inputs_embeds")
@@ -188,11 +188,11 @@ class EPTModelForCausalLM(EPTModel):
     ) -> Any:
         """What the backbone's ``generate`` gives for these arguments, behind the active prompt.
 
-        ``prefix`` and all else: :func:`ept_fast.integrations.generation.generate_causal`.
+        ``prefix`` and all else: :func:`ept_fast.transformers.generation.generate_causal`.
         """
         if self._disabled:
             return self.backbone.generate(input_ids, attention_mask=attention_mask, **kwargs)
-        from ept_fast.integrations.generation import generate_causal
+        from ept_fast.transformers.generation import generate_causal
 
         return generate_causal(self, input_ids, attention_mask, **kwargs)
 
@@ -229,11 +229,11 @@ class EPTModelForSeq2SeqLM(EPTModel):
     ) -> Any:
         """What the backbone's ``generate`` gives for these arguments, behind the active prompt.
 
-        See :func:`ept_fast.integrations.generation.generate_seq2seq`.
+        See :func:`ept_fast.transformers.generation.generate_seq2seq`.
         """
         if self._disabled:
             return self.backbone.generate(input_ids, attention_mask=attention_mask, **kwargs)
-        from ept_fast.integrations.generation import generate_seq2seq
+        from ept_fast.transformers.generation import generate_seq2seq
 
         return generate_seq2seq(self, input_ids, attention_mask, **kwargs)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ept_fast import backends, ops, reference
-from ept_fast.validation import (
+from ept_fast import reference
+from ept_fast.checks import (
     check_reconstruct,
     check_splice,
     check_splice_values,
     constant,
     values_are_checked,
 )
+from ept_fast.ops import dispatch, operators
 
 __all__ = ["reconstruct_prompt", "splice_prompt"]
 
@@ -96,8 +97,8 @@ def reconstruct_prompt(
         "gate_weight": gate_weight,
         "gate_bias": gate_bias,
     }
-    chosen = backends.select(backend, tensors)
-    if chosen == backends.REFERENCE:
+    chosen = dispatch.select(backend, tensors)
+    if chosen == dispatch.REFERENCE:
         return reference.reconstruct_prompt(
             short_prompt,
             offset_a,
@@ -116,7 +117,7 @@ def reconstruct_prompt(
     first, *rest = (_with_task_axis(tensor, single) for tensor in tensors.values())
     assert first is not None
     a, b, down, up, weight, bias = rest
-    prompt = ops.reconstruct(
+    prompt = operators.reconstruct(
         first,
         a,
         b,
@@ -203,8 +204,8 @@ def splice_prompt(
         "attention_mask": attention_mask,
         "task_ids": task_ids,
     }
-    chosen = backends.select(backend, tensors)
-    if chosen == backends.REFERENCE:
+    chosen = dispatch.select(backend, tensors)
+    if chosen == dispatch.REFERENCE:
         if values_are_checked(prompt.device) and not torch.compiler.is_compiling():
             vocabulary = 0 if weight is None else weight.shape[0]
             tasks = prompt.shape[0] if prompt.dim() == 3 else 1
@@ -221,7 +222,7 @@ def splice_prompt(
             task_ids=task_ids,
         )
     single = prompt.dim() == 2
-    return ops.splice(
+    return operators.splice(
         prompt.unsqueeze(0) if single else prompt,
         input_ids,
         None if weight is None else weight.detach(),

@@ -19,8 +19,8 @@ from typing import IO, Any, BinaryIO, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ept_fast.checkpoint import check_shapes, check_tensors
-from ept_fast.reading import FILE_LIMIT, CheckpointError, check_size, open_inside, shorten
+from ept_fast.storage.files import check_shapes, check_tensors
+from ept_fast.storage.untrusted import FILE_LIMIT, CheckpointError, check_size, open_inside, shorten
 
 __all__ = ["PickledState"]
 

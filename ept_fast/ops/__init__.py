@@ -1,0 +1,1 @@
+"""The two operations: checks, choice of a backend, registered operators and autograd."""

@@ -1,0 +1,1 @@
+"""Prompts as modules: what is put before the text, trained, folded, saved and loaded."""

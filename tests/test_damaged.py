@@ -52,7 +52,7 @@ from tests.damage import Damage
 
 pytest.importorskip("transformers")
 
-from ept_fast.transformers import adapters
+from ept_fast.transformers import adapter
 from ept_fast.transformers.adapter import ADAPTER_FILE, DESCRIPTION, HEAD_FILE, STATE_FILE
 from ept_fast.transformers.bank import EPTBank
 from ept_fast.transformers.tasks import EPTModel
@@ -374,7 +374,7 @@ def resealed(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Damage:
         described = json.loads(tensors.pop(DESCRIPTION).numpy().tobytes())
         change(described, tensors)
         if isinstance(described.pop("sha256", None), str):
-            described["sha256"] = adapters._state_checksum(described, tensors)
+            described["sha256"] = adapter._state_checksum(described, tensors)
         text = bytearray(json_bytes(described))
         save_file({**tensors, DESCRIPTION: torch.frombuffer(text, dtype=torch.uint8)}, path)
 

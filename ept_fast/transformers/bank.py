@@ -27,8 +27,10 @@ from ept_fast.transformers import TASKS
 from ept_fast.transformers.adapter import read_adapter
 from ept_fast.transformers.backbone import embedding_width
 from ept_fast.transformers.locks import ReadWriteLock
-from ept_fast.transformers.model import Description, EPTModel, check_adapter_name
+from ept_fast.transformers.model import EPTModel
+from ept_fast.transformers.padding import prompt_mask, ranks_of, real_tokens
 from ept_fast.transformers.prefix_cache import PrefixCache
+from ept_fast.transformers.saving import Description, check_adapter_name
 from ept_fast.transformers.tasks import EPTModelForCausalLM, EPTModelForSeq2SeqLM
 
 __all__ = ["BankPrompt", "EPTBank"]
@@ -170,16 +172,13 @@ class BankPrompt(SplicedPrompt):
         spliced = super().forward(input_ids, inputs_embeds, attention_mask, task_ids)
         if self.equal_lengths:
             return spliced
-        m = self.config.num_virtual_tokens
-        columns = torch.arange(m, device=task_ids.device)
-        head = columns >= (m - self.lengths[task_ids]).unsqueeze(1)
-        mask = torch.cat([head.to(spliced.attention_mask.dtype), spliced.attention_mask[:, m:]], 1)
-        ranks = mask.cumsum(1, dtype=torch.int64) - 1
-        return EPTOutput(spliced.inputs_embeds, mask, ranks.clamp_min(0))
+        m, mask = self.config.num_virtual_tokens, spliced.attention_mask
+        mask = prompt_mask(mask, self.lengths[task_ids], m)
+        return EPTOutput(spliced.inputs_embeds, mask, ranks_of(mask))
 
     def _check_lengths(self, length: int, mask: Tensor | None, task_ids: Tensor) -> None:
         limits = self.limits[task_ids]
-        counts = torch.full_like(limits, length) if mask is None else (mask != 0).sum(1)
+        counts = torch.full_like(limits, length) if mask is None else real_tokens(mask)
         long = (counts > limits).nonzero()
         if len(long):
             row = int(long[0])

@@ -25,12 +25,12 @@ from ept_fast.prompts.ept import (
 from ept_fast.prompts.table import offset_table, table_pays
 from ept_fast.transformers import TASKS
 from ept_fast.transformers.adapter import read_adapter
+from ept_fast.transformers.adapter_set import Description, check_adapter_name
 from ept_fast.transformers.backbone import embedding_width
 from ept_fast.transformers.locks import ReadWriteLock
 from ept_fast.transformers.model import EPTModel
 from ept_fast.transformers.padding import prompt_mask, ranks_of, real_tokens
 from ept_fast.transformers.prefix_cache import PrefixCache
-from ept_fast.transformers.saving import Description, check_adapter_name
 from ept_fast.transformers.tasks import EPTModelForCausalLM, EPTModelForSeq2SeqLM
 
 __all__ = ["BankPrompt", "EPTBank"]
@@ -531,7 +531,7 @@ class EPTBank(nn.Module):
         head = self.model.head
         if head is None:
             return []
-        return [head] if isinstance(head, _LinearHeads) else list(head.values())  # type: ignore[operator]
+        return [head] if isinstance(head, _LinearHeads) else list(head.values())
 
     def memory(self) -> dict[str, int]:
         """Bytes that each task's slot takes, prompt, offset and head together."""

@@ -62,12 +62,12 @@ def generate_causal(
 ) -> Any:
     """What the decoder's ``generate`` gives for these arguments, behind the active prompt.
 
-    Every token has its offset by its rank among the row's real tokens, generated ones too, up to
-    ``max_length`` of the prompt's config; a token generated later than that gets none.
+    ``generate`` of :class:`ept_fast.transformers.tasks.EPTModelForCausalLM`. Every token has its
+    offset by its rank among the row's real tokens, generated ones too, up to ``max_length`` of the
+    prompt's config; a token generated later than that gets none.
 
     Args:
-        model: with ``backbone``, ``active_prompt`` and ``splice``, as
-            :class:`ept_fast.transformers.tasks.EPTModelForCausalLM`.
+        model: the causal model.
         input_ids: ``[B, S]``, padded in any way.
         attention_mask: ``[B, S]`` of 0 and 1. Where it is not given, zeros at the padding token if
             the generation config names one that does not end texts too, as ``generate`` does.
@@ -89,6 +89,10 @@ def generate_causal(
             supported behind a prompt.
         IndexError: an id outside the vocabulary.
     """
+    if model.disabled:
+        given = {"task_ids": task_ids, "prefix": prefix}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return model.backbone.generate(input_ids, attention_mask=attention_mask, **kwargs)
     backbone = _generating(model)
     if "generate" in vars(backbone):
         raise TypeError(
@@ -139,8 +143,7 @@ def generate_seq2seq(
     offset.
 
     Args:
-        model: with ``backbone`` and ``splice``, as
-            :class:`ept_fast.transformers.tasks.EPTModelForSeq2SeqLM`.
+        model: of the class :class:`ept_fast.transformers.tasks.EPTModelForSeq2SeqLM`.
         input_ids: ``[B, S]``, padded in any way.
         attention_mask: ``[B, S]`` of 0 and 1; as in :func:`generate_causal` where it is not given.
         task_ids: ``[B]`` integers, for a bank of prompts.
@@ -154,6 +157,10 @@ def generate_seq2seq(
         ValueError: text longer than the offset covers or than the backbone has positions for.
         IndexError: an id outside the vocabulary.
     """
+    if model.disabled:
+        if task_ids is not None:
+            kwargs["task_ids"] = task_ids
+        return model.backbone.generate(input_ids, attention_mask=attention_mask, **kwargs)
     backbone = _generating(model)
     _refuse(backbone, kwargs, ())
     _given_cache(kwargs)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,26 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from ept_fast.config import EPTConfig, check_choice
-from ept_fast.prompts.ept import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, embedding_device
+from ept_fast.prompts.ept import EPTOutput, FusedEPTPrompt, embedding_device
+from ept_fast.transformers.adapter_set import check_adapter_name
 from ept_fast.transformers.backbone import Profile, check_backbone, take_cache
 from ept_fast.transformers.checkpointing import Checkpointing, Own, set_mode
 from ept_fast.transformers.padding import Rows, Text
 from ept_fast.transformers.positions import fold_into_positions
 from ept_fast.transformers.quantised import allow_packing, prevent_packing
-from ept_fast.transformers.saving import (
-    AdapterFiles,
-    Description,
-    check_adapter_name,
-    expect_adapters,
-    keep_adapters,
-)
+from ept_fast.transformers.saving import AdapterFiles
 
 __all__ = ["EPTModel"]
 
 _OFFSETS = ("low_rank", "table", "auto", "positions")
 
 
-class EPTModel(Checkpointing, AdapterFiles, nn.Module):
+class EPTModel(Checkpointing, AdapterFiles):
     """A frozen model, named adapters of prompt and head, and one of them active.
 
     Made by :func:`ept_fast.get_ept_model` or :meth:`from_pretrained`; the class is the task's. The
@@ -47,17 +41,8 @@ class EPTModel(Checkpointing, AdapterFiles, nn.Module):
         descriptions: what each adapter is besides its tensors, by name.
     """
 
-    task: ClassVar[str]
     has_head: ClassVar[bool] = False
     accepts_loss_kwargs = True  # transformers' Trainer then gives num_items_in_batch
-    _classes: ClassVar[dict[str, type[EPTModel]]] = {}
-
-    backbone: Any
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "task" in vars(cls):
-            EPTModel._classes[cls.task] = cls
 
     def __init__(
         self, model: nn.Module, *, base_model: str | None = None, backend: str | None = None
@@ -68,30 +53,17 @@ class EPTModel(Checkpointing, AdapterFiles, nn.Module):
         self._checkpointing = Own(model)
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._modes = [(m, m.training) for m in model.modules()]
-        self.prompts = nn.ModuleDict()
-        self.heads = nn.ModuleDict()
-        self.folded = nn.ModuleDict()
-        self.position_tables = nn.ModuleDict()
         self.backbone = model.requires_grad_(False).eval()
         name = getattr(self.backbone.config, "_name_or_path", None) or None
         if base_model is None and name is not None and Path(name).is_dir():
             name = str(Path(name).resolve())
         self.base_model_name = base_model or name
         self.backend = backend
-        self.active_adapter = ""
-        self.descriptions: dict[str, Description] = {}
         self.profile = Profile.of(model)
         self.own_positions = nn.ModuleDict()  # while copies of them stand in the model
         self.disabled = False
         if self._checkpointing.options is not None:
             self.gradient_checkpointing_enable(self._checkpointing.options)
-        self.register_state_dict_post_hook(keep_adapters)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(expect_adapters)  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def of_task(task: str) -> type[EPTModel]:
-        """The class of a task."""
-        return EPTModel._classes[task]
 
     # What a model of transformers offers
 
@@ -146,48 +118,6 @@ class EPTModel(Checkpointing, AdapterFiles, nn.Module):
         return self
 
     # Adapters
-
-    @property
-    def adapter_names(self) -> tuple[str, ...]:
-        """Names of the adapters, in the order they came."""
-        return tuple(self.descriptions)
-
-    @property
-    def prompt(self) -> FusedEPTPrompt:
-        """The active adapter's trainable prompt."""
-        return self.prompts[self.active_adapter]  # type: ignore[return-value]
-
-    @property
-    def active_prompt(self) -> FusedEPTPrompt | FoldedEPTPrompt:
-        """The active adapter's prompt, folded where :meth:`fold` was called."""
-        name = self.active_adapter
-        return (self.folded if name in self.folded else self.prompts)[name]  # type: ignore[return-value]
-
-    @property
-    def head(self) -> nn.Module | None:
-        """The active adapter's head, or None."""
-        return self.head_of(self.active_adapter)
-
-    def head_of(self, name: str) -> nn.Module | None:
-        """An adapter's head, or None."""
-        if name not in self.heads:  # a ModuleDict has no get()
-            return None
-        return self.heads[name]
-
-    @property
-    def description(self) -> Description:
-        """What the active adapter is besides its tensors."""
-        return self.descriptions[self.active_adapter]
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the active adapter's classes, in the order of the logits."""
-        return self.description.labels or ()
-
-    @property
-    def pooling(self) -> str | None:
-        """The active adapter's pooling."""
-        return self.description.pooling
 
     @property
     def text_limit(self) -> int | None:
@@ -248,61 +178,6 @@ class EPTModel(Checkpointing, AdapterFiles, nn.Module):
         if head is not None:
             head.to(next(prompt.parameters()).device)
         self.place(name, prompt, head, described)
-
-    def place(
-        self, name: str, prompt: nn.Module, head: nn.Module | None, description: Description
-    ) -> None:
-        """Put a ready adapter under this name; the first one becomes active."""
-        self.prompts[name] = prompt
-        if head is not None:
-            self.heads[name] = head
-        self.descriptions[name] = description
-        self.set_adapter(self.active_adapter or name)
-
-    def known(self, name: str) -> str:
-        """The name, if there is such an adapter; else ValueError."""
-        if name not in self.descriptions:
-            known = ", ".join(self.descriptions)
-            raise ValueError(f"adapter_name: expected one of {known}, got {name!r}")
-        return name
-
-    def describe(
-        self, labels: Sequence[str] | None, pooling: str | None, head_dropout: float
-    ) -> Description:
-        """The checked choices of an adapter; tasks with a head have more to say."""
-        for name, value in (("labels", labels), ("pooling", pooling)):
-            if value is not None:
-                raise ValueError(f"{name}: expected None for task {self.task}, got {value!r}")
-        if head_dropout:
-            raise ValueError(f"head_dropout: expected 0 for task {self.task}, got {head_dropout!r}")
-        return Description()
-
-    def new_head(
-        self, description: Description, generator: torch.Generator | None
-    ) -> nn.Module | None:
-        return None
-
-    def set_adapter(self, name: str) -> None:
-        """Make an adapter the active one: forward uses it, and only it requires gradients."""
-        self.active_adapter = self.known(name)
-        for group in (self.prompts, self.heads):
-            for other, module in group.items():
-                module.requires_grad_(other == name)
-        self.place_active()
-        self.train(self.training)
-
-    def delete_adapter(self, name: str) -> None:
-        """Forget an adapter.
-
-        Raises:
-            ValueError: no such adapter, or the active one.
-        """
-        if self.known(name) == self.active_adapter:
-            raise ValueError(f"adapter_name: expected one that is not active, got {name!r}")
-        for group in (self.prompts, self.heads, self.folded, self.position_tables):
-            if name in group:
-                del group[name]
-        del self.descriptions[name]
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[EPTModel]:
@@ -387,44 +262,10 @@ class EPTModel(Checkpointing, AdapterFiles, nn.Module):
 
     def unfold(self) -> None:
         """Use the trainable prompts, and the model's own positions, again."""
-        self.folded.clear()
+        super().unfold()
         self.position_tables.clear()
         self.place_active()
         self.own_positions.clear()
-
-    # Numbers
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters: ``prompt`` and ``head`` (trained), ``frozen`` (the backbone)."""
-        head = [] if self.head is None else list(self.head.parameters())
-        trained = {id(p) for p in head}  # a head that stands in the backbone counts once
-        return {
-            "prompt": _count(self.prompt.parameters()),
-            "head": _count(head),
-            "frozen": _count(p for p in self.backbone.parameters() if id(p) not in trained),
-        }
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The trained parameters of the active adapter, and all with the backbone's."""
-        counts = self.parameter_counts()
-        trained = counts["prompt"] + counts["head"]
-        return trained, trained + counts["frozen"]
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, of how many."""
-        trained, every = self.get_nb_trainable_parameters()
-        share = 100 * trained / every
-        print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {share:.4f}")
-
-    def parameter_groups(
-        self, prompt_lr: float, offset_lr: float, space_lr: float, head_lr: float
-    ) -> list[dict[str, Any]]:
-        """Optimizer groups of the active adapter: those of the prompt, then the head."""
-        groups = self.prompt.parameter_groups(prompt_lr, offset_lr, space_lr)
-        if self.head is not None:
-            params = list(self.head.parameters())
-            groups.append({"name": "head", "params": params, "lr": head_lr})
-        return groups
 
     # Forward
 
@@ -521,12 +362,3 @@ class EPTModel(Checkpointing, AdapterFiles, nn.Module):
         """The active prompt before the text, as :meth:`ept_fast.FusedEPTPrompt.forward`."""
         prompt: Callable[..., EPTOutput] = self.active_prompt
         return prompt(input_ids, inputs_embeds, attention_mask, task_ids)
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    """Numbers held, also by quantised parameters, which pack several into an element."""
-    total = 0
-    for parameter in parameters:
-        state = getattr(parameter, "quant_state", None)
-        total += parameter.numel() if state is None else math.prod(state.shape)
-    return total

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ept_fast.prompts.ept import FusedEPTPrompt
+from ept_fast.prompts.ept import FusedEPTPrompt, embedding_device
 from ept_fast.storage.files import CheckpointError
 from ept_fast.storage.sharded import fill, gather, reshard, writing_process
 from ept_fast.storage.untrusted import shorten
@@ -22,51 +21,30 @@ from ept_fast.transformers.adapter import (
     read_adapter,
     write_adapter,
 )
+from ept_fast.transformers.adapter_set import AdapterSet, Description, check_adapter_name
 from ept_fast.transformers.backbone import embedding_width, load_backbone, names_it
+
+if TYPE_CHECKING:
+    from ept_fast.transformers.model import EPTModel
 
 __all__ = [
     "AdapterFiles",
-    "Description",
-    "check_adapter_name",
-    "expect_adapters",
-    "keep_adapters",
 ]
 
 
-@dataclass(frozen=True)
-class Description:
-    """What an adapter is besides its tensors.
+class AdapterFiles(AdapterSet):
+    """Adapters that can be written and read, alone and in a state dict."""
 
-    Attributes:
-        labels: names of the classes, in the order of the logits; None without a head.
-        pooling: how a sequence's logits are taken; None if there is nothing to pool.
-        head: ``"linear"`` (our own), ``"model"`` (a copy of the model's) or None.
-        head_dropout: dropout probability before a linear head.
-    """
+    backend: str | None
+    base_model_name: str | None
 
-    labels: tuple[str, ...] | None = None
-    pooling: str | None = None
-    head: str | None = None
-    head_dropout: float = 0.0
-
-
-def check_adapter_name(name: str, taken: Container[str]) -> None:
-    """Raise ValueError unless the name is plain and new."""
-    plain = isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
-    if not plain or not name.isascii() or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"adapter_name: expected letters, digits, _ and -, and no name of a method of "
-            f"ModuleDict, got {name!r}"
-        )
-    if name in taken:
-        raise ValueError(f"adapter_name: expected a new name, got {name!r}, which is there")
-
-
-class AdapterFiles:
-    """The methods of :class:`ept_fast.EPTModel` that write and read files; ``self`` is one."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_keep_adapters)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_adapters)  # type: ignore[no-untyped-call]
 
     def save_pretrained(
-        self: Any,
+        self,
         folder: str | Path,
         *,
         adapter_name: str | None = None,
@@ -88,7 +66,8 @@ class AdapterFiles:
             WriteError: a file cannot be written.
         """
         name = self.known(adapter_name or self.active_adapter)
-        prompt, module = self.prompts[name], self.head_of(name)
+        prompt: Any = self.prompts[name]
+        module = self.head_of(name)
         reshard(self)
         head = None if module is None else gather(module.state_dict())
         values = {**self.saved_values(name), "extra": dict(extra or {})}
@@ -97,21 +76,17 @@ class AdapterFiles:
             if writes:
                 write_adapter(Path(folder), files)
 
-    def saved_values(self: Any, name: str) -> dict[str, Any]:
+    def saved_values(self, name: str) -> dict[str, Any]:
         """What an adapter's description says besides its tensors and their sizes."""
-        described = self.descriptions[name]
         return {
             "task": self.task,
             "base_model": self.base_model_name,
-            "base_model_type": getattr(self.config, "model_type", None),
-            "labels": None if described.labels is None else list(described.labels),
-            "pooling": described.pooling,
-            "head": described.head,
-            "head_dropout": described.head_dropout,
+            "base_model_type": getattr(self.backbone.config, "model_type", None),
+            **vars(self.descriptions[name]),
             "extra": {},
         }
 
-    def load_pretrained(self: Any, folder: str | Path, *, saved_name: str | None = None) -> None:
+    def load_pretrained(self, folder: str | Path, *, saved_name: str | None = None) -> None:
         """Read an adapter of the same task, sizes and labels into the active one.
 
         Args:
@@ -135,9 +110,7 @@ class AdapterFiles:
             fill(self.head.state_dict(), tensors)
         self.unfold()
 
-    def load_adapter(
-        self: Any, folder: str | Path, name: str, *, saved_name: str | None = None
-    ) -> None:
+    def load_adapter(self, folder: str | Path, name: str, *, saved_name: str | None = None) -> None:
         """Add a saved adapter under this name.
 
         Args:
@@ -149,9 +122,9 @@ class AdapterFiles:
                 is as before then.
         """
         check_adapter_name(name, self.descriptions)
-        self.add_saved(read_adapter(folder, saved_name), name)
+        self._add(read_adapter(folder, saved_name), name)
 
-    def add_saved(self: Any, saved: SavedAdapter, name: str) -> None:
+    def _add(self, saved: SavedAdapter, name: str) -> None:
         described = self._check_saved(saved)
         saved.config(embedding_width(self.backbone))
         try:
@@ -164,7 +137,7 @@ class AdapterFiles:
                 f"got {described.head!r}"
             )
         config, _, values = saved.prompt()
-        layer = self.get_input_embeddings()
+        layer = self.backbone.get_input_embeddings()
         prompt = FusedEPTPrompt.from_tensors(config, values, layer, backend=self.backend)
         with torch.random.fork_rng(devices=()):  # of which a new linear layer draws
             head = self.new_head(described, torch.Generator())
@@ -173,12 +146,12 @@ class AdapterFiles:
             if described.head == "linear":
                 head.to(next(iter(tensors.values())).dtype)
             head.load_state_dict(tensors)
-            head.to(self.device)
+            head.to(embedding_device(layer))
         self.place(name, prompt, head, described)
 
-    def _check_saved(self: Any, saved: SavedAdapter) -> Description:
+    def _check_saved(self, saved: SavedAdapter) -> Description:
         values = saved.values
-        kind = getattr(self.config, "model_type", None)
+        kind = getattr(self.backbone.config, "model_type", None)
         for key, expected in (("task", self.task), ("base_model_type", kind)):
             if values[key] != expected:
                 raise CheckpointError(
@@ -190,7 +163,7 @@ class AdapterFiles:
 
     @classmethod
     def from_pretrained(
-        cls: Any,
+        cls,
         folder: str | Path,
         model: nn.Module | None = None,
         *,
@@ -200,7 +173,7 @@ class AdapterFiles:
         backend: str | None = None,
         trust_remote_code: bool = False,
         allow_download: bool = False,
-    ) -> Any:
+    ) -> EPTModel:
         """The model of a saved adapter, of the class of its task, in evaluation mode.
 
         Args:
@@ -226,7 +199,7 @@ class AdapterFiles:
         check_adapter_name(adapter_name, ())
         saved = read_adapter(folder, saved_name)
         values = saved.values
-        expected = getattr(cls, "task", values["task"])
+        expected = getattr(cls, "task", values["task"])  # EPTModel itself is of no task
         if expected != values["task"]:
             raise CheckpointError(
                 f"{saved.path}: task: expected {expected!r}, got {values['task']!r}"
@@ -253,16 +226,16 @@ class AdapterFiles:
                 if base_model is not None:
                     raise
                 raise ValueError(f"{error}{names_it(folder, name, allow_download)}") from None
-        chosen = cls.of_task(values["task"])(model, base_model=name, backend=backend)
+        chosen: EPTModel = cls.of_task(values["task"])(model, base_model=name, backend=backend)
         try:
-            chosen.add_saved(saved, adapter_name)
+            chosen._add(saved, adapter_name)
         except BaseException:
             chosen.unload()
             raise
         return chosen.eval()
 
 
-def keep_adapters(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _keep_adapters(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     """A state dict holds prompts and heads, never backbone weights, and says what they are."""
     kept = (f"{prefix}prompts.", f"{prefix}heads.")
     for key in [k for k in state if k.startswith(prefix) and not k.startswith(kept)]:
@@ -276,7 +249,7 @@ def keep_adapters(module: Any, state: dict[str, Any], prefix: str, _: Any) -> No
         state[f"{prefix}{DESCRIPTION}"] = description
 
 
-def expect_adapters(module: Any, keys: Any) -> None:
+def _expect_adapters(module: Any, keys: Any) -> None:
     """Report neither frozen weights as missing nor the description as unexpected; unfold.
 
     The description is for those who have no model yet.

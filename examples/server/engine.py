@@ -12,9 +12,9 @@ import torch
 
 from ept_fast.training.tokens import TextForm
 from ept_fast.transformers.adapter import ADAPTER_FILE, read_adapter
+from ept_fast.transformers.adapter_set import check_adapter_name
 from ept_fast.transformers.backbone import Profile, load_backbone, load_tokenizer
 from ept_fast.transformers.bank import EPTBank
-from ept_fast.transformers.saving import check_adapter_name
 
 __all__ = ["Engine", "Task", "find_adapters", "load_engine"]
 

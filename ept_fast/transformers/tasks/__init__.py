@@ -88,7 +88,7 @@ def get_ept_model(
         torch.Size([1, 3, 99])
     """
     check_choice("task", task, TASKS)
-    wrapped = EPTModel.of_task(task)(model, base_model=base_model, backend=backend)
+    wrapped: EPTModel = EPTModel.of_task(task)(model, base_model=base_model, backend=backend)
     try:
         wrapped.add_adapter(
             adapter_name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,6 +28,7 @@ class EPTModelForCausalLM(EPTModel):
     """
 
     task = "CAUSAL_LM"
+    generate = generate_causal
 
     def run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
         prefix = kwargs.pop("prefix", None)
@@ -67,15 +67,3 @@ class EPTModelForCausalLM(EPTModel):
             ValueError: a backbone with layers that keep something else.
         """
         return PrefixCache(self)
-
-    @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """What the backbone's ``generate`` gives for these arguments, behind the active prompt.
-
-        ``prefix`` and all else: :func:`ept_fast.transformers.generation.generate_causal`.
-        """
-        if self.disabled:
-            return self.backbone.generate(input_ids, attention_mask=attention_mask, **kwargs)
-        return generate_causal(self, input_ids, attention_mask, **kwargs)

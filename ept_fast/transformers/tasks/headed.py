@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ept_fast.config import check_number
+from ept_fast.transformers.adapter_set import Description
 from ept_fast.transformers.backbone import output_width, own_head
 from ept_fast.transformers.model import EPTModel
-from ept_fast.transformers.saving import Description
 
 __all__ = ["HeadedModel"]
 

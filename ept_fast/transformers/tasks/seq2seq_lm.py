@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ept_fast.transformers.generation import generate_seq2seq
@@ -22,6 +21,7 @@ class EPTModelForSeq2SeqLM(EPTModel):
     """
 
     task = "SEQ_2_SEQ_LM"
+    generate = generate_seq2seq
 
     def run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
         num_items = kwargs.pop("num_items_in_batch", None)
@@ -37,15 +37,3 @@ class EPTModelForSeq2SeqLM(EPTModel):
         output = self.backbone(**inputs)
         loss = None if labels is None else token_loss(output.logits, labels, num_items)
         return replace_fields(output, loss=loss)
-
-    @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """What the backbone's ``generate`` gives for these arguments, behind the active prompt.
-
-        See :func:`ept_fast.transformers.generation.generate_seq2seq`.
-        """
-        if self.disabled:
-            return self.backbone.generate(input_ids, attention_mask=attention_mask, **kwargs)
-        return generate_seq2seq(self, input_ids, attention_mask, **kwargs)

@@ -28,6 +28,7 @@ from ept_fast.transformers.padding import (
     layout_of,
     left_padded,
     mark_layout,
+    mask_of_ids,
     right_padded,
 )
 from ept_fast.transformers.prefix_cache import PrefixCache
@@ -246,8 +247,7 @@ def _spliced(
     """``[B, m + S, d]`` as in a forward pass, and its mask ``[B, m + S]`` of int64."""
     if attention_mask is None and isinstance(input_ids, Tensor):
         pad, end = (_setting(model.backbone, kwargs, f"{n}_token_id") for n in ("pad", "eos"))
-        if pad is not None and pad not in (end if isinstance(end, list) else [end]):
-            attention_mask = (input_ids != pad).long()
+        attention_mask = mask_of_ids(input_ids, pad, end)
     spliced = model.splice(input_ids=input_ids, attention_mask=attention_mask, task_ids=task_ids)
     return spliced.inputs_embeds, spliced.attention_mask.long()
 

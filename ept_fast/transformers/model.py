@@ -313,12 +313,7 @@ class EPTModel(Checkpointing, AdapterFiles):
         if cache is not None:
             raise ValueError(f"{name}: expected None (see generate()), got one")
         kwargs.pop("return_dict", None)
-        found = input_ids if input_ids is not None else inputs_embeds
-        if found is None:
-            raise ValueError("input_ids, inputs_embeds: expected one of them, got none")
-        if attention_mask is None:
-            attention_mask = torch.ones(found.shape[:2], dtype=torch.int64, device=found.device)
-        text = Text(input_ids, inputs_embeds, attention_mask, token_type_ids)
+        text = Text.of(input_ids, inputs_embeds, attention_mask, token_type_ids)
         limit = self.profile.table_limit(m := self.prompt.config.num_virtual_tokens)
         if limit is not None and text.length > limit:
             raise ValueError(

@@ -29,6 +29,7 @@ __all__ = [
     "layout_of",
     "left_padded",
     "mark_layout",
+    "mask_of_ids",
     "next_labels",
     "pack",
     "packed_mask",
@@ -81,6 +82,22 @@ class Text(NamedTuple):
     attention_mask: Tensor
     token_type_ids: Tensor | None = None
     order: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+    ) -> Text:
+        """A text as it was given, all of it real if there is no mask."""
+        found = input_ids if input_ids is not None else inputs_embeds
+        if found is None:
+            raise ValueError("input_ids, inputs_embeds: expected one of them, got none")
+        if attention_mask is None:
+            attention_mask = torch.ones(found.shape[:2], dtype=torch.int64, device=found.device)
+        return cls(input_ids, inputs_embeds, attention_mask, token_type_ids)
 
     @property
     def length(self) -> int:
@@ -217,6 +234,13 @@ def layout_of(cache: Any) -> str:
 
 
 # Generation
+
+
+def mask_of_ids(input_ids: Tensor, pad: int | None, end: int | list[int] | None) -> Tensor | None:
+    """Zeros at the padding token, unless it ends texts too; None if it does or there is none."""
+    if pad is None or pad in (end if isinstance(end, list) else [end]):
+        return None
+    return (input_ids != pad).long()
 
 
 def right_padded(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,8 @@ class EPTModel(Checkpointing, AdapterFiles):
         base_model_name: folder or hub id of the backbone, saved with adapters; or None.
         active_adapter: name of the adapter that forward uses.
         descriptions: what each adapter is besides its tensors, by name.
+        profile: what is known of the backbone.
+        disabled: whether calls go to the plain backbone (:meth:`disable_adapter`).
     """
 
     has_head: ClassVar[bool] = False

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.storage.untrusted import shorten
 
-__all__ = ["ACTIVATIONS", "GATES", "EPTConfig"]
+__all__ = ["GATES", "EPTConfig"]
 
-ACTIVATIONS = ("gelu", "relu", "silu", "identity")
 GATES = ("token", "prompt")
 
 
@@ -104,7 +104,7 @@ class EPTConfig:
         check_count("num_spaces", self.num_spaces, 0)
         check_count("space_dim", self.space_dim, 1)
         check_number("alpha", self.alpha)
-        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_choice("gate", self.gate, GATES)
         check_number("temperature", self.temperature, positive=True)
         check_flag("fusion", self.fusion)

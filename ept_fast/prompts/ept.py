@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module  # the hooks of all modules
 
-from ept_fast.checks import check_input_ids, check_splice_values
+from ept_fast.checks import check_input_ids, check_token_ids
 from ept_fast.config import EPTConfig, check_choice, check_count
-from ept_fast.ops.functional import reconstruct_prompt, splice_prompt
+from ept_fast.ops.functional import gate_weights, reconstruct_prompt, splice_prompt
+from ept_fast.ops.types import Flags, Parameters
 from ept_fast.prompts.table import offset_table, splice_table, table_pays
 from ept_fast.storage.files import (
     check_shapes,
@@ -175,7 +176,7 @@ class SplicedPrompt(nn.Module):
         except IndexError:
             rows = getattr(embedding, "num_embeddings", None)
             if isinstance(rows, int):
-                check_splice_values(input_ids, rows, None, None, 0)  # names row and column
+                check_token_ids(input_ids, rows)  # names row and column
             raise
 
     def extra_repr(self) -> str:
@@ -306,24 +307,15 @@ class FusedEPTPrompt(SplicedPrompt):
         Raises:
             ValueError: the prompt has no subspaces.
         """
-        c = self.config
-        if self.gate_weight is None or self.gate_bias is None:
+        if self.gate_weight is None:
             raise ValueError("num_spaces: expected at least 1 for gate weights, got 0")
-        dtype = torch.promote_types(self.short_prompt.dtype, torch.float32)
-        weight, bias = self.gate_weight.to(dtype), self.gate_bias.to(dtype).unsqueeze(-2)
-        with torch.autocast(weight.device.type, enabled=False):
-            fused = reconstruct_prompt(
-                self.short_prompt.to(dtype),
-                self.offset_a,
-                self.offset_b,
-                scaling=c.scaling,
-                fusion=c.fusion,
-                backend=self.backend,
-            )
-            logits = (fused @ weight + bias) / c.temperature
-            if c.gate == "prompt":
-                logits = logits.mean(-2, keepdim=True).expand_as(logits)
-            return logits.softmax(-1)
+        c = self.config
+        return gate_weights(
+            Parameters(**{name: getattr(self, name) for name in _NAMES}),
+            Flags(c.scaling, c.activation, c.gate, c.temperature),
+            fusion=c.fusion,
+            backend=self.backend,
+        )
 
     def fold(self, dtype: torch.dtype | None = None, offset: str = "low_rank") -> FoldedEPTPrompt:
         """The same prompt for inference: P′ computed once, nothing trainable, the same outputs.

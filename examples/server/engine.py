@@ -12,9 +12,9 @@ import torch
 
 from ept_fast.training.tokens import TextForm
 from ept_fast.transformers.adapter import ADAPTER_FILE, read_adapter
-from ept_fast.transformers.backbone import load_backbone, load_tokenizer, text_limit
+from ept_fast.transformers.adapter_set import check_adapter_name
+from ept_fast.transformers.backbone import Profile, load_backbone, load_tokenizer
 from ept_fast.transformers.bank import EPTBank
-from ept_fast.transformers.model import check_adapter_name
 
 __all__ = ["Engine", "Task", "find_adapters", "load_engine"]
 
@@ -79,7 +79,7 @@ class Engine:
         bank = EPTBank.from_adapters(model, folders)
         prompt = bank.bank
         longest = prompt.config.num_virtual_tokens
-        positions = text_limit(model, longest)
+        positions = Profile.of(model).text_limit(longest)
         if positions is not None and positions < 1:
             raise ValueError(
                 f"model: expected more than the {longest} positions of the longest prompt, "

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput  # type: ignore[attr-defined]
 
-from ept_fast.config import EPTConfig, check_choice
+from ept_fast.config import PromptConfig, check_choice
 from ept_fast.precision import accumulation_dtype
-from ept_fast.prompts.ept import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, embedding_device
+from ept_fast.prompts.base import EPTOutput, FoldedPrompt, Prompt, prompt_class
+from ept_fast.prompts.embedding import embedding_device
 from ept_fast.prompts.table import offset_table
 from ept_fast.storage.files import CheckpointError
 from ept_fast.storage.sharded import fill, gather, reshard, writing_process
@@ -307,12 +308,12 @@ class EPTModel(nn.Module):
         return tuple(self.descriptions)
 
     @property
-    def prompt(self) -> FusedEPTPrompt:
+    def prompt(self) -> Prompt:
         """The active adapter's trainable prompt."""
         return self.prompts[self.active_adapter]  # type: ignore[return-value]
 
     @property
-    def active_prompt(self) -> FusedEPTPrompt | FoldedEPTPrompt:
+    def active_prompt(self) -> Prompt | FoldedPrompt:
         """The active adapter's prompt, folded where :meth:`fold` was called."""
         name = self.active_adapter
         return (self.folded if name in self.folded else self.prompts)[name]  # type: ignore[return-value]
@@ -354,7 +355,7 @@ class EPTModel(nn.Module):
     def add_adapter(
         self,
         name: str,
-        config: EPTConfig,
+        config: PromptConfig,
         *,
         labels: Sequence[str] | None = None,
         pooling: str | None = None,
@@ -379,16 +380,13 @@ class EPTModel(nn.Module):
         check_adapter_name(name, self.descriptions)
         described = self._describe(labels, pooling, head_dropout)
         limit = None if self._table_name is None else text_limit(self.backbone, 0)
-        if (
-            limit is not None
-            and isinstance(config, EPTConfig)
-            and config.num_virtual_tokens >= limit
-        ):
+        method = prompt_class(config)
+        if limit is not None and config.num_virtual_tokens >= limit:
             raise ValueError(
                 f"num_virtual_tokens: expected room for text in the model's "
                 f"{self.config.max_position_embeddings} positions, got {config.num_virtual_tokens}"
             )
-        prompt = FusedEPTPrompt(
+        prompt = method(
             config,
             self.get_input_embeddings(),
             init=init,
@@ -683,7 +681,7 @@ class EPTModel(nn.Module):
                 )
         tensors = {} if self.head is None else saved.head(self.head)
         reshard(self)
-        self.prompt.load_tensors(saved.prompt_path, *saved.prompt())
+        self.prompt.load_saved(saved.prompt)
         if self.head is not None:
             fill(self.head.state_dict(), tensors)
         self.unfold()
@@ -700,11 +698,13 @@ class EPTModel(nn.Module):
                 is as before then.
         """
         check_adapter_name(name, self.descriptions)
-        self._add_saved(read_adapter(folder, saved_name), name)
+        self.add_saved(read_adapter(folder, saved_name), name)
 
-    def _add_saved(self, saved: SavedAdapter, name: str) -> None:
+    def add_saved(self, saved: SavedAdapter, name: str) -> None:
+        """Add an adapter that has been read; errors as :meth:`load_adapter`."""
+        check_adapter_name(name, self.descriptions)
         described = self._check_saved(saved)
-        saved.config(embedding_width(self.backbone))
+        config = saved.config(embedding_width(self.backbone))
         try:
             chosen = self._describe(described.labels, described.pooling, described.head_dropout)
         except ValueError as error:
@@ -714,9 +714,12 @@ class EPTModel(nn.Module):
                 f"{saved.path}: head: expected {chosen.head!r} as this model needs, "
                 f"got {described.head!r}"
             )
-        config, _, values = saved.prompt()
-        layer = self.get_input_embeddings()
-        prompt = FusedEPTPrompt.from_tensors(config, values, layer, backend=self.backend)
+        prompt = prompt_class(config).from_tensors(
+            config,
+            {name: tensor.clone() for name, tensor in saved.prompt.tensors.items()},
+            self.get_input_embeddings(),
+            backend=self.backend,
+        )
         with torch.random.fork_rng(devices=()):  # of which a new linear layer draws
             head = self._new_head(described, torch.Generator())
         if head is not None:
@@ -742,7 +745,7 @@ class EPTModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        folder: str | Path | SavedAdapter,
         model: nn.Module | None = None,
         *,
         base_model: str | None = None,
@@ -756,7 +759,8 @@ class EPTModel(nn.Module):
 
         Args:
             folder: what :meth:`save_pretrained` wrote; or else what transformers' Trainer or
-                accelerate did, the state dict of a model as ``model.safetensors``.
+                accelerate did, the state dict of a model as ``model.safetensors``. An adapter that
+                :func:`~ept_fast.transformers.adapter.read_adapter` has read will do too.
             model: the frozen model, where it is already loaded.
             base_model: folder or hub id to load it from, in place of the name saved with the
                 adapter.
@@ -775,8 +779,8 @@ class EPTModel(nn.Module):
                 ``trust_remote_code`` without ``base_model``.
         """
         check_adapter_name(adapter_name, ())
-        saved = read_adapter(folder, saved_name)
-        values = saved.values
+        saved = folder if isinstance(folder, SavedAdapter) else read_adapter(folder, saved_name)
+        folder, values = saved.path.parent, saved.values
         if cls is not EPTModel and cls.task != values["task"]:
             raise CheckpointError(
                 f"{saved.path}: task: expected {cls.task!r}, got {values['task']!r}"
@@ -805,7 +809,7 @@ class EPTModel(nn.Module):
                 raise ValueError(f"{error}{names_it(folder, name, allow_download)}") from None
         chosen = EPTModel.of_task(values["task"])(model, base_model=name, backend=backend)
         try:
-            chosen._add_saved(saved, adapter_name)
+            chosen.add_saved(saved, adapter_name)
         except BaseException:
             chosen.unload()
             raise

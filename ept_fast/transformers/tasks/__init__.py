@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
-from ept_fast.config import EPTConfig, check_choice, check_number
+from ept_fast.config import PromptConfig, check_choice, check_number
 from ept_fast.transformers import POOLINGS, TASKS
 from ept_fast.transformers.backbone import (
     cache_of,
@@ -46,7 +46,7 @@ __all__ = [
 
 def get_ept_model(
     model: nn.Module,
-    config: EPTConfig,
+    config: PromptConfig,
     task: str,
     *,
     adapter_name: str = "default",

@@ -18,7 +18,7 @@ import tests.toy_method as toy_method  # registers the toy
 from ept_fast import CheckpointError, EPTBank, EPTConfig, EPTModel, FusedEPTPrompt, get_ept_model
 from ept_fast.config import PromptConfig
 from ept_fast.interchange import export_peft, export_plain, import_peft, import_plain
-from ept_fast.prompts.base import Prompt, expected_shapes, prompt_class, prompt_types, register
+from ept_fast.prompts.base import Prompt, expected_shapes, prompt_class, prompt_methods, register
 from ept_fast.training.config import TrainConfig
 from ept_fast.transformers import adapter
 from tests.architectures import BY_NAME
@@ -26,13 +26,14 @@ from tests.tiny import save_model, save_task, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = sorted(prompt_types())
+METHODS = {m.config_class.prompt_type: m for m in prompt_methods().values()}
+KINDS = sorted(METHODS)
 D = BY_NAME["Llama"].width
 
 
 def config_of(kind: str, **choices: Any) -> PromptConfig:
     """A small config; a method that can have an offset to the text has none."""
-    config = prompt_types()[kind].config_class
+    config = METHODS[kind].config_class
     known = {field.name for field in dataclasses.fields(config)}
     sizes = {"hidden_size": D, "num_virtual_tokens": 3, "rank": 0, **choices}
     return config(**{name: value for name, value in sizes.items() if name in known})

@@ -1,7 +1,6 @@
 """What every prompt method shares, and the registry that finds a method by its name.
 
-A method is one file: a config, which is a frozen dataclass below :class:`~ept_fast.config.
-PromptConfig`, and a class below :class:`Prompt` with ``shapes``, ``groups``, ``initial`` and
+A method is one file: a config, which is a frozen dataclass below ``PromptConfig``, and a class below :class:`Prompt` with ``shapes``, ``groups``, ``initial`` and
 ``reconstruct``, under :func:`register`.
 """
 
@@ -47,7 +46,6 @@ __all__ = [
     "expected_shapes",
     "prompt_class",
     "prompt_methods",
-    "prompt_types",
     "read_config",
     "read_prompt",
     "register",
@@ -482,11 +480,6 @@ def register(method: _Method) -> _Method:
         check_choice("groups", group, _RATES)
     _METHODS[name] = method
     return method
-
-
-def prompt_types() -> dict[str, type[Prompt]]:
-    """The registered methods, by ``prompt_type``."""
-    return dict(_METHODS)
 
 
 def prompt_methods() -> dict[str, type[Prompt]]:

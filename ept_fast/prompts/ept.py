@@ -84,7 +84,7 @@ class FusedEPTPrompt(Prompt):
         return shapes
 
     def initial(self, rows: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """METHOD's initial values: the prompt that :attr:`rows` make by themselves."""
+        """METHOD's initial values, with which P′ is the first m rows and the offset is zero."""
         c = self.config
         d, m, k, h = c.hidden_size, c.num_virtual_tokens, c.num_spaces, c.space_dim
         tensors = {"short_prompt": rows[:m]}

@@ -80,7 +80,7 @@ _IN_STATE: dict[str, tuple[type, ...]] = {**_FIELDS, "config": (dict,)}
 _OF_STATE: dict[str, tuple[type, ...]] = {"active": (str,), "adapters": (dict,), "sha256": (str,)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth value
 class SavedAdapter:
     """A saved adapter, read once and checked.
 

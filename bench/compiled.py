@@ -36,13 +36,14 @@ from unittest import mock
 import click
 import torch
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.environment import commit
 from ept_fast.kernels import launch
+from ept_fast.ops.activations import ACTIVATIONS
+from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 
 RESULTS = Path(__file__).parent / "results" / "compiled"
 KERNELS = Path(__file__).parent.parent / "kernels"
@@ -506,25 +507,22 @@ class Reconstruct:
 
         s, t = self.shape, self.shape.tasks or 1
         prompt, offset, space = (FLOATS[name] for name in self.types)
-        tensors: list[Tensor | None] = [torch.empty(t, s.m, s.d, dtype=prompt)]
-        tensors += (
-            [torch.empty(t, s.n, s.r, dtype=offset), torch.empty(t, s.r, s.d, dtype=offset)]
-            if self.offset
-            else [None, None]
-        )
-        tensors += (
-            [
-                torch.empty(t, s.k, s.d, s.h, dtype=space),
-                torch.empty(t, s.k, s.h, s.d, dtype=space),
-                torch.empty(t, s.d, s.k, dtype=space),
-                torch.empty(t, s.k, dtype=space),
-            ]
-            if self.spaces
-            else [None] * 4
-        )
-        flags = (0.5, self.activation, self.gate, 1.5)
-        out, *saved = reconstruct_forward(*tensors, *flags)
-        reconstruct_backward(torch.empty_like(out), *tensors, *saved, *flags)
+        parameters = Parameters(torch.empty(t, s.m, s.d, dtype=prompt))
+        if self.offset:
+            parameters = parameters._replace(
+                offset_a=torch.empty(t, s.n, s.r, dtype=offset),
+                offset_b=torch.empty(t, s.r, s.d, dtype=offset),
+            )
+        if self.spaces:
+            parameters = parameters._replace(
+                space_down=torch.empty(t, s.k, s.d, s.h, dtype=space),
+                space_up=torch.empty(t, s.k, s.h, s.d, dtype=space),
+                gate_weight=torch.empty(t, s.d, s.k, dtype=space),
+                gate_bias=torch.empty(t, s.k, dtype=space),
+            )
+        flags = Flags(0.5, self.activation, self.gate, 1.5)
+        out, saved = reconstruct_forward(parameters, flags)
+        reconstruct_backward(torch.empty_like(out), parameters, saved, flags)
 
 
 @dataclass(frozen=True)
@@ -560,10 +558,9 @@ class Splice:
             mask = torch.ones(s.batch, s.length, dtype=self.mask)
         if s.tasks is not None:
             tasks = torch.zeros(s.batch, dtype=torch.int64)
-        text = (ids, weight, embeds)
-        out = splice_forward(prompt, *text, a, b, mask, tasks, 0.5)
-        needs = (self.need_prompt, self.offset)
-        splice_backward(torch.empty_like(out), prompt, a, b, mask, tasks, 0.5, *needs)
+        inputs = SpliceInputs(prompt, ids, weight, embeds, a, b, mask, tasks)
+        out = splice_forward(inputs, 0.5)
+        splice_backward(torch.empty_like(out), inputs, 0.5, self.need_prompt, self.offset)
 
 
 Case = Reconstruct | Splice
@@ -578,7 +575,7 @@ def cases(everything: bool = False) -> list[Case]:
     alike = [(name,) * 3 for name in FLOATS]
     pairs = [(e, p) for e in FLOATS for p in FLOATS]
     if everything:
-        activations = ("gelu", "relu", "silu", "identity")
+        activations = tuple(ACTIVATIONS)
         every: list[Case] = []
         for shape in SHAPES:
             every += [
@@ -604,7 +601,7 @@ def cases(everything: bool = False) -> list[Case]:
     return [
         *(replace(base_r, types=types) for types in [*alike, MIXED]),
         *(replace(base_r, shape=shape) for shape in (LARGE, BANK, ODD, WIDEST, LONGEST)),
-        *(replace(base_r, activation=name) for name in ("relu", "silu", "identity")),
+        *(replace(base_r, activation=name) for name in tuple(ACTIVATIONS)[1:]),
         replace(base_r, gate="prompt"),
         replace(base_r, offset=False),
         replace(base_r, spaces=False),

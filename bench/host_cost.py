@@ -186,7 +186,7 @@ def stubbed() -> Iterator[Callable[[], int]]:
 
         from ept_fast.backends import triton as backend
         from ept_fast.kernels import launch
-        from ept_fast.ops import functional, operators
+        from ept_fast.ops import functional, splice
 
         class Driver(CudaDriver):  # type: ignore[misc]
             """Triton's own, save what it asks PyTorch, which has no GPU here."""
@@ -211,7 +211,7 @@ def stubbed() -> Iterator[Callable[[], int]]:
         # The backend serves a CPU if it is interpreted; the variable is still asked for.
         patch(backend, "_interpreted", lambda: os.environ.get("TRITON_INTERPRET") != "1")
         # Values are looked at on a CPU; here, as on a GPU, only where the variable asks for it.
-        for module in (functional, operators):
+        for module in (functional, splice):
             patch(
                 module,
                 "values_are_checked",

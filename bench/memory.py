@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 
 from ept_fast import EPTConfig
+from ept_fast.backends.eager.splice import tile_config
 from ept_fast.kernels.launch import (
-    eager_splice_config,
     reconstruct_config,
     splice_backward_config,
 )
@@ -209,7 +209,7 @@ class PromptStep:
         """A·c and B, tiles of the offset and of the text that it is added to."""
         (_, _, n, d, _, _), (e, p, t) = self._sizes, self._bytes
         r = self.config.rank
-        tiles = eager_splice_config(self.length, d, t, "cpu")
+        tiles = tile_config(self.length, d, t, "cpu")
         looked_up = e * tiles.positions * tiles.rows * d
         if not r:
             return looked_up
@@ -226,7 +226,7 @@ class PromptStep:
         """A·c and B·c, a tile of summed gradients, and sums that are cast when they are whole."""
         (tasks, m, n, d, _, _), (e, p, t) = self._sizes, self._bytes
         r, cast = self.config.rank, p != t
-        tiles = eager_splice_config(self.length, d, t, "cpu")
+        tiles = tile_config(self.length, d, t, "cpu")
         prompt, offset = m * d, (n + d) * r
         tile = tiles.positions * d
         # A sum over rows of another type copies all of them first.
@@ -265,10 +265,7 @@ class PromptStep:
             backward += config.groups * n * r if config.groups > 1 else 0
 
         r = self.config.rank
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        splice = splice_backward_config(
-            self.batch, self.length, m, d, r, tasks, self.table, device, True, bool(r)
-        )
+        splice = splice_backward_config(self.batch, self.length, m, d, r, tasks, True, bool(r))
         of_batch = -(-self.batch // splice.rows)
         of_a = of_batch * -(-d // (splice.block_d * splice.tiles_d))
         of_b = of_batch * -(-self.length // (splice.block_s * splice.tiles))

@@ -21,6 +21,7 @@ from bench.inputs import SCALING, Inputs
 from bench.shapes import Shape
 from ept_fast import reference
 from ept_fast.ops import dispatch
+from ept_fast.ops.types import Parameters
 
 REFERENCE = "reference"
 COMPILED = {"reference-compiled": "default", "reference-max-autotune": "max-autotune"}
@@ -59,7 +60,7 @@ def ours(device: torch.device) -> str:
     """The backend that a user gets on this device."""
     if _only_listed(device):
         return _FOR_A_GPU[0]
-    return dispatch.select(None, {"prompt": torch.empty(1, 1, 1, device=device)})
+    return dispatch.select(None, Parameters(torch.empty(1, 1, 1, device=device)))
 
 
 def others_of_ours(device: torch.device) -> list[str]:

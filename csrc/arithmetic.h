@@ -40,20 +40,19 @@ EPT_BOTH float normal_density(float x) { return 0.39894228040143268f * expf(-0.5
 
 // φ
 EPT_BOTH float activate(float x, Activation activation) {
-  if (activation == Activation::gelu) return x * normal_probability(x);
-  if (activation == Activation::relu) return x > 0.0f || x != x ? x : 0.0f;
-  if (activation == Activation::silu) return x * logistic(x);
+#define EPT_PHI(name, phi, slope) \
+  if (activation == Activation::name) return phi;
+  EPT_ACTIVATIONS(EPT_PHI)
+#undef EPT_PHI
   return x;
 }
 
-// dφ/dx; relu's is 0 at 0
+// dφ/dx
 EPT_BOTH float slope_of(float x, Activation activation) {
-  if (activation == Activation::gelu) return normal_probability(x) + x * normal_density(x);
-  if (activation == Activation::relu) return x > 0.0f ? 1.0f : 0.0f;
-  if (activation == Activation::silu) {
-    const float s = logistic(x);
-    return s * (1.0f + x * (1.0f - s));
-  }
+#define EPT_SLOPE(name, phi, slope) \
+  if (activation == Activation::name) return slope;
+  EPT_ACTIVATIONS(EPT_SLOPE)
+#undef EPT_SLOPE
   return 1.0f;
 }
 

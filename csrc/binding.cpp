@@ -16,7 +16,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 // Only a torch with CUDA has it. Weak: the library loads beside a torch for CPUs, to be looked at.
@@ -131,12 +130,6 @@ ept::View view(
   return result;
 }
 
-ept::View view(
-    const char* name, const Optional& tensor, int64_t axes, const Launch& launch,
-    Kind kind = Kind::floats) {
-  return tensor ? view(name, *tensor, axes, launch, kind) : ept::View{};
-}
-
 Tensor empty(const Tensor& like, Sizes sizes, ScalarType type) {
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
 }
@@ -165,11 +158,13 @@ void check(const ept::Status& status) {
 }
 
 ept::Activation activation_of(const std::string& name) {
-  if (name == "gelu") return ept::Activation::gelu;
-  if (name == "relu") return ept::Activation::relu;
-  if (name == "silu") return ept::Activation::silu;
-  if (name == "identity") return ept::Activation::identity;
-  refuse("activation", "gelu, relu, silu or identity", name);
+  std::string known;
+#define EPT_NAMED(row, phi, slope)                     \
+  if (name == #row) return ept::Activation::row;       \
+  known += std::string(known.empty() ? "" : ", ") + #row;
+  EPT_ACTIVATIONS(EPT_NAMED)
+#undef EPT_NAMED
+  refuse("activation", "one of " + known, name);
 }
 
 ept::Gate gate_of(const std::string& name) {
@@ -178,44 +173,83 @@ ept::Gate gate_of(const std::string& name) {
   refuse("gate", "token or prompt", name);
 }
 
-// A group of tensors is given whole or not at all.
-void check_together(
-    const char* first_name, const Optional& first, const char* name, const Optional& other) {
-  if (first.has_value() != other.has_value()) {
-    const bool misses_first = !first.has_value();
-    refuse(
-        misses_first ? first_name : name,
-        std::string("a tensor beside ") + (misses_first ? name : first_name), "None");
+using Tensors = std::vector<Tensor>;
+using Given = std::vector<Optional>;
+
+// A tensor of a list that has names, as the NamedTuples of ept_fast/ops/types.py have.
+template <size_t size>
+class Named {
+ public:
+  Named(const char* what, const char* const (&names)[size], const Given& given)
+      : names_(names), given_(given) {
+    if (given.size() != size) {
+      refuse(what, std::to_string(size) + " tensors", std::to_string(given.size()));
+    }
   }
-}
+  const Optional& operator[](const char* name) const { return given_[index(name)]; }
+  const Tensor& required(const char* name) const {
+    const Optional& found = (*this)[name];
+    if (!found) refuse(name, "a tensor", "None");
+    return *found;
+  }
+  ept::View view(const char* name, int64_t axes, const Launch& launch,
+                 Kind kind = Kind::floats) const {
+    const Optional& found = (*this)[name];
+    return found ? ::view(name, *found, axes, launch, kind) : ept::View{};
+  }
+  // A group of tensors is given whole or not at all.
+  void check_together(const char* first, const char* other) const {
+    if ((*this)[first].has_value() != (*this)[other].has_value()) {
+      const bool misses_first = !(*this)[first].has_value();
+      refuse(misses_first ? first : other,
+             std::string("a tensor beside ") + (misses_first ? other : first), "None");
+    }
+  }
+
+ private:
+  size_t index(const std::string& name) const {
+    for (size_t i = 0; i < size; ++i) {
+      if (name == names_[i]) return i;
+    }
+    throw std::logic_error("no tensor has the name " + name);
+  }
+  const char* const (&names_)[size];
+  const Given& given_;
+};
+
+constexpr const char* parameter_names[] = {
+    "short_prompt", "offset_a", "offset_b", "space_down", "space_up", "gate_weight", "gate_bias"};
+constexpr const char* saved_names[] = {"query", "stats", "mix", "hidden", "gates", "cross"};
+constexpr const char* splice_names[] = {
+    "prompt", "input_ids", "weight", "inputs_embeds", "offset_a", "offset_b", "attention_mask",
+    "task_ids"};
 
 // Sizes, tensors and flags, which forward and backward have in common.
 template <typename Call>
 Call reconstruct_call(
-    const Launch& launch, const Tensor& short_prompt, const Optional& offset_a,
-    const Optional& offset_b, const Optional& space_down, const Optional& space_up,
-    const Optional& gate_weight, const Optional& gate_bias, double scaling,
-    const std::string& activation, const std::string& gate, double temperature) {
-  check_together("offset_a", offset_a, "offset_b", offset_b);
-  check_together("space_down", space_down, "space_up", space_up);
-  check_together("space_down", space_down, "gate_weight", gate_weight);
-  check_together("space_down", space_down, "gate_bias", gate_bias);
+    const Launch& launch, const Named<7>& given, double scaling, const std::string& activation,
+    const std::string& gate, double temperature) {
+  given.check_together("offset_a", "offset_b");
+  given.check_together("space_down", "space_up");
+  given.check_together("space_down", "gate_weight");
+  given.check_together("space_down", "gate_bias");
   Call call;
-  call.short_prompt = view("short_prompt", short_prompt, 3, launch);
-  call.offset_a = view("offset_a", offset_a, 3, launch);
-  call.offset_b = view("offset_b", offset_b, 3, launch);
-  call.space_down = view("space_down", space_down, 4, launch);
-  call.space_up = view("space_up", space_up, 4, launch);
-  call.gate_weight = view("gate_weight", gate_weight, 3, launch);
-  call.gate_bias = view("gate_bias", gate_bias, 2, launch);
+  call.short_prompt = given.view("short_prompt", 3, launch);
+  call.offset_a = given.view("offset_a", 3, launch);
+  call.offset_b = given.view("offset_b", 3, launch);
+  call.space_down = given.view("space_down", 4, launch);
+  call.space_up = given.view("space_up", 4, launch);
+  call.gate_weight = given.view("gate_weight", 3, launch);
+  call.gate_bias = given.view("gate_bias", 2, launch);
+  const Tensor& short_prompt = given.required("short_prompt");
   call.tasks = short_prompt.size(0);
   call.tokens = short_prompt.size(1);
   call.width = short_prompt.size(2);
-  if (offset_a) {
+  if (const Optional& offset_a = given["offset_a"]) {
     call.positions = offset_a->size(1);
     call.rank = offset_a->size(2);
   }
-  if (space_down) {
+  if (const Optional& space_down = given["space_down"]) {
     call.spaces = space_down->size(1);
     call.dim = space_down->size(3);
   }
@@ -226,24 +260,21 @@ Call reconstruct_call(
   return call;
 }
 
-using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Seven reconstruct_forward(
-    const Tensor& short_prompt, const Optional& offset_a, const Optional& offset_b,
-    const Optional& space_down, const Optional& space_up, const Optional& gate_weight,
-    const Optional& gate_bias, double scaling, const std::string& activation,
+Tensors reconstruct_forward(
+    const Given& parameters, double scaling, const std::string& activation,
     const std::string& gate, double temperature) {
+  const Named<7> given("parameters", parameter_names, parameters);
+  const Tensor& short_prompt = given.required("short_prompt");
   const Launch launch(short_prompt);
   auto call = reconstruct_call<ept::ReconstructForward>(
-      launch, short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias,
-      scaling, activation, gate, temperature);
+      launch, given, scaling, activation, gate, temperature);
 
   const auto saved = [&](bool applies, Sizes sizes) {
     return applies ? empty(short_prompt, sizes, ScalarType::Float)
                    : empty(short_prompt, {0}, ScalarType::Float);
   };
-  const bool offset = offset_a.has_value();
-  const bool spaces = space_down.has_value();
+  const bool offset = given["offset_a"].has_value();
+  const bool spaces = given["space_down"].has_value();
   const int64_t dims = call.spaces * call.dim;
   const Tensor prompt = torch::stable::new_empty(short_prompt, short_prompt.sizes());
   const Tensor query = saved(offset, {call.tasks, call.tokens, call.rank});
@@ -266,90 +297,90 @@ Seven reconstruct_forward(
   return {prompt, query, stats, mix, hidden, gates, cross};
 }
 
-Seven reconstruct_backward(
-    const Tensor& grad, const Tensor& short_prompt, const Optional& offset_a,
-    const Optional& offset_b, const Optional& space_down, const Optional& space_up,
-    const Optional& gate_weight, const Optional& gate_bias, const Tensor& query,
-    const Tensor& stats, const Tensor& mix, const Tensor& hidden, const Tensor& gates,
-    const Tensor& cross, double scaling, const std::string& activation, const std::string& gate,
-    double temperature) {
+Tensors reconstruct_backward(
+    const Tensor& grad, const Given& parameters, const Given& kept, double scaling,
+    const std::string& activation, const std::string& gate, double temperature) {
+  const Named<7> given("parameters", parameter_names, parameters);
+  const Named<6> saved("saved", saved_names, kept);
   const Launch launch(grad);
   auto call = reconstruct_call<ept::ReconstructBackward>(
-      launch, short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias,
-      scaling, activation, gate, temperature);
+      launch, given, scaling, activation, gate, temperature);
   call.grad = view("grad", grad, 3, launch);
 
-  std::vector<Tensor> held;  // copies that the launch reads
-  const auto saved = [&](const char* name, const Tensor& tensor, bool applies, int64_t axes) {
+  Tensors held;  // copies that the launch reads
+  const auto read = [&](const char* name, bool applies) {
     if (!applies) return static_cast<const float*>(nullptr);
-    const ept::View found = view(name, tensor, axes, launch);
+    const Tensor& tensor = saved.required(name);
+    const ept::View found = view(name, tensor, 3, launch);
     if (found.type != ept::Type::float32) {
       refuse(name, "dtype float32", torch::headeronly::toString(tensor.scalar_type()));
     }
     held.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
     return static_cast<const float*>(held.back().const_data_ptr());
   };
-  const bool offset = offset_a.has_value();
-  const bool spaces = space_down.has_value();
-  call.query = saved("query", query, offset, 3);
-  call.stats = saved("stats", stats, offset, 3);
-  call.mix = saved("mix", mix, offset, 3);
-  call.hidden = saved("hidden", hidden, spaces, 3);
-  call.gates = saved("gates", gates, spaces, 3);
-  call.cross = saved("cross", cross, offset && spaces, 3);
+  const bool offset = given["offset_a"].has_value();
+  const bool spaces = given["space_down"].has_value();
+  call.query = read("query", offset);
+  call.stats = read("stats", offset);
+  call.mix = read("mix", offset);
+  call.hidden = read("hidden", spaces);
+  call.gates = read("gates", spaces);
+  call.cross = read("cross", offset && spaces);
 
-  const Tensor d_short_prompt = empty_like(short_prompt, query);
-  const Tensor d_offset_a = empty_like(offset_a, query);
-  const Tensor d_offset_b = empty_like(offset_b, query);
-  const Tensor d_space_down = empty_like(space_down, query);
-  const Tensor d_space_up = empty_like(space_up, query);
-  const Tensor d_gate_weight = empty_like(gate_weight, query);
-  const Tensor d_gate_bias = empty_like(gate_bias, query);
-  call.d_short_prompt = address(d_short_prompt);
-  call.d_offset_a = address(d_offset_a);
-  call.d_offset_b = address(d_offset_b);
-  call.d_space_down = address(d_space_down);
-  call.d_space_up = address(d_space_up);
-  call.d_gate_weight = address(d_gate_weight);
-  call.d_gate_bias = address(d_gate_bias);
+  Tensors grads;
+  for (const Optional& tensor : parameters) grads.push_back(empty_like(tensor, grad));
+  call.d_short_prompt = address(grads[0]);
+  call.d_offset_a = address(grads[1]);
+  call.d_offset_b = address(grads[2]);
+  call.d_space_down = address(grads[3]);
+  call.d_space_up = address(grads[4]);
+  call.d_gate_weight = address(grads[5]);
+  call.d_gate_bias = address(grads[6]);
 
   const Tensor space = workspace(grad, ept::reconstruct_backward_workspace(call));
   call.workspace = address(space);
   check(ept::reconstruct_backward(call, launch.stream()));
-  return {d_short_prompt, d_offset_a,    d_offset_b, d_space_down,
-          d_space_up,     d_gate_weight, d_gate_bias};
+  return grads;
 }
 
-Tensor splice_forward(
-    const Tensor& prompt, const Optional& input_ids, const Optional& weight,
-    const Optional& inputs_embeds, const Optional& offset_a, const Optional& offset_b,
-    const Optional& attention_mask, const Optional& task_ids, double scaling) {
-  const Launch launch(prompt);
-  check_together("input_ids", input_ids, "weight", weight);
-  check_together("offset_a", offset_a, "offset_b", offset_b);
-  if (input_ids.has_value() == inputs_embeds.has_value()) {
-    refuse("inputs_embeds", "either input_ids or inputs_embeds", input_ids ? "both" : "neither");
-  }
-  const Tensor& text = input_ids ? *input_ids : *inputs_embeds;
-  const Tensor& source = input_ids ? *weight : *inputs_embeds;
-
-  ept::SpliceForward call;
-  call.prompt = view("prompt", prompt, 3, launch);
-  call.input_ids = view("input_ids", input_ids, 2, launch, Kind::ids);
-  call.source = input_ids ? view("weight", source, 2, launch)
-                          : view("inputs_embeds", source, 3, launch);
-  call.offset_a = view("offset_a", offset_a, 3, launch);
-  call.offset_b = view("offset_b", offset_b, 3, launch);
-  call.attention_mask = view("attention_mask", attention_mask, 2, launch, Kind::mask);
-  call.task_ids = view("task_ids", task_ids, 1, launch, Kind::ids);
-  call.batch = text.size(0);
-  call.length = text.size(1);
+// What both directions see of the rows and the offset.
+template <typename Call>
+Call splice_call(const Launch& launch, const Named<8>& given, double scaling) {
+  given.check_together("offset_a", "offset_b");
+  const Tensor& prompt = given.required("prompt");
+  Call call;
+  call.prompt = given.view("prompt", 3, launch);
+  call.offset_a = given.view("offset_a", 3, launch);
+  call.offset_b = given.view("offset_b", 3, launch);
+  call.attention_mask = given.view("attention_mask", 2, launch, Kind::mask);
+  call.task_ids = given.view("task_ids", 1, launch, Kind::ids);
   call.tasks = prompt.size(0);
   call.tokens = prompt.size(1);
   call.width = prompt.size(2);
-  call.rank = offset_a ? offset_a->size(2) : 0;
-  call.vocabulary = input_ids ? source.size(0) : 0;
+  call.rank = given["offset_a"] ? given["offset_a"]->size(2) : 0;
   call.scaling = scaling;
+  return call;
+}
+
+Tensor splice_forward(const Given& inputs, double scaling) {
+  const Named<8> given("inputs", splice_names, inputs);
+  const Tensor& prompt = given.required("prompt");
+  const Launch launch(prompt);
+  given.check_together("input_ids", "weight");
+  const bool looked_up = given["input_ids"].has_value();
+  if (looked_up == given["inputs_embeds"].has_value()) {
+    refuse("inputs_embeds", "either input_ids or inputs_embeds", looked_up ? "both" : "neither");
+  }
+  const Tensor& text = given.required(looked_up ? "input_ids" : "inputs_embeds");
+  const char* source_name = looked_up ? "weight" : "inputs_embeds";
+  const Tensor& source = given.required(source_name);
+
+  auto call = splice_call<ept::SpliceForward>(launch, given, scaling);
+  call.input_ids = given.view("input_ids", 2, launch, Kind::ids);
+  call.source = given.view(source_name, looked_up ? 2 : 3, launch);
+  call.batch = text.size(0);
+  call.length = text.size(1);
+  call.vocabulary = looked_up ? source.size(0) : 0;
 
   const Tensor out =
       empty(source, {call.batch, call.tokens + call.length, call.width}, source.scalar_type());
@@ -360,66 +391,44 @@ Tensor splice_forward(
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> splice_backward(
-    const Tensor& grad, const Tensor& prompt, const Optional& offset_a, const Optional& offset_b,
-    const Optional& attention_mask, const Optional& task_ids, double scaling, bool need_prompt,
-    bool need_offset) {
+Tensors splice_backward(
+    const Tensor& grad, const Given& inputs, double scaling, bool need_prompt, bool need_offset) {
+  const Named<8> given("inputs", splice_names, inputs);
   const Launch launch(grad);
-  check_together("offset_a", offset_a, "offset_b", offset_b);
-  ept::SpliceBackward call;
+  auto call = splice_call<ept::SpliceBackward>(launch, given, scaling);
   call.grad = view("grad", grad, 3, launch);
-  call.prompt = view("prompt", prompt, 3, launch);
-  call.offset_a = view("offset_a", offset_a, 3, launch);
-  call.offset_b = view("offset_b", offset_b, 3, launch);
-  call.attention_mask = view("attention_mask", attention_mask, 2, launch, Kind::mask);
-  call.task_ids = view("task_ids", task_ids, 1, launch, Kind::ids);
   call.batch = grad.size(0);
-  call.tasks = prompt.size(0);
-  call.tokens = prompt.size(1);
   call.length = grad.size(1) - call.tokens;
-  call.width = prompt.size(2);
-  call.positions = offset_a ? offset_a->size(1) : 0;
-  call.rank = offset_a ? offset_a->size(2) : 0;
-  call.scaling = scaling;
+  call.positions = given["offset_a"] ? given["offset_a"]->size(1) : 0;
 
   const Optional none;
-  const Tensor d_prompt = empty_like(need_prompt ? Optional(prompt) : none, grad);
-  const Tensor d_offset_a = empty_like(need_offset ? offset_a : none, grad);
-  const Tensor d_offset_b = empty_like(need_offset ? offset_b : none, grad);
-  call.d_prompt = address(d_prompt);
-  call.d_offset_a = address(d_offset_a);
-  call.d_offset_b = address(d_offset_b);
-  if (call.d_prompt == nullptr && call.d_offset_a == nullptr) {
-    return {d_prompt, d_offset_a, d_offset_b};
-  }
+  const Tensors grads = {
+      empty_like(need_prompt ? given["prompt"] : none, grad),
+      empty_like(need_offset ? given["offset_a"] : none, grad),
+      empty_like(need_offset ? given["offset_b"] : none, grad)};
+  call.d_prompt = address(grads[0]);
+  call.d_offset_a = address(grads[1]);
+  call.d_offset_b = address(grads[2]);
+  if (call.d_prompt == nullptr && call.d_offset_a == nullptr) return grads;
   const Tensor space = workspace(grad, ept::splice_backward_workspace(call));
   call.workspace = address(space);
   check(ept::splice_backward(call, launch.stream()));
-  return {d_prompt, d_offset_a, d_offset_b};
+  return grads;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ept_fast, m) {
   m.def(
-      "cuda_reconstruct_forward(Tensor short_prompt, Tensor? offset_a, Tensor? offset_b, "
-      "Tensor? space_down, Tensor? space_up, Tensor? gate_weight, Tensor? gate_bias, "
-      "float scaling, str activation, str gate, float temperature) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "cuda_reconstruct_forward(Tensor?[] parameters, float scaling, str activation, str gate, "
+      "float temperature) -> Tensor[]");
   m.def(
-      "cuda_reconstruct_backward(Tensor grad, Tensor short_prompt, Tensor? offset_a, "
-      "Tensor? offset_b, Tensor? space_down, Tensor? space_up, Tensor? gate_weight, "
-      "Tensor? gate_bias, Tensor query, Tensor stats, Tensor mix, Tensor hidden, Tensor gates, "
-      "Tensor cross, float scaling, str activation, str gate, float temperature) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "cuda_reconstruct_backward(Tensor grad, Tensor?[] parameters, Tensor?[] saved, "
+      "float scaling, str activation, str gate, float temperature) -> Tensor[]");
+  m.def("cuda_splice_forward(Tensor?[] inputs, float scaling) -> Tensor");
   m.def(
-      "cuda_splice_forward(Tensor prompt, Tensor? input_ids, Tensor? weight, "
-      "Tensor? inputs_embeds, Tensor? offset_a, Tensor? offset_b, Tensor? attention_mask, "
-      "Tensor? task_ids, float scaling) -> Tensor");
-  m.def(
-      "cuda_splice_backward(Tensor grad, Tensor prompt, Tensor? offset_a, Tensor? offset_b, "
-      "Tensor? attention_mask, Tensor? task_ids, float scaling, bool need_prompt, "
-      "bool need_offset) -> (Tensor, Tensor, Tensor)");
+      "cuda_splice_backward(Tensor grad, Tensor?[] inputs, float scaling, bool need_prompt, "
+      "bool need_offset) -> Tensor[]");
 }
 
 #ifdef EPT_FAST_HOST

@@ -8,6 +8,8 @@
 // the caller's to answer without a kernel, save where a field below says otherwise.
 #pragma once
 
+#include "activations.h"
+
 #include <cstdint>
 
 struct CUstream_st;  // what cudaStream_t points to
@@ -34,7 +36,9 @@ struct View {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
-enum class Activation : int32_t { gelu = 0, relu = 1, silu = 2, identity = 3 };
+#define EPT_NAME(name, phi, slope) name,
+enum class Activation : int32_t { EPT_ACTIVATIONS(EPT_NAME) };
+#undef EPT_NAME
 enum class Gate : int32_t { token = 0, prompt = 1 };
 
 // The largest sizes that the kernels serve.

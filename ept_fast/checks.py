@@ -7,13 +7,16 @@ import os
 import torch
 from torch import Tensor
 
-from ept_fast.config import ACTIVATIONS, GATES, check_choice, check_flag, check_number
+from ept_fast.config import GATES, check_choice, check_flag, check_number
+from ept_fast.ops.activations import ACTIVATIONS
+from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 
 __all__ = [
     "check_input_ids",
     "check_reconstruct",
     "check_splice",
     "check_splice_values",
+    "check_token_ids",
     "constant",
     "values_are_checked",
 ]
@@ -76,11 +79,11 @@ def _check_prompt(name: str, prompt: object) -> tuple[tuple[int, ...], int]:
     return tuple(tensor.shape[:-2]), tensor.shape[-1]
 
 
-def _check_together(tensors: dict[str, Tensor | None]) -> bool:
-    """Whether the partners are there; an error where only some of them are."""
-    missing = [name for name, tensor in tensors.items() if tensor is None]
-    if missing and len(missing) < len(tensors):
-        given = [name for name in tensors if name not in missing]
+def _check_together(tensors: Parameters | SpliceInputs, names: tuple[str, ...]) -> bool:
+    """Whether the partners are there; an error if only some of them are."""
+    missing = [name for name in names if getattr(tensors, name) is None]
+    if missing and len(missing) < len(names):
+        given = [name for name in names if name not in missing]
         raise ValueError(
             f"{', '.join(missing)}: expected a tensor beside {', '.join(given)}, got None"
         )
@@ -88,65 +91,42 @@ def _check_together(tensors: dict[str, Tensor | None]) -> bool:
 
 
 def _check_offset(
-    offset_a: Tensor | None,
-    offset_b: Tensor | None,
+    tensors: Parameters | SpliceInputs,
     lead: tuple[int, ...],
     width: int,
     device: torch.device,
     partner: str,
 ) -> None:
-    if not _check_together({"offset_a": offset_a, "offset_b": offset_b}):
+    if not _check_together(tensors, ("offset_a", "offset_b")):
         return
-    a = _check_tensor("offset_a", offset_a, _FLOATS, device)
-    b = _check_tensor("offset_b", offset_b, _FLOATS, device)
+    a = _check_tensor("offset_a", tensors.offset_a, _FLOATS, device)
+    b = _check_tensor("offset_b", tensors.offset_b, _FLOATS, device)
     _check_shape("offset_a", a, (*lead, "n", "r"), f" to match {partner}")
     rank = a.shape[-1]
     why = f" to match offset_a {list(a.shape)} and hidden_size {width}"
     _check_shape("offset_b", b, (*lead, rank, width), why)
 
 
-def check_reconstruct(
-    short_prompt: Tensor,
-    offset_a: Tensor | None,
-    offset_b: Tensor | None,
-    space_down: Tensor | None,
-    space_up: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    scaling: float,
-    activation: str,
-    gate: str,
-    temperature: float,
-    fusion: bool,
-) -> None:
+def check_reconstruct(parameters: Parameters, flags: Flags, fusion: bool) -> None:
     """Raise TypeError or ValueError unless operation 1 is defined for these arguments."""
-    lead, width = _check_prompt("short_prompt", short_prompt)
-    device = short_prompt.device
-    partner = f"short_prompt {list(short_prompt.shape)}"
-    check_number("scaling", scaling)
-    check_choice("activation", activation, ACTIVATIONS)
-    check_choice("gate", gate, GATES)
-    check_number("temperature", temperature, positive=True)
+    lead, width = _check_prompt("short_prompt", parameters.short_prompt)
+    device = parameters.short_prompt.device
+    partner = f"short_prompt {list(parameters.short_prompt.shape)}"
+    check_number("scaling", flags.scaling)
+    check_choice("activation", flags.activation, tuple(ACTIVATIONS))
+    check_choice("gate", flags.gate, GATES)
+    check_number("temperature", flags.temperature, positive=True)
     check_flag("fusion", fusion)
-    _check_offset(offset_a, offset_b, lead, width, device, partner)
-    spaces = {
-        "space_down": space_down,
-        "space_up": space_up,
-        "gate_weight": gate_weight,
-        "gate_bias": gate_bias,
-    }
-    if not _check_together(spaces):
+    _check_offset(parameters, lead, width, device, partner)
+    names = ("space_down", "space_up", "gate_weight", "gate_bias")
+    if not _check_together(parameters, names):
         return
-    down = _check_tensor("space_down", space_down, _FLOATS, device)
+    down = _check_tensor("space_down", parameters.space_down, _FLOATS, device)
     _check_shape("space_down", down, (*lead, "K", width, "h"), f" to match {partner}")
     num_spaces, space_dim = down.shape[-3], down.shape[-1]
-    shapes = {
-        "space_up": (num_spaces, space_dim, width),
-        "gate_weight": (width, num_spaces),
-        "gate_bias": (num_spaces,),
-    }
-    for name, shape in shapes.items():
-        tensor = _check_tensor(name, spaces[name], _FLOATS, device)
+    shapes = ((num_spaces, space_dim, width), (width, num_spaces), (num_spaces,))
+    for name, shape in zip(names[1:], shapes, strict=True):
+        tensor = _check_tensor(name, getattr(parameters, name), _FLOATS, device)
         _check_shape(name, tensor, (*lead, *shape), f" to match space_down {list(down.shape)}")
 
 
@@ -157,18 +137,9 @@ def check_input_ids(input_ids: object, device: torch.device | None) -> Tensor:
     return ids
 
 
-def check_splice(
-    prompt: Tensor,
-    input_ids: Tensor | None,
-    weight: Tensor | None,
-    inputs_embeds: Tensor | None,
-    offset_a: Tensor | None,
-    offset_b: Tensor | None,
-    scaling: float,
-    attention_mask: Tensor | None,
-    task_ids: Tensor | None,
-) -> None:
+def check_splice(inputs: SpliceInputs, scaling: float) -> None:
     """Raise TypeError or ValueError unless operation 2 is defined for these types and shapes."""
+    prompt, input_ids, weight, inputs_embeds, offset_a, _, attention_mask, task_ids = inputs
     lead, width = _check_prompt("prompt", prompt)
     device = prompt.device
     partner = f"prompt {list(prompt.shape)}"
@@ -191,7 +162,7 @@ def check_splice(
             raise ValueError("weight: expected None beside inputs_embeds, got a tensor")
     batch, length = text.shape[0], text.shape[1]
     beside = f" to match {text_name} {list(text.shape)}"
-    _check_offset(offset_a, offset_b, lead, width, device, partner)
+    _check_offset(inputs, lead, width, device, partner)
     if offset_a is not None and length > offset_a.shape[-2]:
         raise ValueError(
             f"{text_name}: expected at most max_length {offset_a.shape[-2]} text positions "
@@ -214,23 +185,25 @@ def values_are_checked(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("EPT_FAST_CHECK") == "1"
 
 
-def check_splice_values(
-    input_ids: Tensor | None,
-    vocabulary: int,
-    attention_mask: Tensor | None,
-    task_ids: Tensor | None,
-    num_tasks: int,
-) -> None:
-    """Raise IndexError for ids out of range, ValueError for a mask with values other than 0 and 1.
-
-    Waits for the device: call it only where :func:`values_are_checked` says so.
-    """
-    if input_ids is not None and _outside(input_ids, vocabulary):
+def check_token_ids(input_ids: Tensor, vocabulary: int) -> None:
+    """Raise IndexError unless every id is one of the vocabulary's."""
+    if _outside(input_ids, vocabulary):
         row, column = _first((input_ids < 0) | (input_ids >= vocabulary))
         raise IndexError(
             f"input_ids: expected {_ids_below(vocabulary)}, "
             f"got {int(input_ids[row, column])} at row {row}, column {column}"
         )
+
+
+def check_splice_values(inputs: SpliceInputs) -> None:
+    """Raise IndexError for ids out of range, ValueError for a mask with values other than 0 and 1.
+
+    Waits for the device: call it only if :func:`values_are_checked` says so.
+    """
+    if inputs.input_ids is not None and inputs.weight is not None:
+        check_token_ids(inputs.input_ids, inputs.weight.shape[0])
+    attention_mask, task_ids = inputs.attention_mask, inputs.task_ids
+    num_tasks = inputs.prompt.shape[0] if inputs.prompt.dim() == 3 else 1
     if (
         attention_mask is not None
         and attention_mask.dtype != torch.bool

@@ -1,4 +1,4 @@
-"""The command line: ``ept-fast train | evaluate | predict | info | tune | demo``."""
+"""The command line: ``ept-fast train | evaluate | predict | info | demo``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import click
 
 import ept_fast
-from ept_fast.config import ACTIVATIONS, GATES
+from ept_fast.config import GATES
+from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.prompts.base import prompt_methods
 from ept_fast.training.config import DEVICES, INITS, KEEPS, TASKS, TrainConfig
 from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
@@ -180,7 +181,7 @@ def _writing(command: F) -> F:
 @_option("--num-spaces", type=int, help="Subspaces (ept); 0 for none.")
 @_option("--space-dim", type=int, help="Width of a subspace (ept).")
 @_option("--alpha", type=float, help="The offset is scaled by alpha / sqrt(rank).")
-@_option("--activation", type=click.Choice(ACTIVATIONS))
+@_option("--activation", type=click.Choice(tuple(ACTIVATIONS)))
 @_option("--gate", type=click.Choice(GATES))
 @_option("--temperature", type=float, help="Of the gate.")
 @_option("--fusion/--no-fusion", help="Prompt fusion (ept).")
@@ -430,47 +431,6 @@ def _devices(torch: Any) -> list[str]:
     if torch.backends.mps.is_available():
         names.append("Apple GPU (mps)")
     return names
-
-
-def _size(name: str, default: int, least: int, text: str) -> Callable[[F], F]:
-    kind = click.IntRange(min=least)
-    return click.option(name, type=kind, default=default, show_default=True, help=text)
-
-
-_type = click.Choice(["fp32", "bf16", "fp16"])
-
-
-@main.command()
-@click.option(
-    "--output", type=click.Path(path_type=Path), required=True, help="The table, a JSON file."
-)
-@_size("--batch", 32, 1, "Texts of a batch.")
-@_size("--length", 256, 1, "Tokens of a text.")
-@_size("--hidden-size", 768, 1, "Width of the embeddings.")
-@_size("--virtual-tokens", 40, 1, "Length of the short prompt.")
-@_size("--max-length", 256, 1, "Text positions that the offset covers.")
-@_size("--rank", 30, 0, "Of the offset; 0 for none.")
-@_size("--num-spaces", 4, 0, "Subspaces; 0 for none.")
-@_size("--space-dim", 8, 1, "Width of a subspace.")
-@_size("--tasks", 1, 1, "Prompts of a bank.")
-@click.option("--embeddings", type=_type, default="bf16", show_default=True)
-@click.option("--parameters", type=_type, default="fp32", show_default=True)
-@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, ...")
-@click.option("--overwrite", is_flag=True, help="Replace a table instead of adding to it.")
-@_clean
-def tune(output: Path, device: str, overwrite: bool, virtual_tokens: int, **sizes: Any) -> None:
-    """Measure the kernels' launches on this GPU and keep what beats the defaults.
-
-    Nothing is tuned unless you run this, and a table is used only where EPT_FAST_TUNED names it:
-    for the very sizes and types it was made for, on the same GPU and version of Triton. It may
-    change the order of sums, and so the last bits of results.
-    """
-    from ept_fast.kernels.tune import TuneSizes
-    from ept_fast.kernels.tune import tune as run
-
-    chosen = TuneSizes(num_virtual_tokens=virtual_tokens, **sizes)
-    entries = run(output, chosen, device, overwrite=overwrite, say=_say)
-    _say(f"table: {output} ({len(entries)} new entries)")
 
 
 @main.command()

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.storage.untrusted import shorten
 
 __all__ = [
-    "ACTIVATIONS",
     "GATES",
     "EPTConfig",
     "PromptConfig",
@@ -22,7 +22,6 @@ __all__ = [
     "check_number",
 ]
 
-ACTIVATIONS = ("gelu", "relu", "silu", "identity")
 GATES = ("token", "prompt")
 EPT = "ept"  # the method of files that do not name one
 
@@ -216,7 +215,7 @@ class EPTConfig(PromptConfig):
         check_count("num_spaces", self.num_spaces, 0)
         check_count("space_dim", self.space_dim, 1)
         check_number("alpha", self.alpha)
-        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_choice("gate", self.gate, GATES)
         check_number("temperature", self.temperature, positive=True)
         check_flag("fusion", self.fusion)

@@ -10,26 +10,14 @@ The arguments are taken as valid; :mod:`ept_fast.ops.functional` is the checked 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ept_fast.ops.activations import ACTIVATIONS
+from ept_fast.precision import accumulation_dtype
+
 __all__ = ["reconstruct_prompt", "splice_prompt"]
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,  # the exact, erf form
-    "relu": F.relu,
-    "silu": F.silu,
-    "identity": lambda x: x,
-}
-
-
-def _accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    if any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return torch.float64
-    return torch.float32
 
 
 def reconstruct_prompt(
@@ -67,7 +55,7 @@ def reconstruct_prompt(
         P′, ``[(T,) m, d]`` in the type of ``short_prompt``.
     """
     inputs = (short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
-    dtype = _accumulation_dtype(*inputs)
+    dtype = accumulation_dtype(*inputs)
     with torch.autocast(short_prompt.device.type, enabled=False):
         p = short_prompt.to(dtype)
         fused = p
@@ -78,7 +66,7 @@ def reconstruct_prompt(
         if space_down is None or space_up is None or gate_weight is None or gate_bias is None:
             return fused.to(short_prompt.dtype)
         hidden = fused.unsqueeze(-3) @ space_down.to(dtype)  # [(T,) K, m, h]
-        spaces = _ACTIVATIONS[activation](hidden) @ space_up.to(dtype)  # [(T,) K, m, d]
+        spaces = ACTIVATIONS[activation].function(hidden) @ space_up.to(dtype)  # [(T,) K, m, d]
         logits = (fused @ gate_weight.to(dtype) + gate_bias.to(dtype).unsqueeze(-2)) / temperature
         if gate == "prompt":
             logits = logits.mean(-2, keepdim=True).expand_as(logits)
@@ -122,7 +110,7 @@ def splice_prompt(
             assert input_ids is not None
             assert weight is not None
             embeds = F.embedding(input_ids, weight.detach())
-        dtype = _accumulation_dtype(prompt, embeds, offset_a, offset_b)
+        dtype = accumulation_dtype(prompt, embeds, offset_a, offset_b)
         text = embeds.to(dtype)
         batch, length, _ = text.shape
         if offset_a is not None and offset_b is not None:

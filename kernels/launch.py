@@ -7,58 +7,17 @@ of the result, is the same on each run.
 from __future__ import annotations
 
 import functools
-import inspect
-import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
 __all__ = [
-    "EagerSpliceConfig",
     "ReconstructConfig",
-    "eager_splice_config",
     "reconstruct_config",
     "run",
 ]
-
-# One tile of the text and the offset tile that is added to it stay together in the second-level
-# caches of a few cores (1 MiB and more each on current server CPUs).
-_TILE_BYTES = 512 * 1024
-# Under this many positions the fixed cost of a tensor operation outweighs the cache.
-_MIN_POSITIONS = 16
-_DEVICE_TILE_BYTES = 32 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class EagerSpliceConfig:
-    """Tiles of the splice on a CPU.
-
-    Attributes:
-        positions: text positions a tile covers.
-        rows: most rows of the batch that one tensor operation covers, where they lie side by side.
-    """
-
-    positions: int
-    rows: int
-
-
-def eager_splice_config(
-    length: int, width: int, itemsize: int, device: str = "cpu"
-) -> EagerSpliceConfig:
-    """The tile for text of ``length`` positions, ``width`` channels, ``itemsize`` bytes an element.
-
-    Tiles of one text are of nearly equal size. A device that is no CPU gets tiles large enough to
-    fill it.
-    """
-    row_bytes = max(1, width * itemsize)
-    budget = _TILE_BYTES if device == "cpu" else _DEVICE_TILE_BYTES
-    most = max(budget // row_bytes, _MIN_POSITIONS)
-    tiles = max(1, _ceil(length, most))
-    positions = max(1, _ceil(length, tiles))
-    return EagerSpliceConfig(positions=positions, rows=max(1, budget // (positions * row_bytes)))
 
 
 @dataclass(frozen=True)
@@ -141,57 +100,6 @@ def _input_precision(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32x3" if dtype.itemsize == 2 and target(device).startswith("sm_") else "ieee"
 
 
-_P = ParamSpec("_P")
-_C = TypeVar("_C")
-
-# Set while `ept-fast tune` measures: chooses for a heuristic, given its name and its arguments.
-_chooser: Callable[[str, dict[str, Any]], Any] | None = None
-
-
-@functools.cache
-def _tuned_file() -> str:
-    return os.environ.get("EPT_FAST_TUNED", "")
-
-
-@functools.cache
-def _tuned(device: torch.device) -> dict[tuple[Any, ...], Any]:
-    """The table's configurations by operation and the heuristic's arguments but the device."""
-    from ept_fast.kernels.tune import read_tuned
-
-    return read_tuned(_tuned_file(), device)
-
-
-def _tunable(heuristic: Callable[_P, _C]) -> Callable[_P, _C]:
-    """The heuristic, save where ``EPT_FAST_TUNED`` names a table that has its very arguments.
-
-    The variable is read once. Such a table may change the order of sums, and so the last bits.
-    """
-    operation = heuristic.__name__.removesuffix("_config")
-    names = tuple(inspect.signature(heuristic).parameters)
-
-    @functools.wraps(heuristic)
-    def config(*args: _P.args, **kwargs: _P.kwargs) -> _C:
-        if _chooser is None and not _tuned_file():
-            return heuristic(*args, **kwargs)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if _chooser is not None:
-            chosen: _C = _chooser(operation, given)
-            return chosen
-        device = given.get("device") or _current_device()
-        key = (operation, *(given[name] for name in names if name != "device"))
-        found: _C | None = _tuned(device).get(key)
-        return heuristic(*args, **kwargs) if found is None else found
-
-    return config
-
-
-def _current_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-@_tunable
 def splice_forward_config(
     batch: int,
     length: int,
@@ -239,7 +147,6 @@ def splice_forward_config(
     )
 
 
-@_tunable
 def splice_backward_config(
     batch: int,
     length: int,
@@ -247,8 +154,6 @@ def splice_backward_config(
     hidden_size: int,
     rank: int,
     tasks: int,
-    dtype: torch.dtype,
-    device: torch.device,
     has_prompt: bool,
     has_offset: bool,
 ) -> SpliceConfig:
@@ -258,7 +163,7 @@ def splice_backward_config(
     the narrower for it. It is a plain float32 product, since gradients are not rounded to 16 bits.
     The rows, then the positions, are split until there are programs enough; then programs take more
     channels or positions each while the parts need more memory than the workspace has, and as long
-    as some programs are left. The type and the device matter to a tuned table alone.
+    as some programs are left.
     """
     block_r = _within(_MIN_BLOCK, _power_of_two(rank), 256)
     widest_s, widest_d = _BACKWARD_TILE[block_r]
@@ -397,7 +302,6 @@ class ReconstructConfig:
     warps: int
 
 
-@_tunable
 def reconstruct_config(
     tasks: int, m: int, n: int, rank: int, spaces: int, dim: int, width: int
 ) -> ReconstructConfig:

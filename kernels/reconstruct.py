@@ -26,7 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ept_fast.kernels.launch import ReconstructConfig, reconstruct_config, run
+from ept_fast.kernels.activations import activate, activation_slope
+from ept_fast.kernels.launch import reconstruct_config, run
+from ept_fast.ops.types import Flags, Parameters, Saved
 
 __all__ = ["reconstruct_backward", "reconstruct_forward"]
 
@@ -121,32 +123,6 @@ def _add_product(
             matrix = _tile(ptr, offs_j, stride_j, mask_j, offs_r, stride_r, offs_r < r) * scale
             acc = tl.dot(part, tl.trans(matrix), acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    result = x
-    if ACTIVATION == "gelu":
-        result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "relu":
-        result = tl.where(x < 0, 0.0, x)  # a NaN stays
-    elif ACTIVATION == "silu":
-        result = x / (1.0 + tl.exp(-x))
-    return result
-
-
-@triton.jit
-def _activation_slope(x, ACTIVATION: tl.constexpr):
-    slope = tl.full(x.shape, 1.0, tl.float32)
-    if ACTIVATION == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
-    elif ACTIVATION == "relu":
-        slope = tl.where(x > 0, 1.0, 0.0)
-    elif ACTIVATION == "silu":
-        sigmoid = 1.0 / (1.0 + tl.exp(-x))
-        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
-    return slope
 
 
 # Reduce over d, both ways
@@ -660,7 +636,7 @@ def _expand_forward_kernel(
                     1,
                     mask_c & (columns % DIM == 0),
                 )
-            gated = gates * _activate(hidden, ACTIVATION)
+            gated = gates * activate(hidden, ACTIVATION)
             offs_u = _space_offsets(columns, stride_uk, stride_uj, DIM)
             up = _tile(up_ptr, offs_u, 1, mask_c, offs_d, stride_ud, mask_d)
             acc = tl.dot(gated, up, acc, input_precision="ieee")
@@ -692,7 +668,7 @@ def _gate_products(
         partial_ptr + (rows[:, None] * stride_row + offs_c[None, :]), mask, splits, part, UNROLL
     )
     hidden = tl.load(hidden_ptr + (rows[:, None] * dims + offs_c[None, :]), mask=mask, other=0.0)
-    return grad * _activate(hidden, ACTIVATION), grad, hidden
+    return grad * activate(hidden, ACTIVATION), grad, hidden
 
 
 @triton.jit
@@ -1048,7 +1024,7 @@ def _core_backward_kernel(
                     )
                     offs_k = (columns // DIM).to(tl.int64)
                     gates = _tile(gates_ptr, offs_m, spaces, mask_m, offs_k, 1, mask_c)
-                    d_hidden = grad * gates * _activation_slope(hidden, ACTIVATION)
+                    d_hidden = grad * gates * activation_slope(hidden, ACTIVATION)
                     if start_n == 0:
                         _store_tile(dx_ptr, d_hidden, offs_m, width, mask_m, offs_c, 1, mask_c)
                     if HAS_OFFSET:
@@ -1371,7 +1347,7 @@ def _expand_backward_kernel(
                 mask_m = offs_m < m
                 hidden = _tile(hidden_ptr, offs_m, dims, mask_m, offs_c, 1, mask_c)
                 gates = _tile(gates_ptr, offs_m, spaces, mask_m, offs_k, 1, mask_c)
-                gated = gates * _activate(hidden, ACTIVATION)
+                gated = gates * activate(hidden, ACTIVATION)
                 y = _tile(y_ptr, offs_m, stride_ym, mask_m, offs_d, stride_yd, mask_d)
                 d_up = tl.dot(tl.trans(gated), y, d_up, input_precision="ieee")
             _store_tile(dup_ptr + task * dims * d, d_up, offs_c, d, mask_c, offs_d, 1, mask_d)
@@ -1451,61 +1427,32 @@ def _expand_backward_kernel(
 # Host
 
 
-def _config(
-    short_prompt: Tensor, offset_a: Tensor | None, space_down: Tensor | None
-) -> ReconstructConfig:
-    tasks, m, d = short_prompt.shape
-    n, r = (0, 0) if offset_a is None else offset_a.shape[1:]
-    spaces, dim = (0, 1) if space_down is None else (space_down.shape[1], space_down.shape[3])
-    return reconstruct_config(tasks, m, n, r, spaces, dim, d)
+def _with_stand_ins(parameters: Parameters) -> list[Tensor]:
+    """The tensors, with another in the place of each that is absent, which no kernel reads."""
+    p = parameters.short_prompt
+    wide = p.unsqueeze(-1)
+    stand_ins = (p, p, p, wide, wide, p, p)
+    return [s if t is None else t for t, s in zip(parameters, stand_ins, strict=True)]
 
 
-def reconstruct_forward(
-    short_prompt: Tensor,
-    offset_a: Tensor | None,
-    offset_b: Tensor | None,
-    space_down: Tensor | None,
-    space_up: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    scaling: float,
-    activation: str,
-    gate: str,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """P′ [T, m, d] and what the backward needs.
-
-    Returns:
-        prompt [T, m, d]; query Q [T, m, r]; stats [T, 2, m], the row maxima of
-        Q·(c·A)ᵀ and the row sums of the softmax's exponentials; mix O
-        [T, m, r]; hidden Hin [T, m, K·h]; gates g [T, m, K]; cross S [T, r, K·h + K]. All but the
-        prompt in float32; those that do not apply are empty.
-    """
-    p = short_prompt
-    tasks, m, d = p.shape
+def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, Saved]:
+    """P′ [T, m, d] and what the backward needs."""
+    tasks, m, n, r, spaces, dim, d = sizes = parameters.sizes()
+    has_offset, has_spaces = parameters.has_offset, parameters.has_spaces
+    p = parameters.short_prompt
     device = p.device
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     out = torch.empty((tasks, m, d), dtype=p.dtype, device=device)
-    query, stats, mix, hidden, gates, cross = (empty(0) for _ in range(6))
-    has_offset = offset_a is not None and offset_b is not None
-    has_spaces = space_down is not None
+    query, stats, mix, hidden, gates, cross = (empty(0) for _ in Saved._fields)
     if not has_offset and not has_spaces:
-        return out.copy_(p), query, stats, mix, hidden, gates, cross
-    # An absent tensor's place is taken by one that is never read through it.
-    a = p if offset_a is None else offset_a
-    b = p if offset_b is None else offset_b
-    down = p.unsqueeze(-1) if space_down is None else space_down
-    up = p.unsqueeze(-1) if space_up is None else space_up
-    weight = p if gate_weight is None else gate_weight
-    bias = p if gate_bias is None else gate_bias
-    n, r = a.shape[1:] if has_offset else (0, 0)
-    spaces, dim = (down.shape[1], down.shape[3]) if has_spaces else (0, 1)
+        return out.copy_(p), Saved(query, stats, mix, hidden, gates, cross)
+    _, a, b, down, up, weight, bias = _with_stand_ins(parameters)
     dims = spaces * dim
     width = dims + spaces
-    config = _config(p, offset_a, space_down)
+    config = reconstruct_config(*sizes)
 
     rows = m + r if has_offset and has_spaces else m
     columns = r + width
@@ -1572,7 +1519,7 @@ def reconstruct_forward(
         cross,
         a,
         *a.stride(),
-        scaling,
+        flags.scaling,
         d**-0.5,
         m,
         n,
@@ -1615,7 +1562,7 @@ def reconstruct_forward(
         bias,
         *bias.stride()[:2],
         d**-0.5,
-        temperature,
+        flags.temperature,
         m,
         r,
         spaces,
@@ -1624,8 +1571,8 @@ def reconstruct_forward(
         DIM=dim,
         HAS_OFFSET=has_offset,
         HAS_SPACES=has_spaces,
-        ACTIVATION=activation,
-        PROMPT=gate == "prompt",
+        ACTIVATION=flags.activation,
+        PROMPT=flags.gate == "prompt",
         BLOCK_M=config.rows,
         BLOCK_R=config.rank,
         BLOCK_C=config.columns,
@@ -1634,35 +1581,16 @@ def reconstruct_forward(
         num_warps=config.warps,
         num_stages=1,
     )
-    return out, query, stats, mix, hidden, gates, cross
+    return out, Saved(query, stats, mix, hidden, gates, cross)
 
 
 def reconstruct_backward(
-    grad: Tensor,
-    short_prompt: Tensor,
-    offset_a: Tensor | None,
-    offset_b: Tensor | None,
-    space_down: Tensor | None,
-    space_up: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    query: Tensor,
-    stats: Tensor,
-    mix: Tensor,
-    hidden: Tensor,
-    gates: Tensor,
-    cross: Tensor,
-    scaling: float,
-    activation: str,
-    gate: str,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the seven tensors, in their order and types, from Y = dL/dP′ [T, m, d].
-
-    Those of tensors that are not given are empty.
-    """
-    p = short_prompt
-    tasks, m, d = p.shape
+    grad: Tensor, parameters: Parameters, saved: Saved, flags: Flags
+) -> Parameters:
+    """Gradients of the parameters in their types, from Y = dL/dP′ [T, m, d]."""
+    tasks, m, n, r, spaces, dim, d = sizes = parameters.sizes()
+    has_offset, has_spaces = parameters.has_offset, parameters.has_spaces
+    p = parameters.short_prompt
     device = p.device
 
     def empty(*shape: int) -> Tensor:
@@ -1673,29 +1601,16 @@ def reconstruct_backward(
             return empty(0)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
-    d_p, d_a, d_b, d_down, d_up, d_gate_weight, d_gate_bias = (
-        like(tensor)
-        for tensor in (p, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
-    )
-    grads = d_p, d_a, d_b, d_down, d_up, d_gate_weight, d_gate_bias
-    has_offset = offset_a is not None and offset_b is not None
-    has_spaces = space_down is not None
+    grads = list(map(like, parameters))
+    d_p, d_a, d_b, d_down, d_up, d_gate_weight, d_gate_bias = grads
     if not has_offset and not has_spaces:
         d_p.copy_(grad)
-        return grads
-    a = p if offset_a is None else offset_a
-    b = p if offset_b is None else offset_b
-    down = p.unsqueeze(-1) if space_down is None else space_down
-    up = p.unsqueeze(-1) if space_up is None else space_up
-    weight = p if gate_weight is None else gate_weight
-    n, r = a.shape[1:] if has_offset else (0, 0)
-    spaces, dim = (down.shape[1], down.shape[3]) if has_spaces else (0, 1)
+        return Parameters(*grads)
+    _, a, b, down, up, weight, _ = _with_stand_ins(parameters)
     dims = spaces * dim
     width = dims + spaces
-    config = _config(p, offset_a, space_down)
-    query, stats, mix, hidden, gates, cross = (
-        saved.contiguous() for saved in (query, stats, mix, hidden, gates, cross)
-    )
+    config = reconstruct_config(*sizes)
+    query, stats, mix, hidden, gates, cross = (tensor.contiguous() for tensor in saved)
 
     columns = r + dims
     splits = config.backward_d_splits
@@ -1757,9 +1672,9 @@ def reconstruct_backward(
         cross,
         a,
         *a.stride(),
-        scaling,
+        flags.scaling,
         d**-0.5,
-        temperature,
+        flags.temperature,
         m,
         n,
         r,
@@ -1771,8 +1686,8 @@ def reconstruct_backward(
         DIM=dim,
         HAS_OFFSET=has_offset,
         HAS_SPACES=has_spaces,
-        ACTIVATION=activation,
-        PROMPT=gate == "prompt",
+        ACTIVATION=flags.activation,
+        PROMPT=flags.gate == "prompt",
         SEVERAL=spaces > config.spaces,
         BLOCK_M=config.rows,
         BLOCK_N=config.backward_positions,
@@ -1834,7 +1749,7 @@ def reconstruct_backward(
         HAS_OFFSET=has_offset,
         HAS_SPACES=has_spaces,
         SUM_DA=sum_da,
-        ACTIVATION=activation,
+        ACTIVATION=flags.activation,
         BLOCK_M=config.rows,
         BLOCK_R=config.rank,
         BLOCK_B=block_b,
@@ -1846,4 +1761,4 @@ def reconstruct_backward(
         num_warps=config.warps,
         num_stages=1,
     )
-    return grads
+    return Parameters(*grads)

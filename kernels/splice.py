@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ept_fast.kernels.launch import run, splice_backward_config, splice_forward_config
+from ept_fast.ops.types import SpliceGrads, SpliceInputs
 
 __all__ = ["splice_backward", "splice_forward"]
 
@@ -759,23 +760,11 @@ def _groups(batch: int, tasks: int, task_ids: Tensor | None) -> tuple[int, bool]
     return (batch, True) if tasks > batch else (tasks, False)
 
 
-def splice_forward(
-    prompt: Tensor,
-    input_ids: Tensor | None,
-    weight: Tensor | None,
-    inputs_embeds: Tensor | None,
-    offset_a: Tensor | None,
-    offset_b: Tensor | None,
-    attention_mask: Tensor | None,
-    task_ids: Tensor | None,
-    scaling: float,
-) -> Tensor:
+def splice_forward(inputs: SpliceInputs, scaling: float) -> Tensor:
     """The prompt before the text and the offset onto its real tokens, [B, m + S, d]."""
-    source = weight if inputs_embeds is None else inputs_embeds
-    text = input_ids if inputs_embeds is None else inputs_embeds
-    assert source is not None
-    assert text is not None
-    batch, length = text.shape[0], text.shape[1]
+    prompt, input_ids, _, inputs_embeds, offset_a, offset_b, attention_mask, task_ids = inputs
+    source = inputs.source
+    batch, length = inputs.text.shape[:2]
     tasks, m, width = prompt.shape
     out = source.new_empty(batch, m + length, width)
     if out.numel() == 0:
@@ -834,20 +823,13 @@ def splice_forward(
 
 
 def splice_backward(
-    grad: Tensor,
-    prompt: Tensor,
-    offset_a: Tensor | None,
-    offset_b: Tensor | None,
-    attention_mask: Tensor | None,
-    task_ids: Tensor | None,
-    scaling: float,
-    need_prompt: bool,
-    need_offset: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, inputs: SpliceInputs, scaling: float, need_prompt: bool, need_offset: bool
+) -> SpliceGrads:
     """Gradients of prompt, offset_a and offset_b in their types from that of the output.
 
-    Each gradient element is read once. What is not needed is empty.
+    Each gradient element is read once.
     """
+    prompt, _, _, _, offset_a, offset_b, attention_mask, task_ids = inputs
     batch, total, width = grad.shape
     tasks, m, _ = prompt.shape
     length = total - m
@@ -858,7 +840,7 @@ def splice_backward(
         d_a = torch.empty_like(offset_a, memory_format=torch.contiguous_format)
         d_b = torch.empty_like(offset_b, memory_format=torch.contiguous_format)
     if batch == 0:
-        return d_prompt.zero_(), d_a.zero_(), d_b.zero_()
+        return SpliceGrads(d_prompt.zero_(), d_a.zero_(), d_b.zero_())
     rank = 0 if offset_a is None else offset_a.shape[2]
     has_prompt = d_prompt.numel() > 0
     has_offset = d_a.numel() > 0 and d_b.numel() > 0 and length > 0
@@ -866,12 +848,10 @@ def splice_backward(
         d_a.zero_()
         d_b.zero_()
     if not has_prompt and not has_offset:
-        return d_prompt, d_a, d_b
+        return SpliceGrads(d_prompt, d_a, d_b)
     mask = _as_bytes(attention_mask) if has_offset else None
     groups, by_row = _groups(batch, tasks, task_ids)
-    config = splice_backward_config(
-        batch, length, m, width, rank, tasks, grad.dtype, prompt.device, has_prompt, has_offset
-    )
+    config = splice_backward_config(batch, length, m, width, rank, tasks, has_prompt, has_offset)
     chunks_b = triton.cdiv(batch, config.rows)
     chunks_s = triton.cdiv(length, config.block_s * config.tiles)
     chunks_d = triton.cdiv(width, config.block_d * config.tiles_d)
@@ -962,4 +942,4 @@ def splice_backward(
         BLOCK_B=128,
         num_warps=4,
     )
-    return d_prompt, d_a, d_b
+    return SpliceGrads(d_prompt, d_a, d_b)

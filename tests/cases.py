@@ -9,19 +9,15 @@ import torch
 from torch import Tensor
 
 from ept_fast import reconstruct_prompt, splice_prompt
+from ept_fast.config import GATES
+from ept_fast.ops import activations
+from ept_fast.ops.types import Parameters, SpliceInputs
 
-SEVEN = (
-    "short_prompt",
-    "offset_a",
-    "offset_b",
-    "space_down",
-    "space_up",
-    "gate_weight",
-    "gate_bias",
-)
+__all__ = ["GATES"]
+
+SEVEN = Parameters._fields
+ACTIVATIONS = tuple(activations.ACTIVATIONS)
 PADDINGS = ("none", "right", "left", "holes", "rows")
-ACTIVATIONS = ("gelu", "relu", "silu", "identity")
-GATES = ("token", "prompt")
 PARTS: dict[str, dict[str, bool]] = {
     "all": {},
     "no fusion": {"fusion": False},
@@ -93,6 +89,27 @@ class Case:
             task_ids=self.task_ids,
             backend=backend,
         )
+
+    def tensors(self) -> Parameters:
+        """Of the first operation as a backend gets them, outside of the graph."""
+        found = {name: t.detach() for name, t in self.parameters.items()}
+        if self.sizes.tasks is None:
+            found = {name: t.unsqueeze(0) for name, t in found.items()}
+        return Parameters(**found)
+
+    def inputs(self, prompt: Tensor | None = None, **others: Tensor | None) -> SpliceInputs:
+        """Of the second as a backend gets them; the short prompt as prompt if none is given."""
+        own = self.tensors()
+        given = SpliceInputs(
+            own.short_prompt if prompt is None else prompt,
+            input_ids=self.input_ids,
+            weight=self.weight,
+            offset_a=own.offset_a,
+            offset_b=own.offset_b,
+            attention_mask=self.attention_mask,
+            task_ids=self.task_ids,
+        )
+        return given._replace(**others)  # type: ignore[arg-type]
 
     def both(self, backend: str) -> Tensor:
         return self.splice(self.reconstruct(backend), backend)

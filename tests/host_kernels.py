@@ -23,7 +23,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ept_fast.config import GATES
 from ept_fast.ops import dispatch
+from ept_fast.ops.activations import ACTIVATIONS
+from ept_fast.ops.types import Flags, Parameters, Saved, SpliceGrads, SpliceInputs
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 _FLAGS = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
@@ -39,9 +42,6 @@ _TYPES = {
     torch.int32: 5,
     torch.int64: 6,
 }
-_ACTIVATIONS = ("gelu", "relu", "silu", "identity")
-_GATES = ("token", "prompt")
-_Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class _View(ctypes.Structure):
@@ -173,7 +173,7 @@ def as_backend(monkeypatch: pytest.MonkeyPatch, name: str = "host") -> None:
     monkeypatch.setattr(dispatch, "_NAMES", (*order, dispatch.REFERENCE))
 
 
-def supports(tensors: dict[str, Tensor | None], by_name: bool = False) -> tuple[bool, str]:
+def supports(tensors: Parameters | SpliceInputs, by_name: bool = False) -> tuple[bool, str]:
     """Whatever the kernels serve, where they are asked for by name."""
     return by_name, "the kernels on a host"
 
@@ -266,142 +266,66 @@ def count(name: str, sizes: dict[str, int], views: dict[str, torch.dtype], *give
     )
 
 
-def _sizes(
-    short_prompt: Tensor, offset_a: Tensor | None, space_down: Tensor | None
-) -> dict[str, int]:
-    tasks, tokens, width = short_prompt.shape
-    sizes = {"tasks": tasks, "tokens": tokens, "width": width}
-    if offset_a is not None:
-        sizes |= {"positions": offset_a.shape[1], "rank": offset_a.shape[2]}
-    if space_down is not None:
-        sizes |= {"spaces": space_down.shape[1], "dim": space_down.shape[3]}
-    return sizes
+def _common(parameters: Parameters, flags: Flags) -> dict[str, Any]:
+    """The fields that both directions of operation 1 have."""
+    tasks, m, n, r, spaces, dim, d = parameters.sizes()
+    return {
+        "tasks": tasks,
+        "tokens": m,
+        "width": d,
+        **({"positions": n, "rank": r} if parameters.has_offset else {}),
+        **({"spaces": spaces, "dim": dim} if parameters.has_spaces else {}),
+        **{name: _view(tensor) for name, tensor in parameters._asdict().items()},
+        "scaling": flags.scaling,
+        "temperature": flags.temperature,
+        "activation": list(ACTIVATIONS).index(flags.activation),
+        "gate": GATES.index(flags.gate),
+    }
 
 
-_SEVEN = (
-    "short_prompt",
-    "offset_a",
-    "offset_b",
-    "space_down",
-    "space_up",
-    "gate_weight",
-    "gate_bias",
-)
-
-
-def reconstruct_forward(
-    short_prompt: Tensor,
-    offset_a: Tensor | None,
-    offset_b: Tensor | None,
-    space_down: Tensor | None,
-    space_up: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    scaling: float,
-    activation: str,
-    gate: str,
-    temperature: float,
-) -> _Seven:
-    seven = (short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
-    sizes = _sizes(short_prompt, offset_a, space_down)
+def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, Saved]:
     memory = Memory()
-    tasks, m, width = short_prompt.shape
-    out = memory.empty(tasks, m, width, dtype=short_prompt.dtype)
+    tasks, m, _, rank, spaces, dim, width = parameters.sizes()
+    out = memory.empty(tasks, m, width, dtype=parameters.short_prompt.dtype)
     saved: dict[str, Tensor] = {}
-    if offset_a is not None:
-        rank = offset_a.shape[2]
+    if parameters.has_offset:
         saved["query"] = memory.empty(tasks, m, rank)
         saved["stats"] = memory.empty(tasks, 2, m)
         saved["mix"] = memory.empty(tasks, m, rank)
-    if space_down is not None:
-        spaces, dim = space_down.shape[1], space_down.shape[3]
+    if parameters.has_spaces:
         saved["hidden"] = memory.empty(tasks, m, spaces * dim)
         saved["gates"] = memory.empty(tasks, m, spaces)
-        if offset_a is not None:
-            saved["cross"] = memory.empty(tasks, offset_a.shape[2], spaces * dim + spaces)
+        if parameters.has_offset:
+            saved["cross"] = memory.empty(tasks, rank, spaces * dim + spaces)
     call = _ReconstructForward(
-        **sizes,
-        **{name: _view(tensor) for name, tensor in zip(_SEVEN, seven, strict=True)},
-        scaling=scaling,
-        temperature=temperature,
-        activation=_ACTIVATIONS.index(activation),
-        gate=_GATES.index(gate),
+        **_common(parameters, flags),
         prompt=out.data_ptr(),
         **{name: tensor.data_ptr() for name, tensor in saved.items()},
     )
     _run("reconstruct_forward", call, memory)
-    query, stats, mix, hidden, gates, cross = (
-        saved.get(name, torch.empty(0))
-        for name in ("query", "stats", "mix", "hidden", "gates", "cross")
-    )
-    return out, query, stats, mix, hidden, gates, cross
+    return out, Saved(*(saved.get(name, torch.empty(0)) for name in Saved._fields))
 
 
 def reconstruct_backward(
-    grad: Tensor,
-    short_prompt: Tensor,
-    offset_a: Tensor | None,
-    offset_b: Tensor | None,
-    space_down: Tensor | None,
-    space_up: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    query: Tensor,
-    stats: Tensor,
-    mix: Tensor,
-    hidden: Tensor,
-    gates: Tensor,
-    cross: Tensor,
-    scaling: float,
-    activation: str,
-    gate: str,
-    temperature: float,
-) -> _Seven:
-    seven = (short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
+    grad: Tensor, parameters: Parameters, saved: Saved, flags: Flags
+) -> Parameters:
     memory = Memory()
-    grads = [None if t is None else memory.empty(*t.shape, dtype=t.dtype) for t in seven]
-    saved = {
-        "query": query,
-        "stats": stats,
-        "mix": mix,
-        "hidden": hidden,
-        "gates": gates,
-        "cross": cross,
-    }
-    saved = {name: tensor.contiguous() for name, tensor in saved.items() if tensor.numel()}
+    grads = [None if t is None else memory.empty(*t.shape, dtype=t.dtype) for t in parameters]
+    kept = {name: t.contiguous() for name, t in saved._asdict().items() if t.numel()}
     call = _ReconstructBackward(
-        **_sizes(short_prompt, offset_a, space_down),
+        **_common(parameters, flags),
         grad=_view(grad),
-        **{name: _view(tensor) for name, tensor in zip(_SEVEN, seven, strict=True)},
-        **{name: tensor.data_ptr() for name, tensor in saved.items()},
-        scaling=scaling,
-        temperature=temperature,
-        activation=_ACTIVATIONS.index(activation),
-        gate=_GATES.index(gate),
-        **{f"d_{name}": _address(tensor) for name, tensor in zip(_SEVEN, grads, strict=True)},
+        **{name: tensor.data_ptr() for name, tensor in kept.items()},
+        **{f"d_{n}": _address(t) for n, t in zip(Parameters._fields, grads, strict=True)},
     )
     _run("reconstruct_backward", call, memory)
-    p, a, b, down, up, weight, bias = (torch.empty(0) if t is None else t for t in grads)
-    return p, a, b, down, up, weight, bias
+    return Parameters(*grads)  # type: ignore[arg-type]
 
 
-def splice_forward(
-    prompt: Tensor,
-    input_ids: Tensor | None,
-    weight: Tensor | None,
-    inputs_embeds: Tensor | None,
-    offset_a: Tensor | None,
-    offset_b: Tensor | None,
-    attention_mask: Tensor | None,
-    task_ids: Tensor | None,
-    scaling: float,
-    shift: int = 0,
-) -> Tensor:
+def splice_forward(inputs: SpliceInputs, scaling: float, shift: int = 0) -> Tensor:
     """``shift``: elements that the output starts past a multiple of 16 bytes."""
-    text = input_ids if inputs_embeds is None else inputs_embeds
-    source = weight if inputs_embeds is None else inputs_embeds
-    assert text is not None
-    assert source is not None
+    prompt, input_ids, _, inputs_embeds, offset_a, offset_b, attention_mask, task_ids = inputs
+    text, source = inputs.text, inputs.source
     batch, length = text.shape[:2]
     tasks, m, width = prompt.shape
     memory = Memory()
@@ -429,16 +353,9 @@ def splice_forward(
 
 
 def splice_backward(
-    grad: Tensor,
-    prompt: Tensor,
-    offset_a: Tensor | None,
-    offset_b: Tensor | None,
-    attention_mask: Tensor | None,
-    task_ids: Tensor | None,
-    scaling: float,
-    need_prompt: bool,
-    need_offset: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, inputs: SpliceInputs, scaling: float, need_prompt: bool, need_offset: bool
+) -> SpliceGrads:
+    prompt, _, _, _, offset_a, offset_b, attention_mask, task_ids = inputs
     batch, total, width = grad.shape
     tasks, m, _ = prompt.shape
     memory = Memory()
@@ -468,5 +385,4 @@ def splice_backward(
     )
     _run("splice_backward", call, memory)
     empty = torch.empty(0)
-    p, a, b = (empty if t is None else t for t in (d_prompt, d_a, d_b))
-    return p, a, b
+    return SpliceGrads(*(empty if t is None else t for t in (d_prompt, d_a, d_b)))

@@ -16,7 +16,8 @@ from hypothesis import assume, given, settings
 from torch import nn
 
 from ept_fast import EPTConfig, FusedEPTPrompt
-from ept_fast.config import ACTIVATIONS, GATES
+from ept_fast.config import GATES
+from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.training.config import TrainConfig
 
 FIELDS = tuple(field.name for field in dataclasses.fields(EPTConfig))
@@ -37,7 +38,7 @@ def configs(draw: st.DrawFn) -> EPTConfig:
         num_spaces=draw(st.integers(0, 3)),
         space_dim=draw(st.integers(1, 4)),
         alpha=draw(finite | st.integers(-100, 100)),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
+        activation=draw(st.sampled_from(tuple(ACTIVATIONS))),
         gate=draw(st.sampled_from(GATES)),
         temperature=draw(st.floats(1e-300, 1e300)),
         fusion=draw(st.booleans()),

@@ -17,10 +17,11 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from ept_fast import cli, reconstruct_prompt, splice_prompt
-from ept_fast.backends import cuda, eager, triton
+from ept_fast.backends import cuda, eager, fused, triton
 from ept_fast.backends.cuda import build, library
 from ept_fast.backends.cuda.build import ExtensionError
 from ept_fast.ops import dispatch
+from ept_fast.ops.types import Flags, Parameters, Saved, SpliceInputs
 
 GPU = torch.device("cuda", 0)
 
@@ -34,8 +35,9 @@ class OnGpu:
     device: torch.device = GPU
 
 
-def prompt_on_gpu(**change: Any) -> dict[str, Any]:
-    return {"short_prompt": OnGpu((4, 8)), "offset_a": OnGpu((16, 2)), **change}
+def prompt_on_gpu(**change: Any) -> Parameters:
+    given: dict[str, Any] = {"short_prompt": OnGpu((4, 8)), "offset_a": OnGpu((16, 2)), **change}
+    return Parameters(**given)
 
 
 class Machine:
@@ -86,13 +88,13 @@ def test_order_and_logged_reasons(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "ept_fast")
-    tensors = prompt_on_gpu()
-    assert dispatch.select(None, tensors) == "triton"
+    given = prompt_on_gpu()
+    assert dispatch.select(None, given) == "triton"
     monkeypatch.setenv("EPT_FAST_DISABLE", "triton")
-    assert dispatch.select(None, tensors) == "cuda"
-    assert dispatch.select(None, tensors) == "cuda"
+    assert dispatch.select(None, given) == "cuda"
+    assert dispatch.select(None, given) == "cuda"
     monkeypatch.setenv("EPT_FAST_DISABLE", "triton, cuda")
-    assert dispatch.select(None, tensors) == "eager"
+    assert dispatch.select(None, given) == "eager"
     off = "switched off by EPT_FAST_DISABLE"
     assert caplog.messages == [
         "backend triton",
@@ -101,7 +103,7 @@ def test_order_and_logged_reasons(
     ]
     monkeypatch.setenv("EPT_FAST_DISABLE", "triton,cuda,eager")
     with pytest.raises(RuntimeError, match=r"^backend: none supports this call \(triton: switched"):
-        dispatch.select(None, tensors)
+        dispatch.select(None, given)
 
 
 def test_what_triton_does_not_serve_goes_to_cuda(machine: Machine) -> None:
@@ -159,10 +161,10 @@ def test_forced_backend_says_why_not(
     with pytest.raises(
         RuntimeError, match=f"^backend: 'cuda' does not support this call: {reason}"
     ):
-        dispatch.select("cuda", dict(change))
+        dispatch.select("cuda", prompt_on_gpu(**change))
     monkeypatch.setenv("EPT_FAST_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match=f"^EPT_FAST_BACKEND: 'cuda' does .* call: {reason}"):
-        dispatch.select(None, dict(change))
+        dispatch.select(None, prompt_on_gpu(**change))
     assert machine.loads == 0
 
 
@@ -226,9 +228,9 @@ def test_unknown_name_in_disable(value: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nothing_is_disabled_by_an_empty_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPT_FAST_DISABLE", "")
-    assert dispatch.select(None, {"short_prompt": torch.ones(4, 8)}) == "eager"
+    assert dispatch.select(None, Parameters(torch.ones(4, 8))) == "eager"
     monkeypatch.setenv("EPT_FAST_DISABLE", " ,")
-    assert dispatch.select(None, {"short_prompt": torch.ones(4, 8)}) == "eager"
+    assert dispatch.select(None, Parameters(torch.ones(4, 8))) == "eager"
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -242,8 +244,8 @@ def test_disabled_under_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_choice_is_traced_in_one_graph(machine: Machine) -> None:
     @torch.compile(fullgraph=True, dynamic=True, backend="eager")
     def chosen(x: Tensor) -> Tensor:
-        ok, _ = cuda._sizes_fit({"prompt": x, "offset_a": x})
-        return x + 1 if ok and not cuda._refusal(GPU, prepare=True) else x
+        too_large = fused.too_large(SpliceInputs(x, offset_a=x))
+        return x + 1 if not too_large and not cuda._refusal(GPU, prepare=True) else x
 
     assert torch.equal(chosen(torch.zeros(3, 4)), torch.ones(3, 4))
     assert machine.loads >= 1
@@ -259,7 +261,11 @@ class _Operators:
         self.calls: list[tuple[str, int]] = []
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *given: self.calls.append((name, len(given)))
+        def call(*given: Any) -> list[Tensor]:
+            self.calls.append((name, len(given)))
+            return [torch.empty(0)] * {"reconstruct": 7, "splice": 3}[name.split("_")[1]]
+
+        return call
 
 
 @pytest.fixture
@@ -269,51 +275,52 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> _Operators:
     return made
 
 
+FLAGS = Flags(1.0, "gelu", "token", 1.0)
+
+
+def tensors(rank: int) -> tuple[Parameters, SpliceInputs]:
+    p, a, b = torch.randn(1, 4, 8), torch.ones(1, 16, rank), torch.ones(1, rank, 8)
+    inputs = SpliceInputs(p, inputs_embeds=torch.ones(3, 5, 8), offset_a=a, offset_b=b)
+    return Parameters(p, a, b), inputs
+
+
 def test_calls_go_to_the_operators(operators: _Operators) -> None:
-    p, a, b, e = torch.ones(1, 4, 8), torch.ones(1, 16, 2), torch.ones(1, 2, 8), torch.ones(3, 5, 8)
-    grad = torch.ones(3, 9, 8)
-    cuda.reconstruct_forward(p, a, b, None, None, None, None, 1.0, "gelu", "token", 1.0)
-    saved = (p,) * 6
-    cuda.reconstruct_backward(p, p, a, b, None, None, None, None, *saved, 1.0, "gelu", "token", 1.0)
-    cuda.splice_forward(p, None, None, e, a, b, None, None, 1.0)
-    cuda.splice_backward(grad, p, a, b, None, None, 1.0, True, True)
+    parameters, inputs = tensors(2)
+    p = parameters.short_prompt
+    cuda.reconstruct_forward(parameters, FLAGS)
+    cuda.reconstruct_backward(p, parameters, Saved(*(p,) * 6), FLAGS)
+    cuda.splice_forward(inputs, 1.0)
+    cuda.splice_backward(torch.ones(3, 9, 8), inputs, 1.0, True, True)
     assert operators.calls == [
-        ("cuda_reconstruct_forward", 11),
-        ("cuda_reconstruct_backward", 18),
-        ("cuda_splice_forward", 9),
-        ("cuda_splice_backward", 9),
+        ("cuda_reconstruct_forward", 5),
+        ("cuda_reconstruct_backward", 7),
+        ("cuda_splice_forward", 2),
+        ("cuda_splice_backward", 5),
     ]
 
 
 def test_a_call_with_an_empty_tensor_is_eagers(operators: _Operators) -> None:
-    p, a, b, e = torch.ones(1, 4, 8), torch.ones(1, 16, 0), torch.ones(1, 0, 8), torch.ones(3, 5, 8)
-    flags = (1.0, "gelu", "token", 1.0)
-    none: tuple[Tensor | None, ...] = (None,) * 4
-    forward = cuda.reconstruct_forward(p, a, b, *none, *flags)  # type: ignore[arg-type]
-    for ours, theirs in zip(
-        forward,
-        eager.reconstruct_forward(p, a, b, *none, *flags),  # type: ignore[arg-type]
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
-    saved = forward[1:]
-    grads = cuda.reconstruct_backward(p, p, a, b, *none, *saved, *flags)  # type: ignore[arg-type]
+    parameters, inputs = tensors(0)
+    p, a, b = parameters[:3]
+    assert a is not None
+    assert b is not None
+    prompt, saved = cuda.reconstruct_forward(parameters, FLAGS)
+    expected = eager.reconstruct_forward(parameters, FLAGS)
+    torch.testing.assert_close((prompt, *saved), (expected[0], *expected[1]))
+    grads: Any = cuda.reconstruct_backward(p, parameters, saved, FLAGS)
     assert [g.shape for g in grads[:3]] == [p.shape, a.shape, b.shape]
-    assert cuda.splice_forward(p, None, None, e, a, b, None, None, 1.0).shape == (3, 9, 8)
-    grad = torch.ones(3, 9, 8)
-    grads = cuda.splice_backward(grad, p, a, b, None, None, 1.0, True, True)  # type: ignore[assignment]
+    assert cuda.splice_forward(inputs, 1.0).shape == (3, 9, 8)
+    grads = cuda.splice_backward(torch.ones(3, 9, 8), inputs, 1.0, True, True)
     assert [g.shape for g in grads] == [p.shape, a.shape, b.shape]
     assert operators.calls == []
 
 
 def test_a_prompt_alone_is_eagers(operators: _Operators) -> None:
-    p = torch.randn(1, 4, 8)
-    flags = (1.0, "gelu", "token", 1.0)
-    none: tuple[Tensor | None, ...] = (None,) * 6
-    prompt, *saved = cuda.reconstruct_forward(p, *none, *flags)  # type: ignore[arg-type]
-    assert torch.equal(prompt, p)
-    grads = cuda.reconstruct_backward(p, p, *none, *saved, *flags)  # type: ignore[arg-type]
-    assert torch.equal(grads[0], p)
+    alone = Parameters(torch.randn(1, 4, 8))
+    prompt, saved = cuda.reconstruct_forward(alone, FLAGS)
+    assert torch.equal(prompt, alone.short_prompt)
+    grads = cuda.reconstruct_backward(prompt, alone, saved, FLAGS)
+    assert torch.equal(grads.short_prompt, prompt)
     assert operators.calls == []
 
 
@@ -323,9 +330,7 @@ def test_the_first_call_loads_the_library(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(library, "load", fail)
     with pytest.raises(ExtensionError, match=r"^nvcc was not found$"):
-        cuda.splice_forward(
-            torch.ones(1, 4, 8), None, None, torch.ones(3, 5, 8), None, None, None, None, 1.0
-        )
+        cuda.splice_forward(tensors(2)[1], 1.0)
 
 
 def test_without_a_gpu_there_is_nothing_to_build_for(monkeypatch: pytest.MonkeyPatch) -> None:

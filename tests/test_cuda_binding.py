@@ -19,7 +19,8 @@ from torch import Tensor
 from ept_fast import splice_prompt
 from ept_fast.backends import cuda
 from ept_fast.backends.cuda import library
-from tests.cases import PADDINGS, Case, Sizes, make_case, run, shapes_of
+from ept_fast.ops.types import Flags
+from tests.cases import PADDINGS, Case, Sizes, make_case, run
 from tests.parity import assert_as_exact_as_the_definition, cotangent_of
 
 pytestmark = [
@@ -199,9 +200,7 @@ def test_only_what_is_needed(what: str) -> None:
     """Gradients that nobody asks for are not computed, and the others do not change."""
     case = make_case(SHAPES["bank"], dtype=torch.float32)
     p = torch.ones(4, 5, 24)
-    a, b = case.parameters["offset_a"].detach(), case.parameters["offset_b"].detach()
-    grad = cotangent_of(case)
-    given = (grad, p, a, b, case.attention_mask, case.task_ids, 0.4)
+    given = (cotangent_of(case), case.inputs(p), 0.4)
     whole = cuda.splice_backward(*given, True, True)
     need_prompt, need_offset = what == "prompt", what == "offset"
     part = cuda.splice_backward(*given, need_prompt, need_offset)
@@ -247,9 +246,8 @@ def test_errors_name_the_argument() -> None:
             "task_ids: expected dtype int64 or int32, got Short",
         ),
     ):
-        filled = (*given, *(None,) * (8 - len(given)), 1.0)
         with pytest.raises(RuntimeError) as caught:
-            op(*filled)
+            op([*given, *(None,) * (8 - len(given))], 1.0)
         assert str(caught.value).startswith(message)
 
 
@@ -257,11 +255,11 @@ def test_names_of_flags_are_checked() -> None:
     op = torch.ops.ept_fast.cuda_reconstruct_forward
     p = torch.ones(1, 2, 8)
     with pytest.raises(
-        RuntimeError, match=r"^activation: expected gelu, relu, silu or identity, got tanh"
+        RuntimeError, match=r"^activation: expected one of gelu, relu, silu, identity, got tanh"
     ):
-        op(p, None, None, None, None, None, None, 1.0, "tanh", "token", 1.0)
+        op([p, *(None,) * 6], 1.0, "tanh", "token", 1.0)
     with pytest.raises(RuntimeError, match=r"^gate: expected token or prompt, got row"):
-        op(p, None, None, None, None, None, None, 1.0, "gelu", "row", 1.0)
+        op([p, *(None,) * 6], 1.0, "gelu", "row", 1.0)
 
 
 def test_an_error_of_a_launch_names_the_kernel() -> None:
@@ -283,17 +281,16 @@ def test_compiled_it_is_one_operator(padding: str) -> None:
 def test_shapes_of_the_outputs() -> None:
     """As the fakes of the operators in Python have them: shape, type and order."""
     case = make_case(SHAPES["bank"], dtype=torch.bfloat16)
-    seven = [case.parameters[name].detach() for name in shapes_of(case.sizes)]
-    flags = (0.4, "gelu", "token", 0.7)
+    parameters, flags = case.tensors(), Flags(0.4, "gelu", "token", 0.7)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    forward = cuda.reconstruct_forward(*seven, *flags)
-    grads = cuda.reconstruct_backward(forward[0], *seven, *forward[1:], *flags)
+    prompt, saved = cuda.reconstruct_forward(parameters, flags)
+    grads = cuda.reconstruct_backward(prompt, parameters, saved, flags)
     with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(t) for t in seven]
-        wanted = torch.ops.ept_fast.reconstruct_forward(*fakes, *flags, "cuda")
+        fakes = [mode.from_tensor(t) for t in parameters]
+        wanted = torch.ops.ept_fast.reconstruct_forward(fakes, *flags, "cuda")
         wanted_grads = torch.ops.ept_fast.reconstruct_backward(
-            wanted[0], *fakes, *wanted[1:], *flags, "cuda"
+            wanted[0], fakes, wanted[1:], *flags, "cuda"
         )
-    for got, fake in zip((*forward, *grads), (*wanted, *wanted_grads), strict=True):
+    for got, fake in zip((prompt, *saved, *grads), (*wanted, *wanted_grads), strict=True):
         assert (got.shape, got.dtype, got.stride()) == (fake.shape, fake.dtype, fake.stride())

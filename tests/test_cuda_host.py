@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ept_fast import reconstruct_prompt, splice_prompt
 from ept_fast.backends import eager
+from ept_fast.ops.types import Flags, Saved
 from tests import host_kernels as kernels
 from tests import test_golden
 from tests.cases import (
@@ -213,11 +214,7 @@ def test_strides_change_no_bit(layout: str, tasks: int | None, types: str) -> No
 
 def test_an_unaligned_output() -> None:
     case = make_case(Sizes(d=16), dtype=torch.float32)
-    prompt, a, b = (case.parameters[name].detach().unsqueeze(0) for name in SEVEN[:3])
-    rest = (case.weight, None, a, b, case.attention_mask, None, 0.5)
-    plain, shifted = (
-        kernels.splice_forward(prompt, case.input_ids, *rest, shift=shift) for shift in (0, 1)
-    )
+    plain, shifted = (kernels.splice_forward(case.inputs(), 0.5, shift=shift) for shift in (0, 1))
     assert torch.equal(plain, shifted)
 
 
@@ -360,11 +357,10 @@ def test_beyond_two_to_the_31_elements() -> None:
 
 def test_ids_outside_are_nan_and_never_read() -> None:
     case = make_case(Sizes(tasks=3), dtype=torch.float32, padding="none")
-    prompt, a, b = (case.parameters[name].detach() for name in SEVEN[:3])
     tasks = torch.tensor([0, 3, 2, -1])
     ids = case.input_ids.clone()
     ids[0, 1], ids[2, 5], ids[2, 0] = 11, -1, 2**62
-    out = kernels.splice_forward(prompt, ids, case.weight, None, a, b, None, tasks, 0.5)
+    out = kernels.splice_forward(case.inputs(input_ids=ids, task_ids=tasks), 0.5)
     text = out[:, 3:]
     bad = torch.zeros(4, 6, dtype=torch.bool)
     bad[0, 1] = bad[2, 5] = bad[2, 0] = True
@@ -378,16 +374,15 @@ def test_ids_outside_are_nan_and_never_read() -> None:
 @pytest.mark.parametrize("tasks", [1, 3, 9])
 def test_rows_without_a_task_get_no_gradient(tasks: int) -> None:
     case = make_case(Sizes(tasks=tasks), dtype=torch.float32, padding="none")
-    prompt, a, b = (case.parameters[name].detach() for name in SEVEN[:3])
     last = tasks - 1
     ids = torch.tensor([0, tasks, last, -1])
     grad = torch.ones(4, 9, 5)
     alone = torch.zeros_like(grad)
     alone[[0, 2]] = 1
     rest = (0.5, True, True)
-    got = kernels.splice_backward(grad, prompt, a, b, None, ids, *rest)
+    got = kernels.splice_backward(grad, case.inputs(task_ids=ids), *rest)
     kept = torch.tensor([0, 0, last, last])
-    expected = eager.splice_backward(alone, prompt, a, b, None, kept, *rest)
+    expected = eager.splice_backward(alone, case.inputs(task_ids=kept), *rest)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -448,14 +443,17 @@ def test_neighbours_change_no_bit_of_a_row() -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_what_is_saved(gate: str) -> None:
     case = make_case(Sizes(tasks=2, m=9, n=40), dtype=torch.float32)
-    seven = [case.parameters[name].detach() for name in SEVEN]
-    flags = (0.4, "gelu", gate, 0.7)
-    got, expected = (module.reconstruct_forward(*seven, *flags) for module in (kernels, eager))
-    scores = expected[1] @ (0.4 * seven[1]).mT
+    parameters, flags = case.tensors(), Flags(0.4, "gelu", gate, 0.7)
+    got, expected = (
+        (prompt, *saved)
+        for prompt, saved in (m.reconstruct_forward(parameters, flags) for m in (kernels, eager))
+    )
+    assert parameters.offset_a is not None
+    scores = expected[1] @ (0.4 * parameters.offset_a).mT
     top = scores.amax(-1)
     total = ((scores - top.unsqueeze(-1)) / case.sizes.d**0.5).exp().sum(-1)
     expected = (*expected[:2], torch.stack([top, total], 1), *expected[3:])
-    names = ("prompt", "query", "stats", "mix", "hidden", "gates", "cross")
+    names = ("prompt", *Saved._fields)
     for name, one, other in zip(names, got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: n + m)
 
@@ -562,20 +560,19 @@ import torch
 from tests import host_kernels as kernels
 from tests import test_golden
 from tests.test_cuda_host import SHAPES
-from tests.cases import SEVEN, make_case
+from ept_fast.ops.types import Flags
+from tests.cases import make_case
 
 torch.set_num_threads(1)
 for shape in SHAPES.values():
     for dtype in (torch.float32, torch.bfloat16):
         case = make_case(shape, dtype=dtype, gate="prompt")
-        seven = [case.parameters[name].detach() for name in SEVEN]
-        seven = [t if shape.tasks else t.unsqueeze(0) for t in seven]
-        flags = (0.5, "gelu", "prompt", 1.0)
-        prompt, *saved = kernels.reconstruct_forward(*seven, *flags)
-        rest = (*seven[1:3], case.attention_mask, case.task_ids, 0.5)
-        out = kernels.splice_forward(prompt, case.input_ids, case.weight, None, *rest)
-        d_prompt, *_ = kernels.splice_backward(out, prompt, *rest, True, True)
-        kernels.reconstruct_backward(d_prompt, *seven, *saved, *flags)
+        parameters, flags = case.tensors(), Flags(0.5, "gelu", "prompt", 1.0)
+        prompt, saved = kernels.reconstruct_forward(parameters, flags)
+        inputs = case.inputs(prompt)
+        out = kernels.splice_forward(inputs, 0.5)
+        d_prompt, *_ = kernels.splice_backward(out, inputs, 0.5, True, True)
+        kernels.reconstruct_backward(d_prompt, parameters, saved, flags)
 print("done")
 """
 

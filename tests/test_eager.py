@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ept_fast import reconstruct_prompt, splice_prompt
-from ept_fast.kernels.launch import eager_splice_config
-from tests.cases import PADDINGS, Case, Sizes, make_case, make_mask, run
+from ept_fast.backends.eager.splice import tile_config
+from tests.cases import ACTIVATIONS, GATES, PADDINGS, Case, Sizes, make_case, make_mask, run
 from tests.parity import (
     LARGE_SCORES,
     assert_as_exact_as_the_definition,
@@ -25,8 +25,6 @@ from tests.parity import (
     large_scores,
 )
 
-ACTIVATIONS = ("gelu", "relu", "silu", "identity")
-GATES = ("token", "prompt")
 TASKS = (None, 2)
 SMALL = {"m": 2, "n": 3, "r": 2, "k": 2, "h": 2, "d": 3}  # gradcheck evaluates every element twice
 PARTS = {
@@ -292,7 +290,7 @@ def test_nothing_of_size_n_by_d(padding: str) -> None:
     """Beyond the output and the gradients nothing larger than a tile of constant size is made."""
     sizes = Sizes(m=4, n=4096, r=3, k=2, h=2, d=256, batch=2, length=4096)
     case = make_case(sizes, padding=padding, dtype=torch.float32)
-    config = eager_splice_config(sizes.length, sizes.d, 4)
+    config = tile_config(sizes.length, sizes.d, 4)
     tile = config.positions * config.rows * sizes.d
     assert tile <= 512 * 1024 // 4
     cotangent = torch.randn(sizes.batch, sizes.m + sizes.length, sizes.d)
@@ -307,7 +305,7 @@ def test_tiles_cover_every_size() -> None:
     for length, width, itemsize in itertools.product(
         (0, 1, 17, 512, 32768), (1, 768, 16384), (4, 8)
     ):
-        config = eager_splice_config(length, width, itemsize)
+        config = tile_config(length, width, itemsize)
         assert config.positions >= 1
         assert config.rows >= 1
         assert config.positions <= max(length, 1)

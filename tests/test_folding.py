@@ -196,7 +196,7 @@ def test_one_launch_more_than_plain_prompt_tuning(
     folded, table = prompt.fold(offset=offset), prompt.embedding.requires_grad_(False)
     ids = torch.randint(0, 20, (ROWS, TEXT))
     mask = torch.ones(ROWS, TEXT, dtype=torch.int64) if masked else None
-    for module in ("ept_fast.ops.functional", "ept_fast.ops.operators"):
+    for module in ("ept_fast.ops.functional", "ept_fast.ops.splice"):
         monkeypatch.setattr(f"{module}.values_are_checked", lambda device: False)
     with Launches() as mine, torch.no_grad():
         monkeypatch.setattr(

@@ -119,12 +119,12 @@ import json, torch
 from dataclasses import replace
 from bench import host_cost, peers, shapes
 from bench.inputs import make_inputs
-from ept_fast.ops import operators
+from ept_fast.ops import splice
 from ept_fast.kernels import launch
 
 torch.set_num_threads(1)
 found = []
-checked = operators.values_are_checked
+checked = splice.values_are_checked
 with host_cost.stubbed() as launched:
     for shape in (host_cost.SHAPE, replace(shapes.NAMED[0], vocabulary=100)):
         (inputs,) = make_inputs(shape, torch.bfloat16, torch.device("cpu"), 1)
@@ -135,7 +135,7 @@ with host_cost.stubbed() as launched:
         torch.autograd.grad(out, list(inputs.parameters.values()), torch.ones_like(out))
         counts.append(launched())
         found.append([b - a for a, b in zip(counts, counts[1:])])
-assert launch._forced_target is None and operators.values_are_checked is checked
+assert launch._forced_target is None and splice.values_are_checked is checked
 try:
     forward(inputs)
 except RuntimeError as error:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ept_fast import reconstruct_prompt, splice_prompt
-from tests.cases import SEVEN, Case, Sizes, make_case, run
+from ept_fast.ops.types import Flags
+from tests.cases import Case, Sizes, make_case, run
 from tests.parity import needs_interpreter
 
 # torch.compile itself does what these warn of.
@@ -23,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),
 ]
 BANK = Sizes(tasks=2)
-FLAGS = (0.4, "gelu", "token", 0.7)
+FLAGS = Flags(0.4, "gelu", "token", 0.7)
 each_backend = pytest.mark.parametrize(
     "backend", ["eager", pytest.param("triton", marks=needs_interpreter)]
 )
@@ -43,21 +44,16 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def _seven(case: Case) -> list[Tensor | None]:
-    tensors = (case.parameters.get(name) for name in SEVEN)
-    return [None if t is None else t.detach() for t in tensors]
-
-
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("part", PARTS)
 def test_opcheck_reconstruct(part: str, dtype: torch.dtype, backend: str) -> None:
-    tensors = _seven(make_case(BANK, dtype=dtype, **PARTS[part]))
+    tensors = list(make_case(BANK, dtype=dtype, **PARTS[part]).tensors())
     flags = (*FLAGS, backend)
-    torch.library.opcheck(OPS.reconstruct_forward, (*tensors, *flags))
-    prompt, *saved = OPS.reconstruct_forward(*tensors, *flags)
+    torch.library.opcheck(OPS.reconstruct_forward, (tensors, *flags))
+    prompt, *saved = OPS.reconstruct_forward(tensors, *flags)
     grad = torch.ones_like(prompt)
-    torch.library.opcheck(OPS.reconstruct_backward, (grad, *tensors, *saved, *flags))
+    torch.library.opcheck(OPS.reconstruct_backward, (grad, tensors, saved, *flags))
 
 
 @each_backend
@@ -65,17 +61,15 @@ def test_opcheck_reconstruct(part: str, dtype: torch.dtype, backend: str) -> Non
 @pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
 def test_opcheck_splice(offset: bool, lookup: bool, backend: str) -> None:
     case = make_case(BANK, offset=offset, dtype=torch.float32)
-    prompt, a, b, *_ = _seven(case)
-    assert prompt is not None
-    embeds = case.weight[case.input_ids]
-    text = (case.input_ids, case.weight, None) if lookup else (None, None, embeds)
-    mask, tasks = case.attention_mask, case.task_ids
-    torch.library.opcheck(OPS.splice_forward, (prompt, *text, a, b, mask, tasks, 0.4, backend))
+    inputs = case.inputs()
+    if not lookup:
+        embeds = case.weight[case.input_ids]
+        inputs = inputs._replace(input_ids=None, weight=None, inputs_embeds=embeds)
+    torch.library.opcheck(OPS.splice_forward, (list(inputs), 0.4, backend))
     grad = torch.randn(4, 9, 5)
+    kept = list(inputs._replace(input_ids=None, weight=None, inputs_embeds=None))
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
-            OPS.splice_backward, (grad, prompt, a, b, mask, tasks, 0.4, *needs, backend)
-        )
+        torch.library.opcheck(OPS.splice_backward, (grad, kept, 0.4, *needs, backend))
 
 
 def _flat(

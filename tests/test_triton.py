@@ -16,6 +16,7 @@ from ept_fast import reconstruct_prompt, splice_prompt
 from ept_fast.backends import eager
 from ept_fast.backends import triton as backend
 from ept_fast.kernels import launch
+from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 from tests.cases import (
     ACTIVATIONS,
     GATES,
@@ -296,13 +297,11 @@ def test_strides_beyond_two_to_the_31_elements() -> None:
 def test_ids_outside_are_nan_and_never_read() -> None:
     """Where values are not looked at first, as on a GPU."""
     case = make_case(Sizes(tasks=3), dtype=torch.float32, padding="none")
-    prompt, a, b = (
-        case.parameters[name].detach() for name in ("short_prompt", "offset_a", "offset_b")
-    )
     tasks = torch.tensor([0, 3, 2, -1])
     ids = case.input_ids.clone()
     ids[0, 1], ids[2, 5], ids[2, 0] = 11, -1, 2**62
-    out = backend.splice_forward(prompt, ids, case.weight, None, a, b, None, tasks, 0.5)
+    inputs = case.inputs(input_ids=ids, task_ids=tasks)
+    out = backend.splice_forward(inputs, 0.5)
     text = out[:, 3:]
     bad = torch.zeros(4, 6, dtype=torch.bool)
     bad[0, 1] = bad[2, 5] = bad[2, 0] = True
@@ -314,10 +313,9 @@ def test_ids_outside_are_nan_and_never_read() -> None:
     grad = torch.ones_like(out)
     alone = torch.zeros_like(grad)
     alone[[0, 2]] = 1
-    none = backend.splice_backward(grad, prompt, a, b, None, tasks, 0.5, True, True)
-    kept = eager.splice_backward(
-        alone, prompt, a, b, None, torch.tensor([0, 0, 2, 2]), 0.5, True, True
-    )
+    none = backend.splice_backward(grad, inputs, 0.5, True, True)
+    inputs = inputs._replace(task_ids=torch.tensor([0, 0, 2, 2]))
+    kept = eager.splice_backward(alone, inputs, 0.5, True, True)
     for got, expected in zip(none, kept, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -414,20 +412,16 @@ def test_each_element_moves_once(
     """Embeddings are read once, outputs written once, gradients of real tokens read once."""
     sizes = Sizes(m=5, n=40, r=3, d=70, batch=6, length=37, tasks=tasks)
     case = make_case(sizes, padding=padding, dtype=torch.float32)
-    prompt, a, b = (
-        t.detach() if tasks else t.detach().unsqueeze(0)
-        for t in (case.parameters[name] for name in ("short_prompt", "offset_a", "offset_b"))
-    )
     embeds = case.weight[case.input_ids]
     real = torch.ones(6, 37) if case.attention_mask is None else case.attention_mask
     traffic = _Traffic(monkeypatch)
-    rest = (case.attention_mask, case.task_ids, 0.5)
-    out = backend.splice_forward(prompt, None, None, embeds, a, b, *rest)
+    inputs = case.inputs(input_ids=None, weight=None, inputs_embeds=embeds)
+    out = backend.splice_forward(inputs, 0.5)
     assert (traffic.of(embeds, traffic.loads) == 1).all()
     assert (traffic.of(out, traffic.stores) == 1).all()
     traffic.loads.clear()
     grad = torch.randn_like(out)
-    backend.splice_backward(grad, prompt, a, b, *rest, True, True)
+    backend.splice_backward(grad, inputs, 0.5, True, True)
     expected = torch.cat([torch.ones(6, 5), real.float()], 1).unsqueeze(-1).expand(6, 42, 70)
     read = torch.from_numpy(traffic.of(grad, traffic.loads)).reshape(6, 42, 70)
     assert torch.equal(read.float(), expected)
@@ -524,21 +518,19 @@ class _Allocated(TorchDispatchMode):
         return result
 
 
-def _tensors(s: Sizes) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The seven of the first operation; ids, mask, task ids and table of the second."""
+def _tensors(s: Sizes) -> tuple[Parameters, SpliceInputs]:
+    """Of both operations, in memory that is never touched."""
     ids = torch.zeros(s.batch, s.length, dtype=torch.int64)
     tasks = None if s.tasks is None else torch.zeros(s.batch, dtype=torch.int64)
     table = torch.empty(11, s.d, dtype=torch.bfloat16)
-    seven = [torch.empty(s.tasks or 1, *shape) for shape in shapes_of(s).values()]
-    return seven, [
-        ids,
-        torch.ones_like(ids),
-        tasks,
-        table,
-    ]
+    parameters = Parameters(
+        **{name: torch.empty(s.tasks or 1, *shape) for name, shape in shapes_of(s).items()}
+    )
+    prompt, a, b = parameters[:3]
+    return parameters, SpliceInputs(prompt, ids, table, None, a, b, torch.ones_like(ids), tasks)
 
 
-FLAGS = (0.5, "gelu", "token", 1.0)
+FLAGS = Flags(0.5, "gelu", "token", 1.0)
 
 
 @pytest.mark.default_algorithms
@@ -551,7 +543,7 @@ def test_workspace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     counted = _Counted(monkeypatch, only_count=True)
     s = NAMED[name]
-    seven, (ids, mask, tasks, table) = _tensors(s)
+    parameters, inputs = _tensors(s)
     most = 8 * 1024 * 1024
     most_of_splice = s.batch * s.length * s.d * 2 // 8 if name == "long" else most
 
@@ -559,17 +551,16 @@ def test_workspace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return sum(allocated.sizes) - sum(w.untyped_storage().nbytes() for w in wanted)
 
     with _Allocated() as allocated:
-        outputs = backend.reconstruct_forward(*seven, *FLAGS)
-    assert beyond(allocated, *outputs) < most
+        prompt, saved = backend.reconstruct_forward(parameters, FLAGS)
+    assert beyond(allocated, prompt, *saved) < most
     with _Allocated() as allocated:
-        grads = backend.reconstruct_backward(outputs[0], *seven, *outputs[1:], *FLAGS)
+        grads = backend.reconstruct_backward(prompt, parameters, saved, FLAGS)
     assert beyond(allocated, *grads) < most
-    prompt, a, b = seven[:3]
     with _Allocated() as allocated:
-        out = backend.splice_forward(prompt, ids, table, None, a, b, mask, tasks, 0.5)
+        out = backend.splice_forward(inputs, 0.5)
     assert beyond(allocated, out) == 0
     with _Allocated() as allocated:
-        three = backend.splice_backward(out, prompt, a, b, mask, tasks, 0.5, True, True)
+        three = backend.splice_backward(out, inputs, 0.5, True, True)
     assert beyond(allocated, *three) < most_of_splice
     assert len(counted.names) == 9
 
@@ -586,12 +577,11 @@ LARGEST = {
 def test_grids_of_the_largest_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All limits at once make grids that a GPU can have; no kernel runs, no memory is touched."""
     counted = _Counted(monkeypatch, only_count=True)
-    seven, (ids, mask, tasks, table) = _tensors(LARGEST[name])
-    outputs = backend.reconstruct_forward(*seven, *FLAGS)
-    backend.reconstruct_backward(outputs[0], *seven, *outputs[1:], *FLAGS)
-    prompt, a, b = seven[:3]
-    out = backend.splice_forward(prompt, ids, table, None, a, b, mask, tasks, 0.5)
-    backend.splice_backward(out, prompt, a, b, mask, tasks, 0.5, True, True)
+    parameters, inputs = _tensors(LARGEST[name])
+    prompt, saved = backend.reconstruct_forward(parameters, FLAGS)
+    backend.reconstruct_backward(prompt, parameters, saved, FLAGS)
+    out = backend.splice_forward(inputs, 0.5)
+    backend.splice_backward(out, inputs, 0.5, True, True)
     assert len(counted.names) <= 9
 
 
@@ -620,14 +610,9 @@ def test_programs_that_take_several_tiles(
     assert_as_exact_as_the_definition(cases, "triton")
 
 
-def test_partition_goes_by_shapes_alone() -> None:
-    """The same launch on every GPU of an architecture, and the same order of sums on all."""
-    cpu = torch.device("cpu")
+def test_launches_cover_the_rank_and_the_rows() -> None:
     for s in NAMED.values():
-        sizes = (s.batch, s.length, s.m, s.d, s.r, s.tasks or 1, torch.bfloat16, cpu)
-        assert launch.splice_forward_config(*sizes, True) == launch.splice_forward_config(
-            *sizes, True
-        )
+        sizes = (s.batch, s.length, s.m, s.d, s.r, s.tasks or 1)
         config = launch.splice_backward_config(*sizes, True, True)
         assert config.block_r >= s.r
         assert config.rows * -(-s.batch // config.rows) >= s.batch
@@ -655,10 +640,10 @@ def test_the_compiler_does_not_trace_the_driver(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_interpreter_serves_by_name_only() -> None:
     case = make_case(Sizes(), dtype=torch.float32)
-    tensors = dict(case.parameters)
+    tensors = Parameters(**case.parameters)
     assert backend.supports(tensors, by_name=True) == (True, "fused kernels")
     ok, reason = backend.supports(tensors)
-    assert (ok, reason) == (False, "the interpreter serves a CPU only where it is asked for")
+    assert (ok, reason) == (False, "the interpreter serves a CPU only if it is asked for by name")
 
 
 def test_float64_is_refused() -> None:

@@ -71,6 +71,7 @@ class Runner:
         """Do one run and give its record."""
         from ept_fast import get_ept_model
         from ept_fast.ops import dispatch
+        from ept_fast.ops.types import Parameters
         from ept_fast.training.batches import Collator
         from ept_fast.training.config import TrainConfig
         from ept_fast.training.evaluation import ClassEvaluation
@@ -116,7 +117,9 @@ class Runner:
                 )
                 trainer.train()
                 evaluation = trainer.evaluations[-1]
-                backend = dispatch.select(None, dict(model.prompt.named_parameters(recurse=False)))
+                backend = dispatch.select(
+                    None, Parameters(**dict(model.prompt.named_parameters(recurse=False)))
+                )
                 record = {
                     **dataclasses.asdict(run),
                     "metric": TASKS[run.task][1],

@@ -1,8 +1,7 @@
-"""The backends and the one place where one of them is chosen.
+"""The one place where a backend is chosen.
 
-A backend is a module with ``available``, ``supports`` and, on tensors with a task axis,
-``reconstruct_forward``, ``reconstruct_backward``, ``splice_forward``, ``splice_backward``.
-``reference`` is not among them: it is the definition under autograd and runs on request only.
+``reference`` is not among the backends: it is the definition under autograd and runs on request
+only.
 
 ``EPT_FAST_BACKEND=name`` forces one for every call that names none. ``EPT_FAST_DISABLE=name,...``
 switches backends off: a call then goes to the next in order, and one that names them is an error.
@@ -15,9 +14,9 @@ import os
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from ept_fast.backends import cuda, eager, triton
+from ept_fast.ops.types import Parameters, SpliceInputs
 
 __all__ = ["REFERENCE", "describe", "load", "select"]
 
@@ -36,13 +35,13 @@ def load(name: str) -> ModuleType:
     return _IN_ORDER[name]
 
 
-def select(name: str | None, tensors: dict[str, Tensor | None]) -> str:
+def select(name: str | None, tensors: Parameters | SpliceInputs) -> str:
     """The name of the backend for these tensors.
 
     Args:
-        name: forces one; else ``EPT_FAST_BACKEND`` does where it is set; else the first in order
+        name: forces one; else ``EPT_FAST_BACKEND`` does if it is set; else the first in order
             that supports the tensors.
-        tensors: the call's tensors by argument name.
+        tensors: the call's.
 
     Raises:
         ValueError: an unknown name, there or in ``EPT_FAST_DISABLE``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,13 @@ from ept_fast.checks import (
     constant,
     values_are_checked,
 )
-from ept_fast.ops import dispatch, operators
+from ept_fast.ops import dispatch
+from ept_fast.ops.reconstruct import gate_weights as _gate_weights
+from ept_fast.ops.reconstruct import reconstruct
+from ept_fast.ops.splice import splice
+from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 
-__all__ = ["reconstruct_prompt", "splice_prompt"]
-
-
-def _with_task_axis(tensor: Tensor | None, single: bool) -> Tensor | None:
-    return tensor.unsqueeze(0) if single and tensor is not None else tensor
+__all__ = ["gate_weights", "reconstruct_prompt", "splice_prompt"]
 
 
 def reconstruct_prompt(
@@ -73,65 +75,57 @@ def reconstruct_prompt(
         >>> reconstruct_prompt(torch.ones(4, 8), torch.zeros(16, 2), torch.ones(2, 8)).shape
         torch.Size([4, 8])
     """
-    scaling, temperature = constant(scaling), constant(temperature)
-    check_reconstruct(
-        short_prompt,
-        offset_a,
-        offset_b,
-        space_down,
-        space_up,
-        gate_weight,
-        gate_bias,
-        scaling,
-        activation,
-        gate,
-        temperature,
-        fusion,
+    parameters = Parameters(
+        short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias
     )
-    tensors = {
-        "short_prompt": short_prompt,
-        "offset_a": offset_a if fusion else None,
-        "offset_b": offset_b if fusion else None,
-        "space_down": space_down,
-        "space_up": space_up,
-        "gate_weight": gate_weight,
-        "gate_bias": gate_bias,
-    }
-    chosen = dispatch.select(backend, tensors)
+    flags = Flags(constant(scaling), activation, gate, constant(temperature))
+    parameters, flags, chosen = _prepared(parameters, flags, fusion, backend)
     if chosen == dispatch.REFERENCE:
-        return reference.reconstruct_prompt(
-            short_prompt,
-            offset_a,
-            offset_b,
-            space_down,
-            space_up,
-            gate_weight,
-            gate_bias,
-            scaling=scaling,
-            activation=activation,
-            gate=gate,
-            temperature=temperature,
-            fusion=fusion,
-        )
-    single = short_prompt.dim() == 2
-    first, *rest = (_with_task_axis(tensor, single) for tensor in tensors.values())
-    assert first is not None
-    a, b, down, up, weight, bias = rest
-    prompt = operators.reconstruct(
-        first,
-        a,
-        b,
-        down,
-        up,
-        weight,
-        bias,
-        float(scaling),
-        activation,
-        gate,
-        float(temperature),
-        chosen,
-    )
-    return prompt.squeeze(0) if single else prompt
+        return reference.reconstruct_prompt(*parameters, **_by_name(flags))
+    if short_prompt.dim() == 3:
+        return reconstruct(parameters, flags, chosen)
+    return reconstruct(Parameters(*_with_task_axis(parameters)), flags, chosen).squeeze(0)
+
+
+def gate_weights(
+    parameters: Parameters, flags: Flags, *, fusion: bool = True, backend: str | None = None
+) -> Tensor:
+    """The gate's weight of every subspace for every prompt token.
+
+    Args:
+        parameters: as of :func:`reconstruct_prompt`, with subspaces, with or without a task axis.
+        flags, fusion, backend: as there; ``"reference"`` is served by ``"eager"``.
+
+    Returns:
+        g, ``[(T,) m, K]`` in float32, or float64 if any tensor is.
+    """
+    parameters, flags, chosen = _prepared(parameters, flags, fusion, backend)
+    if chosen == dispatch.REFERENCE:
+        chosen = "eager"
+    if parameters.short_prompt.dim() == 3:
+        return _gate_weights(parameters, flags, chosen)
+    return _gate_weights(Parameters(*_with_task_axis(parameters)), flags, chosen).squeeze(0)
+
+
+def _prepared(
+    parameters: Parameters, flags: Flags, fusion: bool, backend: str | None
+) -> tuple[Parameters, Flags, str]:
+    """Checked, without the offset unless it is fused; and the backend for them."""
+    check_reconstruct(parameters, flags, fusion)
+    if not fusion:
+        parameters = parameters._replace(offset_a=None, offset_b=None)
+    scaling, activation, gate, temperature = flags
+    flags = Flags(float(scaling), activation, gate, float(temperature))
+    return parameters, flags, dispatch.select(backend, parameters)
+
+
+def _with_task_axis(tensors: tuple[Tensor | None, ...]) -> list[Any]:
+    return [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]
+
+
+def _by_name(values: tuple[Any, ...]) -> dict[str, Any]:
+    """The fields of a NamedTuple; the compiler cannot trace its own ``_asdict``."""
+    return dict(zip(values._fields, values, strict=True))  # type: ignore[attr-defined]
 
 
 def splice_prompt(
@@ -183,54 +177,18 @@ def splice_prompt(
         torch.Size([1, 5, 8])
     """
     scaling = constant(scaling)
-    check_splice(
-        prompt,
-        input_ids,
-        weight,
-        inputs_embeds,
-        offset_a,
-        offset_b,
-        scaling,
-        attention_mask,
-        task_ids,
+    inputs = SpliceInputs(
+        prompt, input_ids, weight, inputs_embeds, offset_a, offset_b, attention_mask, task_ids
     )
-    tensors = {
-        "prompt": prompt,
-        "input_ids": input_ids,
-        "weight": weight,
-        "inputs_embeds": inputs_embeds,
-        "offset_a": offset_a,
-        "offset_b": offset_b,
-        "attention_mask": attention_mask,
-        "task_ids": task_ids,
-    }
-    chosen = dispatch.select(backend, tensors)
+    check_splice(inputs, scaling)
+    chosen = dispatch.select(backend, inputs)
     if chosen == dispatch.REFERENCE:
         if values_are_checked(prompt.device) and not torch.compiler.is_compiling():
-            vocabulary = 0 if weight is None else weight.shape[0]
-            tasks = prompt.shape[0] if prompt.dim() == 3 else 1
-            check_splice_values(input_ids, vocabulary, attention_mask, task_ids, tasks)
-        return reference.splice_prompt(
-            prompt,
-            input_ids=input_ids,
-            weight=weight,
-            inputs_embeds=inputs_embeds,
-            offset_a=offset_a,
-            offset_b=offset_b,
-            scaling=scaling,
-            attention_mask=attention_mask,
-            task_ids=task_ids,
-        )
-    single = prompt.dim() == 2
-    return operators.splice(
-        prompt.unsqueeze(0) if single else prompt,
-        input_ids,
-        None if weight is None else weight.detach(),
-        inputs_embeds,
-        _with_task_axis(offset_a, single),
-        _with_task_axis(offset_b, single),
-        attention_mask,
-        task_ids,
-        float(scaling),
-        chosen,
-    )
+            check_splice_values(inputs)
+        return reference.splice_prompt(**_by_name(inputs), scaling=scaling)
+    if weight is not None:
+        inputs = inputs._replace(weight=weight.detach())
+    if prompt.dim() == 2:
+        head, a, b = _with_task_axis((prompt, offset_a, offset_b))
+        inputs = inputs._replace(prompt=head, offset_a=a, offset_b=b)
+    return splice(inputs, float(scaling), chosen)

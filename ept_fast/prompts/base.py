@@ -1,7 +1,8 @@
 """What every prompt method shares, and the registry that finds a method by its name.
 
-A method is one file: a config, which is a frozen dataclass below ``PromptConfig``, and a class below :class:`Prompt` with ``shapes``, ``groups``, ``initial`` and
-``reconstruct``, under :func:`register`.
+A method is one file: a config, which is a frozen dataclass below ``PromptConfig``, and a class
+below :class:`Prompt` with ``shapes``, ``groups``, ``initial`` and ``reconstruct``, under
+:func:`register`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ept_fast.checks import check_input_ids, check_splice_values
+from ept_fast.checks import check_input_ids, check_token_ids
 from ept_fast.config import EPT, PromptConfig, check_choice, check_count
 from ept_fast.ops.functional import splice_prompt
 from ept_fast.prompts.embedding import (
@@ -183,7 +184,7 @@ class SplicedPrompt(nn.Module):
         except IndexError:
             rows = getattr(embedding, "num_embeddings", None)
             if isinstance(rows, int):
-                check_splice_values(input_ids, rows, None, None, 0)  # names row and column
+                check_token_ids(input_ids, rows)  # names row and column
             raise
 
     def extra_repr(self) -> str:

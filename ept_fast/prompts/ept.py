@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ept_fast.config import EPTConfig, PromptConfig
-from ept_fast.ops.functional import reconstruct_prompt
+from ept_fast.ops.functional import gate_weights, reconstruct_prompt
+from ept_fast.ops.types import Flags, Parameters
 from ept_fast.prompts.base import FoldedPrompt, Prompt, register
 
 __all__ = ["FoldedEPTPrompt", "FusedEPTPrompt"]
@@ -122,21 +123,12 @@ class FusedEPTPrompt(Prompt):
         Raises:
             ValueError: the prompt has no subspaces.
         """
-        c = self.config
-        if self.gate_weight is None or self.gate_bias is None:
+        if self.gate_weight is None:
             raise ValueError("num_spaces: expected at least 1 for gate weights, got 0")
-        dtype = torch.promote_types(self.short_prompt.dtype, torch.float32)
-        weight, bias = self.gate_weight.to(dtype), self.gate_bias.to(dtype).unsqueeze(-2)
-        with torch.autocast(weight.device.type, enabled=False):
-            fused = reconstruct_prompt(
-                self.short_prompt.to(dtype),
-                self.offset_a,
-                self.offset_b,
-                scaling=c.scaling,
-                fusion=c.fusion,
-                backend=self.backend,
-            )
-            logits = (fused @ weight + bias) / c.temperature
-            if c.gate == "prompt":
-                logits = logits.mean(-2, keepdim=True).expand_as(logits)
-            return logits.softmax(-1)
+        c = self.config
+        return gate_weights(
+            Parameters(**self.tensors()),  # type: ignore[arg-type]
+            Flags(c.scaling, c.activation, c.gate, c.temperature),
+            fusion=c.fusion,
+            backend=self.backend,
+        )

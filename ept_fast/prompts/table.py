@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ept_fast.checks import check_splice, constant, values_are_checked
-from ept_fast.ops import dispatch, operators
+from ept_fast.ops import dispatch
+from ept_fast.ops.splice import splice
+from ept_fast.ops.types import SpliceInputs
 from ept_fast.precision import accumulation_dtype
 
 __all__ = ["offset_table", "splice_table", "table_pays"]
@@ -41,7 +43,7 @@ def table_pays(prompt: Tensor, offset_a: Tensor, itemsize: int, backend: str | N
     """
     size = offset_a.shape[:-1].numel() * prompt.shape[-1] * itemsize
     on_host = prompt.device.type == "cpu" and size <= _MOST_BYTES
-    return on_host and dispatch.select(backend, {"prompt": prompt}) == "eager"
+    return on_host and dispatch.select(backend, SpliceInputs(prompt)) == "eager"
 
 
 def splice_table(
@@ -65,21 +67,19 @@ def splice_table(
         input_ids, weight, inputs_embeds, attention_mask, task_ids: as there.
         offset_a, offset_b, scaling: what the table was made from; arguments are checked by them.
     """
-    given = (input_ids, weight, inputs_embeds)
-    check_splice(prompt, *given, offset_a, offset_b, constant(scaling), attention_mask, task_ids)
+    inputs = SpliceInputs(
+        prompt, input_ids, weight, inputs_embeds, offset_a, offset_b, attention_mask, task_ids
+    )
+    check_splice(inputs, constant(scaling))
     if values_are_checked(prompt.device):  # by the operator, in compiled code too
         bank = prompt.dim() == 3
-        head, rows = (t if bank else t.unsqueeze(0) for t in (prompt, table))
-        looked_up = None if weight is None else weight.detach()
-        return operators.splice(
-            head,
-            input_ids,
-            looked_up,
-            inputs_embeds,
-            rows,
-            None,
-            attention_mask,
-            task_ids,
+        return splice(
+            inputs._replace(
+                prompt=prompt if bank else prompt.unsqueeze(0),
+                weight=None if weight is None else weight.detach(),
+                offset_a=table if bank else table.unsqueeze(0),
+                offset_b=None,
+            ),
             1.0,
             "eager",
         )

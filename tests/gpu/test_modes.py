@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ept_fast import EPTConfig, FusedEPTPrompt, reconstruct_prompt, splice_prompt
 from ept_fast.ops import dispatch
+from ept_fast.ops.types import Parameters
 from tests.cases import Case, Sizes
 from tests.gpu.support import (
     DEVICE,
@@ -153,9 +154,9 @@ def test_values_are_checked_on_request(
 @needs_gpu
 def test_triton_is_chosen_by_default() -> None:
     case = device_case(SIZES)
-    assert dispatch.select(None, dict(case.parameters)) == "triton"
+    assert dispatch.select(None, Parameters(**case.parameters)) == "triton"
     bfloat16 = {name: t.detach().bfloat16() for name, t in case.parameters.items()}
-    assert dispatch.select(None, bfloat16) == "triton"
+    assert dispatch.select(None, Parameters(**bfloat16)) == "triton"
     out = reconstruct_prompt(**case.parameters, **case.flags)
     assert_same_bits([out.detach()], [case.reconstruct("triton").detach()])
 
@@ -163,7 +164,7 @@ def test_triton_is_chosen_by_default() -> None:
 @needs_gpu
 def test_float64_goes_to_eager() -> None:
     case = device_case(SIZES).to(torch.float64)
-    assert dispatch.select(None, dict(case.parameters)) == "eager"
+    assert dispatch.select(None, Parameters(**case.parameters)) == "eager"
     got = reconstruct_prompt(**case.parameters, **case.flags)
     torch.testing.assert_close(got, case.reconstruct("reference"), rtol=0, atol=1e-12)
 

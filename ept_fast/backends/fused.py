@@ -1,0 +1,40 @@
+"""What the backends of fused kernels have in common: limits, and what is left to eager."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ept_fast.ops.types import Parameters, SpliceInputs
+
+__all__ = ["MAX_RANK", "MAX_SPACES", "has_empty", "needs_float64", "too_large"]
+
+# What a program holds at once. csrc/kernels.h has the same names.
+MAX_RANK = 256
+MAX_SPACES = 512
+
+
+def needs_float64(tensors: Parameters | SpliceInputs) -> str:
+    """Why the kernels, which compute in float32, do not serve these types; empty if they do."""
+    for name, tensor in zip(tensors._fields, tensors, strict=True):
+        if tensor is not None and tensor.dtype == torch.float64:
+            return f"{name} is float64, the kernels compute in float32"
+    return ""
+
+
+def too_large(tensors: Parameters | SpliceInputs) -> str:
+    """Why the kernels do not serve these sizes; empty if they do."""
+    if tensors.offset_a is not None and tensors.offset_a.shape[-1] > MAX_RANK:
+        return f"rank {tensors.offset_a.shape[-1]} is more than {MAX_RANK}"
+    down = tensors.space_down if isinstance(tensors, Parameters) else None
+    if down is not None and down.shape[-3] * max(1, down.shape[-1]) > MAX_SPACES:
+        return (
+            f"{down.shape[-3]} subspaces of width {down.shape[-1]} are more than "
+            f"{MAX_SPACES} together"
+        )
+    return ""
+
+
+def has_empty(*tensors: Tensor | None) -> bool:
+    """Whether any tensor has no elements: the eager backend does what is left of such a call."""
+    return any(tensor is not None and tensor.numel() == 0 for tensor in tensors)

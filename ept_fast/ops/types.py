@@ -1,0 +1,156 @@
+"""What an operation is called with, passed whole from the public function to the backends.
+
+Symbols are METHOD's. Inside the operations every tensor has a task axis T, 1 for a single prompt.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Flags", "Parameters", "Saved", "SpliceGrads", "SpliceInputs"]
+
+
+class Parameters(NamedTuple):
+    """The tensors of operation 1, or their gradients; those that are absent are None.
+
+    Attributes:
+        short_prompt: P, ``[T, m, d]``.
+        offset_a: A, ``[T, n, r]``.
+        offset_b: B, ``[T, r, d]``.
+        space_down: D, ``[T, K, d, h]``.
+        space_up: U, ``[T, K, h, d]``.
+        gate_weight: G, ``[T, d, K]``.
+        gate_bias: b, ``[T, K]``.
+    """
+
+    short_prompt: Tensor
+    offset_a: Tensor | None = None
+    offset_b: Tensor | None = None
+    space_down: Tensor | None = None
+    space_up: Tensor | None = None
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether the prompt is fused with an offset."""
+        return self.offset_a is not None
+
+    @property
+    def has_spaces(self) -> bool:
+        """Whether there are subspaces."""
+        return self.space_down is not None
+
+    def sizes(self) -> Sizes:
+        """METHOD's sizes."""
+        tasks, m, d = self.short_prompt.shape
+        n, r = (0, 0) if self.offset_a is None else self.offset_a.shape[1:]
+        down = self.space_down
+        spaces, dim = (0, 1) if down is None else (down.shape[1], down.shape[3])
+        return Sizes(tasks, m, n, r, spaces, dim, d)
+
+
+class Sizes(NamedTuple):
+    """METHOD's sizes: T, m, n, r, K, h and d. Without an offset n and r are 0, without subspaces K
+    is 0 and h is 1.
+    """
+
+    tasks: int
+    m: int
+    n: int
+    r: int
+    spaces: int
+    dim: int
+    d: int
+
+
+class Flags(NamedTuple):
+    """The choices of operation 1.
+
+    Attributes:
+        scaling: c.
+        activation: φ, a name of :data:`ept_fast.ops.activations.ACTIVATIONS`.
+        gate: ``"token"`` or ``"prompt"``.
+        temperature: τ.
+    """
+
+    scaling: float
+    activation: str
+    gate: str
+    temperature: float
+
+
+class Saved(NamedTuple):
+    """What operation 1 keeps for its backward, in the accumulation type; empty if not needed.
+
+    Attributes:
+        query: Q, ``[T, m, r]``.
+        stats: ``[T, 2, m]``, row maxima of Q·(c·A)ᵀ and row sums of the softmax's exponentials;
+            zeros in the eager backend, whose backward computes the whole softmax again.
+        mix: O, ``[T, m, r]``.
+        hidden: Hin, ``[T, m, K·h]``.
+        gates: g, ``[T, m, K]``.
+        cross: S, ``[T, r, K·h + K]``.
+    """
+
+    query: Tensor
+    stats: Tensor
+    mix: Tensor
+    hidden: Tensor
+    gates: Tensor
+    cross: Tensor
+
+
+class SpliceInputs(NamedTuple):
+    """The tensors of operation 2; those that are not given are None.
+
+    Attributes:
+        prompt: P′, ``[T, m, d]``.
+        input_ids: ``[B, S]``, or else ``inputs_embeds``.
+        weight: the embedding table of ``input_ids``, ``[V, d]``.
+        inputs_embeds: ``[B, S, d]``.
+        offset_a: A, ``[T, n, r]``. In the eager backend, without B, the offset itself,
+            ``[T, n, d]``.
+        offset_b: B, ``[T, r, d]``.
+        attention_mask: ``[B, S]``.
+        task_ids: ``[B]``.
+    """
+
+    prompt: Tensor
+    input_ids: Tensor | None = None
+    weight: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    offset_a: Tensor | None = None
+    offset_b: Tensor | None = None
+    attention_mask: Tensor | None = None
+    task_ids: Tensor | None = None
+
+    @property
+    def text(self) -> Tensor:
+        """The tensor with the text's axes, ``[B, S]`` or ``[B, S, d]``."""
+        text = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+        assert text is not None
+        return text
+
+    @property
+    def source(self) -> Tensor:
+        """The tensor with the text's embeddings, ``[V, d]`` or ``[B, S, d]``."""
+        source = self.weight if self.inputs_embeds is None else self.inputs_embeds
+        assert source is not None
+        return source
+
+
+class SpliceGrads(NamedTuple):
+    """Gradients of operation 2; those that are not needed are empty.
+
+    Attributes:
+        prompt: ``[T, m, d]``.
+        offset_a: ``[T, n, r]``.
+        offset_b: ``[T, r, d]``.
+    """
+
+    prompt: Tensor
+    offset_a: Tensor
+    offset_b: Tensor

@@ -1,0 +1,38 @@
+"""The activations φ of operation 1's subspaces in Triton; the names are those of
+:mod:`ept_fast.ops.activations`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["activate", "activation_slope"]
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """φ(x)."""
+    result = x
+    if ACTIVATION == "gelu":
+        result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "relu":
+        result = tl.where(x < 0, 0.0, x)  # a NaN stays
+    elif ACTIVATION == "silu":
+        result = x / (1.0 + tl.exp(-x))
+    return result
+
+
+@triton.jit
+def activation_slope(x, ACTIVATION: tl.constexpr):
+    """dφ/dx; relu's is 0 at 0."""
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif ACTIVATION == "relu":
+        slope = tl.where(x > 0, 1.0, 0.0)
+    elif ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-x))
+        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
+    return slope

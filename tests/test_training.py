@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ept_fast import CheckpointError, EPTConfig, EPTModel, get_ept_model
-from ept_fast.prompts.ept import TENSOR_FILE
+from ept_fast.prompts.base import TENSOR_FILE
 from ept_fast.training.checkpoints import mark_complete, newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, read_rows

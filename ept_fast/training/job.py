@@ -476,6 +476,7 @@ def _facts(config: TrainConfig, work: _Work, trainer: PromptTrainer) -> dict[str
     import transformers
 
     model = work.model
+    prompt: Any = model.prompt
     kind = model.device.type
     on_gpu = kind == "cuda"
     return {
@@ -486,8 +487,8 @@ def _facts(config: TrainConfig, work: _Work, trainer: PromptTrainer) -> dict[str
         "positions": parallel.total(trainer.positions),
         "parameters": model.parameter_counts(),
         "prompt": model.prompt.config.to_dict(),
-        "gate_weights": model.prompt.gate_weights().cpu().tolist()
-        if model.prompt.config.num_spaces
+        "gate_weights": prompt.gate_weights().cpu().tolist()
+        if getattr(prompt.config, "num_spaces", 0)
         else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_memory(),
         "device": torch.cuda.get_device_name()

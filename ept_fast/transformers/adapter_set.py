@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ept_fast.prompts.ept import FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.prompts.base import FoldedPrompt, Prompt
 
 __all__ = ["AdapterSet", "Description", "check_adapter_name"]
 
@@ -77,12 +77,12 @@ class AdapterSet(nn.Module):
         return tuple(self.descriptions)
 
     @property
-    def prompt(self) -> FusedEPTPrompt:
+    def prompt(self) -> Prompt:
         """The active adapter's trainable prompt."""
         return self.prompts[self.active_adapter]  # type: ignore[return-value]
 
     @property
-    def active_prompt(self) -> FusedEPTPrompt | FoldedEPTPrompt:
+    def active_prompt(self) -> Prompt | FoldedPrompt:
         """The active adapter's prompt, folded where :meth:`fold` was called."""
         name = self.active_adapter
         return (self.folded if name in self.folded else self.prompts)[name]  # type: ignore[return-value]

@@ -13,17 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ept_fast.config import EPTConfig, check_choice, check_count
-from ept_fast.prompts.ept import (
-    EPTOutput,
-    FoldedEPTPrompt,
-    FusedEPTPrompt,
-    SplicedPrompt,
-    embedding_device,
-)
+from ept_fast.config import EPTConfig, PromptConfig, check_choice, check_count
+from ept_fast.prompts.base import EPTOutput, FoldedPrompt, Prompt, SplicedPrompt
+from ept_fast.prompts.embedding import embedding_device
 from ept_fast.prompts.table import offset_table, table_pays
 from ept_fast.transformers import TASKS
-from ept_fast.transformers.adapter import read_adapter
+from ept_fast.transformers.adapter import SavedAdapter, read_adapter
 from ept_fast.transformers.adapter_set import Description, check_adapter_name
 from ept_fast.transformers.backbone import embedding_width
 from ept_fast.transformers.bank_heads import ROWS, LinearHeads, ModuleHeads
@@ -95,7 +90,7 @@ class BankPrompt(SplicedPrompt):
         self.equal_lengths = True
         self.lock = ReadWriteLock()  # of the slots and of all that is kept for their tasks
 
-    def check(self, config: EPTConfig) -> None:
+    def check(self, config: PromptConfig) -> None:
         """Raise ValueError unless an adapter of these sizes fits into a slot."""
         names = ("num_virtual_tokens", "rank") + (("max_length",) if config.rank else ())
         for name in names:
@@ -104,7 +99,7 @@ class BankPrompt(SplicedPrompt):
                 raise ValueError(f"{name}: expected at most {most} as the bank has, got {got}")
 
     @torch.no_grad()
-    def write(self, slot: int, source: FoldedEPTPrompt | None) -> None:
+    def write(self, slot: int, source: FoldedPrompt | None) -> None:
         """Fill a slot, or clear it where there is no source.
 
         Raises:
@@ -250,7 +245,7 @@ class EPTBank(nn.Module):
     def from_adapters(
         cls,
         model: nn.Module,
-        adapters: Mapping[str, str | Path],
+        adapters: Mapping[str, str | Path | SavedAdapter],
         *,
         capacity: int | None = None,
         **choices: Any,
@@ -259,7 +254,7 @@ class EPTBank(nn.Module):
 
         Args:
             model: the frozen model.
-            adapters: the folder of each, by name.
+            adapters: the folder of each, by name, or what ``read_adapter`` has read from it.
             capacity: the most adapters at a time; the number of these where not given.
             **choices: sizes of the bank where they shall be larger than these adapters need, and
                 ``dtype``, ``offset`` and ``backend``.
@@ -270,24 +265,27 @@ class EPTBank(nn.Module):
         """
         if not adapters:
             raise ValueError("adapters: expected at least one, got none")
-        read = [read_adapter(folder) for folder in adapters.values()]
-        tasks = sorted({saved.values["task"] for saved in read})
+        read = {
+            name: each if isinstance(each, SavedAdapter) else read_adapter(each)
+            for name, each in adapters.items()
+        }
+        tasks = sorted({saved.values["task"] for saved in read.values()})
         if len(tasks) > 1:
             raise ValueError(f"adapters: expected adapters of one task, got {', '.join(tasks)}")
         width = embedding_width(model)
-        configs = [saved.config(width) for saved in read]
+        configs = [saved.config(width) for saved in read.values()]
         with_offset = [c for c in configs if c.rank]
         sizes = {
             "num_virtual_tokens": max(c.num_virtual_tokens for c in configs),
             "max_length": max((c.max_length for c in with_offset), default=1),
             "rank": max(c.rank for c in configs),
-            "num_labels": max(len(saved.values["labels"] or ("",)) for saved in read),
+            "num_labels": max(len(saved.values["labels"] or ("",)) for saved in read.values()),
         }
         given = {"capacity": len(adapters) if capacity is None else capacity, **sizes, **choices}
         bank = cls(model, tasks[0], **given)
         try:
-            for name, folder in adapters.items():
-                bank.add(name, folder)
+            for name in adapters:
+                bank.add(name, read.pop(name))
         except BaseException:
             bank.unload()
             raise
@@ -319,7 +317,7 @@ class EPTBank(nn.Module):
                 raise ValueError(f"tasks: expected names among {known}, got {name!r}")
         return torch.tensor([self._slots[name] for name in names], device=self.bank.prompt.device)
 
-    def add(self, name: str, adapter: str | Path | EPTModel | FusedEPTPrompt) -> int:
+    def add(self, name: str, adapter: str | Path | SavedAdapter | EPTModel | Prompt) -> int:
         """Add a task in a free slot.
 
         Args:
@@ -346,7 +344,7 @@ class EPTBank(nn.Module):
             self._write(name, slot, adapter)
         return slot
 
-    def replace(self, name: str, adapter: str | Path | EPTModel | FusedEPTPrompt) -> int:
+    def replace(self, name: str, adapter: str | Path | SavedAdapter | EPTModel | Prompt) -> int:
         """Put another adapter in a task's slot; arguments, result and errors as :meth:`add`."""
         with self.bank.lock.writing():
             slot = int(self.ids([name])[0])
@@ -369,7 +367,9 @@ class EPTBank(nn.Module):
     def _write(self, name: str, slot: int, adapter: Any) -> None:
         try:
             if isinstance(adapter, (str, Path)):
-                self.model.load_adapter(adapter, _NEW)
+                adapter = read_adapter(adapter)
+            if isinstance(adapter, SavedAdapter):
+                self.model.add_saved(adapter, _NEW)
                 try:
                     self._copy(name, slot, self.model, _NEW)
                 finally:
@@ -377,7 +377,7 @@ class EPTBank(nn.Module):
             elif isinstance(adapter, EPTModel):
                 self._check_model(adapter)
                 self._copy(name, slot, adapter, adapter.active_adapter)
-            elif not isinstance(adapter, FusedEPTPrompt):
+            elif not isinstance(adapter, Prompt):
                 raise TypeError(
                     f"adapter: expected a folder, an EPTModel or a FusedEPTPrompt, "
                     f"got {type(adapter).__name__}"
@@ -433,7 +433,7 @@ class EPTBank(nn.Module):
             heads = nn.ModuleDict({n: ModuleHeads(self.num_labels) for n in modules})
         self.model.place(_BANK, self.bank, heads.to(self.bank.prompt.device), kind)
 
-    def _check_prompt(self, prompt: FusedEPTPrompt) -> None:
+    def _check_prompt(self, prompt: Prompt) -> None:
         if prompt.num_tasks is not None:
             raise ValueError(f"adapter: expected a single prompt, got a bank of {prompt.num_tasks}")
         if prompt.config.hidden_size != self.bank.config.hidden_size:
@@ -444,7 +444,7 @@ class EPTBank(nn.Module):
         self.bank.check(prompt.config)
 
     def _fill(
-        self, name: str, slot: int, prompt: FusedEPTPrompt, described: Description, head: Any
+        self, name: str, slot: int, prompt: Prompt, described: Description, head: Any
     ) -> None:
         self._check_prompt(prompt)
         if head is not None:

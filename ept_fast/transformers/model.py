@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ept_fast.config import EPTConfig, check_choice
-from ept_fast.prompts.ept import EPTOutput, FusedEPTPrompt, embedding_device
+from ept_fast.config import PromptConfig, check_choice
+from ept_fast.prompts.base import EPTOutput, prompt_class
+from ept_fast.prompts.embedding import embedding_device
 from ept_fast.transformers.adapter_set import check_adapter_name
 from ept_fast.transformers.backbone import Profile, check_backbone, take_cache
 from ept_fast.transformers.checkpointing import Checkpointing, Own, set_mode
@@ -132,7 +133,7 @@ class EPTModel(Checkpointing, AdapterFiles):
     def add_adapter(
         self,
         name: str,
-        config: EPTConfig,
+        config: PromptConfig,
         *,
         labels: Sequence[str] | None = None,
         pooling: str | None = None,
@@ -157,16 +158,13 @@ class EPTModel(Checkpointing, AdapterFiles):
         check_adapter_name(name, self.descriptions)
         described = self.describe(labels, pooling, head_dropout)
         limit = self.profile.table_limit(0)
-        if (
-            limit is not None
-            and isinstance(config, EPTConfig)
-            and config.num_virtual_tokens >= limit
-        ):
+        method = prompt_class(config)
+        if limit is not None and config.num_virtual_tokens >= limit:
             raise ValueError(
                 f"num_virtual_tokens: expected room for text in the model's "
                 f"{self.profile.max_position_embeddings} positions, got {config.num_virtual_tokens}"
             )
-        prompt = FusedEPTPrompt(
+        prompt = method(
             config,
             self.get_input_embeddings(),
             init=init,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ept_fast.prompts.ept import FusedEPTPrompt, embedding_device
+from ept_fast.prompts.base import prompt_class
+from ept_fast.prompts.embedding import embedding_device
 from ept_fast.storage.files import CheckpointError
 from ept_fast.storage.sharded import fill, gather, reshard, writing_process
 from ept_fast.storage.untrusted import shorten
@@ -105,7 +106,7 @@ class AdapterFiles(AdapterSet):
                 )
         tensors = {} if self.head is None else saved.head(self.head)
         reshard(self)
-        self.prompt.load_tensors(saved.prompt_path, *saved.prompt())
+        self.prompt.load_saved(saved.prompt)
         if self.head is not None:
             fill(self.head.state_dict(), tensors)
         self.unfold()
@@ -122,11 +123,13 @@ class AdapterFiles(AdapterSet):
                 is as before then.
         """
         check_adapter_name(name, self.descriptions)
-        self._add(read_adapter(folder, saved_name), name)
+        self.add_saved(read_adapter(folder, saved_name), name)
 
-    def _add(self, saved: SavedAdapter, name: str) -> None:
+    def add_saved(self, saved: SavedAdapter, name: str) -> None:
+        """Add an adapter that has been read; errors as :meth:`load_adapter`."""
+        check_adapter_name(name, self.descriptions)
         described = self._check_saved(saved)
-        saved.config(embedding_width(self.backbone))
+        config = saved.config(embedding_width(self.backbone))
         try:
             chosen = self.describe(described.labels, described.pooling, described.head_dropout)
         except ValueError as error:
@@ -136,9 +139,9 @@ class AdapterFiles(AdapterSet):
                 f"{saved.path}: head: expected {chosen.head!r} as this model needs, "
                 f"got {described.head!r}"
             )
-        config, _, values = saved.prompt()
         layer = self.backbone.get_input_embeddings()
-        prompt = FusedEPTPrompt.from_tensors(config, values, layer, backend=self.backend)
+        values = {name: tensor.clone() for name, tensor in saved.prompt.tensors.items()}
+        prompt = prompt_class(config).from_tensors(config, values, layer, backend=self.backend)
         with torch.random.fork_rng(devices=()):  # of which a new linear layer draws
             head = self.new_head(described, torch.Generator())
         if head is not None:
@@ -164,7 +167,7 @@ class AdapterFiles(AdapterSet):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        folder: str | Path | SavedAdapter,
         model: nn.Module | None = None,
         *,
         base_model: str | None = None,
@@ -178,7 +181,8 @@ class AdapterFiles(AdapterSet):
 
         Args:
             folder: what :meth:`save_pretrained` wrote; or else what transformers' Trainer or
-                accelerate did, the state dict of a model as ``model.safetensors``.
+                accelerate did, the state dict of a model as ``model.safetensors``. An adapter that
+                :func:`~ept_fast.transformers.adapter.read_adapter` has read will do too.
             model: the frozen model, where it is already loaded.
             base_model: folder or hub id to load it from, in place of the name saved with the
                 adapter.
@@ -197,8 +201,8 @@ class AdapterFiles(AdapterSet):
                 ``trust_remote_code`` without ``base_model``.
         """
         check_adapter_name(adapter_name, ())
-        saved = read_adapter(folder, saved_name)
-        values = saved.values
+        saved = folder if isinstance(folder, SavedAdapter) else read_adapter(folder, saved_name)
+        folder, values = saved.path.parent, saved.values
         expected = getattr(cls, "task", values["task"])  # EPTModel itself is of no task
         if expected != values["task"]:
             raise CheckpointError(
@@ -228,7 +232,7 @@ class AdapterFiles(AdapterSet):
                 raise ValueError(f"{error}{names_it(folder, name, allow_download)}") from None
         chosen: EPTModel = cls.of_task(values["task"])(model, base_model=name, backend=backend)
         try:
-            chosen._add(saved, adapter_name)
+            chosen.add_saved(saved, adapter_name)
         except BaseException:
             chosen.unload()
             raise

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ept_fast.config import EPTConfig, check_choice
+from ept_fast.config import PromptConfig, check_choice
 from ept_fast.transformers import TASKS
 from ept_fast.transformers.model import EPTModel
 from ept_fast.transformers.tasks.causal_lm import EPTModelForCausalLM
@@ -30,7 +30,7 @@ __all__ = [
 
 def get_ept_model(
     model: nn.Module,
-    config: EPTConfig,
+    config: PromptConfig,
     task: str,
     *,
     adapter_name: str = "default",

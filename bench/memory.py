@@ -162,8 +162,7 @@ class PromptStep:
         scores = t * m * n if r else 0
         prompt, side_by_side = t * m * d, t * d * width  # any [m, d]; [D | G]
         a, b, up = t * n * r, t * r * d, t * dims * d
-        gates = spaces if self.config.gate == "prompt" else m * spaces  # of the logits
-        small = t * (m * width + r * width + 3 * m * dims + m * spaces + gates)
+        small = t * (m * width + r * width + 3 * m * dims + m * spaces)
 
         held = cast * (prompt + a + b)  # P, A and B in the accumulation type
         rows = 2 * t * m if r else 0  # what the kernels keep of the softmax
@@ -186,7 +185,7 @@ class PromptStep:
         if spaces:
             held += side_by_side + cast * up + small
             own = prompt
-            grads = up + t * spaces + prompt  # dU, db and dP
+            grads = up + p * spaces + prompt  # dU, db and dP
             moments.append(held + grads + side_by_side + (max(side_by_side, b) if r else 0))
             d_down, d_gate_weight = p * d * dims, p * d * spaces
             moments.append(held + grads + side_by_side + d_gate_weight + (1 + cast) * d_down)

@@ -157,7 +157,7 @@ def measure(model: Model, prompt: EPTConfig, checkpointing: bool = False) -> Mea
 def measure_backbone(model: Model, m: int, checkpointing: bool = False) -> Measured:
     """The same model and loss on embeddings of m positions more, whose gradient is asked for."""
     from ept_fast.transformers import checkpointing as layers
-    from ept_fast.transformers.model import token_loss
+    from ept_fast.transformers.outputs import token_loss
 
     with without_data():
         backbone = backbone_of(model)

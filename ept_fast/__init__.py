@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ept_fast.config import EPTConfig
 from ept_fast.ops.functional import reconstruct_prompt, splice_prompt
-from ept_fast.prompts.ept import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.prompts.base import EPTOutput
+from ept_fast.prompts.ept import FoldedEPTPrompt, FusedEPTPrompt
 from ept_fast.storage.files import CheckpointError
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ import click
 import ept_fast
 from ept_fast.config import GATES
 from ept_fast.ops.activations import ACTIVATIONS
-from ept_fast.training.config import DEVICES, INITS, KEEPS, METHODS, TASKS, TrainConfig
+from ept_fast.prompts.base import prompt_methods
+from ept_fast.training.config import DEVICES, INITS, KEEPS, TASKS, TrainConfig
 from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
 from ept_fast.transformers import POOLINGS
 
@@ -161,7 +162,7 @@ def _writing(command: F) -> F:
 )
 @click.option("--output", required=True, type=click.Path(), help="Folder for the results.")
 @_option("--task", type=click.Choice(TASKS), help="Labels, or target texts to write.")
-@_option("--method", type=click.Choice(METHODS))
+@_option("--method", type=click.Choice(tuple(prompt_methods())))
 @_option(
     "--eval-data",
     help="File of evaluation rows; else the split validation (or test, to --keep last).",

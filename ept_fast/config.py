@@ -1,4 +1,4 @@
-"""The sizes and choices of one EPT prompt, validated once."""
+"""The sizes and choices of a prompt, validated once: those of every method, and EPT's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.storage.untrusted import shorten
 
-__all__ = ["GATES", "EPTConfig"]
+__all__ = [
+    "GATES",
+    "EPTConfig",
+    "PromptConfig",
+    "check_choice",
+    "check_count",
+    "check_flag",
+    "check_number",
+]
 
 GATES = ("token", "prompt")
+EPT = "ept"  # the method of files that do not name one
 
 
 def check_count(name: str, value: object, minimum: int) -> None:
@@ -54,7 +63,107 @@ def check_flag(name: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
-class EPTConfig:
+class PromptConfig:
+    """The sizes and choices of a prompt: what every method has.
+
+    A method's config is a frozen dataclass below this one. A method that adds a low-rank offset to
+    the text has the fields ``rank`` and ``max_length`` and the property ``scaling``.
+
+    Attributes:
+        prompt_type: the method's name, in files and in the registry.
+        methods: its names on the command line; ``prompt_type`` alone if there are none.
+        hidden_size: d, width of the backbone's embeddings.
+        num_virtual_tokens: m, length of the prompt that the backbone sees.
+    """
+
+    prompt_type: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]] = ()
+    rank = 0
+    max_length = 2**63 - 1
+
+    hidden_size: int
+    num_virtual_tokens: int = 20
+
+    def __post_init__(self) -> None:
+        check_count("hidden_size", self.hidden_size, 1)
+        check_count("num_virtual_tokens", self.num_virtual_tokens, 1)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the offset; 0 without one."""
+        return 0.0
+
+    @property
+    def initial_rows(self) -> int:
+        """How many rows the initial values are made from; at least m + r."""
+        return self.num_virtual_tokens
+
+    @classmethod
+    def for_method(
+        cls, method: str, hidden_size: int, prompt_length: int, **settings: Any
+    ) -> PromptConfig:
+        """The config of a training run; here, the settings that are fields of the config.
+
+        Args:
+            method: which of ``methods``.
+            hidden_size: d.
+            prompt_length: l; the budget is l·d parameters.
+            **settings: ``num_virtual_tokens``, ``max_length`` and all others of the run's settings
+                that :class:`EPTConfig` has as fields.
+
+        Raises:
+            ValueError: settings that the method cannot have.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(hidden_size, **{n: v for n, v in settings.items() if n in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values; with ``prompt_type``, if the method is not EPT."""
+        kind = {} if self.prompt_type == EPT else {"prompt_type": self.prompt_type}
+        return {**kind, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config with these fields; an unknown or a missing required name is an error."""
+        values = dict(values)
+        kind = values.pop("prompt_type", EPT)
+        if kind != cls.prompt_type:
+            raise ValueError(f"prompt_type: expected {cls.prompt_type}, got {shorten(kind)}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"config: expected the fields {sorted(known)}, got also {shorten(unknown)}"
+            )
+        if "hidden_size" not in values:
+            raise ValueError("config: expected the field hidden_size, got none")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """All fields as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The config that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not a JSON object, unknown fields, or a field out of its range.
+            TypeError: a field of the wrong type.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"config: expected a JSON object, got text that is not JSON ({error})"
+            ) from None
+        if not isinstance(values, dict):
+            raise ValueError(f"config: expected a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+@dataclass(frozen=True)
+class EPTConfig(PromptConfig):
     """Sizes and choices of an EPT prompt; the symbols are METHOD's.
 
     ``rank=0`` leaves out the offset and the fusion, ``num_spaces=0`` the subspaces, so plain prompt
@@ -84,6 +193,9 @@ class EPTConfig:
         True
     """
 
+    prompt_type: ClassVar[str] = EPT
+    methods: ClassVar[tuple[str, ...]] = ("ept", "dept", "pt")
+
     hidden_size: int
     num_virtual_tokens: int = 20
     max_length: int = 256
@@ -97,8 +209,7 @@ class EPTConfig:
     fusion: bool = True
 
     def __post_init__(self) -> None:
-        check_count("hidden_size", self.hidden_size, 1)
-        check_count("num_virtual_tokens", self.num_virtual_tokens, 1)
+        super().__post_init__()
         check_count("max_length", self.max_length, 1)
         check_count("rank", self.rank, 0)
         check_count("num_spaces", self.num_spaces, 0)
@@ -128,6 +239,46 @@ class EPTConfig:
             + (self.max_length + self.hidden_size) * self.rank
             + _space_parameters(self.hidden_size, self.num_spaces, self.space_dim)
         )
+
+    @property
+    def initial_rows(self) -> int:
+        """As many as the plain prompt of the same budget has: the offset starts from those."""
+        if not self.rank:
+            return self.num_virtual_tokens
+        budget = -(-self.num_parameters // self.hidden_size)
+        return max(budget, self.num_virtual_tokens + self.rank)
+
+    @classmethod
+    def for_method(
+        cls, method: str, hidden_size: int, prompt_length: int, **settings: Any
+    ) -> EPTConfig:
+        """The config whose rank is solved from the budget, as in :meth:`from_budget`.
+
+        Args:
+            method: ``"ept"``; ``"dept"``, without fusion and subspaces; ``"pt"``, a plain prompt.
+            hidden_size: d.
+            prompt_length: l.
+            **settings: fields of the config.
+
+        Raises:
+            ValueError: the sizes cost more than the budget, or leave a rank of 0 where the method
+                has an offset.
+        """
+        if method == "pt":
+            settings = {name: settings[name] for name in ("max_length", "alpha")}
+            settings |= {"rank": 0, "num_spaces": 0, "space_dim": 1}
+            return cls(hidden_size, num_virtual_tokens=prompt_length, **settings)
+        if method == "dept":
+            settings = {**settings, "num_spaces": 0, "space_dim": 1, "fusion": False}
+        config = cls.from_budget(hidden_size, prompt_length, **settings)
+        if config.rank == 0:
+            raise ValueError(
+                f"prompt_length: expected a budget that leaves a rank >= 1 for the offset, got "
+                f"{prompt_length} tokens for {config.num_virtual_tokens} virtual tokens, "
+                f"{config.num_spaces} spaces of width {config.space_dim} and "
+                f"{config.max_length} positions"
+            )
+        return config
 
     @classmethod
     def from_budget(
@@ -181,45 +332,6 @@ class EPTConfig:
             )
         rank = min(left // (max_length + hidden_size), max_length, hidden_size)
         return dataclasses.replace(base, rank=rank)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EPTConfig:
-        """The config with these fields; an unknown or a missing required name is an error."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"config: expected the fields {sorted(known)}, got also {shorten(unknown)}"
-            )
-        if "hidden_size" not in values:
-            raise ValueError("config: expected the field hidden_size, got none")
-        return cls(**values)
-
-    def to_json(self) -> str:
-        """All fields as a JSON object."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> EPTConfig:
-        """The config that :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: not a JSON object, unknown fields, or a field out of its range.
-            TypeError: a field of the wrong type.
-        """
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"config: expected a JSON object, got text that is not JSON ({error})"
-            ) from None
-        if not isinstance(values, dict):
-            raise ValueError(f"config: expected a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
 
 
 def _space_parameters(hidden_size: int, num_spaces: int, space_dim: int) -> int:

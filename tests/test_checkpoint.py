@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt
-from ept_fast.prompts.ept import CONFIG_FILE, TENSOR_FILE
+from ept_fast.prompts.base import CONFIG_FILE, TENSOR_FILE
 from ept_fast.storage import files
 from ept_fast.storage.untrusted import read_file, shorten
 
@@ -688,7 +688,7 @@ def test_no_product_of_a_header_is_long(saved: Path, monkeypatch: pytest.MonkeyP
         text = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + data[values:])
         with pytest.raises(CheckpointError, match="short_prompt': expected a tensor's dtype"):
-            files.read_header(path)
+            files.TensorFile(path)
     assert 0 < longest[0] <= 64 * 63
 
 

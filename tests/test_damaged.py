@@ -43,7 +43,7 @@ from torch import nn
 from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt, get_ept_model
 from ept_fast.interchange import export_plain, import_dept, import_peft, import_plain
 from ept_fast.interchange.folder import open_state
-from ept_fast.prompts.ept import CONFIG_FILE, TENSOR_FILE
+from ept_fast.prompts.base import CONFIG_FILE, TENSOR_FILE
 from ept_fast.storage.files import json_bytes
 from tests import damage
 from tests import interchange as tiny
@@ -374,7 +374,7 @@ def resealed(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Damage:
         described = json.loads(tensors.pop(DESCRIPTION).numpy().tobytes())
         change(described, tensors)
         if isinstance(described.pop("sha256", None), str):
-            described["sha256"] = adapter._state_checksum(described, tensors)
+            described["sha256"] = adapter.state_checksum(described, tensors)
         text = bytearray(json_bytes(described))
         save_file({**tensors, DESCRIPTION: torch.frombuffer(text, dtype=torch.uint8)}, path)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StaticCache
 
 from ept_fast.transformers import generation
-from ept_fast.transformers.backbone import accepted_arguments, cache_name, cache_of
+from ept_fast.transformers.backbone import Profile, cache_of
 from tests.architectures import BOTH, BY_NAME, VOCABULARY, in_float64, names
 from tests.decoding import (
     ENDLESS,
@@ -755,7 +755,7 @@ def test_caches_that_do_not_fit(seen: int, room: int, mask: list[int], message: 
     given = StaticCache(made.plain.config, max_cache_len=room)
     rows = torch.zeros(1, seen, 32, dtype=torch.float64)
     if seen:
-        name = cache_name(accepted_arguments(made.plain))
+        name = Profile.of(made.plain).cache_argument
         made.plain(inputs_embeds=rows, use_cache=True, **{str(name): given})
     ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(ValueError, match=message):

@@ -18,6 +18,7 @@ from tests.architectures import BY_NAME, VOCABULARY, build, in_float64
 pytest.importorskip("transformers")
 
 from ept_fast.transformers import packing
+from ept_fast.transformers.backbone import Profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -250,9 +251,10 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_models_that_cannot_be_packed_are_refused(case: str) -> None:
     name, changes, message = REFUSED[case]
-    model = wrap(build(name, "CAUSAL_LM", dtype=torch.float64))
+    backbone = build(name, "CAUSAL_LM", dtype=torch.float64)
     for field, value in changes.items():
-        setattr(model.config, field, value)
+        setattr(backbone.config, field, value)
+    model = wrap(backbone)
     with pytest.raises(ValueError, match=rf"^pack_index: {message}"):
         model(**packed())
 
@@ -263,7 +265,7 @@ def test_a_model_with_masks_of_its_own_is_refused() -> None:
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 32}
     gpt = transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**sizes))
     with pytest.raises(ValueError, match="expected a model whose attention takes any mask"):
-        packing.check_packing(gpt, 10)
+        packing.check_packing(gpt, Profile.of(gpt), 10)
 
 
 @pytest.mark.parametrize(

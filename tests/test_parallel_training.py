@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from ept_fast.prompts.ept import TENSOR_FILE
+from ept_fast.prompts.base import TENSOR_FILE
 from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train

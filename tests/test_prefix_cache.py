@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from ept_fast import EPTBank, EPTConfig
-from ept_fast.transformers.backbone import cache_of, column_free_length
+from ept_fast.transformers.backbone import cache_of
 from ept_fast.transformers.packing import check_packing
 from ept_fast.transformers.prefix_cache import PrefixCache
 from ept_fast.transformers.tasks import get_ept_model
@@ -66,7 +66,7 @@ def fed(model: Any) -> Iterator[list[tuple[int, ...]]]:
 def batches(made: Trial, places: tuple[str, ...]) -> Iterator[tuple[dict[str, Tensor], list[int]]]:
     """The rows padded in these ways, where the model takes that, and each by itself."""
     width = M + max(LENGTHS) + 1 + NEW
-    if width <= column_free_length(made.model.backbone):
+    if width <= made.model.profile.column_free_length:
         for place in places:
             yield pad(made.rows, place), list(range(len(made.rows)))
     for number, row in enumerate(made.rows):
@@ -253,7 +253,7 @@ def test_composite_config() -> None:
     """Windows are found where they are, so left padding is moved and none is put in between."""
     made = make_trial("Gemma 3", model=make_composite())
     model = made.model
-    assert column_free_length(model.backbone) == 5
+    assert model.profile.column_free_length == 5
     left, right = pad(made.rows, "left", 0), pad(made.rows, "right", 0)
     expected = model(**right).logits[right["attention_mask"] == 1]
     prefix = model.prefix_cache()
@@ -263,7 +263,7 @@ def test_composite_config() -> None:
     with pytest.raises(ValueError, match="attention_mask: expected rows of one length behind"):
         model.generate(**left, **GREEDY, prefix=prefix)
     with pytest.raises(ValueError, match="pack_index: expected a window of at least"):
-        check_packing(model.backbone, 8)
+        check_packing(model.backbone, model.profile, 8)
     bare = transformers.Gemma3Model(model.config)
     sizes = {"num_virtual_tokens": 2, "max_length": 8, "rank": 1}
     get_ept_model(bare, EPTConfig(32, **sizes), "SEQ_CLS", labels=["a", "b"])

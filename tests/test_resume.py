@@ -22,7 +22,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from ept_fast import CheckpointError
-from ept_fast.prompts.ept import TENSOR_FILE
+from ept_fast.prompts.base import TENSOR_FILE
 from ept_fast.storage.files import WriteError
 from ept_fast.training.checkpoints import (
     COMPLETE_FILE,

@@ -716,7 +716,8 @@ def test_found_adapters(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         shutil.copytree(folder / "short", folder / other)
     (folder / "empty").mkdir()
     (folder / "file").write_text("not a folder")
-    assert find_adapters(folder) == {
+    found = {name: saved.path.parent for name, saved in find_adapters(folder).items()}
+    assert found == {
         "run": folder / "run" / "adapter",
         "short": folder / "short",
     }

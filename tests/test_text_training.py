@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ept_fast import CheckpointError, EPTConfig, get_ept_model
 from ept_fast.cli import describe_run
-from ept_fast.prompts.ept import TENSOR_FILE
+from ept_fast.prompts.base import TENSOR_FILE
 from ept_fast.training import trainer
 from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ept_fast import CheckpointError, EPTConfig, EPTModel, get_ept_model
-from ept_fast.prompts.ept import TENSOR_FILE
+from ept_fast.prompts.base import TENSOR_FILE
 from ept_fast.training.checkpoints import mark_complete, newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, read_rows
@@ -24,7 +24,7 @@ from ept_fast.training.job import evaluate, load_adapter, load_task, predict, tr
 from ept_fast.training.metrics import classification_metrics
 from ept_fast.training.trainer import NonFiniteLossError
 from ept_fast.transformers.adapter import ADAPTER_FILE, HEAD_FILE
-from ept_fast.transformers.backbone import load_backbone, text_limit
+from ept_fast.transformers.backbone import Profile, load_backbone
 from tests.tiny import random_states, save_model, save_task, small_run, task_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,7 +154,7 @@ def test_roberta_positions_start_behind_its_padding_index() -> None:
     torch.manual_seed(0)
     config = transformers.RobertaConfig(**SMALL, max_position_embeddings=20, pad_token_id=1)
     backbone = transformers.RobertaModel(config).eval()
-    assert text_limit(backbone, 4) == 20 - 2 - 4
+    assert Profile.of(backbone).text_limit(4) == 20 - 2 - 4
     model = make_classifier(backbone).eval()
     batch = make_batch((9,))
     spliced = model.prompt(**batch)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ept_fast.config import check_count
 from ept_fast.precision import accumulation_dtype
-from ept_fast.prompts.ept import FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.prompts.base import FoldedPrompt, Prompt
 from ept_fast.prompts.table import offset_table
 
 __all__ = ["FoldedValues", "fold_values", "product"]
@@ -29,7 +29,7 @@ class FoldedValues:
 
 
 @torch.no_grad()
-def fold_values(prompt: FusedEPTPrompt | FoldedEPTPrompt, task: int | None) -> FoldedValues:
+def fold_values(prompt: Prompt | FoldedPrompt, task: int | None) -> FoldedValues:
     """The constants of a prompt, or of prompt ``task`` of a bank.
 
     Raises:
@@ -37,7 +37,7 @@ def fold_values(prompt: FusedEPTPrompt | FoldedEPTPrompt, task: int | None) -> F
         ValueError: a bank without ``task``, or a task that the bank has not; a prompt that was
             folded without its offset.
     """
-    if not isinstance(prompt, (FusedEPTPrompt, FoldedEPTPrompt)):
+    if not isinstance(prompt, (Prompt, FoldedPrompt)):
         raise TypeError(
             f"prompt: expected a FusedEPTPrompt or a FoldedEPTPrompt, got {type(prompt).__name__}"
         )

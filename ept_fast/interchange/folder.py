@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ept_fast.config import check_count, check_number
 from ept_fast.interchange.pickled import PickledState
-from ept_fast.storage.files import load_tensors, read_header
+from ept_fast.storage.files import TensorFile
 from ept_fast.storage.untrusted import CheckpointError, read_adapter_json, shorten
 
 __all__ = [
@@ -153,17 +153,6 @@ class StateFile(Protocol):
         """The tensors of these names and shapes; others are an error unless they are allowed."""
 
 
-class _SafeState:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.shapes = read_header(path).shapes
-
-    def load(
-        self, expected: Mapping[str, tuple[int, ...]], *, others: bool = False
-    ) -> dict[str, Tensor]:
-        return load_tensors(self.path, expected, others=others)[1]
-
-
 def open_state(folder: Path) -> StateFile:
     """The folder's tensors: from safetensors, or from ``torch.save`` where there are none.
 
@@ -171,7 +160,7 @@ def open_state(folder: Path) -> StateFile:
         CheckpointError: neither, damaged, or foreign.
     """
     if os.path.lexists(folder / TENSOR_FILE):
-        return _SafeState(folder / TENSOR_FILE)
+        return TensorFile(folder / TENSOR_FILE)
     if os.path.lexists(folder / PICKLE_FILE):
         return PickledState(folder / PICKLE_FILE)
     raise CheckpointError(f"{folder}: expected {TENSOR_FILE} or {PICKLE_FILE}, got neither")

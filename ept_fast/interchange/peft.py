@@ -22,7 +22,8 @@ from ept_fast.interchange.folder import (
     naming,
     open_state,
 )
-from ept_fast.prompts.ept import FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.prompts.base import FoldedPrompt, Prompt
+from ept_fast.prompts.ept import FusedEPTPrompt
 from ept_fast.storage.files import json_bytes, write_files
 
 __all__ = ["export_peft", "import_peft"]
@@ -70,7 +71,7 @@ def import_peft(
 
 
 def export_peft(
-    prompt: FusedEPTPrompt | FoldedEPTPrompt,
+    prompt: Prompt | FoldedPrompt,
     folder: str | Path,
     *,
     base_model: str | None,

@@ -9,6 +9,7 @@ never compared, hashed or written out, which takes for ever where a value holds 
 from __future__ import annotations
 
 import math
+import os
 import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -64,7 +65,7 @@ class PickledState:
 def _opened(path: Path) -> Iterator[tuple[_Archive, dict[str, _Described]]]:
     """A file's records and its tensors; what is wrong with either is a CheckpointError."""
     with open_inside(path) as file:
-        check_size(path, file, FILE_LIMIT)
+        check_size(path, os.fstat(file.fileno()).st_size, FILE_LIMIT)
         with _expecting(path, "a file that torch.save wrote (PyTorch 1.6 or newer)"):
             archive = _Archive(file)
         with _expecting(path, "a dict of tensors and nothing else"):

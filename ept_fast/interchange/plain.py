@@ -11,8 +11,8 @@ from torch import Tensor
 from ept_fast.config import check_choice, check_count
 from ept_fast.interchange.folded import fold_values, product
 from ept_fast.interchange.folder import naming
-from ept_fast.prompts.ept import FoldedEPTPrompt, FusedEPTPrompt
-from ept_fast.storage.files import json_bytes, read_tensors, tensor_bytes, write_files
+from ept_fast.prompts.base import FoldedPrompt, Prompt
+from ept_fast.storage.files import TensorFile, json_bytes, tensor_bytes, write_files
 from ept_fast.storage.untrusted import CheckpointError, parse_json, read_adapter_json, shorten
 
 __all__ = ["PLAIN_CONFIG_FILE", "PLAIN_TENSOR_FILE", "PlainPrompt", "export_plain", "import_plain"]
@@ -48,7 +48,7 @@ class PlainPrompt(NamedTuple):
 
 
 def export_plain(
-    prompt: FusedEPTPrompt | FoldedEPTPrompt,
+    prompt: Prompt | FoldedPrompt,
     folder: str | Path,
     *,
     base_model: str | None = None,
@@ -121,7 +121,8 @@ def import_plain(folder: str | Path) -> PlainPrompt:
     values = read_adapter_json(config_path)
     with naming(config_path):
         expected = _expected_shapes(values)
-    tensors, text = read_tensors(path, expected)
+    file = TensorFile(path)
+    tensors, text = file.load(expected), file.config
     if parse_json(path, text) != values:
         raise CheckpointError(
             f"{config_path}: expected the description that the tensors were saved with "

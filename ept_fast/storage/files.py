@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -30,17 +31,13 @@ from ept_fast.storage.untrusted import (
 
 __all__ = [
     "CheckpointError",
-    "Header",
+    "TensorFile",
     "WriteError",
     "check_shapes",
     "check_tensors",
     "json_bytes",
-    "load_tensors",
     "read_adapter_json",
-    "read_header",
     "read_json",
-    "read_tensors",
-    "saved_config",
     "tensor_bytes",
     "write_bytes",
     "write_files",
@@ -154,75 +151,94 @@ def tensor_bytes(tensors: Mapping[str, Tensor], config: str) -> bytes:
     return serialize_tensors(plain, metadata=metadata)
 
 
-class Header(NamedTuple):
-    """What a safetensors file says of itself before any value is read."""
-
-    metadata: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
-
-
-def read_header(path: Path) -> Header:
-    """The checked header of a safetensors file.
-
-    Raises:
-        CheckpointError: as :func:`read_file`, truncated or damaged.
-    """
-    with open_inside(path) as file:
-        return _header(path, file)
-
-
-def read_tensors(
-    path: Path, expected: Mapping[str, tuple[int, ...]] | None = None
-) -> tuple[dict[str, Tensor], str]:
-    """Read what :func:`tensor_bytes` made: the tensors (on the CPU) and the config's JSON text.
+class TensorFile:
+    """A safetensors file of anyone, whose header is checked before any value is read.
 
     Args:
         path: the file.
-        expected: the shape of every tensor; a file with others is refused before its values are
-            read, and one with values that are not finite floats after.
+        data: its contents, if they have been read already.
+
+    Attributes:
+        path: as given.
+        metadata: texts that the header holds.
+        shapes: of every tensor, by name.
 
     Raises:
-        CheckpointError: as :func:`read_header`, not written by this package, not as expected.
+        CheckpointError: as :func:`~ept_fast.storage.untrusted.read_file`, truncated or damaged.
     """
-    header, tensors = load_tensors(path, expected)
-    return tensors, saved_config(path, header)
 
+    def __init__(self, path: Path, data: bytes | None = None) -> None:
+        self.path, self._data = path, data
+        with self._open() as (file, size):
+            self.metadata, self.shapes = _header(path, file, size)
 
-def load_tensors(
-    path: Path, expected: Mapping[str, tuple[int, ...]] | None = None, *, others: bool = False
-) -> tuple[Header, dict[str, Tensor]]:
-    """Header and tensors of anyone's safetensors file.
+    @contextmanager
+    def _open(self) -> Iterator[tuple[BinaryIO, int]]:
+        if self._data is not None:
+            yield io.BytesIO(self._data), len(self._data)
+        else:
+            with open_inside(self.path) as file:
+                yield file, os.fstat(file.fileno()).st_size
 
-    Args:
-        path: the file.
-        expected: as in :func:`read_tensors`.
-        others: leave out tensors that are not expected, where they would be an error else.
+    @property
+    def config(self) -> str:
+        """The JSON text of the config that :func:`tensor_bytes` wrote beside the tensors.
 
-    Raises:
-        CheckpointError: as :func:`read_tensors`.
-    """
-    with open_inside(path) as file:
-        if others:
-            check_size(path, file, FILE_LIMIT)
-        header = _header(path, file)
+        Raises:
+            CheckpointError: not a file of this package, or of a later version.
+        """
+        try:
+            ours = parse_json(self.path, self.metadata[FORMAT])
+            version, config = ours["format_version"], ours["config"]
+        except (KeyError, ValueError):
+            raise CheckpointError(
+                f"{self.path}: expected a file written by {FORMAT}, "
+                f"got metadata {shorten(sorted(self.metadata))}"
+            ) from None
+        if version != FORMAT_VERSION or not isinstance(config, str):
+            raise CheckpointError(
+                f"{self.path}: expected format version {FORMAT_VERSION}, got {shorten(version)}"
+            )
+        return config
+
+    def load(
+        self, expected: Mapping[str, tuple[int, ...]] | None = None, *, others: bool = False
+    ) -> dict[str, Tensor]:
+        """The tensors, on the CPU; once, if the contents were given.
+
+        Args:
+            expected: the shape of every tensor; a file with others is refused before its values
+                are read, and one with values that are not finite floats after.
+            others: leave out tensors that are not expected, which are an error otherwise.
+
+        Raises:
+            CheckpointError: as for the class, or not as expected.
+        """
+        with self._open() as (file, size):
+            if others:
+                check_size(self.path, size, FILE_LIMIT)
+            self.metadata, self.shapes = _header(self.path, file, size)  # of what is read now
+            if expected is not None:
+                check_shapes(self.path, self.shapes, expected, others=others)
+            file.seek(0)
+            data = file.read()
+        self._data = None
+        try:
+            tensors = deserialize_tensors(data)
+        except (SafetensorError, KeyError, RuntimeError, AssertionError) as error:
+            raise CheckpointError(
+                f"{self.path}: expected a whole safetensors file, got: {shorten(str(error))}"
+            ) from None
         if expected is not None:
-            check_shapes(path, header.shapes, expected, others=others)
-        file.seek(0)
-        data = file.read()
-    try:
-        tensors = deserialize_tensors(data)
-    except (SafetensorError, KeyError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(
-            f"{path}: expected a whole safetensors file, got: {shorten(str(error))}"
-        ) from None
-    if expected is not None:
-        tensors = {name: tensors[name] for name in expected}
-        check_tensors(path, tensors, expected)
-    return header, tensors
+            tensors = {name: tensors[name] for name in expected}
+            check_tensors(self.path, tensors, expected)
+        return tensors
 
 
-def _header(path: Path, file: BinaryIO) -> Header:
-    size = os.fstat(file.fileno()).st_size
+def _header(
+    path: Path, file: BinaryIO, size: int
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """The checked metadata and shapes of a safetensors file."""
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8 or length > HEADER_LIMIT:
@@ -258,7 +274,7 @@ def _header(path: Path, file: BinaryIO) -> Header:
             f"{path}: expected a whole safetensors file, got {size} bytes with a header for "
             f"{8 + length + end}"
         )
-    return Header(metadata, shapes)
+    return metadata, shapes
 
 
 def _describes_tensor(entry: Any) -> bool:
@@ -282,27 +298,6 @@ def _are_counts(values: object) -> TypeGuard[list[int]]:
         and len(values) <= _MOST_AXES
         and all(type(n) is int and 0 <= n < 2**63 for n in values)
     )
-
-
-def saved_config(path: Path, header: Header) -> str:
-    """The JSON text of the config that the tensors were saved with.
-
-    Raises:
-        CheckpointError: not a file of this package, or of a later version.
-    """
-    try:
-        ours = parse_json(path, header.metadata[FORMAT])
-        version, config = ours["format_version"], ours["config"]
-    except (KeyError, ValueError):
-        raise CheckpointError(
-            f"{path}: expected a file written by {FORMAT}, "
-            f"got metadata {shorten(sorted(header.metadata))}"
-        ) from None
-    if version != FORMAT_VERSION or not isinstance(config, str):
-        raise CheckpointError(
-            f"{path}: expected format version {FORMAT_VERSION}, got {shorten(version)}"
-        )
-    return config
 
 
 def check_shapes(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 __all__ = [
     "FILE_LIMIT",
@@ -73,13 +73,12 @@ def read_file(path: Path, *, limit: int | None = None) -> bytes:
     """
     with open_inside(path) as file:
         if limit is not None:
-            check_size(path, file, limit)
+            check_size(path, os.fstat(file.fileno()).st_size, limit)
         return file.read()
 
 
-def check_size(path: Path, file: BinaryIO, limit: int) -> None:
-    """Raise CheckpointError where an open file has more than ``limit`` bytes."""
-    size = os.fstat(file.fileno()).st_size
+def check_size(path: Path, size: int, limit: int) -> None:
+    """Raise CheckpointError if a file has more than ``limit`` bytes."""
     if size > limit:
         raise CheckpointError(f"{path}: expected at most {limit} bytes, got {size}")
 

@@ -6,14 +6,21 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ept_fast.config import EPTConfig, check_choice, check_count, check_flag, check_number
+from ept_fast.config import (
+    EPTConfig,
+    PromptConfig,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+)
+from ept_fast.prompts.base import prompt_methods
 from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
 from ept_fast.transformers import POOLINGS
 
-__all__ = ["DEVICES", "INITS", "KEEPS", "METHODS", "MOST", "TASKS", "TrainConfig", "check_most"]
+__all__ = ["DEVICES", "INITS", "KEEPS", "MOST", "TASKS", "TrainConfig", "check_most"]
 
 TASKS = ("classification", "seq2seq", "causal")
-METHODS = ("ept", "dept", "pt")
 INITS = ("vocab", "random")
 KEEPS = ("last", "best")
 DEVICES = ("auto", "cpu")
@@ -51,7 +58,7 @@ class TrainConfig:
         task: ``"classification"`` (an encoder with a linear head), ``"seq2seq"`` (an
             encoder-decoder that writes a target for a text) or ``"causal"`` (a decoder that
             continues a text with a target; without targets it learns the texts themselves).
-        method: ``"ept"``, ``"dept"`` or ``"pt"``.
+        method: ``"ept"``, ``"dept"`` or ``"pt"``, or another registered method.
         eval_data: a file of evaluation rows; else the split ``validation`` of ``data`` (or
             ``test``, to keep the last step), else ``eval_fraction`` of the training rows, held out.
         eval_fraction: that fraction.
@@ -167,7 +174,7 @@ class TrainConfig:
         if not isinstance(self.separator, str):
             raise TypeError(f"separator: expected a string, got {type(self.separator).__name__}")
         check_choice("task", self.task, TASKS)
-        check_choice("method", self.method, METHODS)
+        check_choice("method", self.method, tuple(prompt_methods()))
         check_choice("init", self.init, INITS)
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("keep", self.keep, KEEPS)
@@ -229,7 +236,7 @@ class TrainConfig:
         default = METRICS[0] if self.task == "classification" else TEXT_METRICS[0]
         return self.metric or default
 
-    def prompt_config(self, hidden_size: int, max_length: int | None = None) -> EPTConfig:
+    def prompt_config(self, hidden_size: int, max_length: int | None = None) -> PromptConfig:
         """The prompt's sizes for embeddings of width ``hidden_size``, solved from the budget.
 
         Args:
@@ -240,38 +247,11 @@ class TrainConfig:
             ValueError: the sizes cost more than the budget, or leave a rank of 0 where the method
                 has an offset.
         """
-        length = max_length or self.max_length
-        if self.method == "pt":
-            return EPTConfig(
-                hidden_size,
-                num_virtual_tokens=self.prompt_length,
-                max_length=length,
-                rank=0,
-                num_spaces=0,
-                space_dim=1,
-                alpha=self.alpha,
-            )
-        ept = self.method == "ept"
-        config = EPTConfig.from_budget(
-            hidden_size,
-            self.prompt_length,
-            num_virtual_tokens=self.num_virtual_tokens,
-            max_length=length,
-            num_spaces=self.num_spaces if ept else 0,
-            space_dim=self.space_dim if ept else 1,
-            alpha=self.alpha,
-            activation=self.activation,
-            gate=self.gate,
-            temperature=self.temperature,
-            fusion=self.fusion and ept,
-        )
-        if config.rank == 0:
-            raise ValueError(
-                f"prompt_length: expected a budget that leaves a rank >= 1 for the offset, got "
-                f"{self.prompt_length} tokens for {self.num_virtual_tokens} virtual tokens, "
-                f"{config.num_spaces} spaces of width {config.space_dim} and {length} positions"
-            )
-        return config
+        names = {field.name for field in dataclasses.fields(EPTConfig)} & set(vars(self))
+        settings = {name: getattr(self, name) for name in names}
+        settings["max_length"] = max_length or self.max_length
+        config = prompt_methods()[self.method].config_class
+        return config.for_method(self.method, hidden_size, self.prompt_length, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""

@@ -86,7 +86,7 @@ def load_adapter(
             f"got {values['task']!r}"
         )
     trained = EPTModel.from_pretrained(
-        path,
+        saved,
         base_model=model,
         trust_remote_code=trust_remote_code,
         allow_download=allow_download,

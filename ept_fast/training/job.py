@@ -400,7 +400,7 @@ def _prepare_texts(
     if config.packing:
         pack_length = config.pack_length or _longest(form)
         m = model.prompt.config.num_virtual_tokens
-        check_packing(model.backbone, m + _longest(form))
+        check_packing(model.backbone, model.profile, m + _longest(form))
     if not rows.num_label_tokens:
         raise ValueError(
             f"max_length: expected room for a token to learn, got {config.max_length}, which every "
@@ -444,13 +444,13 @@ def _longest(form: TextForm) -> int:
 
 def _build(config: TrainConfig, labels: LabelSet | None) -> EPTModel:
     from ept_fast.training.tasks import WRAPPER_TASKS
-    from ept_fast.transformers.backbone import embedding_width, load_backbone, text_limit
+    from ept_fast.transformers.backbone import Profile, embedding_width, load_backbone
     from ept_fast.transformers.tasks import get_ept_model
 
     task = WRAPPER_TASKS[config.task]
     backbone = load_backbone(config.model, task, trust_remote_code=config.trust_remote_code)
     tokens = config.prompt_length if config.method == "pt" else config.num_virtual_tokens
-    most = text_limit(backbone, tokens)
+    most = Profile.of(backbone).text_limit(tokens)
     wanted = config.max_length + (config.max_target_length if config.task == "causal" else 0)
     length = wanted if most is None else max(min(wanted, most), 1)
     folder = Path(config.model)
@@ -476,6 +476,7 @@ def _facts(config: TrainConfig, work: _Work, trainer: PromptTrainer) -> dict[str
     import transformers
 
     model = work.model
+    prompt: Any = model.prompt
     kind = model.device.type
     on_gpu = kind == "cuda"
     return {
@@ -486,8 +487,8 @@ def _facts(config: TrainConfig, work: _Work, trainer: PromptTrainer) -> dict[str
         "positions": parallel.total(trainer.positions),
         "parameters": model.parameter_counts(),
         "prompt": model.prompt.config.to_dict(),
-        "gate_weights": model.prompt.gate_weights().cpu().tolist()
-        if model.prompt.config.num_spaces
+        "gate_weights": prompt.gate_weights().cpu().tolist()
+        if getattr(prompt.config, "num_spaces", 0)
         else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_memory(),
         "device": torch.cuda.get_device_name()

@@ -34,8 +34,6 @@ def text_form(model: Any, tokenizer: Any, config: TrainConfig, targets: bool) ->
     Raises:
         ValueError: no room for a text before the longest target.
     """
-    from ept_fast.transformers.backbone import text_limit
-
     limit = token_limit(model, tokenizer)
     target = config.max_target_length
     if config.task == "causal":
@@ -47,7 +45,7 @@ def text_form(model: Any, tokenizer: Any, config: TrainConfig, targets: bool) ->
             )
         limit = min(room, config.max_length)
     else:
-        decoder = text_limit(model.backbone, 0)
+        decoder = model.profile.text_limit(0)
         target = target if decoder is None else min(target, decoder)
     return TextForm(config.task, limit, target, config.separator, targets)
 
@@ -64,10 +62,8 @@ def new_tokens(model: Any, form: TextForm, asked: int | None, longest: int) -> i
     Raises:
         ValueError: the model has no positions for that many; where nobody asked, there are fewer.
     """
-    from ept_fast.transformers.backbone import table_limit
-
     causal = form.task == "causal"
-    most = table_limit(model.backbone, model.prompt.config.num_virtual_tokens if causal else 0)
+    most = model.profile.table_limit(model.prompt.config.num_virtual_tokens if causal else 0)
     if causal and most is not None:
         most += 1 - longest  # the last new token is not fed; a decoder's start takes its place
     if asked is None:

@@ -9,29 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ept_fast.config import EPTConfig
-from ept_fast.prompts.ept import (
+from ept_fast.config import PromptConfig
+from ept_fast.prompts.base import (
     CONFIG_FILE,
     TENSOR_FILE,
+    SavedPrompt,
     expected_shapes,
+    read_config,
     read_prompt,
-    read_prompt_config,
 )
 from ept_fast.storage.files import (
+    TensorFile,
     check_shapes,
     check_tensors,
     json_bytes,
-    load_tensors,
-    read_header,
-    read_tensors,
     tensor_bytes,
     write_files,
 )
@@ -40,10 +39,9 @@ from ept_fast.storage.untrusted import (
     FILE_LIMIT,
     JSON_LIMIT,
     CheckpointError,
-    check_size,
-    open_inside,
     parse_json,
     read_adapter_json,
+    read_file,
     shorten,
 )
 from ept_fast.transformers import POOLINGS, TASKS
@@ -57,6 +55,7 @@ __all__ = [
     "adapter_files",
     "describe_state",
     "read_adapter",
+    "state_checksum",
     "write_adapter",
 ]
 
@@ -81,35 +80,29 @@ _IN_STATE: dict[str, tuple[type, ...]] = {**_FIELDS, "config": (dict,)}
 _OF_STATE: dict[str, tuple[type, ...]] = {"active": (str,), "adapters": (dict,), "sha256": (str,)}
 
 
-class SavedAdapter(ABC):
-    """A saved adapter whose description is checked.
+@dataclass(frozen=True, eq=False)  # tensors have no truth value
+class SavedAdapter:
+    """A saved adapter, read once and checked.
 
     Attributes:
         path: the file that holds the description.
         values: ``task``, ``base_model``, ``base_model_type``, ``labels``, ``pooling``, ``head``
-            (``"linear"``, ``"model"`` or None), ``head_dropout`` and ``extra``, and more that is
-            for this module alone.
+            (``"linear"``, ``"model"`` or None), ``head_dropout`` and ``extra``.
+        prompt: config and tensors of the prompt.
+        config_path: the file that holds the config.
+        head_path: the file that holds the head.
     """
 
     path: Path
-    values: dict[str, Any]
+    values: Mapping[str, Any]
+    prompt: SavedPrompt
     config_path: Path
-    prompt_path: Path
     head_path: Path
+    _head: dict[str, Tensor]
 
-    @abstractmethod
-    def prompt(self) -> tuple[EPTConfig, int | None, dict[str, Tensor]]:
-        """Config, number of tasks and tensors of the prompt."""
-
-    @abstractmethod
-    def _config(self) -> tuple[EPTConfig, int | None]: ...
-
-    @abstractmethod
-    def _head(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]: ...
-
-    def config(self, width: int) -> EPTConfig:
+    def config(self, width: int) -> PromptConfig:
         """The config of the prompt, for embeddings of this width."""
-        config, num_tasks = self._config()
+        _, config, num_tasks, _ = self.prompt
         if num_tasks is not None:
             raise CheckpointError(f"{self.config_path}: num_tasks: expected null, got {num_tasks}")
         if config.hidden_size != width:
@@ -122,14 +115,14 @@ class SavedAdapter(ABC):
     def head(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of a head of these very sizes."""
         own = module.state_dict()
-        tensors = self._head({name: tuple(p.shape) for name, p in own.items()})
-        for name, value in tensors.items():
+        check_tensors(self.head_path, self._head, {n: tuple(p.shape) for n, p in own.items()})
+        for name, value in self._head.items():
             if not bool(torch.isfinite(value.to(own[name].dtype)).all()):
                 raise CheckpointError(
                     f"{self.head_path}: {name}: expected values in the range of "
                     f"{own[name].dtype}, got larger ones in {value.dtype}"
                 )
-        return tensors
+        return self._head
 
 
 def read_adapter(folder: str | Path, saved_name: str | None = None) -> SavedAdapter:
@@ -147,13 +140,13 @@ def read_adapter(folder: str | Path, saved_name: str | None = None) -> SavedAdap
     folder = Path(folder)
     in_state = not os.path.lexists(folder / ADAPTER_FILE) and os.path.lexists(folder / STATE_FILE)
     if in_state:
-        return _InState(folder / STATE_FILE, saved_name)
+        return _read_state_file(folder / STATE_FILE, saved_name)
     if saved_name is not None:
         raise CheckpointError(
             f"{folder / ADAPTER_FILE}: saved_name: expected None, as this folder is of one "
             f"adapter, got {saved_name!r}"
         )
-    return _InFolder(folder)
+    return _read_folder(folder)
 
 
 # The folder
@@ -163,7 +156,7 @@ def adapter_files(
     prompt: Mapping[str, bytes],
     head: Mapping[str, Tensor] | None,
     values: Mapping[str, Any],
-    config: EPTConfig,
+    config: PromptConfig,
 ) -> dict[str, bytes]:
     """The files of an adapter by their names: those of its prompt, its head, its description.
 
@@ -184,45 +177,28 @@ def write_adapter(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / HEAD_FILE).unlink(missing_ok=True)  # of an adapter that stood here before
 
 
-class _InFolder(SavedAdapter):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.path, self.config_path = folder / ADAPTER_FILE, folder / CONFIG_FILE
-        self.prompt_path, self.head_path = folder / TENSOR_FILE, folder / HEAD_FILE
-        self.values = values = read_adapter_json(self.path)
-        _check_description(self.path, values, _IN_FOLDER)
-        has_head = values["head"] is not None
-        sums, expected = _checksums(folder, has_head), values["sha256"]
-        others = [name for name in {**sums, **expected} if sums.get(name) != expected.get(name)]
-        if others:
-            raise CheckpointError(
-                f"{self.path}: sha256: expected the files it was saved with, got others for "
-                f"{shorten(others)} (damaged, or a save that was cut off)"
-            )
-        if has_head:
-            shapes = read_header(self.head_path).shapes
-            _check_head(self.head_path, shapes, values)
-            read_tensors(self.head_path, shapes)
-
-    def prompt(self) -> tuple[EPTConfig, int | None, dict[str, Tensor]]:
-        return read_prompt(self.folder)
-
-    def _config(self) -> tuple[EPTConfig, int | None]:
-        return read_prompt_config(self.folder)
-
-    def _head(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        return read_tensors(self.head_path, shapes)[0]
-
-
-def _checksums(folder: Path, head: bool) -> dict[str, str]:
-    names = (CONFIG_FILE, TENSOR_FILE, *((HEAD_FILE,) if head else ()))
-    return {name: _checksum(folder / name) for name in names}
-
-
-def _checksum(path: Path) -> str:
-    with open_inside(path) as file:
-        check_size(path, file, FILE_LIMIT)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _read_folder(folder: Path) -> SavedAdapter:
+    path, head_path = folder / ADAPTER_FILE, folder / HEAD_FILE
+    values = read_adapter_json(path)
+    _check_description(path, values, _IN_FOLDER)
+    names = (CONFIG_FILE, TENSOR_FILE, *((HEAD_FILE,) if values["head"] is not None else ()))
+    files = {name: read_file(folder / name, limit=FILE_LIMIT) for name in names}
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    expected = values["sha256"]
+    others = [name for name in {**sums, **expected} if sums.get(name) != expected.get(name)]
+    if others:
+        raise CheckpointError(
+            f"{path}: sha256: expected the files it was saved with, got others for "
+            f"{shorten(others)} (damaged, or a save that was cut off)"
+        )
+    head = {}
+    if HEAD_FILE in files:
+        file = TensorFile(head_path, files.pop(HEAD_FILE))
+        _check_head(head_path, file.shapes, values)
+        head = file.load(file.shapes)
+    return SavedAdapter(
+        path, values, read_prompt(folder, files), folder / CONFIG_FILE, head_path, head
+    )
 
 
 # The state dict
@@ -230,7 +206,7 @@ def _checksum(path: Path) -> str:
 
 def describe_state(
     active: str,
-    adapters: Mapping[str, tuple[Mapping[str, Any], EPTConfig]],
+    adapters: Mapping[str, tuple[Mapping[str, Any], PromptConfig]],
     tensors: Mapping[str, Tensor],
 ) -> Tensor | None:
     """The description that goes into a state dict, as the bytes of JSON text.
@@ -254,11 +230,11 @@ def describe_state(
             for name, (values, config) in adapters.items()
         },
     }
-    described["sha256"] = _state_checksum(described, tensors)
+    described["sha256"] = state_checksum(described, tensors)
     return torch.frombuffer(bytearray(json_bytes(described)), dtype=torch.uint8)
 
 
-def _state_checksum(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def state_checksum(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Of a description without its checksum, and of the tensors with names, types and shapes."""
     found = hashlib.sha256(json_bytes(described))
     for name, tensor in sorted(tensors.items()):
@@ -268,51 +244,37 @@ def _state_checksum(described: Mapping[str, Any], tensors: Mapping[str, Tensor])
     return found.hexdigest()
 
 
-class _InState(SavedAdapter):
-    def __init__(self, path: Path, saved_name: str | None) -> None:
-        self.path = self.config_path = self.prompt_path = self.head_path = path
-        tensors, described = _read_state(path)
-        names = list(described["adapters"])
-        name = described["active"] if saved_name is None else saved_name
-        if name not in names:
+def _read_state_file(path: Path, saved_name: str | None) -> SavedAdapter:
+    tensors, described = _read_state(path)
+    names = list(described["adapters"])
+    name = described["active"] if saved_name is None else saved_name
+    if name not in names:
+        raise CheckpointError(
+            f"{path}: saved_name: expected one of {shorten(names)}, got {shorten(name)}"
+        )
+    configs = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    for each, values in described["adapters"].items():
+        if not isinstance(values, dict):
             raise CheckpointError(
-                f"{path}: saved_name: expected one of {shorten(names)}, got {shorten(name)}"
+                f"{path}: {shorten(each)}: expected dict, got {type(values).__name__}"
             )
-        configs = {}
-        expected: dict[str, tuple[int, ...]] = {}
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        for each, values in described["adapters"].items():
-            if not isinstance(values, dict):
-                raise CheckpointError(
-                    f"{path}: {shorten(each)}: expected dict, got {type(values).__name__}"
-                )
-            _check_description(path, values, _IN_STATE)
-            try:
-                configs[each] = EPTConfig.from_dict(values["config"])
-            except (TypeError, ValueError) as error:
-                raise CheckpointError(f"{path}: {str(error)[:1000]}") from None
-            for key, shape in expected_shapes(configs[each], None).items():
-                expected[f"prompts.{each}.{key}"] = shape
-            if values["head"] is not None:
-                _check_head(path, _below(f"heads.{each}.", shapes), values)
-                expected |= {k: s for k, s in shapes.items() if k.startswith(f"heads.{each}.")}
-        check_shapes(path, shapes, expected)
-        check_tensors(path, tensors, expected)
-        self.values = described["adapters"][name]
-        self._own_config = configs[name]
-        self._prompt_tensors = _below(f"prompts.{name}.", tensors)
-        self._head_tensors = _below(f"heads.{name}.", tensors)
-
-    def prompt(self) -> tuple[EPTConfig, int | None, dict[str, Tensor]]:
-        return self._own_config, None, self._prompt_tensors
-
-    def _config(self) -> tuple[EPTConfig, int | None]:
-        return self._own_config, None
-
-    def _head(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        own = {name: tuple(tensor.shape) for name, tensor in self._head_tensors.items()}
-        check_shapes(self.path, own, shapes)
-        return self._head_tensors
+        _check_description(path, values, _IN_STATE)
+        try:
+            configs[each] = read_config(values["config"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {str(error)[:1000]}") from None
+        for key, shape in expected_shapes(configs[each], None).items():
+            expected[f"prompts.{each}.{key}"] = shape
+        if values["head"] is not None:
+            _check_head(path, _below(f"heads.{each}.", shapes), values)
+            expected |= {k: s for k, s in shapes.items() if k.startswith(f"heads.{each}.")}
+    check_shapes(path, shapes, expected)
+    check_tensors(path, tensors, expected)
+    prompt = SavedPrompt(path, configs[name], None, _below(f"prompts.{name}.", tensors))
+    head = _below(f"heads.{name}.", tensors)
+    return SavedAdapter(path, described["adapters"][name], prompt, path, path, head)
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -320,7 +282,8 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     A wrapper's prefix, such as ``module.`` of DDP, is taken off the names.
     """
-    shapes = read_header(path).shapes
+    file = TensorFile(path)
+    shapes = file.shapes
     keys = [key for key in shapes if f".{key}".endswith(f".{DESCRIPTION}")]
     tensors: dict[str, Tensor] = {}
     if len(keys) == 1 and len(shapes[keys[0]]) == 1:
@@ -329,7 +292,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{path}: {DESCRIPTION}: expected at most {JSON_LIMIT} bytes, "
                 f"got {shapes[keys[0]][0]}"
             )
-        _, tensors = load_tensors(path, others=True)
+        tensors = file.load(others=True)
     if not tensors or tensors[keys[0]].dtype != torch.uint8:
         raise CheckpointError(
             f"{path}: expected the state dict of an EPTModel, whose adapters it describes in "
@@ -341,7 +304,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     _check_fields(path, described, _OF_STATE)
     del described["sha256"]
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    sha256 = _state_checksum(described, tensors)
+    sha256 = state_checksum(described, tensors)
     if text != json_bytes({**described, "sha256": sha256}):
         raise CheckpointError(
             f"{path}: sha256: expected the tensors and the description that it was saved with, "

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,36 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from ept_fast.config import check_choice
 from ept_fast.transformers import TASKS
 
 __all__ = [
-    "ATTENTION",
-    "accepted_arguments",
-    "cache_name",
+    "Profile",
+    "cache_argument",
     "cache_of",
     "check_backbone",
-    "column_free_length",
     "embedding_width",
-    "first_position",
-    "layer_kinds",
     "load_backbone",
     "load_tokenizer",
     "names_it",
     "output_width",
     "own_head",
-    "position_table",
-    "position_table_name",
     "reads_last_column",
-    "table_limit",
     "take_cache",
     "text_config",
-    "text_limit",
 ]
 
 # Kinds of layers that keep keys and values of each position and nothing else.
-ATTENTION = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
+_ATTENTION = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
 
 # What transformers calls keys and values in arguments and outputs: since 5.24, and before.
 _CACHES = ("cache", "past_key_values")
 
-_LAYER_FIELDS = ("layer_types", "layers_block_type", "block_types")  # of a config
+# Fields of a config: what the layers are, and how far they see.
+_LAYERS = ("layer_types", "layers_block_type", "block_types")
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 _AUTO = {
     "SEQ_CLS": transformers.AutoModel,
     "TOKEN_CLS": transformers.AutoModel,
@@ -64,6 +59,102 @@ _AUTO_WITH_HEAD = {
 }
 # Names of the classes that have a head for the task themselves.
 _HEADED = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the wrapper has to know of a frozen model, found out once when it is wrapped.
+
+    Attributes:
+        name: of the model's class, for messages.
+        arguments: the names that its forward takes.
+        cache_argument: which of them takes keys and values; None if none does.
+        other_layers: kinds of its layers that keep something else than keys and values of each
+            position; sorted.
+        position_table: name of the table of learned absolute positions, or None.
+        max_position_embeddings: how many positions the config says there are; None without a limit.
+        first_position: where position ids start: RoBERTa and its kin count from padding_idx + 1.
+        column_free_length: the longest row whose outputs do not depend on the columns that its
+            tokens stand in. A causal model whose attention sees every earlier position goes by its
+            position ids alone: no limit. Windows count columns, so a row longer than the shortest
+            one depends on them. Without position ids, or if states or convolutions run over the
+            columns, every row does: 0.
+    """
+
+    name: str
+    arguments: frozenset[str]
+    cache_argument: str | None
+    other_layers: tuple[str, ...]
+    position_table: str | None
+    max_position_embeddings: int | None
+    first_position: int
+    column_free_length: float
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> Profile:
+        """Find all of it out."""
+        config = text_config(backbone)
+        arguments = _arguments(backbone)
+        values = (getattr(config, name, None) or () for name in _LAYERS)
+        others = {kind for kinds in values for kind in kinds} - _ATTENTION
+        name, table = _position_table(backbone)
+        padding = None if table is None else table.padding_idx
+        positions = getattr(config, "max_position_embeddings", None)
+        windows = [getattr(config, field, None) for field in _WINDOWS]
+        free = min((w for w in windows if isinstance(w, int)), default=math.inf)
+        return cls(
+            name=type(backbone).__name__,
+            arguments=arguments,
+            cache_argument=cache_argument(arguments),
+            other_layers=tuple(sorted(others)),
+            position_table=name,
+            # None or a number below 1 stands for relative positions.
+            max_position_embeddings=positions if positions and positions > 0 else None,
+            first_position=0 if padding is None else padding + 1,
+            column_free_length=0 if others or "position_ids" not in arguments else free,
+        )
+
+    def text_limit(self, num_virtual_tokens: int) -> int | None:
+        """The longest text, in tokens, that fits behind the prompt; None without a limit."""
+        positions = self.max_position_embeddings
+        return None if positions is None else positions - self.first_position - num_virtual_tokens
+
+    def table_limit(self, num_virtual_tokens: int) -> int | None:
+        """As :meth:`text_limit` if positions have a table, which ends; None if they have none."""
+        return None if self.position_table is None else self.text_limit(num_virtual_tokens)
+
+    def inputs(
+        self, embeds: Tensor, mask: Tensor, ranks: Tensor, **optional: Any
+    ) -> dict[str, Any]:
+        """The keyword arguments of a call: of the optional ones those that the forward takes.
+
+        Args:
+            embeds: ``[B, S, d]``.
+            mask: of any form that the backbone takes.
+            ranks: ``[B, S]``, from 0 on.
+            **optional: left out if None.
+        """
+        optional["position_ids"] = ranks + self.first_position
+        taken = {k: v for k, v in optional.items() if v is not None and k in self.arguments}
+        return {"inputs_embeds": embeds, "attention_mask": mask, "return_dict": True, **taken}
+
+
+def _arguments(backbone: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(backbone.forward).parameters)
+
+
+def _position_table(backbone: nn.Module) -> tuple[str | None, nn.Embedding | None]:
+    """Name and layer of the table of learned absolute positions, or two times None."""
+    for name, layer in backbone.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(layer, nn.Embedding) and (last == "wpe" or "position" in last):
+            return str(name), layer
+    return None, None
+
+
+def cache_argument(accepted: Container[str]) -> str | None:
+    """Which of a function's arguments takes keys and values; None if none does."""
+    return next((name for name in _CACHES if name in accepted), None)
 
 
 def load_backbone(
@@ -174,16 +265,6 @@ def _reason(name: str, error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def accepted_arguments(backbone: nn.Module) -> frozenset[str]:
-    """The names that the backbone's forward takes."""
-    return frozenset(inspect.signature(backbone.forward).parameters)
-
-
-def cache_name(accepted: Container[str]) -> str | None:
-    """Which of a function's arguments takes keys and values; None where it has no such argument."""
-    return next((name for name in _CACHES if name in accepted), None)
-
-
 def cache_of(output: Mapping[str, Any]) -> Any:
     """The keys and values in a model's output, or None."""
     fields = dict(output)  # asked by its old name, the output itself would warn
@@ -217,7 +298,7 @@ def check_backbone(backbone: Any, task: str) -> None:
 
     Models that are not of ``transformers`` are asked for their signature only.
     """
-    accepted = accepted_arguments(backbone) if isinstance(backbone, nn.Module) else frozenset()
+    accepted = _arguments(backbone) if isinstance(backbone, nn.Module) else frozenset()
     missing = [name for name in ("inputs_embeds", "attention_mask") if name not in accepted]
     if missing or not _has_embeddings(backbone) or not hasattr(backbone, "config"):
         raise TypeError(
@@ -291,61 +372,3 @@ def output_width(backbone: Any) -> int:
     """Width of the last hidden states; OPT may project them back to its embeddings' width."""
     config = text_config(backbone)
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
-
-
-def text_limit(backbone: Any, num_virtual_tokens: int) -> int | None:
-    """The longest text, in tokens, that fits behind the prompt; None without a limit."""
-    positions = getattr(text_config(backbone), "max_position_embeddings", None)
-    if positions is None or positions <= 0:  # relative positions
-        return None
-    return int(positions) - first_position(backbone) - num_virtual_tokens
-
-
-def table_limit(backbone: Any, num_virtual_tokens: int) -> int | None:
-    """As :func:`text_limit` where positions have a table, which ends; None where they have none."""
-    if position_table_name(backbone) is None:
-        return None
-    return text_limit(backbone, num_virtual_tokens)
-
-
-def position_table_name(backbone: nn.Module) -> str | None:
-    """Where the table of learned absolute positions is, or None."""
-    for name, layer in backbone.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(layer, nn.Embedding) and (last == "wpe" or "position" in last):
-            return str(name)
-    return None
-
-
-def position_table(backbone: nn.Module) -> nn.Embedding | None:
-    """The table of learned absolute positions, or None."""
-    name = position_table_name(backbone)
-    return None if name is None else backbone.get_submodule(name)  # type: ignore[return-value]
-
-
-def first_position(backbone: nn.Module) -> int:
-    """Where the backbone's position ids start: RoBERTa and its kin count from padding_idx + 1."""
-    table = position_table(backbone)
-    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
-
-
-def layer_kinds(backbone: Any) -> set[str]:
-    """What the config says the layers are; nothing where they are all alike."""
-    config = text_config(backbone)
-    values = (getattr(config, name, None) or () for name in _LAYER_FIELDS)
-    return {kind for kinds in values for kind in kinds}
-
-
-def column_free_length(backbone: Any) -> float:
-    """The longest row whose outputs do not depend on the columns that its tokens stand in.
-
-    A causal model whose attention sees every earlier position goes by its position ids alone: no
-    limit. Windows count columns, so a row longer than the shortest one depends on them. Without
-    position ids, or where states or convolutions run over the columns, every row does: 0.
-    """
-    config = text_config(backbone)
-    if "position_ids" not in accepted_arguments(backbone) or layer_kinds(backbone) - ATTENTION:
-        return 0
-    names = ("sliding_window", "attention_chunk_size", "window_size")
-    windows = [getattr(config, name, None) for name in names]
-    return min((w for w in windows if isinstance(w, int)), default=math.inf)

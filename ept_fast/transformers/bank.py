@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ept_fast.config import EPTConfig, check_choice, check_count
-from ept_fast.prompts.ept import (
-    EPTOutput,
-    FoldedEPTPrompt,
-    FusedEPTPrompt,
-    SplicedPrompt,
-    embedding_device,
-)
+from ept_fast.config import EPTConfig, PromptConfig, check_choice, check_count
+from ept_fast.prompts.base import EPTOutput, FoldedPrompt, Prompt, SplicedPrompt
+from ept_fast.prompts.embedding import embedding_device
 from ept_fast.prompts.table import offset_table, table_pays
 from ept_fast.transformers import TASKS
-from ept_fast.transformers.adapter import read_adapter
+from ept_fast.transformers.adapter import SavedAdapter, read_adapter
+from ept_fast.transformers.adapter_set import Description, check_adapter_name
 from ept_fast.transformers.backbone import embedding_width
+from ept_fast.transformers.bank_heads import ROWS, LinearHeads, ModuleHeads
 from ept_fast.transformers.locks import ReadWriteLock
-from ept_fast.transformers.model import Description, EPTModel, check_adapter_name
+from ept_fast.transformers.model import EPTModel
+from ept_fast.transformers.padding import prompt_mask, ranks_of, real_tokens
 from ept_fast.transformers.prefix_cache import PrefixCache
 from ept_fast.transformers.tasks import EPTModelForCausalLM, EPTModelForSeq2SeqLM
 
@@ -37,9 +34,6 @@ _BANK = "bank"  # the wrapper's one adapter; the tasks' names are the bank's own
 _NEW = "new"
 _OFFSETS = ("low_rank", "table", "auto")
 _UNLIMITED = torch.iinfo(torch.int64).max
-
-# The tasks of the rows that a model's own head is called with; it hands no argument through.
-_ROWS: ContextVar[Tensor] = ContextVar("rows")
 
 
 class BankPrompt(SplicedPrompt):
@@ -96,7 +90,7 @@ class BankPrompt(SplicedPrompt):
         self.equal_lengths = True
         self.lock = ReadWriteLock()  # of the slots and of all that is kept for their tasks
 
-    def check(self, config: EPTConfig) -> None:
+    def check(self, config: PromptConfig) -> None:
         """Raise ValueError unless an adapter of these sizes fits into a slot."""
         names = ("num_virtual_tokens", "rank") + (("max_length",) if config.rank else ())
         for name in names:
@@ -105,7 +99,7 @@ class BankPrompt(SplicedPrompt):
                 raise ValueError(f"{name}: expected at most {most} as the bank has, got {got}")
 
     @torch.no_grad()
-    def write(self, slot: int, source: FoldedEPTPrompt | None) -> None:
+    def write(self, slot: int, source: FoldedPrompt | None) -> None:
         """Fill a slot, or clear it where there is no source.
 
         Raises:
@@ -125,16 +119,13 @@ class BankPrompt(SplicedPrompt):
             config = source.config
             self.lengths[slot] = config.num_virtual_tokens
             self.prompt[slot, m - config.num_virtual_tokens :] = source.prompt
-            if config.rank:
-                assert self.offset_a is not None
-                assert self.offset_b is not None
-                assert source.offset_a is not None
-                assert source.offset_b is not None
-                own = source.offset_a.to(torch.promote_types(source.offset_a.dtype, torch.float32))
+            a, b, kept_b = source.offset_a, source.offset_b, self.offset_b
+            if a is not None and b is not None and self.offset_a is not None and kept_b is not None:
+                own = a.to(torch.promote_types(a.dtype, torch.float32))
                 self.offset_a[slot, : config.max_length, : config.rank] = own * config.scaling
-                self.offset_b[slot, : config.rank] = source.offset_b
+                kept_b[slot, : config.rank] = b
                 if self.offset_table is not None:
-                    table = offset_table(own, source.offset_b, config.scaling, own.dtype)
+                    table = offset_table(own, b, config.scaling, own.dtype)
                     self.offset_table[slot, : config.max_length] = table
                 self.limits[slot] = config.max_length
         self._shortest_limit = int(self.limits.min())
@@ -170,16 +161,13 @@ class BankPrompt(SplicedPrompt):
         spliced = super().forward(input_ids, inputs_embeds, attention_mask, task_ids)
         if self.equal_lengths:
             return spliced
-        m = self.config.num_virtual_tokens
-        columns = torch.arange(m, device=task_ids.device)
-        head = columns >= (m - self.lengths[task_ids]).unsqueeze(1)
-        mask = torch.cat([head.to(spliced.attention_mask.dtype), spliced.attention_mask[:, m:]], 1)
-        ranks = mask.cumsum(1, dtype=torch.int64) - 1
-        return EPTOutput(spliced.inputs_embeds, mask, ranks.clamp_min(0))
+        m, mask = self.config.num_virtual_tokens, spliced.attention_mask
+        mask = prompt_mask(mask, self.lengths[task_ids], m)
+        return EPTOutput(spliced.inputs_embeds, mask, ranks_of(mask))
 
     def _check_lengths(self, length: int, mask: Tensor | None, task_ids: Tensor) -> None:
         limits = self.limits[task_ids]
-        counts = torch.full_like(limits, length) if mask is None else (mask != 0).sum(1)
+        counts = torch.full_like(limits, length) if mask is None else real_tokens(mask)
         long = (counts > limits).nonzero()
         if len(long):
             row = int(long[0])
@@ -187,65 +175,6 @@ class BankPrompt(SplicedPrompt):
                 f"input_ids: row {row}: expected at most {int(limits[row])} tokens, the "
                 f"max_length of its adapter, got {int(counts[row])}"
             )
-
-
-class _LinearHeads(nn.Module):
-    """Linear heads of different numbers of classes; a class that a task lacks has logit -inf."""
-
-    weight: Tensor  # [T, C, h]
-    bias: Tensor  # [T, C]
-
-    def __init__(self, width: int, capacity: int, num_labels: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        bias = torch.full((capacity, num_labels), -math.inf, dtype=dtype)
-        self.register_buffer("weight", torch.zeros(capacity, num_labels, width, dtype=dtype))
-        self.register_buffer("bias", bias)
-
-    @torch.no_grad()
-    def write(self, slot: int, head: nn.Linear | None) -> None:
-        self.weight[slot].zero_()
-        self.bias[slot].fill_(-math.inf)
-        if head is not None:
-            count = head.out_features
-            self.weight[slot, :count] = head.weight
-            self.bias[slot, :count] = 0 if head.bias is None else head.bias
-
-    def forward(self, values: Tensor) -> Tensor:
-        task_ids = _ROWS.get()
-        weight, bias = self.weight[task_ids], self.bias[task_ids]  # [B, C, h], [B, C]
-        rows = values if values.dim() == 3 else values.unsqueeze(1)
-        logits = torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)  # [B, S or 1, C]
-        return logits if values.dim() == 3 else logits.squeeze(1)
-
-
-class _ModuleHeads(nn.Module):
-    """A module of a model's own head, one for each task, each called with the rows of its task."""
-
-    def __init__(self, num_labels: int) -> None:
-        super().__init__()
-        self.of_slot = nn.ModuleDict()
-        self.num_labels = num_labels
-
-    def write(self, slot: int, head: nn.Module | None) -> None:
-        if head is None:
-            if str(slot) in self.of_slot:
-                del self.of_slot[str(slot)]
-        else:
-            self.of_slot[str(slot)] = head.requires_grad_(False).eval()
-
-    def forward(self, values: Tensor) -> Tensor:
-        task_ids = _ROWS.get()
-        found: Tensor | None = None
-        for slot in sorted(set(task_ids.tolist())):
-            rows = (task_ids == slot).nonzero().squeeze(1)
-            part: Tensor = self.of_slot[str(slot)](values[rows])
-            if found is None:
-                width = max(part.shape[-1], self.num_labels)
-                shape = (values.shape[0], *part.shape[1:-1], width)
-                found = part.new_full(shape, -math.inf)
-            found[rows, ..., : part.shape[-1]] = part
-        assert found is not None
-        return found
 
 
 class EPTBank(nn.Module):
@@ -316,7 +245,7 @@ class EPTBank(nn.Module):
     def from_adapters(
         cls,
         model: nn.Module,
-        adapters: Mapping[str, str | Path],
+        adapters: Mapping[str, str | Path | SavedAdapter],
         *,
         capacity: int | None = None,
         **choices: Any,
@@ -325,7 +254,7 @@ class EPTBank(nn.Module):
 
         Args:
             model: the frozen model.
-            adapters: the folder of each, by name.
+            adapters: the folder of each, by name, or what ``read_adapter`` has read from it.
             capacity: the most adapters at a time; the number of these where not given.
             **choices: sizes of the bank where they shall be larger than these adapters need, and
                 ``dtype``, ``offset`` and ``backend``.
@@ -336,24 +265,27 @@ class EPTBank(nn.Module):
         """
         if not adapters:
             raise ValueError("adapters: expected at least one, got none")
-        read = [read_adapter(folder) for folder in adapters.values()]
-        tasks = sorted({saved.values["task"] for saved in read})
+        read = {
+            name: each if isinstance(each, SavedAdapter) else read_adapter(each)
+            for name, each in adapters.items()
+        }
+        tasks = sorted({saved.values["task"] for saved in read.values()})
         if len(tasks) > 1:
             raise ValueError(f"adapters: expected adapters of one task, got {', '.join(tasks)}")
         width = embedding_width(model)
-        configs = [saved.config(width) for saved in read]
+        configs = [saved.config(width) for saved in read.values()]
         with_offset = [c for c in configs if c.rank]
         sizes = {
             "num_virtual_tokens": max(c.num_virtual_tokens for c in configs),
             "max_length": max((c.max_length for c in with_offset), default=1),
             "rank": max(c.rank for c in configs),
-            "num_labels": max(len(saved.values["labels"] or ("",)) for saved in read),
+            "num_labels": max(len(saved.values["labels"] or ("",)) for saved in read.values()),
         }
         given = {"capacity": len(adapters) if capacity is None else capacity, **sizes, **choices}
         bank = cls(model, tasks[0], **given)
         try:
-            for name, folder in adapters.items():
-                bank.add(name, folder)
+            for name in adapters:
+                bank.add(name, read.pop(name))
         except BaseException:
             bank.unload()
             raise
@@ -385,7 +317,7 @@ class EPTBank(nn.Module):
                 raise ValueError(f"tasks: expected names among {known}, got {name!r}")
         return torch.tensor([self._slots[name] for name in names], device=self.bank.prompt.device)
 
-    def add(self, name: str, adapter: str | Path | EPTModel | FusedEPTPrompt) -> int:
+    def add(self, name: str, adapter: str | Path | SavedAdapter | EPTModel | Prompt) -> int:
         """Add a task in a free slot.
 
         Args:
@@ -412,7 +344,7 @@ class EPTBank(nn.Module):
             self._write(name, slot, adapter)
         return slot
 
-    def replace(self, name: str, adapter: str | Path | EPTModel | FusedEPTPrompt) -> int:
+    def replace(self, name: str, adapter: str | Path | SavedAdapter | EPTModel | Prompt) -> int:
         """Put another adapter in a task's slot; arguments, result and errors as :meth:`add`."""
         with self.bank.lock.writing():
             slot = int(self.ids([name])[0])
@@ -434,57 +366,52 @@ class EPTBank(nn.Module):
 
     def _write(self, name: str, slot: int, adapter: Any) -> None:
         try:
-            self._write_slot(name, slot, adapter)
-        finally:
-            self.requires_grad_(False)  # an active adapter is one to train, for the wrapper
-
-    def _write_slot(self, name: str, slot: int, adapter: Any) -> None:
-        if isinstance(adapter, (str, Path)):
-            self.model.load_adapter(adapter, _NEW)
-            try:
-                self._copy(name, slot, self.model, _NEW)
-            finally:
-                self.model.delete_adapter(_NEW)
-        elif isinstance(adapter, EPTModel):
-            kinds = [getattr(m.config, "model_type", None) for m in (self.model, adapter)]
-            for field, (expected, got) in {
-                "task": (self.model.task, adapter.task),
-                "model_type": kinds,
-            }.items():
-                if got != expected:
-                    raise ValueError(f"adapter: expected one for {field} {expected}, got {got}")
-            self._copy(name, slot, adapter, adapter.active_adapter)
-        elif isinstance(adapter, FusedEPTPrompt):
-            if self.model.has_head:
+            if isinstance(adapter, (str, Path)):
+                adapter = read_adapter(adapter)
+            if isinstance(adapter, SavedAdapter):
+                self.model.add_saved(adapter, _NEW)
+                try:
+                    self._copy(name, slot, self.model, _NEW)
+                finally:
+                    self.model.delete_adapter(_NEW)
+            elif isinstance(adapter, EPTModel):
+                self._check_model(adapter)
+                self._copy(name, slot, adapter, adapter.active_adapter)
+            elif not isinstance(adapter, Prompt):
+                raise TypeError(
+                    f"adapter: expected a folder, an EPTModel or a FusedEPTPrompt, "
+                    f"got {type(adapter).__name__}"
+                )
+            elif self.model.has_head:
                 raise ValueError(
                     f"adapter: expected a folder or a model with a head for task "
                     f"{self.model.task}, got a prompt alone"
                 )
-            self._check_prompt(adapter)
-            self._fill(name, slot, adapter, (), None)
-        else:
-            raise TypeError(
-                f"adapter: expected a folder, an EPTModel or a FusedEPTPrompt, "
-                f"got {type(adapter).__name__}"
-            )
+            else:
+                self._fill(name, slot, adapter, Description(), None)
+        finally:
+            self.requires_grad_(False)  # an active adapter is one to train, for the wrapper
+
+    def _check_model(self, other: EPTModel) -> None:
+        kinds = [getattr(m.config, "model_type", None) for m in (self.model, other)]
+        for field, expected, got in (
+            ("task", self.model.task, other.task),
+            ("model_type", *kinds),
+        ):
+            if got != expected:
+                raise ValueError(f"adapter: expected one for {field} {expected}, got {got}")
 
     def _copy(self, name: str, slot: int, source: EPTModel, adapter: str) -> None:
-        described = source.descriptions[adapter]
-        head: Any = source.head_of(adapter)
-        labels = described.labels or ()
         prompt: Any = source.prompts[adapter]
-        self._check_prompt(prompt)
-        if head is not None:
-            if len(labels) > self.num_labels:
-                raise ValueError(
-                    f"num_labels: expected at most {self.num_labels} classes as the bank has, "
-                    f"got {len(labels)}"
-                )
-            self._check_head(slot, described, head)
-        self._fill(name, slot, prompt, labels, head)
+        self._fill(name, slot, prompt, source.descriptions[adapter], source.head_of(adapter))
 
     def _check_head(self, slot: int, described: Description, head: nn.Module) -> None:
         """The first adapter decides how logits are taken; the others have to agree."""
+        if len(described.labels or ()) > self.num_labels:
+            raise ValueError(
+                f"num_labels: expected at most {self.num_labels} classes as the bank has, "
+                f"got {len(described.labels or ())}"
+            )
         known = self.model.descriptions[_BANK]
         kind = replace(described, labels=None, head_dropout=0.0)
         if self._heads() and kind == known:
@@ -500,13 +427,13 @@ class EPTBank(nn.Module):
         heads: nn.Module
         if isinstance(head, nn.Linear):
             dtype = torch.promote_types(head.weight.dtype, torch.float32)
-            heads = _LinearHeads(head.in_features, self.capacity, self.num_labels, dtype)
+            heads = LinearHeads(head.in_features, self.capacity, self.num_labels, dtype)
         else:
             modules: Any = head
-            heads = nn.ModuleDict({n: _ModuleHeads(self.num_labels) for n in modules})
+            heads = nn.ModuleDict({n: ModuleHeads(self.num_labels) for n in modules})
         self.model.place(_BANK, self.bank, heads.to(self.bank.prompt.device), kind)
 
-    def _check_prompt(self, prompt: FusedEPTPrompt) -> None:
+    def _check_prompt(self, prompt: Prompt) -> None:
         if prompt.num_tasks is not None:
             raise ValueError(f"adapter: expected a single prompt, got a bank of {prompt.num_tasks}")
         if prompt.config.hidden_size != self.bank.config.hidden_size:
@@ -517,22 +444,22 @@ class EPTBank(nn.Module):
         self.bank.check(prompt.config)
 
     def _fill(
-        self, name: str, slot: int, prompt: FusedEPTPrompt, labels: tuple[str, ...], head: Any
+        self, name: str, slot: int, prompt: Prompt, described: Description, head: Any
     ) -> None:
+        self._check_prompt(prompt)
+        if head is not None:
+            self._check_head(slot, described, head)
         self.bank.write(slot, prompt.fold())
-        heads = self._heads()
-        if len(heads) == 1 and isinstance(heads[0], _LinearHeads):
-            heads[0].write(slot, head)
-        else:
-            for own, part in zip(heads, head.values() if heads else (), strict=True):
-                own.write(slot, copy.deepcopy(part).to(self.bank.prompt.device))
-        self._slots[name], self._labels[name] = slot, labels
+        parts = [head] if isinstance(head, nn.Linear) else list((head or {}).values())
+        for heads, part in zip(self._heads(), parts, strict=True):
+            heads.write(slot, copy.deepcopy(part).to(self.bank.prompt.device))
+        self._slots[name], self._labels[name] = slot, described.labels or ()
 
     def _heads(self) -> list[Any]:
         head = self.model.head
         if head is None:
             return []
-        return [head] if isinstance(head, _LinearHeads) else list(head.values())  # type: ignore[operator]
+        return [head] if isinstance(head, LinearHeads) else list(head.values())
 
     def memory(self) -> dict[str, int]:
         """Bytes that each task's slot takes, prompt, offset and head together."""
@@ -540,13 +467,13 @@ class EPTBank(nn.Module):
         kept = (bank.prompt, bank.offset_a, bank.offset_b, bank.offset_table)
         shared = [buffer for buffer in kept if buffer is not None]
         heads = self._heads()
-        if heads and isinstance(heads[0], _LinearHeads):
+        if heads and isinstance(heads[0], LinearHeads):
             shared += [heads[0].weight, heads[0].bias]
         each = sum(b.numel() * b.element_size() for b in shared) // self.capacity
         sizes = {}
         with self._reading():
             for name, slot in self._slots.items():
-                own = [h.of_slot[str(slot)] for h in heads if isinstance(h, _ModuleHeads)]
+                own = [h.of_slot[str(slot)] for h in heads if isinstance(h, ModuleHeads)]
                 parameters = [p for module in own for p in module.parameters()]
                 sizes[name] = each + sum(p.numel() * p.element_size() for p in parameters)
         return sizes
@@ -588,11 +515,11 @@ class EPTBank(nn.Module):
             kwargs |= {"attention_mask": attention_mask, "task_ids": task_ids}
             if not self.model.has_head:
                 return self.model(input_ids=input_ids, **kwargs)
-            token = _ROWS.set(task_ids)
+            token = ROWS.set(task_ids)
             try:
                 return self.model(input_ids=input_ids, **kwargs)
             finally:
-                _ROWS.reset(token)
+                ROWS.reset(token)
 
     def prefix_cache(self) -> PrefixCache:
         """The keys and values of all prompts, for ``prefix`` in :meth:`forward` and `generate`.

@@ -14,41 +14,81 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ept_fast.config import check_count
 
-__all__ = ["Own", "disable", "enable", "set_mode"]
+__all__ = ["Checkpointing", "Own", "set_mode"]
 
 
-def enable(
-    backbone: nn.Module,
-    options: dict[str, Any] | None,
-    every_n_layers: int = 1,
-    offload: bool = False,
-) -> None:
-    """Have the backbone's layers recomputed in the backward pass, without their dropout.
+class Checkpointing:
+    """The switches of gradient checkpointing, for a module with a frozen ``backbone``.
 
     A layer checks for training mode before it recomputes, and some drop out by the same flag. So
     the flag is on around the layer (:func:`set_mode`) and off inside it, in both of its
     computations. The model's own method would besides have the text's embeddings require gradients.
 
-    Args:
-        backbone: the model.
-        options: of ``torch.utils.checkpoint.checkpoint``.
-        every_n_layers: 1 for all layers, 2 for the first, the third and so on.
-        offload: whether what is kept for the recomputation goes to the CPU.
-
-    Raises:
-        ValueError: the model has no layers that can be recomputed.
+    Attributes:
+        is_gradient_checkpointing: whether layers are recomputed.
     """
-    check_count("every_n_layers", every_n_layers, 1)
-    layers = _layers(backbone)
-    if not layers:
-        raise ValueError(
-            f"model: expected one whose layers support gradient checkpointing, "
-            f"got {type(backbone).__name__}"
-        )
-    run = functools.partial(checkpoint, **{"use_reentrant": False, **(options or {})})
-    for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = index % every_n_layers == 0
-        layer._gradient_checkpointing_func = functools.partial(_recompute, layer, run, offload)
+
+    backbone: Any
+    training: bool
+    is_gradient_checkpointing: bool = False
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute the backbone's layers in the backward pass, to save their activations.
+
+        Args:
+            gradient_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``, such as
+                ``{"use_reentrant": False}``.
+            every_n_layers: 1 for all layers, 2 for the first, the third and so on.
+            offload: whether what is kept for the recomputation goes to the CPU.
+
+        Raises:
+            ValueError: the backbone has no layers that can be recomputed.
+        """
+        check_count("every_n_layers", every_n_layers, 1)
+        layers = _layers(self.backbone)
+        if not layers:
+            raise ValueError(
+                f"model: expected one whose layers support gradient checkpointing, "
+                f"got {type(self.backbone).__name__}"
+            )
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        run = functools.partial(checkpoint, **options)
+        for index, layer in enumerate(layers):
+            layer.gradient_checkpointing = index % every_n_layers == 0
+            layer._gradient_checkpointing_func = functools.partial(_recompute, layer, run, offload)
+        self.is_gradient_checkpointing = True
+        set_mode(self.backbone, self.training)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        if self.is_gradient_checkpointing:
+            for layer in _layers(self.backbone):
+                layer.training = layer.gradient_checkpointing = False
+        self.is_gradient_checkpointing = False
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """:meth:`gradient_checkpointing_enable` by its newer name."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def check_keeps_cache(self) -> None:
+        """Raise ValueError in training mode with checkpointing: layers keep no cache then."""
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                "model: expected evaluation mode (model.eval()) where gradient checkpointing is "
+                "on, as its layers keep no cache in training mode, got training mode"
+            )
 
 
 class Own:
@@ -75,12 +115,6 @@ class Own:
             module.gradient_checkpointing = True  # type: ignore[assignment]
             if function is not None:
                 module._gradient_checkpointing_func = function
-
-
-def disable(backbone: nn.Module) -> None:
-    """Undo :func:`enable`."""
-    for layer in _layers(backbone):
-        layer.training = layer.gradient_checkpointing = False
 
 
 def set_mode(backbone: nn.Module, training: bool) -> None:

@@ -17,19 +17,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import GenerationMixin
 
 from ept_fast.ops.functional import splice_prompt
-from ept_fast.transformers.backbone import (
-    cache_name,
-    column_free_length,
-    table_limit,
-    take_cache,
+from ept_fast.transformers.backbone import Profile, cache_argument, take_cache
+from ept_fast.transformers.padding import (
+    LeftPadded,
+    layout_of,
+    left_padded,
+    mark_layout,
+    mask_of_ids,
+    right_padded,
 )
-from ept_fast.transformers.model import layout_of, mark_layout
 from ept_fast.transformers.prefix_cache import PrefixCache
 
 __all__ = ["generate_causal", "generate_seq2seq"]
@@ -44,7 +45,7 @@ _REFUSED = (
     "use_mtp",
 )
 # What ``generate`` and the methods that it calls name keys and values.
-_CACHE: Any = cache_name(
+_CACHE: Any = cache_argument(
     inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 _COMPUTED = ("inputs", "inputs_embeds", "position_ids", "token_type_ids", "encoder_outputs")
@@ -62,12 +63,12 @@ def generate_causal(
 ) -> Any:
     """What the decoder's ``generate`` gives for these arguments, behind the active prompt.
 
-    Every token has its offset by its rank among the row's real tokens, generated ones too, up to
-    ``max_length`` of the prompt's config; a token generated later than that gets none.
+    ``generate`` of :class:`ept_fast.transformers.tasks.EPTModelForCausalLM`. Every token has its
+    offset by its rank among the row's real tokens, generated ones too, up to ``max_length`` of the
+    prompt's config; a token generated later than that gets none.
 
     Args:
-        model: with ``backbone``, ``active_prompt`` and ``splice``, as
-            :class:`ept_fast.transformers.tasks.EPTModelForCausalLM`.
+        model: the causal model.
         input_ids: ``[B, S]``, padded in any way.
         attention_mask: ``[B, S]`` of 0 and 1. Where it is not given, zeros at the padding token if
             the generation config names one that does not end texts too, as ``generate`` does.
@@ -89,6 +90,10 @@ def generate_causal(
             supported behind a prompt.
         IndexError: an id outside the vocabulary.
     """
+    if model.disabled:
+        given = {"task_ids": task_ids, "prefix": prefix}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return model.backbone.generate(input_ids, attention_mask=attention_mask, **kwargs)
     backbone = _generating(model)
     if "generate" in vars(backbone):
         raise TypeError(
@@ -104,39 +109,23 @@ def generate_causal(
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = True
     spliced, mask = _spliced(model, input_ids, attention_mask, task_ids, kwargs)
-    length = input_ids.shape[1]
-    m = spliced.shape[1] - length
-    missing = (mask[:, :m] == 0).sum(1, keepdim=True)
-    mask = mask[:, m:]
-    order = mask.argsort(dim=1, stable=True)  # padding first
-    mask = mask.gather(1, order)
-    rows = spliced[:, m:]
-    text = _Text(
-        prompt=model.active_prompt,
-        head=spliced[:, :m],
-        rows=rows.gather(1, order.unsqueeze(-1).expand_as(rows)),
-        input_ids=input_ids.gather(1, order),
-        padding=(mask == 0).sum(1, keepdim=True),
-        missing=missing,
-        task_ids=task_ids,
-        first_position=model._first_position,
-        seeded=prefix is not None or layout_of(given) == "prompt first",
-    )
+    prompt_first = prefix is not None or layout_of(given) == "prompt first"
+    rows, text_mask = left_padded(spliced, mask, input_ids, prompt_first)
     lengths = ("max_length", "max_new_tokens")
     run = _Run(
         backbone,
-        text,
-        max_length=_longest(backbone, text),
+        model.profile,
+        model.active_prompt,
+        rows,
+        task_ids,
         default_length=all(_setting(backbone, kwargs, name) is None for name in lengths),
-        moved=bool((order.diff(dim=1) < 0).any()),
-        uneven=bool(missing.any()),
         prefix=prefix,
         given_as=given_as,
     )
-    output = _view(backbone, run).generate(text.input_ids, attention_mask=mask, **kwargs)
+    output = _view(backbone, run).generate(rows.input_ids, attention_mask=text_mask, **kwargs)
     sequences = output if isinstance(output, Tensor) else output.sequences
     copies = sequences.shape[0] // input_ids.shape[0]
-    sequences[:, :length] = input_ids.repeat_interleave(copies, 0)  # padded as it was given
+    sequences[:, : rows.length] = input_ids.repeat_interleave(copies, 0)  # padded as it was given
     return output
 
 
@@ -155,8 +144,7 @@ def generate_seq2seq(
     offset.
 
     Args:
-        model: with ``backbone`` and ``splice``, as
-            :class:`ept_fast.transformers.tasks.EPTModelForSeq2SeqLM`.
+        model: of the class :class:`ept_fast.transformers.tasks.EPTModelForSeq2SeqLM`.
         input_ids: ``[B, S]``, padded in any way.
         attention_mask: ``[B, S]`` of 0 and 1; as in :func:`generate_causal` where it is not given.
         task_ids: ``[B]`` integers, for a bank of prompts.
@@ -170,30 +158,29 @@ def generate_seq2seq(
         ValueError: text longer than the offset covers or than the backbone has positions for.
         IndexError: an id outside the vocabulary.
     """
+    if model.disabled:
+        if task_ids is not None:
+            kwargs["task_ids"] = task_ids
+        return model.backbone.generate(input_ids, attention_mask=attention_mask, **kwargs)
     backbone = _generating(model)
     _refuse(backbone, kwargs, ())
     _given_cache(kwargs)
     spliced, mask = _spliced(model, input_ids, attention_mask, task_ids, kwargs)
     m = spliced.shape[1] - input_ids.shape[1]
-    limit = table_limit(backbone, m)
+    limit = model.profile.table_limit(m)
     if limit is not None and input_ids.shape[1] > limit:
         raise ValueError(
             f"input_ids: expected at most {limit} positions, which the model has without the "
             f"prompt's {m}, got {input_ids.shape[1]}"
         )
-    _check_answer(backbone, kwargs)
-    # Encoders count positions by column, so padding goes to the right.
-    order = (1 - mask).argsort(dim=1, stable=True)
-    return backbone.generate(
-        inputs_embeds=spliced.gather(1, order.unsqueeze(-1).expand_as(spliced)),
-        attention_mask=mask.gather(1, order),
-        **kwargs,
-    )
+    _check_answer(backbone, model.profile.table_limit(0), kwargs)
+    # Encoders count positions by column.
+    rows, mask = right_padded(spliced, mask)
+    return backbone.generate(inputs_embeds=rows, attention_mask=mask, **kwargs)
 
 
-def _check_answer(backbone: Any, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError where the decoder's positions would run out."""
-    limit = table_limit(backbone, 0)
+def _check_answer(backbone: Any, limit: int | None, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if the decoder's positions would run out."""
     if limit is None:
         return
     given = kwargs.get("decoder_input_ids")
@@ -260,132 +247,9 @@ def _spliced(
     """``[B, m + S, d]`` as in a forward pass, and its mask ``[B, m + S]`` of int64."""
     if attention_mask is None and isinstance(input_ids, Tensor):
         pad, end = (_setting(model.backbone, kwargs, f"{n}_token_id") for n in ("pad", "eos"))
-        if pad is not None and pad not in (end if isinstance(end, list) else [end]):
-            attention_mask = (input_ids != pad).long()
+        attention_mask = mask_of_ids(input_ids, pad, end)
     spliced = model.splice(input_ids=input_ids, attention_mask=attention_mask, task_ids=task_ids)
     return spliced.inputs_embeds, spliced.attention_mask.long()
-
-
-def _longest(backbone: Any, text: _Text) -> int | None:
-    """The most columns of text and new tokens that there are positions for; None for no limit."""
-    m = text.head.shape[1]
-    limit = table_limit(backbone, m)
-    if limit is None:
-        return None
-    # The last new token is not fed, and padding takes no position.
-    return limit + 1 + int((text.padding + text.missing).min())
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Prompt and text of a call, the text's padding moved to the left.
-
-    Attributes:
-        prompt: the active prompt.
-        head: P′ of each row, ``[B, m, d]``.
-        rows: the text's embeddings with their offsets, ``[B, S, d]``.
-        input_ids: ``[B, S]``.
-        padding: columns of padding, ``[B, 1]``.
-        missing: columns by which a row's prompt is shorter than m, its padding, ``[B, 1]``.
-        task_ids: ``[B]``, for a bank of prompts.
-        first_position: the backbone's first position id.
-        seeded: whether the cache begins with the prompt: ``[prompt | padding | text]``.
-    """
-
-    prompt: Any
-    head: Tensor
-    rows: Tensor
-    input_ids: Tensor
-    padding: Tensor
-    missing: Tensor
-    task_ids: Tensor | None
-    first_position: int
-    seeded: bool
-
-    def inputs(self, input_ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Embeddings and position ids of the columns from ``start`` on.
-
-        Args:
-            input_ids: ``[N, L]``, the text and what came after it; N is B times a number of copies
-                (beams, several answers), those of a row beside each other.
-            start: columns of ``[padding | prompt | text]`` that the backbone has seen.
-
-        Returns:
-            ``[N, m + L - start, d]`` and ``[N, m + L - start]``.
-        """
-        m, length = self.head.shape[1], self.rows.shape[1]
-        copies = input_ids.shape[0] // self.rows.shape[0]
-        padding = self.padding.repeat_interleave(copies, 0)
-        columns = torch.arange(start, m + input_ids.shape[1], device=input_ids.device)
-        rank = columns - padding  # [N, m + L - start]
-        missing = self.missing.repeat_interleave(copies, 0)
-        position_ids = (rank - missing).clamp_min(0) + self.first_position
-        seen = max(start - m, 0)  # columns of text
-        later = max(length, seen)
-        rows = self._new(input_ids[:, later:], rank[:, later + m - start :] - m, copies)
-        if seen < length:
-            if not input_ids[:, :length].equal(self.input_ids.repeat_interleave(copies, 0)):
-                raise ValueError(
-                    "input_ids: expected the text that generate was called with and what came "
-                    "after it, got other tokens"
-                )
-            text = self.rows[:, seen:].repeat_interleave(copies, 0)
-            rows = torch.cat([text, rows], 1)
-        if start == 0:
-            head = self.head.repeat_interleave(copies, 0)
-            rows = _move_padding(torch.cat([head, rows], 1), padding, m)
-        return rows, position_ids
-
-    def mask(self, attention_mask: Tensor) -> Tensor:
-        """The mask of prompt and text, ``[N, m + L]``, of that of the text, padded on the left."""
-        m = self.head.shape[1]
-        copies = attention_mask.shape[0] // self.rows.shape[0]
-        if self.seeded:
-            mask = F.pad(attention_mask, (m, 0), value=1)
-            before = self.missing.repeat_interleave(copies, 0)
-        else:
-            # Zeros are on the left, so the prompt's ones can as well be put last.
-            mask = F.pad(attention_mask, (0, m), value=1)
-            before = (self.padding + self.missing).repeat_interleave(copies, 0)
-        return mask * (torch.arange(mask.shape[1], device=mask.device) >= before)
-
-    def _new(self, input_ids: Tensor, position: Tensor, copies: int) -> Tensor:
-        """Generated tokens ``[N, k]`` at these ranks: with the offset below n, else without."""
-        embeds: Tensor = self.prompt.embedding(input_ids)
-        a, b = self.prompt.offset_a, self.prompt.offset_b
-        if a is None or embeds.numel() == 0:
-            return embeds
-        covered = (position < a.shape[-2]).unsqueeze(-1)
-        at = position.clamp_max(a.shape[-2] - 1)  # [N, k]
-        table = getattr(self.prompt, "offset_table", None)
-        if table is not None:
-            tasks = self.task_ids
-            of_rows = () if tasks is None else (tasks.repeat_interleave(copies, 0).unsqueeze(1),)
-            offset: Tensor = table[(*of_rows, at)] * covered
-            return (embeds + offset).to(embeds.dtype)
-        options: dict[str, Any] = {
-            "scaling": self.prompt.config.scaling,
-            "backend": self.prompt.backend,
-        }
-        if self.task_ids is None:
-            # All of them are spliced as one row of text, each with its own row of A as its offset.
-            options["inputs_embeds"] = embeds.flatten(0, 1).unsqueeze(0)
-            options["offset_a"], options["offset_b"] = (a[at] * covered).flatten(0, 1), b
-            return splice_prompt(self.head[0, :1], **options)[0, 1:].view_as(embeds)
-        # Each row is a task of its own, with its own rows of A.
-        tasks = self.task_ids.repeat_interleave(copies, 0)
-        options["offset_a"], options["offset_b"] = a[tasks.unsqueeze(1), at] * covered, b[tasks]
-        options["task_ids"] = torch.arange(len(tasks), device=tasks.device)
-        head = self.head[:, :1].repeat_interleave(copies, 0)
-        return splice_prompt(head, inputs_embeds=embeds, **options)[:, 1:]
-
-
-def _move_padding(rows: Tensor, padding: Tensor, m: int) -> Tensor:
-    """``[prompt | padding | text]`` to ``[padding | prompt | text]``, ``[N, m + L, d]``."""
-    column = torch.arange(rows.shape[1], device=rows.device)
-    source = torch.where(column < padding + m, column - padding, column)
-    source = torch.where(column < padding, column + m, source)  # [N, m + L]
-    return rows.gather(1, source.unsqueeze(-1).expand_as(rows))
 
 
 @dataclass(frozen=True)
@@ -394,40 +258,65 @@ class _Run:
 
     Attributes:
         backbone: what the view calls.
-        text: prompt and text.
-        max_length: the most columns of text and new tokens; None for no limit.
+        profile: what is known of it.
+        prompt: the active prompt.
+        rows: prompt and text.
+        task_ids: ``[B]``, for a bank of prompts.
         default_length: whether the caller left the length open.
-        moved: whether tokens had to be moved to put the padding on the left.
-        uneven: whether some row's prompt is shorter than another's.
         prefix: the prompt's keys and values, or None.
         given_as: the argument by which a cache was given, for messages.
     """
 
     backbone: Any
-    text: _Text
-    max_length: int | None
+    profile: Profile
+    prompt: Any
+    rows: LeftPadded
+    task_ids: Tensor | None
     default_length: bool
-    moved: bool
-    uneven: bool
     prefix: PrefixCache | None
     given_as: str
 
-    @property
-    def prompt_length(self) -> int:
-        """m."""
-        return self.text.head.shape[1]
+    def new(self, input_ids: Tensor, ranks: Tensor, copies: int) -> Tensor:
+        """Generated tokens ``[N, k]`` of these ranks: with the offset below n, else without."""
+        prompt = self.prompt
+        embeds: Tensor = prompt.embedding(input_ids)
+        a, b = prompt.offset_a, prompt.offset_b
+        if a is None or embeds.numel() == 0:
+            return embeds
+        covered = (ranks < a.shape[-2]).unsqueeze(-1)
+        at = ranks.clamp_max(a.shape[-2] - 1)  # [N, k]
+        tasks = None if self.task_ids is None else self.task_ids.repeat_interleave(copies, 0)
+        row = (at,) if tasks is None else (tasks.unsqueeze(1), at)
+        table = getattr(prompt, "offset_table", None)
+        if table is not None:
+            return (embeds + table[row] * covered).to(embeds.dtype)  # type: ignore[no-any-return]
+        options: dict[str, Any] = {"scaling": prompt.config.scaling, "backend": prompt.backend}
+        offset, head = a[row] * covered, self.rows.head[:, :1]
+        if tasks is None:
+            # All of them are spliced as one row of text, each with its own row of A as its offset.
+            options["inputs_embeds"] = embeds.flatten(0, 1).unsqueeze(0)
+            options["offset_a"], options["offset_b"] = offset.flatten(0, 1), b
+            return splice_prompt(head[0], **options)[0, 1:].view_as(embeds)
+        # Each row is a task of its own, with its own rows of A.
+        options["offset_a"], options["offset_b"] = offset, b[tasks]
+        options["task_ids"] = torch.arange(len(tasks), device=tasks.device)
+        head = head.repeat_interleave(copies, 0)
+        return splice_prompt(head, inputs_embeds=embeds, **options)[:, 1:]
 
     def check_length(self, config: Any) -> None:
-        """Raise ValueError where positions would run out; shorten a length that nobody chose."""
-        limit, length = self.max_length, self.text.rows.shape[1]
+        """Raise ValueError if positions would run out; shorten a length that nobody chose."""
+        m, length = self.rows.num_virtual_tokens, self.rows.length
+        limit = self.profile.table_limit(m)
         if limit is None:
             return
+        # The last new token is not fed, and padding takes no position.
+        limit += 1 + self.rows.least_empty
         if self.default_length and limit > length:
             config.max_length = min(config.max_length, limit)
         if config.max_length > limit:
             raise ValueError(
                 f"max_length: expected at most {limit} for text and new tokens, as the prompt "
-                f"takes {self.prompt_length} of the model's positions, got {config.max_length} "
+                f"takes {m} of the model's positions, got {config.max_length} "
                 f"({length} and {config.max_length - length})"
             )
 
@@ -436,7 +325,7 @@ class _Run:
 
         One that holds the beginning of this conversation goes on from there.
         """
-        m, length = self.prompt_length, self.text.rows.shape[1]
+        m, length = self.rows.num_virtual_tokens, self.rows.length
         layers = [layer for layer in cache.layers if not getattr(layer, "is_sliding", False)]
         room = min(
             (getattr(layer, "max_cache_len", math.inf) for layer in layers), default=math.inf
@@ -452,7 +341,7 @@ class _Run:
                 f"{self.given_as}: expected {m} positions of the prompt and fewer than {length} "
                 f"of the text, got {seen} positions"
             )
-        padding = int(self.text.padding.max())
+        padding = self.rows.most_padding
         if not seen:
             mark_layout(cache, "padding first")
         elif padding and layout_of(cache) == "text first":
@@ -460,9 +349,9 @@ class _Run:
                 f"{self.given_as}: expected rows of one length where a model's own call made it, "
                 f"which put their padding behind the text, got padding"
             )
-        if self.text.seeded:
+        if self.rows.prompt_first:
             self.check_padding(config)
-        if seen and (self.moved or padding > seen - m):
+        if seen and (self.rows.moved or padding > seen - m):
             raise ValueError(
                 f"attention_mask: expected padding on the left only, all of it in the columns "
                 f"that {self.given_as} holds, got other padding"
@@ -470,14 +359,15 @@ class _Run:
 
     def check_prefix(self, config: Any) -> None:
         """Raise ValueError for rows that cannot go behind a prompt that is computed already."""
-        if int(self.text.padding.max()) == self.text.rows.shape[1]:
+        if self.rows.most_padding == self.rows.length:
             raise ValueError("input_ids: expected a token in every row beside prefix, got none")
         self.check_padding(config)
 
     def check_padding(self, config: Any) -> None:
-        """Raise ValueError where there is padding between prompt and text that the model sees."""
-        longest, limit = self.prompt_length + config.max_length, column_free_length(self.backbone)
-        if int(self.text.padding.max()) and longest > limit:
+        """Raise ValueError if there is padding between prompt and text that the model sees."""
+        longest = self.rows.num_virtual_tokens + config.max_length
+        limit = self.profile.column_free_length
+        if self.rows.most_padding and longest > limit:
             raise ValueError(
                 f"attention_mask: expected rows of one length behind a prompt that is computed "
                 f"already, as this model tells columns apart in rows longer than {limit}, got "
@@ -489,9 +379,10 @@ class _Run:
         assert self.prefix is not None
         if cache is None:
             raise ValueError("use_cache: expected True beside prefix, got False")
-        text = self.text
-        rows = text.padding.new_zeros(len(text.rows)) if text.task_ids is None else text.task_ids
-        self.prefix.write(cache, rows.repeat_interleave(copies, 0))
+        slots = self.task_ids
+        if slots is None:
+            slots = self.rows.input_ids.new_zeros(len(self.rows.input_ids), dtype=torch.int64)
+        self.prefix.write(cache, slots.repeat_interleave(copies, 0))
 
 
 class _Prompted:
@@ -521,20 +412,18 @@ class _Prompted:
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What the backbone is fed: all columns that its cache does not hold, as embeddings."""
-        text, m = self._ept_run.text, self._ept_run.prompt_length
+        run, m = self._ept_run, self._ept_run.rows.num_virtual_tokens
         if next_sequence_length is not None and not is_first_iteration:
             start = m + input_ids.shape[1] - next_sequence_length
         else:
             cache = kwargs.get(_CACHE)
             start = 0 if cache is None else int(cache.get_seq_length())
-        rows, positions = text.inputs(input_ids, start)
-        if attention_mask is None and self._ept_run.uneven:
-            # generate drops a mask of ones; padding before shorter prompts has to stay masked.
-            attention_mask = torch.ones_like(input_ids)
-        if attention_mask is not None:
-            kwargs["attention_mask"] = text.mask(attention_mask)
+        rows, ranks = run.rows.inputs(input_ids, start, run.new)
+        mask = run.rows.mask(attention_mask, input_ids)  # generate drops a mask of ones
+        if mask is not None:
+            kwargs["attention_mask"] = mask
         if position_ids is not None:
-            kwargs["position_ids"] = positions
+            kwargs["position_ids"] = ranks + run.profile.first_position
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         if start == 0:
             return prepare(input_ids, inputs_embeds=rows, is_first_iteration=True, **kwargs)  # type: ignore[no-any-return]
@@ -556,7 +445,7 @@ class _Prompted:
         given = model_kwargs.get(_CACHE)
         if given is not None:
             run.check_cache(given, generation_config)
-        max_cache_length += run.prompt_length
+        max_cache_length += run.rows.num_virtual_tokens
         prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
         prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if run.prefix is not None:

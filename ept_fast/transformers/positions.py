@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_fast.precision import accumulation_dtype
+from ept_fast.prompts.table import offset_table
+from ept_fast.transformers.backbone import Profile
 
-__all__ = ["check_sums", "looked_up", "with_offset"]
+__all__ = ["check_sums", "fold_into_positions", "looked_up", "with_offset"]
 
 
 class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -104,3 +106,42 @@ def check_sums(got: Tensor, expected: Tensor, without: Tensor) -> None:
             f'"positions", got outputs {error:.3g} off, where the offset changes them by '
             f"{effect:.3g}"
         )
+
+
+@torch.no_grad()
+def fold_into_positions(model: Any, name: str, dtype: torch.dtype | None) -> None:
+    """Move a folded adapter's offset into a copy of the table of positions, and check it."""
+    active, model.active_adapter = model.active_adapter, name
+    try:
+        prompt: Any = model.prompt
+        m, n = prompt.config.num_virtual_tokens, prompt.config.max_length
+        length = min(n, 32, n if model.text_limit is None else model.text_limit)
+        ids = torch.arange(length, device=model.device).unsqueeze(0)
+        ids = ids % model.get_input_embeddings().weight.shape[0]
+        expected = _outputs(model, ids)
+        model.folded[name] = prompt.fold(dtype, "none")
+        without: list[Tensor] = []
+        table: Any = model.backbone.get_submodule(model.profile.position_table)
+        start = looked_up(table, lambda: without.append(_outputs(model, ids)), m + length) + m
+        wide = accumulation_dtype(table.weight, prompt.offset_b)
+        offset = offset_table(prompt.offset_a, prompt.offset_b, prompt.config.scaling, wide)
+        model.position_tables[name] = with_offset(table, start, offset)
+        model.place_active()
+        check_sums(_outputs(model, ids), expected, without[0])
+    finally:
+        model.active_adapter = active
+        model.place_active()
+
+
+def _outputs(model: Any, input_ids: Tensor) -> Tensor:
+    """What the part of the backbone that reads the text makes of ids without padding."""
+    embeds, mask, ranks = model.splice(input_ids)
+    backbone = model.backbone
+    reader = getattr(model, "encoder", backbone)
+    if model.task == "SEQ_2_SEQ_LM":
+        reader = backbone.get_encoder()
+    inputs = Profile.of(reader).inputs(embeds, mask, ranks)
+    inputs |= (
+        {"position_ids": ranks + model.profile.first_position} if "position_ids" in inputs else {}
+    )
+    return reader(**inputs)[0]  # type: ignore[no-any-return]

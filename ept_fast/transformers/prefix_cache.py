@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from ept_fast.transformers.backbone import ATTENTION, column_free_length, layer_kinds
-from ept_fast.transformers.model import keep_logits, mark_layout, replace_fields
+from ept_fast.transformers.outputs import keep_logits, replace_fields
+from ept_fast.transformers.padding import Text, mark_layout
 
 __all__ = ["PrefixCache", "prefix_forward"]
 
@@ -36,12 +36,12 @@ class PrefixCache:
     """
 
     def __init__(self, model: Any) -> None:
-        unlike = layer_kinds(model.backbone) - ATTENTION
-        if unlike or model._cache_name is None:
-            got = ", ".join(sorted(unlike)) or "a forward that takes none"
+        profile = model.profile
+        if profile.other_layers or profile.cache_argument is None:
+            got = ", ".join(profile.other_layers) or "a forward that takes none"
             raise ValueError(
                 f"model: expected attention in every layer and a forward that takes keys and "
-                f"values (cache or past_key_values), got {got} ({type(model.backbone).__name__})"
+                f"values (cache or past_key_values), got {got} ({profile.name})"
             )
         self._model = model
         self._prompt = model.prompt
@@ -90,18 +90,14 @@ class PrefixCache:
 
     def _compute(self, slots: list[int]) -> list[tuple[Tensor, Tensor]]:
         model = self._model
-        backbone, device = model.backbone, model.device
-        task_ids = torch.tensor(slots, device=device) if _is_bank(self._prompt) else None
-        nothing = torch.empty(len(slots), 0, dtype=torch.int64, device=device)
-        embeds, mask, ranks = model.splice(input_ids=nothing, task_ids=task_ids)
+        task_ids = torch.tensor(slots, device=model.device) if _is_bank(self._prompt) else None
+        nothing = torch.empty(len(slots), 0, dtype=torch.int64, device=model.device)
+        spliced = model.splice(input_ids=nothing, task_ids=task_ids)
         cache = DynamicCache()
-        inputs: dict[str, Any] = {"use_cache": True, "return_dict": True, model._cache_name: cache}
-        if "position_ids" in model._accepted:
-            inputs["position_ids"] = ranks + model._first_position
-        if "logits_to_keep" in model._accepted:
-            inputs["logits_to_keep"] = 1
+        caching = {"use_cache": True, model.profile.cache_argument: cache}
+        inputs = model.profile.inputs(*spliced, logits_to_keep=1, **caching)
         model.check_keeps_cache()
-        backbone(inputs_embeds=embeds, attention_mask=mask, **inputs)
+        model.backbone(**inputs)
         kept: Any = cache.layers
         return [(layer.keys, layer.values) for layer in kept]
 
@@ -145,14 +141,14 @@ def _version(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def prefix_forward(
-    model: Any, prefix: PrefixCache, text: Any, labels: Tensor | None, kwargs: dict[str, Any]
+    model: Any, prefix: PrefixCache, text: Text, labels: Tensor | None, kwargs: dict[str, Any]
 ) -> Any:
     """The output of a causal model that reads the text alone, its prompt's part from the cache.
 
     Args:
         model: the causal model, its active adapter that of ``prefix``.
         prefix: from ``prefix_cache()``.
-        text: :class:`ept_fast.transformers.model.Text`.
+        text: :class:`ept_fast.transformers.padding.Text`.
         labels: refused.
         kwargs: ``task_ids``; ``logits_to_keep``; others go to the backbone.
 
@@ -169,9 +165,8 @@ def prefix_forward(
     task_ids = kwargs.pop("task_ids", None)
     prefix.check(model, task_ids)
     model.check_keeps_cache()
-    m = prefix.num_virtual_tokens
-    if m + text.length > column_free_length(model.backbone):
-        text = text.compacted()
+    m, profile = prefix.num_virtual_tokens, model.profile
+    text = text.for_columns(m, profile.column_free_length)
     embeds, mask, ranks = model.splice(
         text.input_ids, text.inputs_embeds, text.attention_mask, task_ids
     )
@@ -179,16 +174,12 @@ def prefix_forward(
     rows = torch.zeros(batch, dtype=torch.int64, device=embeds.device)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     prefix.write(cache, rows if task_ids is None else task_ids)
-    inputs: dict[str, Any] = {"use_cache": True, "return_dict": True, model._cache_name: cache}
-    if "position_ids" in model._accepted:
-        inputs["position_ids"] = ranks[:, m:] + model._first_position
+    caching = {"use_cache": True, profile.cache_argument: cache}
+    inputs = profile.inputs(embeds[:, m:], mask, ranks[:, m:], **caching)
     kept = kwargs.pop("logits_to_keep", 0)
-    if text.order is None and "logits_to_keep" in model._accepted:
+    if text.order is None and "logits_to_keep" in profile.arguments:
         inputs["logits_to_keep"], kept = kept, 0
-    output = model.backbone(
-        **{**kwargs, "inputs_embeds": embeds[:, m:], "attention_mask": mask, **inputs}
-    )
-    if text.order is not None:
-        mark_layout(cache, "text first")
+    output = model.backbone(**{**kwargs, **inputs})
+    mark_layout(cache, text.layout)
     logits = keep_logits(text.restore(output.logits), kept)
     return replace_fields(output, logits=logits)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ept_fast.training.tokens import TextForm
-from ept_fast.transformers.adapter import ADAPTER_FILE, read_adapter
-from ept_fast.transformers.backbone import load_backbone, load_tokenizer, text_limit
+from ept_fast.transformers.adapter import ADAPTER_FILE, SavedAdapter, read_adapter
+from ept_fast.transformers.adapter_set import check_adapter_name
+from ept_fast.transformers.backbone import Profile, load_backbone, load_tokenizer
 from ept_fast.transformers.bank import EPTBank
-from ept_fast.transformers.model import check_adapter_name
 
 __all__ = ["Engine", "Task", "find_adapters", "load_engine"]
 
@@ -62,24 +62,33 @@ class Engine:
 
     @classmethod
     def of(
-        cls, model: Any, tokenizer: Any, folders: Mapping[str, Path], max_text_tokens: int
+        cls,
+        model: Any,
+        tokenizer: Any,
+        adapters: Mapping[str, Path | SavedAdapter],
+        max_text_tokens: int,
     ) -> Engine:
         """The engine of a loaded model.
 
         Args:
             model: a decoder of ``transformers``; it is frozen.
             tokenizer: of the model.
-            folders: the saved adapter of each task.
+            adapters: the folder of each task's adapter, or what was read from it.
             max_text_tokens: the longest text; less where a task's adapter or the model takes less.
 
         Raises:
             CheckpointError: a missing, damaged or foreign adapter.
             ValueError: no adapters, or a model without room for any text.
         """
-        bank = EPTBank.from_adapters(model, folders)
+        read = {
+            name: each if isinstance(each, SavedAdapter) else read_adapter(each)
+            for name, each in adapters.items()
+        }
+        separators = {name: _separator(saved) for name, saved in read.items()}
+        bank = EPTBank.from_adapters(model, read)
         prompt = bank.bank
         longest = prompt.config.num_virtual_tokens
-        positions = text_limit(model, longest)
+        positions = Profile.of(model).text_limit(longest)
         if positions is not None and positions < 1:
             raise ValueError(
                 f"model: expected more than the {longest} positions of the longest prompt, "
@@ -94,7 +103,7 @@ class Engine:
         own = prompt.limits[bank.ids(bank.names)].tolist()
         sizes = bank.memory()
         tasks = {
-            name: Task(_separator(folders[name]), min(*limits, limit), sizes[name])
+            name: Task(separators[name], min(*limits, limit), sizes[name])
             for name, limit in zip(bank.names, own, strict=True)
         }
         ends = getattr(model.generation_config, "eos_token_id", None)
@@ -122,17 +131,17 @@ class Engine:
         return ids
 
 
-def _separator(folder: Path) -> str:
+def _separator(adapter: SavedAdapter) -> str:
     """What ``ept-fast train`` put behind texts; nothing for an adapter that was saved otherwise."""
-    saved = read_adapter(folder).values["extra"].get("form")
+    saved = adapter.values["extra"].get("form")
     if saved is None:
         return ""
     form = TextForm(**saved)
     return form.separator if form.targets else ""
 
 
-def find_adapters(folder: Path) -> dict[str, Path]:
-    """The folders of the saved adapters in ``folder``, by the task's name.
+def find_adapters(folder: Path) -> dict[str, SavedAdapter]:
+    """The saved adapters in ``folder``, read and checked, by the task's name.
 
     Folders without an adapter, and with a log line those whose name cannot be an adapter's, are
     left out.
@@ -156,10 +165,11 @@ def find_adapters(folder: Path) -> dict[str, Path]:
         for path in (place, *place.iterdir()):
             if not path.resolve().is_relative_to(root):
                 raise ValueError(f"adapters: expected files in {root}, got the link {path}")
-        task = read_adapter(place).values["task"]
+        saved = read_adapter(place)
+        task = saved.values["task"]
         if task != TASK:
             raise ValueError(f"adapters: {entry.name}: expected task {TASK}, got {task}")
-        found[entry.name] = place
+        found[entry.name] = saved
     if not found:
         raise ValueError(f"adapters: expected a folder of saved adapters, got {folder} without")
     return found
@@ -176,9 +186,9 @@ def load_engine(model: str, folder: Path, max_text_tokens: int) -> Engine:
     Raises:
         CheckpointError, ValueError: as there, and nothing loadable under the model's name.
     """
-    folders = find_adapters(folder)
+    adapters = find_adapters(folder)
     on_gpu = torch.cuda.is_available()
     backbone = load_backbone(model, TASK, dtype=torch.bfloat16 if on_gpu else torch.float32)
     if on_gpu:
         backbone.to("cuda")
-    return Engine.of(backbone, load_tokenizer(model), folders, max_text_tokens)
+    return Engine.of(backbone, load_tokenizer(model), adapters, max_text_tokens)

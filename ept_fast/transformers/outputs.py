@@ -1,0 +1,38 @@
+"""Losses and fields of a model's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import ModelOutput  # type: ignore[attr-defined]
+
+__all__ = ["keep_logits", "replace_fields", "token_loss"]
+
+
+def replace_fields(output: ModelOutput, **fields: Any) -> Any:
+    """The same output with other values in these fields."""
+    return type(output)(**{**output, **fields})
+
+
+def keep_logits(logits: Tensor, kept: int | Tensor) -> Tensor:
+    """The last ``kept`` columns, all if that is 0, or the columns of these numbers."""
+    if isinstance(kept, Tensor):
+        return logits[:, kept]
+    return logits[:, -kept:] if kept else logits
+
+
+def token_loss(logits: Tensor, labels: Tensor, num_items: Any = None) -> Tensor:
+    """Mean cross-entropy in float32 over the labels that are not -100.
+
+    Args:
+        logits: ``[B, S, C]``.
+        labels: ``[B, S]`` integers.
+        num_items: number of labels to divide the sum by, if the batch is part of a larger one.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    reduction = "mean" if num_items is None else "sum"
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)
+    return loss if num_items is None else loss / num_items

@@ -1,0 +1,69 @@
+"""A prompt before a decoder with its language-model head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ept_fast.transformers.backbone import cache_of
+from ept_fast.transformers.generation import generate_causal
+from ept_fast.transformers.model import EPTModel
+from ept_fast.transformers.outputs import keep_logits, replace_fields, token_loss
+from ept_fast.transformers.packing import packed_forward
+from ept_fast.transformers.padding import IGNORED, Text, mark_layout, next_labels
+from ept_fast.transformers.prefix_cache import PrefixCache, prefix_forward
+
+__all__ = ["EPTModelForCausalLM"]
+
+
+class EPTModelForCausalLM(EPTModel):
+    """A prompt before a decoder. ``labels`` [B, S] are the text's own; -100 and padding's are left
+    out.
+
+    The first token of a text is predicted by the prompt's last position, so its label counts too.
+    ``pack_index`` [R, W] packs several texts into a row (:mod:`ept_fast.transformers.packing`).
+    ``prefix`` takes the prompt's keys and values from :meth:`prefix_cache`.
+    """
+
+    task = "CAUSAL_LM"
+    generate = generate_causal
+
+    def run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        prefix = kwargs.pop("prefix", None)
+        if prefix is not None:
+            return prefix_forward(self, prefix, text, labels, kwargs)
+        pack_index = kwargs.pop("pack_index", None)
+        if pack_index is not None:
+            return packed_forward(self, text, labels, pack_index, **kwargs)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        kept = kwargs.pop("logits_to_keep", 0)
+        length, m = text.length, self.prompt.config.num_virtual_tokens
+        text = text.for_columns(m, self.profile.column_free_length)
+        if "logits_to_keep" in self.profile.arguments:
+            # The text's, and what predicts its first token; or no more than is asked for.
+            few = labels is None and text.order is None and isinstance(kept, int) and kept
+            number = min(kept, length) if few else length + 1
+            if isinstance(number, int):  # models read a symbol of torch.export as a column
+                kwargs["logits_to_keep"] = number
+        _, inputs = self.rows(text, kwargs, compact=False)
+        output = self.backbone(**inputs)
+        logits, loss = output.logits, None
+        if labels is not None:
+            targets = next_labels(text.compact(labels), text.attention_mask)
+            before = logits.shape[1] - targets.shape[1]
+            loss = token_loss(logits, F.pad(targets, (before, 0), value=IGNORED), num_items)
+        cache = cache_of(output)
+        if cache is not None:  # use_cache=True was given
+            mark_layout(cache, text.layout)
+        logits = text.restore(logits[:, max(logits.shape[1] - length, 0) :])
+        return replace_fields(output, loss=loss, logits=keep_logits(logits, kept))
+
+    def prefix_cache(self) -> PrefixCache:
+        """The keys and values of the active prompt, to be given to calls as ``prefix``.
+
+        Raises:
+            ValueError: a backbone with layers that keep something else.
+        """
+        return PrefixCache(self)

@@ -1,0 +1,82 @@
+"""A prompt before a model that classifies whole texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from ept_fast.config import check_choice
+from ept_fast.transformers import POOLINGS
+from ept_fast.transformers.backbone import reads_last_column
+from ept_fast.transformers.padding import Rows, Text
+from ept_fast.transformers.tasks.headed import HeadedModel
+
+__all__ = ["EPTModelForSequenceClassification"]
+
+
+class EPTModelForSequenceClassification(HeadedModel):
+    """A prompt before a model that classifies whole texts. ``labels`` are ``[B]`` integers.
+
+    With the model's own head also those of its regression ([B] floats) or of several classes at
+    once ([B, C] floats). ``logits`` are ``[B, C]``.
+    """
+
+    task = "SEQ_CLS"
+    accepts_loss_kwargs = False
+
+    def checked_pooling(self, pooling: str | None) -> str | None:
+        """A given pooling, or the model's own head if it has one, or the mean."""
+        chosen = pooling or ("model" if self.base_head else "mean")
+        check_choice("pooling", chosen, POOLINGS)
+        if chosen == "model" and self.base_head and reads_last_column(self.backbone):
+            raise ValueError(
+                f'pooling: expected "mean", "first" or "last" for {type(self.backbone).__name__}, '
+                f"whose own head reads the last column, padding or not, got {pooling!r}"
+            )
+        return chosen
+
+    def run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        rows, inputs = self.rows(text.compacted(), kwargs)
+        if self.description.head == "linear":
+            output = self.encoder(**inputs)
+            logits = self.linear(self._pool(output, rows))
+        elif "score" in self.base_head:
+            # A decoder's own forward would take the last column, padded or not.
+            output = self.encoder(**inputs)
+            score: Any = self.backbone.score
+            logits = score(rows.pooled(output.last_hidden_state, "last")).float()
+        else:
+            output = self.backbone(**inputs)
+            logits = output.logits
+        loss = None if labels is None else self._loss(logits, labels)
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=getattr(output, "hidden_states", None),
+            attentions=getattr(output, "attentions", None),
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """By the kind of labels, as the model's config says or its head's width."""
+        kind = getattr(self.config, "problem_type", None) if self.base_head else None
+        if kind == "regression" or (kind is None and logits.shape[-1] == 1):
+            return F.mse_loss(logits.squeeze(-1).float(), labels.squeeze(-1).float())
+        if kind == "multi_label_classification" or labels.is_floating_point():
+            return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+        return F.cross_entropy(logits.float(), labels.view(-1))
+
+    def _pool(self, output: Any, rows: Rows) -> Tensor:
+        pooling = self.pooling
+        if pooling == "model":
+            pooled: Tensor | None = getattr(output, "pooler_output", None)
+            if pooled is None:
+                raise ValueError(
+                    f'pooling: expected a backbone with a pooler for "model", '
+                    f"got {type(self.backbone).__name__}"
+                )
+            return pooled
+        assert pooling is not None
+        return rows.pooled(output.last_hidden_state, pooling)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ept_fast import reconstruct_prompt, splice_prompt
 from tests.cases import SEVEN
-from tests.parity import needs_interpreter
+from tests.parity import CUDA, EAGER, HOST, TRITON, over
 
 CASES = (
     "dept_no_fusion_no_spaces",
@@ -26,20 +26,19 @@ CASES = (
     "short_text",
     "task_bank",
 )
-each_backend = pytest.mark.parametrize(
-    "backend", ["reference", "eager", pytest.param("triton", marks=needs_interpreter)]
-)
+IN_FLOAT64 = ("reference", "eager")
+each_backend = over("reference", EAGER, TRITON, HOST, CUDA)
 
 
 def _tensor(golden: dict[str, Any], key: str, backend: str) -> Tensor:
     """In the type the backend computes in: the kernels do not serve float64."""
     tensor = torch.from_numpy(golden[key])
-    return tensor.float() if backend == "triton" and tensor.is_floating_point() else tensor
+    return tensor if backend in IN_FLOAT64 or not tensor.is_floating_point() else tensor.float()
 
 
 def _check_values(got: Tensor, expected: Tensor, backend: str) -> None:
     """To 1e-10, or to eight roundings of the largest element in float32."""
-    atol = 8 * 2**-24 * expected.abs().max().item() if backend == "triton" else 1e-10
+    atol = 1e-10 if backend in IN_FLOAT64 else 8 * 2**-24 * expected.abs().max().item()
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=atol)
 
 
@@ -61,7 +60,7 @@ def _check_derivatives(
         grad = grads[name]
         terms = torch.zeros(1) if grad is None else grad.double() * direction
         close = {"rel": 1e-6, "abs": 1e-12}
-        if backend == "triton":
+        if backend not in IN_FLOAT64:
             close = {"rel": 0, "abs": 1e-6 * terms.abs().sum().item()}
         assert terms.sum().item() == pytest.approx(expected.item(), **close), key
         checked += 1

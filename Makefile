@@ -28,14 +28,15 @@ export HF_HUB_OFFLINE := 1
 
 # Threads wait without spinning: on cores shared with other work, spinning made a step of the demo
 # several times slower.
-demo test test-newest support: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-all test-newest support: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-newest support rehearse-gpu pack-gpu check format bench hooks clean
+.PHONY: help install demo test test-all test-newest support rehearse-gpu pack-gpu check format bench hooks clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train, evaluate, save and load an EPT prompt on a small frozen encoder"
-	@echo "make test     run all tests, in TEST_WORKERS processes"
+	@echo "make test     run all tests but the slow ones, in TEST_WORKERS processes"
+	@echo "make test-all run all tests, the slow ones too"
 	@echo "make test-newest  run the tests of what other libraries do, with their newest versions"
 	@echo "make support  run the tests of the support matrix and write docs/support.md"
 	@echo "make check    ruff, ruff format --check, mypy"
@@ -78,8 +79,9 @@ $(GPU): requirements-gpu.txt bench/stand_ins.py
 demo: $(STAMP)
 	$(BIN)/ept-fast demo --output "$(DEMO_OUTPUT)" --seed "$(DEMO_SEED)" $(if $(DEMO_STEPS),--steps "$(DEMO_STEPS)")
 
-test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+test: CHOSEN := -m "not slow"
+test test-all: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(CHOSEN) $(PYTEST_ARGS)
 
 test-newest: $(NEWEST)
 	.venv-newest/bin/python -m pip list

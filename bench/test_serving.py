@@ -1,4 +1,4 @@
-"""Serving with a backbone: many adapters in one batch, prefix caches, folded positions.
+"""Serving with a backbone: many adapters in one batch, prefix caches.
 
 The bank's rows are of the prompt path alone, as the backbone's time is the same for any task. The
 others are whole calls of a decoder: the logits of the next token after a text.
@@ -22,8 +22,8 @@ from bench.stage import Stage
 from ept_fast import EPTConfig, FusedEPTPrompt, get_ept_model, reference
 
 BANK = "bank of adapters"
-PREFIX, POSITIONS = "next token behind a prefix cache", "next token with folded positions"
-ONE_TASK, NO_PREFIX, LOW_RANK = "one task", "no prefix cache", "low-rank offset"
+PREFIX = "next token behind a prefix cache"
+ONE_TASK, NO_PREFIX = "one task", "no prefix cache"
 PLAIN = "plain prompt"
 
 _LENGTHS = "20-40"
@@ -51,13 +51,10 @@ def cases(stage: Stage) -> list[Case]:
     decoders = [backbone for backbone in backbones if backbone.kind != "t5"]
     banks = QUICK[1:] if quick else [s for s in MANY_TASKS if s.tasks == 64]
     found = [Case(BANK, shape, None, peer) for shape in banks for peer in (ours, ONE_TASK)]
-    for operation, peer in ((PREFIX, NO_PREFIX), (POSITIONS, LOW_RANK)):
-        for backbone in decoders:
-            if operation == POSITIONS and backbone.kind != "gpt2":
-                continue
-            shape = models.shape_of(backbone, _LENGTHS)
-            names = (ours, peer, PLAIN, models.BACKBONE)
-            found += [Case(operation, shape, backbone, name) for name in names]
+    for backbone in decoders:
+        shape = models.shape_of(backbone, _LENGTHS)
+        names = (ours, NO_PREFIX, PLAIN, models.BACKBONE)
+        found += [Case(PREFIX, shape, backbone, name) for name in names]
     return found
 
 
@@ -201,15 +198,11 @@ def _make_decoder(case: Case, dtype: torch.dtype, device: torch.device) -> Maker
     batch = models.make_batch(backbone, case.shape, device)
     mask, order = batch.attention_mask.sort(dim=1, stable=True)
     inputs = {"input_ids": batch.input_ids.gather(1, order), "attention_mask": mask}
-    wrapped, tensors = {}, {}
-    for offset in ("low_rank", "positions") if case.operation == POSITIONS else ("low_rank",):
-        # A backbone of its own, as folded positions change it.
-        own = models.make_model(backbone, dtype, device)
-        made = get_ept_model(own, models.our_config(backbone), "CAUSAL_LM", init="random")
-        tensors = dict(made.prompt.named_parameters())
-        models.fill(tensors, own)
-        made.fold(offset=offset)
-        wrapped[offset] = made
+    own = models.make_model(backbone, dtype, device)
+    ours = get_ept_model(own, models.our_config(backbone), "CAUSAL_LM", init="random")
+    tensors = dict(ours.prompt.named_parameters())
+    models.fill(tensors, own)
+    ours.fold()
     scaling = models.our_config(backbone).scaling
     plain = {"short_prompt": torch.empty(peers.PEFT_TOKENS, backbone.hidden_size, device=device)}
     models.fill(plain, model)
@@ -242,10 +235,8 @@ def _make_decoder(case: Case, dtype: torch.dtype, device: torch.device) -> Maker
     def call_of(name: str) -> Callable[[], Tensor]:
         if name in (models.BACKBONE, PLAIN):
             return lambda: by_definition(name, model)
-        folded = case.operation == POSITIONS and name != LOW_RANK
-        ours = wrapped["positions" if folded else "low_rank"]
         more = {"logits_to_keep": 1}
-        if case.operation == PREFIX and name != NO_PREFIX:
+        if name != NO_PREFIX:
             more["prefix"] = ours.prefix_cache()
         return lambda: ours(**inputs, **more).logits
 

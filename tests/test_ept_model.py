@@ -692,14 +692,6 @@ def test_offloaded_values_change_nothing(task: str, whole: bool, tmp_path: Path)
         torch.testing.assert_close(tasks.loss_of(task, model, batch), results[0]["loss"])
 
 
-def test_offloaded_positions_are_not_folded_into(tmp_path: Path) -> None:
-    model = wrapped("CAUSAL_LM", "GPT-2")
-    offload(model.backbone, tmp_path, whole=True)
-    message = 'offset: expected positions on a device for "positions", got transformer.wpe'
-    with pytest.raises(ValueError, match=message):
-        model.fold(offset="positions")
-
-
 def test_an_empty_table_is_refused() -> None:
     with torch.device("meta"):
         built = BY_NAME["Llama"].build("CAUSAL_LM")

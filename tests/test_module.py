@@ -212,27 +212,13 @@ def test_offset_b_of_a_tensor(rank: int) -> None:
     assert_leading_directions(prompt.offset_b, rows[M:], rank)
 
 
-def test_offset_b_of_a_tensor_for_each_task() -> None:
-    rows = torch.randn(3, M + 6, D, generator=seeded(5))
+@pytest.mark.parametrize("shared", [False, True], ids=["own rows", "one tensor for all"])
+def test_offset_b_of_a_tensor_for_each_task(shared: bool) -> None:
+    rows = torch.randn(*(() if shared else (3,)), M + 6, D, generator=seeded(5))
     prompt = make_prompt(SMALL, init=rows, num_tasks=3)
-    for task in range(3):
-        assert_leading_directions(prompt.offset_b[task], rows[task, M:], 2)
-
-
-def test_one_tensor_serves_every_task() -> None:
-    rows = torch.randn(M + 6, D, generator=seeded(5))
-    prompt = make_prompt(SMALL, init=rows, num_tasks=3)
-    for task in range(3):
-        assert torch.equal(prompt.short_prompt[task], rows[:M])
-        assert_leading_directions(prompt.offset_b[task], rows[M:], 2)
-
-
-def test_offset_b_of_a_text() -> None:
-    table = make_table()
-    prompt = make_prompt(
-        SMALL, table, init="text", text="abcdefghij", tokenizer=CharacterTokenizer()
-    )
-    assert_leading_directions(prompt.offset_b, table.weight[M:10], 2)
+    for task, own in enumerate(rows.expand(3, M + 6, D)):
+        assert torch.equal(prompt.short_prompt[task], own[:M])
+        assert_leading_directions(prompt.offset_b[task], own[M:], 2)
 
 
 def test_offset_b_of_the_vocabulary() -> None:
@@ -368,226 +354,179 @@ def test_dtype_of_the_parameters(dtype: torch.dtype) -> None:
     assert shaken(prompt)(make_ids()).inputs_embeds.dtype == torch.float32
 
 
-class NoTable(nn.Module):
-    pass
+def with_id(bad: int) -> Tensor:
+    ids = make_ids()
+    ids[2, 5] = bad
+    return ids
 
 
-REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "config": (
+def scaled_layer() -> nn.Embedding:
+    return ScaledEmbedding(VOCABULARY, D)
+
+
+Call = Callable[[], Any]
+TEXT = {"init": "text", "tokenizer": CharacterTokenizer()}
+NAN, INF = (torch.full((9, D), value) for value in (float("nan"), float("inf")))
+BARE = PARTS["prompt tuning"]
+LONG = "expected at most max_length 9 text positions (the rows of offset_a), got 10"
+
+# What is called, the error's type and its message.
+REFUSED: list[tuple[Call, type[Exception], str]] = [
+    (
         lambda: FusedEPTPrompt({"hidden_size": D}, make_table()),
         TypeError,
         "config: expected an EPTConfig, got dict",
     ),
-    "width": (
+    (
         lambda: make_prompt(EPTConfig(16, rank=2)),
         ValueError,
         "embedding: expected width hidden_size 16, got 8",
     ),
-    "no table": (
-        lambda: make_prompt(SMALL, NoTable()),
-        TypeError,
-        "embedding: expected a layer with a weight table [V, d], got NoTable",
-    ),
-    "a tensor": (
-        lambda: FusedEPTPrompt(SMALL, torch.zeros(5, D)),
-        TypeError,
-        "embedding: expected a layer with a weight table [V, d], got Tensor",
-    ),
-    "num_tasks 0": (
-        lambda: make_prompt(num_tasks=0),
-        ValueError,
-        "num_tasks: expected an integer >= 1, got 0",
-    ),
-    "num_tasks 1.0": (
-        lambda: make_prompt(num_tasks=1.0),
-        TypeError,
-        "num_tasks: expected an integer, got float 1.0",
-    ),
-    "dtype int": (
-        lambda: make_prompt(dtype=torch.int64),
-        TypeError,
-        "dtype: expected a floating dtype, got torch.int64",
-    ),
-    "dtype name": (
-        lambda: make_prompt(dtype="float32"),
-        TypeError,
-        "dtype: expected a floating dtype, got 'float32'",
-    ),
-    "init": (
-        lambda: make_prompt(init="zeros"),
-        ValueError,
-        "init: expected one of vocab, text, random, got 'zeros'",
-    ),
-    "init None": (
-        lambda: make_prompt(init=None),
-        ValueError,
-        "init: expected one of vocab, text, random, got None",
-    ),
-    "rows width": (
-        lambda: make_prompt(init=torch.ones(4, 7)),
-        ValueError,
-        "init: expected shape [at least 3, 8], got (4, 7)",
-    ),
-    "rows few": (
-        lambda: make_prompt(init=torch.ones(2, D)),
-        ValueError,
-        "init: expected shape [at least 3, 8], got (2, 8)",
-    ),
-    "rows flat": (
-        lambda: make_prompt(init=torch.ones(D)),
-        ValueError,
-        "init: expected shape [at least 3, 8], got (8,)",
-    ),
-    "rows of tasks": (
-        lambda: make_prompt(init=torch.ones(2, 4, D)),
-        ValueError,
-        "init: expected shape [at least 3, 8], got (2, 4, 8)",
-    ),
-    "rows of 2": (
-        lambda: make_prompt(init=torch.ones(2, 4, D), num_tasks=3),
-        ValueError,
-        "init: expected shape [(3,) at least 3, 8], got (2, 4, 8)",
-    ),
-    "rows int": (
-        lambda: make_prompt(init=torch.ones(4, D, dtype=torch.int64)),
-        TypeError,
-        "init: expected a floating tensor, got torch.int64",
-    ),
-    "rows nan": (
-        lambda: make_prompt(init=torch.full((9, D), float("nan"))),
-        ValueError,
-        "init: expected finite rows, got NaN or infinity",
-    ),
-    "rows inf": (
-        lambda: make_prompt(PARTS["prompt tuning"], init=torch.full((9, D), float("inf"))),
-        ValueError,
-        "init: expected finite rows, got NaN or infinity",
-    ),
-    "no text": (
-        lambda: make_prompt(init="text", tokenizer=CharacterTokenizer()),
-        ValueError,
-        'text, tokenizer: expected both for init="text", got text None and tokenizer '
-        "CharacterTokenizer",
-    ),
-    "no tokenizer": (
-        lambda: make_prompt(init="text", text="ab"),
-        ValueError,
-        "text, tokenizer: expected both for init=\"text\", got text 'ab' and tokenizer NoneType",
-    ),
-    "empty text": (
-        lambda: make_prompt(init="text", text="", tokenizer=CharacterTokenizer()),
-        ValueError,
-        "text: expected at least one token, got ''",
-    ),
-    "idle text": (
-        lambda: make_prompt(text="ab", tokenizer=CharacterTokenizer()),
-        ValueError,
-        "text: expected None unless init=\"text\", got 'ab'",
-    ),
-    "gates": (
-        lambda: make_prompt(PARTS["no spaces"]).gate_weights(),
-        ValueError,
-        "num_spaces: expected at least 1 for gate weights, got 0",
-    ),
-    "neither": (
-        lambda: make_prompt()(),
-        ValueError,
-        "input_ids, inputs_embeds: expected exactly one of them, got neither",
-    ),
-    "both": (
-        lambda: make_prompt()(make_ids(), torch.zeros(4, 6, D)),
-        ValueError,
-        "input_ids, inputs_embeds: expected exactly one of them, got both",
-    ),
-    "both, scaled": (
-        lambda: make_prompt(SMALL, ScaledEmbedding(9, D))(make_ids(), torch.zeros(4, 6, D)),
-        ValueError,
-        "input_ids, inputs_embeds: expected exactly one of them, got both",
-    ),
-    "long ids": (
-        lambda: make_prompt()(make_ids(2, 10)),
-        ValueError,
-        "input_ids: expected at most max_length 9 text positions (the rows of offset_a), got 10",
-    ),
-    "long embeds": (
-        lambda: make_prompt()(inputs_embeds=torch.zeros(2, 10, D)),
-        ValueError,
-        "inputs_embeds: expected at most max_length 9 text positions (the rows of offset_a), "
-        "got 10",
-    ),
-    "no task_ids": (
-        lambda: make_prompt(num_tasks=2)(make_ids()),
-        ValueError,
-        "task_ids: expected [4] integers to match prompt [2, 3, 8], got None",
-    ),
-    "idle task_ids": (
-        lambda: make_prompt()(make_ids(), task_ids=torch.zeros(4, dtype=torch.int64)),
-        ValueError,
-        "task_ids: expected None beside a single prompt [3, 8], got a tensor",
-    ),
-    "task_ids": (
-        lambda: make_prompt(num_tasks=2)(make_ids(), task_ids=torch.tensor([0, 1, 2, 0])),
-        IndexError,
-        "task_ids: expected ids from 0 to 1, got 2 at row 2",
-    ),
-    "mask": (
-        lambda: make_prompt()(make_ids(), attention_mask=torch.ones(4, 5, dtype=torch.int64)),
-        ValueError,
-        "attention_mask: expected shape [4, 6] to match input_ids [4, 6], got [4, 5]",
-    ),
-    "backend": (
+    (
         lambda: make_prompt(backend="fast")(make_ids()),
         ValueError,
         "backend: expected one of triton, cuda, eager, reference, got 'fast'",
     ),
-}
+    (
+        lambda: make_prompt(PARTS["no spaces"]).gate_weights(),
+        ValueError,
+        "num_spaces: expected at least 1 for gate weights, got 0",
+    ),
+    *(
+        (
+            lambda layer=layer: make_prompt(SMALL, layer),
+            TypeError,
+            f"embedding: expected a layer with a weight table [V, d], got {type(layer).__name__}",
+        )
+        for layer in (nn.Module(), torch.zeros(5, D))
+    ),
+    *(
+        (lambda options=options: make_prompt(**options), error, message)
+        for options, error, message in [
+            ({"num_tasks": 0}, ValueError, "num_tasks: expected an integer >= 1, got 0"),
+            ({"num_tasks": 1.0}, TypeError, "num_tasks: expected an integer, got float 1.0"),
+            (
+                {"dtype": torch.int64},
+                TypeError,
+                "dtype: expected a floating dtype, got torch.int64",
+            ),
+            ({"dtype": "float32"}, TypeError, "dtype: expected a floating dtype, got 'float32'"),
+            (
+                {"init": "zeros"},
+                ValueError,
+                "init: expected one of vocab, text, random, got 'zeros'",
+            ),
+            ({"init": None}, ValueError, "init: expected one of vocab, text, random, got None"),
+            ({"init": NAN}, ValueError, "init: expected finite rows, got NaN or infinity"),
+            (
+                {"init": INF, "config": BARE},
+                ValueError,
+                "init: expected finite rows, got NaN or infinity",
+            ),
+            ({"init": NAN.long()}, TypeError, "init: expected a floating tensor, got torch.int64"),
+            (
+                {"init": torch.ones(2, 4, D), "num_tasks": 3},
+                ValueError,
+                "init: expected shape [(3,) at least 3, 8], got (2, 4, 8)",
+            ),
+            (
+                TEXT,
+                ValueError,
+                'text, tokenizer: expected both for init="text", got text None and tokenizer '
+                "CharacterTokenizer",
+            ),
+            (
+                {"init": "text", "text": "ab"},
+                ValueError,
+                "text, tokenizer: expected both for init=\"text\", got text 'ab' and tokenizer "
+                "NoneType",
+            ),
+            ({**TEXT, "text": ""}, ValueError, "text: expected at least one token, got ''"),
+            (
+                {**TEXT, "init": "vocab", "text": "ab"},
+                ValueError,
+                "text: expected None unless init=\"text\", got 'ab'",
+            ),
+        ]
+    ),
+    *(
+        (
+            lambda shape=shape: make_prompt(init=torch.ones(shape)),
+            ValueError,
+            f"init: expected shape [at least 3, 8], got {shape}",
+        )
+        for shape in ((4, 7), (2, D), (D,), (2, 4, D))
+    ),
+    # Of a call of the prompt; a layer that is more than its table looks up ids by itself.
+    *(
+        (
+            lambda layer=layer, text=text: make_prompt(SMALL, layer())(**text),
+            error,
+            message,
+        )
+        for layer in (make_table, scaled_layer)
+        for text, error, message in [
+            (
+                {"input_ids": make_ids(), "inputs_embeds": torch.zeros(4, 6, D)},
+                ValueError,
+                "input_ids, inputs_embeds: expected exactly one of them, got both",
+            ),
+            ({}, ValueError, "input_ids, inputs_embeds: expected exactly one of them, got neither"),
+            ({"inputs_embeds": torch.zeros(2, 10, D)}, ValueError, f"inputs_embeds: {LONG}"),
+            ({"input_ids": [[1, 2]]}, TypeError, "input_ids: expected a tensor, got list"),
+            (
+                {"input_ids": torch.zeros(2, 3)},
+                TypeError,
+                "input_ids: expected dtype int64 or int32, got torch.float32",
+            ),
+            (
+                {"input_ids": make_ids()[0]},
+                ValueError,
+                "input_ids: expected shape [B, S], got [6]",
+            ),
+            (
+                {"input_ids": make_ids(), "task_ids": torch.zeros(4).long()},
+                ValueError,
+                "task_ids: expected None beside a single prompt [3, 8], got a tensor",
+            ),
+        ]
+    ),
+    *(
+        (
+            lambda folded=folded, layer=layer, bad=bad: (
+                make_prompt(SMALL, layer()).fold() if folded else make_prompt(SMALL, layer())
+            )(with_id(bad)),
+            IndexError,
+            f"input_ids: expected ids from 0 to 22, got {bad} at row 2, column 5",
+        )
+        for folded in (False, True)
+        for layer in (make_table, scaled_layer)
+        for bad in (VOCABULARY, -1, 2**40)
+    ),
+    (lambda: make_prompt()(make_ids(2, 10)), ValueError, f"input_ids: {LONG}"),
+    (
+        lambda: make_prompt()(make_ids(), attention_mask=torch.ones(4, 5).long()),
+        ValueError,
+        "attention_mask: expected shape [4, 6] to match input_ids [4, 6], got [4, 5]",
+    ),
+    (
+        lambda: make_prompt(num_tasks=2)(make_ids()),
+        ValueError,
+        "task_ids: expected [4] integers to match prompt [2, 3, 8], got None",
+    ),
+    (
+        lambda: make_prompt(num_tasks=2)(make_ids(), task_ids=torch.tensor([0, 1, 2, 0])),
+        IndexError,
+        "task_ids: expected ids from 0 to 1, got 2 at row 2",
+    ),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str) -> None:
-    call, error, message = REFUSED[case]
-    with pytest.raises(error) as caught:
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED, ids=[row[2] for row in REFUSED])
+def test_refused(call: Call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$") as caught:
         call()
     assert type(caught.value) is error
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("folded", [False, True], ids=["trainable", "folded"])
-@pytest.mark.parametrize("layer", [nn.Embedding, ScaledEmbedding])
-@pytest.mark.parametrize("bad", [VOCABULARY, -1, 2**40])
-def test_id_outside_the_vocabulary(layer: type[nn.Embedding], bad: int, folded: bool) -> None:
-    prompt = make_prompt(SMALL, layer(VOCABULARY, D))
-    ids = make_ids()
-    ids[2, 5] = bad
-    message = f"input_ids: expected ids from 0 to 22, got {bad} at row 2, column 5"
-    with pytest.raises(IndexError, match=rf"^{re.escape(message)}$"):
-        (prompt.fold() if folded else prompt)(ids)
-
-
-@pytest.mark.parametrize("layer", [nn.Embedding, ScaledEmbedding])
-@pytest.mark.parametrize(
-    ("ids", "error", "message"),
-    [
-        ([[1, 2]], TypeError, "input_ids: expected a tensor, got list"),
-        (
-            torch.zeros(2, 3),
-            TypeError,
-            "input_ids: expected dtype int64 or int32, got torch.float32",
-        ),
-        (
-            torch.zeros(3, dtype=torch.int64),
-            ValueError,
-            "input_ids: expected shape [B, S], got [3]",
-        ),
-    ],
-    ids=["list", "float", "flat"],
-)
-def test_ids_of_the_wrong_kind(
-    layer: type[nn.Embedding], ids: Any, error: type[Exception], message: str
-) -> None:
-    """One error, whichever way the rows are looked up."""
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        make_prompt(SMALL, layer(VOCABULARY, D))(ids)
 
 
 @pytest.mark.parametrize("part", ["no offset", "prompt tuning"])
@@ -745,9 +684,7 @@ def test_compiles_whole(layer: type[nn.Embedding]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("offset", "dynamic"), [(None, None), (None, True), (None, False), ("table", True)]
-)
+@pytest.mark.parametrize(("offset", "dynamic"), [(None, None), (None, True), ("table", True)])
 def test_one_compiled_function_serves_prompts_of_any_config(
     offset: str | None, dynamic: bool | None
 ) -> None:
@@ -793,8 +730,7 @@ class WithTable(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize(("padding", "strict"), [("none", False), ("left", True)])
 @pytest.mark.parametrize("offset", [None, "low_rank", "table"])
 def test_exported_program_serves_all_sizes(offset: str | None, padding: str, strict: bool) -> None:
     prompt = shaken(make_prompt())
@@ -923,8 +859,7 @@ def next_ids(module: nn.Module, args: Any) -> Any:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("folded", [False, True], ids=["trainable", "folded"])
-@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+@pytest.mark.parametrize(("kind", "folded"), [("forward_hook", False), ("forward_pre_hook", True)])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
 def test_hooks_of_all_modules_are_as_the_layers_own(

@@ -67,7 +67,6 @@ class AdapterSet(nn.Module):
         self.prompts = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.folded = nn.ModuleDict()
-        self.position_tables = nn.ModuleDict()
         self.active_adapter = ""
         self.descriptions: dict[str, Description] = {}
 
@@ -164,7 +163,7 @@ class AdapterSet(nn.Module):
         """
         if self.known(name) == self.active_adapter:
             raise ValueError(f"adapter_name: expected one that is not active, got {name!r}")
-        for group in (self.prompts, self.heads, self.folded, self.position_tables):
+        for group in (self.prompts, self.heads, self.folded):
             if name in group:
                 del group[name]
         del self.descriptions[name]

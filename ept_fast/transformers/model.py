@@ -17,13 +17,12 @@ from ept_fast.transformers.adapter_set import check_adapter_name
 from ept_fast.transformers.backbone import Profile, check_backbone, take_cache
 from ept_fast.transformers.checkpointing import Checkpointing, Own, set_mode
 from ept_fast.transformers.padding import Rows, Text
-from ept_fast.transformers.positions import fold_into_positions
 from ept_fast.transformers.quantised import allow_packing, prevent_packing
 from ept_fast.transformers.saving import AdapterFiles
 
 __all__ = ["EPTModel"]
 
-_OFFSETS = ("low_rank", "table", "auto", "positions")
+_OFFSETS = ("low_rank", "table", "auto")
 
 
 class EPTModel(Checkpointing, AdapterFiles):
@@ -63,7 +62,6 @@ class EPTModel(Checkpointing, AdapterFiles):
         self.base_model_name = base_model or name
         self.backend = backend
         self.profile = Profile.of(model)
-        self.own_positions = nn.ModuleDict()  # while copies of them stand in the model
         self.disabled = False
         if self._checkpointing.options is not None:
             self.gradient_checkpointing_enable(self._checkpointing.options)
@@ -214,58 +212,20 @@ class EPTModel(Checkpointing, AdapterFiles):
 
         Args:
             dtype: as in :meth:`ept_fast.FusedEPTPrompt.fold`.
-            offset: ``"low_rank"``, ``"table"`` or ``"auto"``, as there; or ``"positions"``, for a
-                model with a table of learned absolute positions: each adapter's offset goes into a
-                copy of that table, and the active adapter's copy stands in the model in place of
-                the table, which comes back when another one is active or nothing is folded.
+            offset: ``"low_rank"``, ``"table"`` or ``"auto"``, as there.
 
         Raises:
-            TypeError, ValueError: another dtype or offset; a model that does not add a table of
-                positions to its embeddings. Nothing is folded then.
+            TypeError, ValueError: another dtype or offset. Nothing is folded then.
         """
         check_choice("offset", offset, _OFFSETS)
         self.eval()
         self.unfold()
-        inside = offset == "positions"
-        name = self.profile.position_table
-        if inside and name is None:
-            raise ValueError(
-                f"offset: expected a model with a table of learned absolute positions for "
-                f'"positions", got {type(self.backbone).__name__}'
-            )
-        if inside and name is not None:
-            table: Any = self.backbone.get_submodule(name)
-            if table.weight.is_meta:
-                raise ValueError(
-                    f'offset: expected positions on a device for "positions", got '
-                    f"{name} offloaded (name a device for it in the device_map)"
-                )
-            self.own_positions["table"] = table
         try:
             for name, prompt in self.prompts.items():
-                self.folded[name] = prompt.fold(dtype, "low_rank" if inside else offset)  # type: ignore[operator]
-                if inside and prompt.config.rank:  # type: ignore[union-attr]
-                    fold_into_positions(self, name, dtype)
+                self.folded[name] = prompt.fold(dtype, offset)  # type: ignore[operator]
         except BaseException:
             self.unfold()
             raise
-        self.place_active()
-
-    def place_active(self) -> None:
-        """Put into the backbone what it has from the active adapter, or what it has by itself."""
-        if not self.own_positions:
-            return
-        name = self.active_adapter
-        folded = name in self.position_tables and not self.disabled
-        table = self.position_tables[name] if folded else self.own_positions["table"]
-        self.backbone.set_submodule(self.profile.position_table, table)
-
-    def unfold(self) -> None:
-        """Use the trainable prompts, and the model's own positions, again."""
-        super().unfold()
-        self.position_tables.clear()
-        self.place_active()
-        self.own_positions.clear()
 
     # Forward
 

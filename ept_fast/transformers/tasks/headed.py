@@ -93,7 +93,6 @@ class HeadedModel(EPTModel):
 
     def place_active(self) -> None:
         """Put the active adapter's copy of the model's own head, or that head, into the model."""
-        super().place_active()
         active = bool(self.active_adapter) and not self.disabled
         own = active and self.description.head == "model"
         modules: Any = self.head if own else self.base_head

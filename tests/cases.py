@@ -93,23 +93,24 @@ class Case:
         case = self.to(parameters)
         return replace(case, weight=case.weight.to(table))
 
+    def each_tensor(self, change: Callable[[Tensor], Tensor]) -> Case:
+        """The case with every parameter, the table and what says where the text is changed."""
+        case = self._each_of_the_text(change)
+        return replace(case.each_parameter(change), weight=change(self.weight))
+
+    def _each_of_the_text(self, change: Callable[[Tensor], Tensor]) -> Case:
+        names = ("input_ids", "attention_mask", "task_ids")
+        have = {name: t for name in names if (t := getattr(self, name)) is not None}
+        return replace(self, **{name: change(t) for name, t in have.items()})
+
     def laid_out(self, layout: str) -> Case:
-        """The same values in tensors of a layout, parameters, table and the text's alike."""
-        if layout == "plain":
-            return self
-        others = {
-            name: None if (t := getattr(self, name)) is None else laid_out(t, layout)
-            for name in ("weight", "input_ids", "attention_mask", "task_ids")
-        }
-        return replace(self.each_parameter(lambda t: laid_out(t, layout)), **others)
+        """The same values in tensors of a layout."""
+        return self if layout == "plain" else self.each_tensor(lambda t: laid_out(t, layout))
 
     def rows(self, rows: list[int]) -> Case:
         """These rows of the batch."""
-        others = {
-            name: None if (t := getattr(self, name)) is None else t[rows]
-            for name in ("input_ids", "attention_mask", "task_ids")
-        }
-        return replace(self, sizes=replace(self.sizes, batch=len(rows)), **others)
+        case = self._each_of_the_text(lambda t: t[rows])
+        return replace(case, sizes=replace(self.sizes, batch=len(rows)))
 
     def padded(self, left: int, right: int) -> Case:
         """The same texts with padding around them."""

@@ -49,7 +49,10 @@ SHAPES = {
 # More than one tile of everything: tokens, positions, channels, rank, columns of the spaces.
 TILES = {
     "eager": {"tiles": Sizes(m=4, n=700, r=6, k=2, h=4, d=512, batch=3, length=601)},
-    "triton": {"tiles": Sizes(m=17, n=66, r=17, k=3, h=11, d=66, batch=9, length=33)},
+    "triton": {
+        "tiles": Sizes(m=17, n=66, r=17, k=3, h=11, d=66, batch=2, length=33),
+        "rows": Sizes(m=3, n=5, r=2, k=1, h=2, d=9, batch=9, length=5),
+    },
     "host": {
         "tiles": Sizes(m=37, n=70, r=35, k=3, h=12, d=136, batch=9, length=67),
         "a bank of tiles": Sizes(m=9, n=40, r=18, k=2, h=9, d=264, batch=6, length=35, tasks=3),
@@ -91,7 +94,7 @@ def test_parity_of_types_in_pairs(backend: str, types: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_parity_of_flags(activation: str, gate: str, backend: str) -> None:
     """Every part of the method left out, and all of it in a bank."""
-    sizes = Sizes(m=17, n=9, r=3, k=3, h=6, d=21, batch=3, length=5)
+    sizes = Sizes(m=17, n=9, r=3, k=3, h=6, d=21, batch=1, length=5)
     each = [(sizes, part) for part in PARTS.values()] + [(replace(sizes, tasks=2), PARTS["all"])]
     each *= 1 if backend == "triton" else 4
     flags = {"activation": activation, "gate": gate, "dtype": torch.float32}

@@ -247,16 +247,16 @@ def test_programs_that_take_several_tiles(
     from ept_fast.kernels import reconstruct, splice
 
     def few(config: Any) -> Any:
-        return lambda *sizes: replace(config(*sizes), tiles_d=2, tiles=2, rows=8)
+        return lambda *sizes: replace(config(*sizes), tiles_d=2, tiles=2, rows=9)
 
     def fewer(*sizes: int) -> launch.ReconstructConfig:
-        return replace(
-            launch.reconstruct_config(*sizes), backward_n_chunk=64, groups=1, group_rows=32
-        )
+        config = launch.reconstruct_config(*sizes)
+        whole = {"n_splits": 1, "n_chunk": 128, "groups": 1, "group_rows": 32}
+        return replace(config, backward_n_chunk=64, **whole)
 
     monkeypatch.setattr(splice, "splice_backward_config", few(launch.splice_backward_config))
     monkeypatch.setattr(reconstruct, "reconstruct_config", fewer)
-    sizes = Sizes(m=17, n=70, r=5, k=2, h=6, d=130, batch=3, length=65, tasks=tasks)
+    sizes = Sizes(m=17, n=70, r=5, k=2, h=6, d=66, batch=9, length=65, tasks=tasks)
     cases = (
         make_case(sizes, padding=padding, dtype=torch.float32, seed=seed)
         for seed, padding in enumerate(("right", "holes"))

@@ -156,14 +156,15 @@ def measure(model: Model, prompt: EPTConfig, checkpointing: bool = False) -> Mea
 
 def measure_backbone(model: Model, m: int, checkpointing: bool = False) -> Measured:
     """The same model and loss on embeddings of m positions more, whose gradient is asked for."""
-    from ept_fast.transformers import checkpointing as layers
+    from ept_fast.transformers.checkpointing import Checkpointing
     from ept_fast.transformers.outputs import token_loss
 
     with without_data():
         backbone = backbone_of(model)
         if checkpointing:
-            layers.enable(backbone, None)
-            layers.set_mode(backbone, True)
+            switches = Checkpointing()
+            switches.backbone, switches.training = backbone, True
+            switches.gradient_checkpointing_enable()
         shape = model.batch, m + model.length
         # The text's logits, and those of the prompt's last position.
         labels = torch.zeros(model.batch, model.length + bool(m), dtype=torch.int64)

@@ -160,6 +160,29 @@ class Case:
         return self.splice(self.reconstruct(backend), backend)
 
 
+def flat(
+    backend: str,
+    parameters: dict[str, Tensor],
+    weight: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    task_ids: Tensor | None,
+) -> Tensor:
+    """Both operations as a user's model would call them, for the compiler to trace."""
+    prompt = reconstruct_prompt(**parameters, scaling=0.4, temperature=0.7, backend=backend)
+    return splice_prompt(
+        prompt,
+        input_ids=input_ids,
+        weight=weight,
+        offset_a=parameters["offset_a"],
+        offset_b=parameters["offset_b"],
+        scaling=0.4,
+        attention_mask=attention_mask,
+        task_ids=task_ids,
+        backend=backend,
+    )
+
+
 def shapes_of(s: Sizes) -> dict[str, tuple[int, ...]]:
     """Of the first operation's seven tensors, without the task axis."""
     return {

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ept_fast import reconstruct_prompt, splice_prompt
 from ept_fast.ops.types import Flags
-from tests.cases import PARTS, Case, Sizes, make_case, run
+from tests.cases import PARTS, Case, Sizes, flat, make_case, run
 from tests.parity import EAGER, TRITON, over
 
 # torch.compile itself does what these warn of.
@@ -73,31 +73,8 @@ def test_opcheck_splice(offset: bool, lookup: bool, backend: str) -> None:
         torch.library.opcheck(OPS.splice_backward, (grad, kept, 0.4, *needs, backend))
 
 
-def _flat(
-    backend: str,
-    parameters: dict[str, Tensor],
-    weight: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    task_ids: Tensor | None,
-) -> Tensor:
-    """Both operations as a user's model would call them, for the compiler to trace."""
-    prompt = reconstruct_prompt(**parameters, scaling=0.4, temperature=0.7, backend=backend)
-    return splice_prompt(
-        prompt,
-        input_ids=input_ids,
-        weight=weight,
-        offset_a=parameters["offset_a"],
-        offset_b=parameters["offset_b"],
-        scaling=0.4,
-        attention_mask=attention_mask,
-        task_ids=task_ids,
-        backend=backend,
-    )
-
-
 def _compiled(ours: str = "eager", **options: Any) -> Any:
-    function = torch.compile(_flat, fullgraph=True, **options)
+    function = torch.compile(flat, fullgraph=True, **options)
 
     def call(case: Case) -> Tensor:
         mask, tasks = case.attention_mask, case.task_ids

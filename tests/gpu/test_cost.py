@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.cases import NAMED, Case, Sizes
 from tests.gpu.support import device_case, make_cotangent, needs_gpu
+from tests.memory import allocations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.default_algorithms, needs_gpu]
 
@@ -84,22 +85,12 @@ def test_launches(backend: str, name: str, types: str, tmp_path: Path) -> None:
     assert {key: names for key, names in counted.items() if len(names) > most[key]} == {}
 
 
-def _peak(function: Callable[[], Any]) -> tuple[int, Any]:
-    """Most bytes that a call asked for beyond what was there, and its result."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    result = function()
-    torch.cuda.synchronize()
-    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before, result
-
-
 def _path(case: Case, backend: str, cotangent: Tensor) -> tuple[int, int]:
     """Bytes of workspace in the forward and in the backward of the whole path."""
-    forward, out = _peak(lambda: case.both(backend))
-    leaves = list(case.parameters.values())
-    backward, grads = _peak(lambda: torch.autograd.grad(out, leaves, cotangent))
-    return forward - out.nbytes, backward - sum(grad.nbytes for grad in grads)
+    forward = allocations(lambda: case.both(backend), "cuda")
+    leaves, out = list(case.parameters.values()), forward.result
+    backward = allocations(lambda: torch.autograd.grad(out, leaves, cotangent), "cuda")
+    return forward.peak - out.nbytes, backward.peak - sum(grad.nbytes for grad in backward.result)
 
 
 @pytest.mark.parametrize("padding", ["none", "holes"])

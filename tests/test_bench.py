@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import clock, gate, page, peers, stage, suites, summary
+from bench import clock, gate, peers, stage, suites
 from bench.clock import Clock, Work
 from bench.environment import slug
 from bench.inputs import Inputs, make_inputs
@@ -62,7 +62,7 @@ def run(tmp_path: Path) -> Iterator[Stage]:
     torch.compiler.reset()
 
 
-def test_every_operation_leaves_rows_and_a_summary(run: Stage) -> None:
+def test_every_operation_leaves_rows(run: Stage) -> None:
     wanted = [
         *suites.operation_cases(run, "prompt_path", "prompt path", ("both",)),
         *suites.operation_cases(run, "splice", "splice", ("forward", "backward")),
@@ -86,10 +86,6 @@ def test_every_operation_leaves_rows_and_a_summary(run: Stage) -> None:
         assert row.commit
         assert row.torch
         assert row.device
-    said = summary.lines(run.book.rows, run.settings.folder)
-    assert len(said) <= 10
-    assert "floor: copy" in "\n".join(said)
-    assert "peft-100" in "\n".join(said)
 
 
 @pytest.mark.parametrize("operation", ["prompt path", "splice", "reconstruct"])
@@ -344,15 +340,4 @@ def test_the_command_runs_a_part_and_leaves_its_files(root: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "splice.csv").is_file()
     assert list(tmp_path.glob("*.png"))
-    last = done.stdout[done.stdout.rindex("= benchmarks =") :].splitlines()
-    assert len(last) <= 12
-
-
-def test_the_page_shows_the_result_files() -> None:
-    text = page.PAGE.read_text(encoding="utf-8")
-    assert page.fill(text) == text
-
-
-def test_a_page_without_its_place_is_an_error() -> None:
-    with pytest.raises(SystemExit, match="expected one pair of comments for"):
-        page.fill("nothing here")
+    assert f"rows in {tmp_path}" in done.stdout

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from bench.record import Row, aligned, read
+from bench.rows import Row, aligned, read
 
 # Differences in these do not forbid a comparison, but a reader has to know of them.
 _ORIGIN = ("threads", "driver", "cuda", "torch", "triton", "transformers", "peft", "python")

@@ -41,7 +41,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.environment import commit
-from bench.record import aligned, write_csv
+from bench.rows import aligned, write_csv
 from ept_fast.kernels import launch
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs

@@ -33,13 +33,13 @@ import torch
 from torch import Tensor, nn
 
 from bench import peers
-from bench.clock import median_interval
 from bench.compare import Failure
 from bench.environment import origin_of
 from bench.inputs import SCALING, Inputs, cotangent, make_inputs
 from bench.peers import REFERENCE
-from bench.record import RESULTS, aligned, write_csv
+from bench.rows import RESULTS, aligned, write_csv
 from bench.shapes import Shape
+from bench.timing import median_interval
 
 FOLDER = RESULTS / "host_cost"
 PATHS, LAUNCHES = "paths.csv", "launches.csv"

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import clock, gate, peers, stage, suites
-from bench.clock import Clock, Work
+from bench import parity, peers, suites
 from bench.environment import slug
 from bench.inputs import Inputs, make_inputs
-from bench.record import read
+from bench.rows import read
+from bench.run import Case, Run, Settings, floor_bytes
 from bench.shapes import MANY_TASKS, NAMED, QUICK, UNPADDED, Shape, is_unpadded, sweeps
-from bench.stage import Case, Settings, Stage
+from bench.timing import Clock, Work, median_interval
 
 CPU = torch.device("cpu")
 # PEFT asks a model of transformers for an attribute by its old name.
@@ -56,13 +56,13 @@ class Benchmark:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Stage]:
+def run(tmp_path: Path) -> Iterator[Run]:
     """A quick run without torch.compile."""
-    yield Stage(CPU, Settings(True, 0, None, False, tmp_path))
+    yield Run(CPU, Settings(True, 0, None, False, tmp_path))
     torch.compiler.reset()
 
 
-def test_every_operation_leaves_rows(run: Stage) -> None:
+def test_every_operation_leaves_rows(run: Run) -> None:
     wanted = [
         *suites.operation_cases(run, "prompt_path", "prompt path", ("both",)),
         *suites.operation_cases(run, "splice", "splice", ("forward", "backward")),
@@ -91,7 +91,7 @@ def test_every_operation_leaves_rows(run: Stage) -> None:
 @pytest.mark.parametrize("operation", ["prompt path", "splice", "reconstruct"])
 @pytest.mark.parametrize("shape", QUICK, ids=lambda shape: shape.name)
 def test_a_wrong_peer_is_not_timed(
-    run: Stage, operation: str, shape: Any, monkeypatch: pytest.MonkeyPatch
+    run: Run, operation: str, shape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = peers.operation_of
 
@@ -117,10 +117,10 @@ def test_a_wrong_peer_is_not_timed(
 def test_another_way_is_checked_too(name: str) -> None:
     (inputs,) = make_inputs(QUICK[0], torch.float32, CPU, 1)
     peer = peers.make("prompt path", name, QUICK[0], inputs)
-    expected = gate.expected_of(peer, inputs)
-    assert gate.check(peer, inputs, expected)[0] <= 1
+    expected = parity.expected_of(peer, inputs)
+    assert parity.check(peer, inputs, expected)[0] <= 1
     wrong = replace(peer, forward=lambda inputs: peer.forward(inputs) * 1.0001)
-    assert gate.check(wrong, inputs, expected)[0] > 10
+    assert parity.check(wrong, inputs, expected)[0] > 10
 
 
 def test_dept_pads_every_row_to_the_whole_offset() -> None:
@@ -143,19 +143,19 @@ def test_dept_pads_every_row_to_the_whole_offset() -> None:
 def test_the_gate_tells(wrong: Callable[[Tensor], Tensor], where: str) -> None:
     (inputs,) = make_inputs(QUICK[1], torch.float32, CPU, 1)
     peer = peers.make("splice", "reference", QUICK[1], inputs)
-    expected = gate.expected_of(peer, inputs)
+    expected = parity.expected_of(peer, inputs)
     found = dict(expected.plain)
     found[where] = wrong(found[where])
-    error, name = gate.compare(found, expected)
+    error, name = parity.compare(found, expected)
     assert not error <= 1
     assert name == where
 
 
 def test_a_zero_that_is_not_zero_fails_the_gate() -> None:
     zero, one = {"output": torch.zeros(2)}, {"output": torch.full((2,), 1e-30)}
-    expected = gate.Expected({"output": torch.zeros(2, dtype=torch.float64)}, zero)
-    assert gate.compare(zero, expected) == (0.0, "")
-    assert gate.compare(one, expected)[0] == float("inf")
+    expected = parity.Expected({"output": torch.zeros(2, dtype=torch.float64)}, zero)
+    assert parity.compare(zero, expected) == (0.0, "")
+    assert parity.compare(one, expected)[0] == float("inf")
 
 
 def test_a_pair_times_the_peer_and_the_ratio_is_ours_by_its() -> None:
@@ -176,7 +176,7 @@ def test_preparing_is_not_timed() -> None:
     assert timing.p80_ms < 5
 
 
-def test_where_pytest_benchmark_is_off_nothing_is_recorded(run: Stage) -> None:
+def test_where_pytest_benchmark_is_off_nothing_is_recorded(run: Run) -> None:
     case = Case("splice", "splice", "forward", QUICK[0], "float32", "reference")
     assert run.operation_row(case, Benchmark(enabled=False)) is None
     assert not [row for row in run.book.rows if row.suite != "floor"]
@@ -195,8 +195,8 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
 
 
 def test_the_interval_of_a_median() -> None:
-    assert clock.median_interval([1.0, 2.0, 9.0]) == (2.0, 1.0, 9.0)
-    middle, low, high = clock.median_interval([float(i) for i in range(100)])
+    assert median_interval([1.0, 2.0, 9.0]) == (2.0, 1.0, 9.0)
+    middle, low, high = median_interval([float(i) for i in range(100)])
     assert (middle, low, high) == (49.5, 40.0, 59.0)
 
 
@@ -214,8 +214,8 @@ def test_what_has_to_be_moved() -> None:
     task = 4 * (s.num_virtual_tokens * s.hidden_size + s.rank * (s.max_length + s.hidden_size))
     ids = 27 * 8 + 3 * 8
     rows = 7 * s.hidden_size * 2
-    assert stage.floor_bytes("splice", "forward", s, inputs) == out + rows + ids + 2 * task
-    assert stage.floor_bytes("splice", "backward", s, inputs) == out + 2 * task + 5 * task
+    assert floor_bytes("splice", "forward", s, inputs) == out + rows + ids + 2 * task
+    assert floor_bytes("splice", "backward", s, inputs) == out + 2 * task + 5 * task
 
 
 class Gpu:
@@ -275,7 +275,7 @@ def test_on_a_gpu_times_are_the_devices_own(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_rows_stop_when_the_time_is_over(tmp_path: Path) -> None:
-    late = Stage(CPU, Settings(True, 0, 1e-9, False, tmp_path))
+    late = Run(CPU, Settings(True, 0, 1e-9, False, tmp_path))
     case = Case("splice", "splice", "forward", QUICK[0], "float32", "reference")
     with pytest.raises(pytest.skip.Exception, match="time of the run is over"):
         late.operation_row(case, Benchmark())

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bench import compare, plots
-from bench.record import SUITES, Book, Row, read, write
+from bench.rows import SUITES, Book, Row, read, write
 
 DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(Row.__dataclass_fields__),
@@ -467,7 +467,7 @@ def test_less_than_three_sizes_have_no_exponent() -> None:
     assert plots.fitted_exponents(rows) == {}
 
 
-# bench.record
+# bench.rows
 
 
 def test_a_book_replaces_what_was_measured_again(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.record import SUITES, read
+from bench.rows import SUITES, read
 
 PYTEST = (sys.executable, "-m", "pytest")
 BARE = """

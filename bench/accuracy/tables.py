@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.accuracy.records import RUNS_FILE, device_of, read_records
 from bench.accuracy.study import LABELS, METHODS, TASKS
-from bench.record import aligned
+from bench.rows import aligned
 
 _UNKNOWN = "not recorded"
 

@@ -1,6 +1,6 @@
 """Rows of measurements and their files: ``bench/results/<device>/<suite>.csv``.
 
-``python -m bench.record FOLDER`` prints a line for each row.
+``python -m bench.rows FOLDER`` prints a line for each row.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def read(path: Path) -> list[Row]:
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         if reader.fieldnames != names:
-            raise ValueError(f"{path}: expected the columns of bench.record.Row, got others")
+            raise ValueError(f"{path}: expected the columns of bench.rows.Row, got others")
         return [_row(path, number, values) for number, values in enumerate(reader, 2)]
     except csv.Error as error:
         raise ValueError(f"{path}: expected a CSV file, got one with an error: {error}") from None

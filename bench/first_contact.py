@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import triton_cache
-from bench.rows import Book, Row
+from bench.rows import Book, Row, aligned
 from bench.shapes import MANY_TASKS, NAMED, QUICK, Shape
 
 FILE = "first_contact.jsonl"
@@ -578,10 +578,7 @@ def table(facts: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"copy {copy['tb_per_s']:.2f} TB/s, an empty launch {1e3 * empty['p50_ms']:.1f} µs"
         )
-    lines.append(
-        f"{'kernel':21} {'backend':7} {'shape':9} {'mask':5} {'parity':11} {'p50 µs':>8} "
-        f"{'copy':>5} {'host µs':>7} {'launches':>8} {'of def.':>7} {'of comp.':>8}"
-    )
+    body = []
     for (case, direction), fact in times.items():
         if case.peer not in KERNELS:
             continue
@@ -591,12 +588,11 @@ def table(facts: list[dict[str, Any]]) -> list[str]:
         for peer in (DEFINITION, COMPILED):
             other = times.get((replace(case, peer=peer), direction))
             ratios.append(f"{fact['p50_ms'] / other['p50_ms']:.2f}" if other else "-")
-        lines.append(
-            f"{case.operation + ' ' + direction:21} {case.peer:7} {case.shape:9} {case.mask:5} "
-            f"{verdicts.get(case, '-'):11} {1e3 * fact['p50_ms']:8.1f} {share:>5} "
-            f"{fact['host_us']:7.0f} {len(fact['launches']):8d} {ratios[0]:>7} {ratios[1]:>8}"
-        )
-    return lines
+        work = (f"{case.operation} {direction}", case.peer, case.shape, case.mask)
+        times_us = (f"{1e3 * fact['p50_ms']:.1f}", share, f"{fact['host_us']:.0f}")
+        body.append([*work, verdicts.get(case, "-"), *times_us, len(fact["launches"]), *ratios])
+    header = ("kernel", "backend", "shape", "mask", "parity", "p50 µs", "copy", "host µs")
+    return lines + aligned((*header, "launches", "of def.", "of comp."), body)
 
 
 # What a suite of the benchmarks calls the sizes with such a mask.

@@ -72,7 +72,7 @@ class _ReconstructForward(ctypes.Structure):
         view: short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
         number: scaling temperature
         choice: activation gate
-        memory: prompt query stats mix hidden gates cross workspace
+        memory: prompt query stats attended hidden gates cross workspace
         """
     )
 
@@ -82,7 +82,7 @@ class _ReconstructBackward(ctypes.Structure):
         """
         size: tasks tokens positions rank spaces dim width
         view: grad short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
-        memory: query stats mix hidden gates cross
+        memory: query stats attended hidden gates cross
         number: scaling temperature
         choice: activation gate
         memory: d_short_prompt d_offset_a d_offset_b d_space_down d_space_up
@@ -291,7 +291,7 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
     if parameters.has_offset:
         saved["query"] = memory.empty(tasks, m, rank)
         saved["stats"] = memory.empty(tasks, 2, m)
-        saved["mix"] = memory.empty(tasks, m, rank)
+        saved["attended"] = memory.empty(tasks, m, rank)
     if parameters.has_spaces:
         saved["hidden"] = memory.empty(tasks, m, spaces * dim)
         saved["gates"] = memory.empty(tasks, m, spaces)

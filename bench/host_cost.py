@@ -32,16 +32,17 @@ import click
 import torch
 from torch import Tensor, nn
 
-from bench import page, peers
-from bench.clock import median_interval
+from bench import peers
 from bench.compare import Failure
 from bench.environment import origin_of
 from bench.inputs import SCALING, Inputs, cotangent, make_inputs
 from bench.peers import REFERENCE
-from bench.record import RESULTS, write_csv
+from bench.rows import RESULTS, aligned, write_csv
 from bench.shapes import Shape
+from bench.timing import median_interval
 
-FOLDER = RESULTS / page.HOST_COST
+FOLDER = RESULTS / "host_cost"
+PATHS, LAUNCHES = "paths.csv", "launches.csv"
 OURS, EAGER, COMPILED = "triton", "eager", "reference-compiled"
 FUNCTIONS, MODULE = "two functions", "module"
 DIRECTIONS = ("both", "forward")
@@ -455,9 +456,11 @@ def main(quick: bool, no_compiled: bool, out: Path | None) -> None:
     if out is None and not quick:
         out = FOLDER
     if out is not None:
-        write_csv(out / page.PATHS, rows[0], rows)
-        write_csv(out / page.LAUNCHES, launches[0], launches)
-    click.echo("\n".join(page.host_cost_lines(rows, launches)))
+        write_csv(out / PATHS, rows[0], rows)
+        write_csv(out / LAUNCHES, launches[0], launches)
+    for table in (rows, launches):
+        shown = [name for name in table[0] if name not in how]
+        click.echo("\n".join(aligned(shown, ([row[name] for name in shown] for row in table))))
 
 
 if __name__ == "__main__":

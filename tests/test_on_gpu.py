@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.record import SUITES, read
+from bench.rows import SUITES, read
 
 PYTEST = (sys.executable, "-m", "pytest")
 BARE = """
@@ -167,7 +167,7 @@ def test_a_rehearsal_leaves_a_log_rows_and_plots(root: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout
     assert "results in" in (tmp_path / "log.txt").read_text(encoding="utf-8")
     # What is left after a failure on the way back: the end of what was printed.
-    assert "splice forward tiny" in done.stdout[-4000:]
+    assert re.search("^splice +forward +tiny ", done.stdout[-8000:], re.MULTILINE)
     with tarfile.open(tmp_path / "results.tgz") as archive:
         archive.extractall(tmp_path / "results", filter="data")
     rows = read(tmp_path / "results")

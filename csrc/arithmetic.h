@@ -40,7 +40,7 @@ EPT_BOTH float normal_density(float x) { return 0.39894228040143268f * expf(-0.5
 
 // φ
 EPT_BOTH float activate(float x, Activation activation) {
-#define EPT_PHI(name, phi, slope) \
+#define EPT_PHI(name, phi, derivative) \
   if (activation == Activation::name) return phi;
   EPT_ACTIVATIONS(EPT_PHI)
 #undef EPT_PHI
@@ -48,11 +48,11 @@ EPT_BOTH float activate(float x, Activation activation) {
 }
 
 // dφ/dx
-EPT_BOTH float slope_of(float x, Activation activation) {
-#define EPT_SLOPE(name, phi, slope) \
-  if (activation == Activation::name) return slope;
-  EPT_ACTIVATIONS(EPT_SLOPE)
-#undef EPT_SLOPE
+EPT_BOTH float derivative_of(float x, Activation activation) {
+#define EPT_DERIVATIVE(name, phi, derivative) \
+  if (activation == Activation::name) return derivative;
+  EPT_ACTIVATIONS(EPT_DERIVATIVE)
+#undef EPT_DERIVATIVE
   return 1.0f;
 }
 

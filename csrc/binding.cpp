@@ -159,7 +159,7 @@ void check(const ept::Status& status) {
 
 ept::Activation activation_of(const std::string& name) {
   std::string known;
-#define EPT_NAMED(row, phi, slope)                     \
+#define EPT_NAMED(row, phi, derivative)                     \
   if (name == #row) return ept::Activation::row;       \
   known += std::string(known.empty() ? "" : ", ") + #row;
   EPT_ACTIVATIONS(EPT_NAMED)
@@ -219,7 +219,7 @@ class Named {
 
 constexpr const char* parameter_names[] = {
     "short_prompt", "offset_a", "offset_b", "space_down", "space_up", "gate_weight", "gate_bias"};
-constexpr const char* saved_names[] = {"query", "stats", "mix", "hidden", "gates", "cross"};
+constexpr const char* saved_names[] = {"query", "stats", "attended", "hidden", "gates", "cross"};
 constexpr const char* splice_names[] = {
     "prompt", "input_ids", "weight", "inputs_embeds", "offset_a", "offset_b", "attention_mask",
     "task_ids"};
@@ -279,14 +279,14 @@ Tensors reconstruct_forward(
   const Tensor prompt = torch::stable::new_empty(short_prompt, short_prompt.sizes());
   const Tensor query = saved(offset, {call.tasks, call.tokens, call.rank});
   const Tensor stats = saved(offset, {call.tasks, 2, call.tokens});
-  const Tensor mix = saved(offset, {call.tasks, call.tokens, call.rank});
+  const Tensor attended = saved(offset, {call.tasks, call.tokens, call.rank});
   const Tensor hidden = saved(spaces, {call.tasks, call.tokens, dims});
   const Tensor gates = saved(spaces, {call.tasks, call.tokens, call.spaces});
   const Tensor cross = saved(offset && spaces, {call.tasks, call.rank, dims + call.spaces});
   call.prompt = address(prompt);
   call.query = address<float>(query);
   call.stats = address<float>(stats);
-  call.mix = address<float>(mix);
+  call.attended = address<float>(attended);
   call.hidden = address<float>(hidden);
   call.gates = address<float>(gates);
   call.cross = address<float>(cross);
@@ -294,7 +294,7 @@ Tensors reconstruct_forward(
   const Tensor space = workspace(short_prompt, ept::reconstruct_forward_workspace(call));
   call.workspace = address(space);
   check(ept::reconstruct_forward(call, launch.stream()));
-  return {prompt, query, stats, mix, hidden, gates, cross};
+  return {prompt, query, stats, attended, hidden, gates, cross};
 }
 
 Tensors reconstruct_backward(
@@ -322,7 +322,7 @@ Tensors reconstruct_backward(
   const bool spaces = given["space_down"].has_value();
   call.query = read("query", offset);
   call.stats = read("stats", offset);
-  call.mix = read("mix", offset);
+  call.attended = read("attended", offset);
   call.hidden = read("hidden", spaces);
   call.gates = read("gates", spaces);
   call.cross = read("cross", offset && spaces);

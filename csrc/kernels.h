@@ -36,7 +36,7 @@ struct View {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
-#define EPT_NAME(name, phi, slope) name,
+#define EPT_NAME(name, phi, derivative) name,
 enum class Activation : int32_t { EPT_ACTIVATIONS(EPT_NAME) };
 #undef EPT_NAME
 enum class Gate : int32_t { token = 0, prompt = 1 };
@@ -85,7 +85,7 @@ struct ReconstructForward {
   void* prompt = nullptr;   // P′ [T, m, d]
   float* query = nullptr;   // Q [T, m, r]                with the offset
   float* stats = nullptr;   // [T, 2, m]                  with the offset: row maxima and row sums
-  float* mix = nullptr;     // O [T, m, r]                with the offset
+  float* attended = nullptr;     // O [T, m, r]                with the offset
   float* hidden = nullptr;  // Hin [T, m, K·h]            with the spaces
   float* gates = nullptr;   // g [T, m, K]                with the spaces
   float* cross = nullptr;   // S [T, r, K·h + K]          with both
@@ -115,7 +115,7 @@ struct ReconstructBackward {
   // What the forward saved: float32, contiguous, null where it does not apply.
   const float* query = nullptr;
   const float* stats = nullptr;
-  const float* mix = nullptr;
+  const float* attended = nullptr;
   const float* hidden = nullptr;
   const float* gates = nullptr;
   const float* cross = nullptr;

@@ -260,7 +260,7 @@ Parts parts_of(const Call& call) {
   parts.gate_weight = call.gate_weight;
   parts.gate_bias = call.gate_bias;
   parts.scaling = static_cast<float>(call.scaling);
-  parts.slope = static_cast<float>(1.0 / std::sqrt(static_cast<double>(call.width)));
+  parts.score_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(call.width)));
   parts.temperature = static_cast<float>(call.temperature);
   parts.activation = call.activation;
   parts.gate = call.gate;
@@ -302,7 +302,7 @@ struct ForwardPlaces {
   ReduceCall reduction;
   int tiles;          // of m
   int pieces, chunk;  // of n
-  float *maxima, *totals, *mixes, *x;
+  float *maxima, *totals, *attended_parts, *x;
 };
 
 inline ForwardPlaces take_places(Workspace& workspace, const Parts& parts) {
@@ -322,7 +322,7 @@ inline ForwardPlaces take_places(Workspace& workspace, const Parts& parts) {
   places.reduction.sums = workspace.take<float>(sums_of(places.reduction));
   places.maxima = workspace.take<float>(attention);
   places.totals = workspace.take<float>(attention);
-  places.mixes = workspace.take<float>(attention * parts.r);
+  places.attended_parts = workspace.take<float>(attention * parts.r);
   places.x = workspace.take<float>(rows * parts.columns);
   return places;
 }
@@ -351,7 +351,7 @@ Status run_reconstruct_forward(const Launcher& launcher, const ReconstructForwar
     core.query = call.query;
     core.maxima = places.maxima;
     core.totals = places.totals;
-    core.mixes = places.mixes;
+    core.attended_parts = places.attended_parts;
     core.x = places.x;
     core.cross = call.cross;
     core.pieces = places.pieces;
@@ -368,13 +368,13 @@ Status run_reconstruct_forward(const Launcher& launcher, const ReconstructForwar
   expand.parts = parts;
   expand.maxima = places.maxima;
   expand.totals = places.totals;
-  expand.mixes = places.mixes;
+  expand.attended_parts = places.attended_parts;
   expand.x = places.x;
   expand.cross = call.cross;
   expand.pieces = places.pieces;
   expand.prompt = call.prompt;
   expand.stats = call.stats;
-  expand.mix = call.mix;
+  expand.attended = call.attended;
   expand.hidden = call.hidden;
   expand.gates = call.gates;
   expand.tiles_m = places.tiles;
@@ -437,7 +437,7 @@ Status run_reconstruct_backward(const Launcher& launcher, const ReconstructBackw
   Workspace workspace(call.workspace);
   const BackwardPlaces places = take_places(workspace, call, parts);
   const ReduceCall& reduction = places.reduction;
-  const Saved saved{call.query, call.stats, call.mix, call.hidden, call.gates, call.cross};
+  const Saved saved{call.query, call.stats, call.attended, call.hidden, call.gates, call.cross};
   if (reduction.columns > 0) {
     const Status reduced = launcher.template run<ReduceKernel>(blocks_of(reduction), reduction);
     if (reduced.error != 0) return reduced;

@@ -13,7 +13,7 @@ namespace ept {
 struct Saved {
   const float* query;   // Q [T, m, r]
   const float* stats;   // [T, 2, m]
-  const float* mix;     // O [T, m, r]
+  const float* attended;     // O [T, m, r]
   const float* hidden;  // Hin [T, m, K·h]
   const float* gates;   // g [T, m, K]
   const float* cross;   // S [T, r, W]
@@ -70,7 +70,7 @@ struct BackwardCoreKernel {
     float* rows;
     float* weights;
     float* d_scores;
-    float* d_mix;
+    float* d_attended;
     float* inner;
     float* d_gates;
   };
@@ -84,8 +84,8 @@ struct BackwardCoreKernel {
     shared.rows = shared.query + tokens * parts.r;
     shared.weights = shared.rows + positions * (parts.r | 1);
     shared.d_scores = shared.weights + tokens * positions;
-    shared.d_mix = memory + first_floats(parts);
-    shared.inner = shared.d_mix + tokens * parts.r;
+    shared.d_attended = memory + first_floats(parts);
+    shared.inner = shared.d_attended + tokens * parts.r;
     shared.d_gates = shared.inner + tokens;
     return shared;
   }
@@ -190,7 +190,7 @@ struct BackwardCoreKernel {
         }
         if (c < parts.dims) {
           const float gate = call.saved.gates[at * parts.spaces + c / parts.dim];
-          value *= gate * slope_of(call.saved.hidden[at * parts.dims + c], parts.activation);
+          value *= gate * derivative_of(call.saved.hidden[at * parts.dims + c], parts.activation);
         }
         if (saves) call.d_x[at * parts.columns + c] = value;
       }
@@ -214,7 +214,7 @@ struct BackwardCoreKernel {
                   return shared.d_x[c * tokens + token] * cross[c];
                 });
         }
-        shared.d_mix[token * r + column] = sum;
+        shared.d_attended[token * r + column] = sum;
       }
       EPT_UNROLL
       for (int i = 0; i < own_q; ++i) local[thread].d_query[i] = 0.0f;
@@ -229,9 +229,9 @@ struct BackwardCoreKernel {
       if (thread >= tokens) return;
       float inner = 0.0f;
       if (first_m + thread < parts.m) {
-        const float* mix = call.saved.mix + (int64_t{task} * parts.m + first_m + thread) * r;
-        const float* d_mix = shared.d_mix + thread * r;
-        inner = sum_of_terms(r, [&](int i) { return d_mix[i] * mix[i]; });
+        const float* attended = call.saved.attended + (int64_t{task} * parts.m + first_m + thread) * r;
+        const float* d_attended = shared.d_attended + thread * r;
+        inner = sum_of_terms(r, [&](int i) { return d_attended[i] * attended[i]; });
       }
       shared.inner[thread] = inner;
     });
@@ -285,12 +285,12 @@ struct BackwardCoreKernel {
       const float* row = shared.rows + s * (r | 1);
       float weight = 0.0f, d_score = 0.0f;
       if (first_m + token < parts.m && first + s < end) {
-        const float *query = shared.query + token * r, *d_mix = shared.d_mix + token * r;
+        const float *query = shared.query + token * r, *d_attended = shared.d_attended + token * r;
         const float score = sum_of_terms(r, [&](int i) { return query[i] * row[i]; });
-        const float d_weight = sum_of_terms(r, [&](int i) { return d_mix[i] * row[i]; });
+        const float d_weight = sum_of_terms(r, [&](int i) { return d_attended[i] * row[i]; });
         const float* stats = call.saved.stats + int64_t{task} * 2 * parts.m + first_m + token;
-        weight = expf((score - stats[0]) * parts.slope) / stats[parts.m];
-        d_score = weight * (d_weight - shared.inner[token]) * parts.slope;
+        weight = expf((score - stats[0]) * parts.score_scale) / stats[parts.m];
+        d_score = weight * (d_weight - shared.inner[token]) * parts.score_scale;
       }
       shared.weights[thread] = weight;
       shared.d_scores[thread] = d_score;
@@ -321,7 +321,7 @@ struct BackwardCoreKernel {
       float sum = 0.0f;
       EPT_UNROLL
       for (int token = 0; token < tokens; ++token) {
-        sum += shared.weights[token * positions + s] * shared.d_mix[token * r + column];
+        sum += shared.weights[token * positions + s] * shared.d_attended[token * r + column];
         sum += shared.d_scores[token * positions + s] * shared.query[token * r + column];
       }
       const int64_t at = (part * call.parts.n + first + s) * r + column;
@@ -410,7 +410,7 @@ struct BackwardExpandKernel {
   // Elements of the factors, by token and column.
   EPT_DEVICE static float mix_of(const Call& call, int task, int token, int column) {
     const Parts& parts = call.parts;
-    return call.saved.mix[(int64_t{task} * parts.m + token) * parts.r + column];
+    return call.saved.attended[(int64_t{task} * parts.m + token) * parts.r + column];
   }
   EPT_DEVICE static float d_query_of(const Call& call, int task, int token, int column) {
     const Parts& parts = call.parts;

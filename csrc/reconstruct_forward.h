@@ -15,7 +15,7 @@ struct ForwardCoreCall {
   float* query;   // Q [T, m, r]
   float* maxima;  // [T, pieces, m]
   float* totals;  // [T, pieces, m]
-  float* mixes;   // [T, pieces, m, r], relative to the maximum of the piece
+  float* attended_parts;   // [T, pieces, m, r], relative to the maximum of the piece
   float* x;       // R [T, m, W]
   float* cross;   // S [T, r, W]
   int pieces, chunk;  // of n
@@ -39,7 +39,7 @@ struct ForwardCoreKernel {
   }
 
   struct State {
-    float mix[own];
+    float attended[own];
     float maximum;
     float total;
   };
@@ -108,7 +108,7 @@ struct ForwardCoreKernel {
       }
       State& state = local[thread];
       EPT_UNROLL
-      for (int i = 0; i < own; ++i) state.mix[i] = 0.0f;
+      for (int i = 0; i < own; ++i) state.attended[i] = 0.0f;
       state.maximum = -INFINITY;
       state.total = 0.0f;
     });
@@ -140,19 +140,19 @@ struct ForwardCoreKernel {
         float maximum = state.maximum;
         EPT_UNROLL_BY(8)
         for (int s = 0; s < positions; ++s) maximum = greatest(maximum, own_scores_of[s]);
-        const float kept = expf((state.maximum - maximum) * parts.slope);
+        const float kept = expf((state.maximum - maximum) * parts.score_scale);
         state.maximum = maximum;
         state.total *= kept;
         EPT_UNROLL
-        for (int i = 0; i < own; ++i) state.mix[i] *= kept;
+        for (int i = 0; i < own; ++i) state.attended[i] *= kept;
         for (int s = 0; s < positions; ++s) {
-          const float weight = expf((own_scores_of[s] - maximum) * parts.slope);
+          const float weight = expf((own_scores_of[s] - maximum) * parts.score_scale);
           state.total += weight;
           EPT_UNROLL
           for (int i = 0; i < own; ++i) {
             const int column = thread % lanes + i * lanes;
             if (i * lanes >= r) break;
-            if (column < r) state.mix[i] += weight * rows[s * padded + column];
+            if (column < r) state.attended[i] += weight * rows[s * padded + column];
           }
         }
       });
@@ -169,7 +169,7 @@ struct ForwardCoreKernel {
       EPT_UNROLL
       for (int i = 0; i < own; ++i) {
         const int column = thread % lanes + i * lanes;
-        if (column < r) call.mixes[at * r + column] = state.mix[i];
+        if (column < r) call.attended_parts[at * r + column] = state.attended[i];
       }
     });
   }
@@ -179,13 +179,13 @@ struct ForwardExpandCall {
   Parts parts;
   const float* maxima;
   const float* totals;
-  const float* mixes;
+  const float* attended_parts;
   const float* x;
   const float* cross;  // null: no offset
   int pieces;
   void* prompt;  // P′ [T, m, d], P's type
   float* stats;
-  float* mix;
+  float* attended;
   float* hidden;
   float* gates;
   int tiles_m, tiles_d;
@@ -261,23 +261,23 @@ struct ForwardExpandKernel {
     for (int i = 0; i < call.pieces; ++i) {
       const int64_t at = first + int64_t{i} * m;
       stats.total +=
-          call.totals[at] * expf((call.maxima[at] - stats.maximum) * call.parts.slope);
+          call.totals[at] * expf((call.maxima[at] - stats.maximum) * call.parts.score_scale);
     }
     return stats;
   }
 
   // One element of O, from the pieces of n.
-  EPT_DEVICE static float mix_of(const Call& call, int task, int token, int column,
+  EPT_DEVICE static float attended_of(const Call& call, int task, int token, int column,
                                  const Stats& stats) {
     const int m = call.parts.m, r = call.parts.r;
     const int64_t first = int64_t{task} * call.pieces * m + token;
-    float mix = 0.0f;
+    float attended = 0.0f;
     for (int i = 0; i < call.pieces; ++i) {
       const int64_t at = first + int64_t{i} * m;
-      mix += call.mixes[at * r + column] *
-             expf((call.maxima[at] - stats.maximum) * call.parts.slope);
+      attended += call.attended_parts[at * r + column] *
+             expf((call.maxima[at] - stats.maximum) * call.parts.score_scale);
     }
-    return mix / stats.total;
+    return attended / stats.total;
   }
 
   // O into the factor. Threads of a token share its row's statistics by computing them each.
@@ -295,9 +295,9 @@ struct ForwardExpandKernel {
         call.stats[(int64_t{task} * 2 + 1) * parts.m + row] = stats.total;
       }
       for (int column = thread / tokens; column < parts.r; column += threads / tokens) {
-        const float mix = row < parts.m ? mix_of(call, task, row, column, stats) : 0.0f;
-        factor[column * tokens + token] = mix;
-        if (saves && row < parts.m) call.mix[at * parts.r + column] = mix;
+        const float attended = row < parts.m ? attended_of(call, task, row, column, stats) : 0.0f;
+        factor[column * tokens + token] = attended;
+        if (saves && row < parts.m) call.attended[at * parts.r + column] = attended;
       }
     });
   }
@@ -343,7 +343,7 @@ struct ForwardExpandKernel {
                                  float* sums, int task) {
     const Parts& parts = call.parts;
     mean_of_tokens(block, sums, mean, parts.r, parts.m, [&](int token, int column) {
-      return mix_of(call, task, token, column, stats_of(call, task, token));
+      return attended_of(call, task, token, column, stats_of(call, task, token));
     });
     mean_of_tokens(block, sums, logits, parts.spaces, parts.m, [&](int token, int k) {
       return call.x[(int64_t{task} * parts.m + token) * parts.columns + parts.dims + k];

@@ -13,7 +13,7 @@ struct Parts {
   int columns;  // W = K·h + K, of [D | G]
   View p, a, b, down, up, gate_weight, gate_bias;
   float scaling;      // c
-  float slope;        // 1 / √d
+  float score_scale;        // 1 / √d
   float temperature;  // τ
   Activation activation;
   Gate gate;

@@ -179,7 +179,8 @@ class EPTConfig(PromptConfig):
         num_spaces: K, number of subspaces.
         space_dim: h, width of each subspace.
         alpha: the offset is scaled by alpha / sqrt(rank).
-        activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
+        activation: φ, a name of :data:`ept_fast.ops.activations.ACTIVATIONS`, such as
+            ``"gelu"``.
         gate: ``"token"`` or ``"prompt"``.
         temperature: τ > 0, divides the gate's logits.
         fusion: whether the short prompt attends to the offset.

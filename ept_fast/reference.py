@@ -46,7 +46,7 @@ def reconstruct_prompt(
         gate_weight: G, ``[(T,) d, K]``.
         gate_bias: b, ``[(T,) K]``.
         scaling: c, the factor of A·B.
-        activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
+        activation: φ, a name of :data:`ept_fast.ops.activations.ACTIVATIONS`.
         gate: ``"token"``: one softmax a token; ``"prompt"``: one for all tokens of the prompt.
         temperature: τ > 0, divides the gate's logits.
         fusion: whether the prompt attends to the offset.

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["activate", "activation_slope"]
+__all__ = ["activate", "activation_derivative"]
 
 
 @triton.jit
@@ -24,15 +24,15 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activation_slope(x, ACTIVATION: tl.constexpr):
+def activation_derivative(x, ACTIVATION: tl.constexpr):
     """dφ/dx; relu's is 0 at 0."""
-    slope = tl.full(x.shape, 1.0, tl.float32)
+    derivative = tl.full(x.shape, 1.0, tl.float32)
     if ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+        derivative = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
     elif ACTIVATION == "relu":
-        slope = tl.where(x > 0, 1.0, 0.0)
+        derivative = tl.where(x > 0, 1.0, 0.0)
     elif ACTIVATION == "silu":
         sigmoid = 1.0 / (1.0 + tl.exp(-x))
-        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
-    return slope
+        derivative = sigmoid * (1.0 + x * (1.0 - sigmoid))
+    return derivative

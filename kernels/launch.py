@@ -249,27 +249,27 @@ target._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _RECONSTRUCT_PROGRAMS = 128
 
 
-def _pieces(length: int, block: int, most: int) -> tuple[int, int]:
-    """``length`` cut into at most ``most`` equal pieces of whole blocks: (pieces, their length)."""
+def _chunks(length: int, block: int, most: int) -> tuple[int, int]:
+    """``length`` cut into at most ``most`` equal chunks of whole blocks: (chunks, their length)."""
     chunk = max(1, _ceil(length, block * max(1, most))) * block
     return max(1, _ceil(length, chunk)), chunk
 
 
 @dataclass(frozen=True)
 class ReconstructConfig:
-    """Tiles and pieces of operation 1 on a GPU.
+    """Tiles and chunks of operation 1 on a GPU.
 
     Attributes:
-        reduce_rows, reduce_columns, reduce_depth: tile of the products over d, and the piece of d
+        reduce_rows, reduce_columns, reduce_depth: tile of the products over d, and the chunk of d
             that one step of the sum takes.
-        d_splits, d_chunk: pieces of d in the forward, and their length.
+        d_splits, d_chunk: chunks of d in the forward, and their length.
         backward_d_splits, backward_d_chunk: the same in the backward.
         rows: prompt tokens of a tile.
         rank: the rank's tile, which covers all of it.
         positions, backward_positions: offset positions of a tile, in each direction's core.
         columns: columns of the spaces, k·h + j, of a tile.
         spaces: spaces of a tile of the gate.
-        n_splits, n_chunk: pieces of the softmax over n in the forward, and their length.
+        n_splits, n_chunk: chunks of the softmax over n in the forward, and their length.
         groups, group_rows: groups of prompt tokens in the backward's core, and their length.
         backward_n_chunk: positions that one of its programs takes in turn.
         expand_depth: channels of a tile of an output.
@@ -307,7 +307,7 @@ def reconstruct_config(
 ) -> ReconstructConfig:
     """Tiles for METHOD's sizes: T, m, n, r, K, h and d; 0 for what does not apply.
 
-    A bank of tasks fills the GPU by itself; for few of them d, n and the prompt are cut into pieces
+    A bank of tasks fills the GPU by itself; for few of them d, n and the prompt are cut into chunks
     until there are about enough programs, and not further, since every partial sum is written and
     read again. Tiles of the other axes shrink as the rank grows, so that registers hold them.
     """
@@ -317,11 +317,11 @@ def reconstruct_config(
     outer = _ceil(m + rank if spaces else m, reduce_rows)
     tiles = tasks * outer * _ceil(rank + dims + spaces, reduce_columns)
     most = _ceil(width, 2 * reduce_depth)  # two steps of a sum at least
-    d_splits, d_chunk = _pieces(
+    d_splits, d_chunk = _chunks(
         width, reduce_depth, min(_ceil(_RECONSTRUCT_PROGRAMS, tiles), 16, most)
     )
     tiles = tasks * _ceil(m, reduce_rows) * _ceil(rank + dims, reduce_columns)
-    backward_d_splits, backward_d_chunk = _pieces(
+    backward_d_splits, backward_d_chunk = _chunks(
         width, reduce_depth, min(_ceil(_RECONSTRUCT_PROGRAMS, tiles), 16, most)
     )
 
@@ -329,11 +329,11 @@ def reconstruct_config(
     positions = 64 if block_rank <= 32 else 32 if block_rank <= 128 else 16
     backward_positions = min(positions, 32)
     blocks = _ceil(m, rows)
-    n_splits, n_chunk = _pieces(n, positions, min(_RECONSTRUCT_PROGRAMS // (tasks * blocks), 32))
-    backward_chunks, backward_n_chunk = _pieces(
+    n_splits, n_chunk = _chunks(n, positions, min(_RECONSTRUCT_PROGRAMS // (tasks * blocks), 32))
+    backward_chunks, backward_n_chunk = _chunks(
         n, backward_positions, _ceil(2 * _RECONSTRUCT_PROGRAMS, tasks)
     )
-    groups, group_rows = _pieces(m, rows, _ceil(_RECONSTRUCT_PROGRAMS, tasks * backward_chunks))
+    groups, group_rows = _chunks(m, rows, _ceil(_RECONSTRUCT_PROGRAMS, tasks * backward_chunks))
     wide = tasks * blocks * (width // 64) >= _RECONSTRUCT_PROGRAMS and block_rank <= 64
     return ReconstructConfig(
         reduce_rows=reduce_rows,

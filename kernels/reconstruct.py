@@ -1,8 +1,8 @@
 """Operation 1 in Triton: METHOD's factored algebra in three launches each way.
 
 Forward, with C = [O | g_k·φ(H_k)]:
-    reduce over d   Q = P·Bᵀ   R = P·[D | G]   S = B·[D | G]     partial sums over pieces of d
-    core            W = softmax(Q·(c·A)ᵀ/√d)   O = W·(c·A)       partial sums over pieces of n
+    reduce over d   Q = P·Bᵀ   R = P·[D | G]   S = B·[D | G]     partial sums over chunks of d
+    core            W = softmax(Q·(c·A)ᵀ/√d)   O = W·(c·A)       partial sums over chunks of n
     expand over d   [Hin | zin] = R + O·S   g = softmax((zin + b)/τ)   P′ = P + C·[B ; U]
 Backward, from Y = dL/dP′:
     reduce over d   dC = Y·[B ; U]ᵀ
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ept_fast.kernels.activations import activate, activation_slope
+from ept_fast.kernels.activations import activate, activation_derivative
 from ept_fast.kernels.launch import reconstruct_config, run
 from ept_fast.ops.types import Flags, Parameters, Saved
 
@@ -166,7 +166,7 @@ def _reduce_kernel(
 ):
     """Rows [P ; B] times columns [Bᵀ | D | G], or rows Y times columns [B ; U]ᵀ.
 
-    The sum over one piece of d for one tile. B·Bᵀ is left out.
+    The sum over one chunk of d for one tile. B·Bᵀ is left out.
     """
     row_blocks = tl.cdiv(rows, BLOCK_M)
     column_blocks = tl.cdiv(columns, BLOCK_N)
@@ -242,14 +242,14 @@ def _attend(
     query_ptr,  # [m, r]
     max_ptr,  # [n_splits, m]
     sum_ptr,  # [n_splits, m]
-    mix_ptr,  # [n_splits, m, r]
+    attended_ptr,  # [n_splits, m, r]
     a_ptr,
     stride_an,
     stride_ar,
     row_block,
     n_split,
     scaling,
-    slope,
+    score_scale,
     m,
     n,
     r,
@@ -262,7 +262,7 @@ def _attend(
     BLOCK_R: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """One piece of n: row maxima of Q·(c·A)ᵀ, row sums of the exponentials, these times c·A."""
+    """One chunk of n: row maxima of Q·(c·A)ᵀ, row sums of the exponentials, these times c·A."""
     offs_m = (row_block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     mask_m = offs_m < m
@@ -274,7 +274,7 @@ def _attend(
     )
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    mix = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    attended = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(n_split * n_chunk, tl.minimum((n_split + 1) * n_chunk, n), BLOCK_N):
         offs_n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask_n = offs_n < n
@@ -285,17 +285,17 @@ def _attend(
         )
         scores = tl.where(mask_n[None, :], scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, 1))
-        scale = tl.exp((top - highest) * slope)
-        weights = tl.exp((scores - highest[:, None]) * slope)
+        scale = tl.exp((top - highest) * score_scale)
+        weights = tl.exp((scores - highest[:, None]) * score_scale)
         total = total * scale + tl.sum(weights, 1)
-        mix = tl.dot(weights, a, mix * scale[:, None], input_precision="ieee")
+        attended = tl.dot(weights, a, attended * scale[:, None], input_precision="ieee")
         top = highest
     if n_split == 0:
         _store_tile(query_ptr, query, offs_m, r, mask_m, offs_r, 1, mask_r)
     split = tl.cast(n_split, tl.int64)
     tl.store(max_ptr + (split * m + offs_m), top, mask=mask_m)
     tl.store(sum_ptr + (split * m + offs_m), total, mask=mask_m)
-    _store_tile(mix_ptr + split * m * r, mix, offs_m, r, mask_m, offs_r, 1, mask_r)
+    _store_tile(attended_ptr + split * m * r, attended, offs_m, r, mask_m, offs_r, 1, mask_r)
 
 
 @triton.jit(do_not_specialize=["splits", "n_splits", "n_chunk"])
@@ -304,7 +304,7 @@ def _core_forward_kernel(
     query_ptr,  # [T, m, r]
     max_ptr,  # [T, n_splits, m]
     sum_ptr,  # [T, n_splits, m]
-    mix_ptr,  # [T, n_splits, m, r]
+    attended_ptr,  # [T, n_splits, m, r]
     x_ptr,  # R [T, m, W]
     cross_ptr,  # S [T, r, W]
     a_ptr,
@@ -312,7 +312,7 @@ def _core_forward_kernel(
     stride_an,
     stride_ar,
     scaling,
-    slope,
+    score_scale,
     m,
     n,
     r,
@@ -329,7 +329,7 @@ def _core_forward_kernel(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Attention over the pieces of n; beside it, the sums R and S over the pieces of d."""
+    """Attention over the chunks of n; beside it, the sums R and S over the chunks of d."""
     attend = 0
     if HAS_OFFSET:
         attend = tl.cdiv(m, BLOCK_M) * n_splits
@@ -347,14 +347,14 @@ def _core_forward_kernel(
                 query_ptr + task * m * r,
                 max_ptr + task * n_splits * m,
                 sum_ptr + task * n_splits * m,
-                mix_ptr + task * n_splits * m * r,
+                attended_ptr + task * n_splits * m * r,
                 a_ptr + task * stride_at,
                 stride_an,
                 stride_ar,
                 pid // n_splits,
                 pid % n_splits,
                 scaling,
-                slope,
+                score_scale,
                 m,
                 n,
                 r,
@@ -386,17 +386,17 @@ def _core_forward_kernel(
 def _combine(
     max_ptr,  # [n_splits, m], at the task; so are the others
     sum_ptr,  # [n_splits, m]
-    mix_ptr,  # [n_splits, m, r]
+    attended_ptr,  # [n_splits, m, r]
     offs_m,
     offs_r,
-    slope,
+    score_scale,
     m,
     r,
     n_splits,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """O [BLOCK_M, BLOCK_R], row maxima and row sums [BLOCK_M], from the pieces of n."""
+    """O [BLOCK_M, BLOCK_R], row maxima and row sums [BLOCK_M], from the chunks of n."""
     mask_m = offs_m < m
     mask_r = offs_r < r
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -404,20 +404,20 @@ def _combine(
         split = tl.cast(i, tl.int64)
         top = tl.maximum(top, tl.load(max_ptr + (split * m + offs_m), mask=mask_m, other=0.0))
     total = tl.zeros((BLOCK_M,), tl.float32)
-    mix = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    attended = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for i in range(n_splits):
         split = tl.cast(i, tl.int64)
         part_top = tl.load(max_ptr + (split * m + offs_m), mask=mask_m, other=0.0)
-        scale = tl.exp((part_top - top) * slope)
+        scale = tl.exp((part_top - top) * score_scale)
         total += scale * tl.load(sum_ptr + (split * m + offs_m), mask=mask_m, other=1.0)
-        part = _tile(mix_ptr + split * m * r, offs_m, r, mask_m, offs_r, 1, mask_r)
-        mix += scale[:, None] * part
-    return mix * (1.0 / total)[:, None], top, total
+        part = _tile(attended_ptr + split * m * r, offs_m, r, mask_m, offs_r, 1, mask_r)
+        attended += scale[:, None] * part
+    return attended * (1.0 / total)[:, None], top, total
 
 
 @triton.jit
 def _logits(
-    mix,
+    attended,
     x_ptr,  # [m, W], at the task; so are the others
     cross_ptr,  # [r, W]
     bias_ptr,
@@ -436,7 +436,7 @@ def _logits(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """z of the spaces ``offs_k`` [BLOCK_M, BLOCK_K]; ``mix`` is the tokens' mean in prompt mode."""
+    """z of the spaces ``offs_k`` [BLOCK_M, BLOCK_K]; in prompt mode ``attended`` is a mean."""
     if PROMPT:
         total = tl.zeros((BLOCK_K,), tl.float32)
         for start in range(0, m, BLOCK_M):
@@ -449,7 +449,7 @@ def _logits(
         z = _tile(x_ptr + tl.cast(dims, tl.int64), offs_m, width, offs_m < m, offs_k, 1, mask_k)
     if HAS_OFFSET:
         gate_ptr = cross_ptr + tl.cast(dims, tl.int64)
-        z = _add_product(z, mix, gate_ptr, width, offs_k, 1, mask_k, r, BLOCK_M, BLOCK_R)
+        z = _add_product(z, attended, gate_ptr, width, offs_k, 1, mask_k, r, BLOCK_M, BLOCK_R)
     bias = tl.load(bias_ptr + offs_k * stride_bias, mask=mask_k, other=0.0).to(tl.float32)
     return (z + bias[None, :]) / temperature
 
@@ -458,12 +458,12 @@ def _logits(
 def _expand_forward_kernel(
     out_ptr,  # P′ [T, m, d]
     stats_ptr,  # [T, 2, m]
-    saved_mix_ptr,  # O [T, m, r]
+    saved_attended_ptr,  # O [T, m, r]
     hidden_ptr,  # Hin [T, m, K·h]
     gates_ptr,  # g [T, m, K]
     max_ptr,  # [T, n_splits, m]
     sum_ptr,  # [T, n_splits, m]
-    mix_ptr,  # [T, n_splits, m, r]
+    attended_ptr,  # [T, n_splits, m, r]
     x_ptr,  # R [T, m, W]
     cross_ptr,  # S [T, r, W]
     p_ptr,
@@ -482,7 +482,7 @@ def _expand_forward_kernel(
     bias_ptr,
     stride_biast,
     stride_biask,
-    slope,
+    score_scale,
     temperature,
     m,
     r,
@@ -515,43 +515,55 @@ def _expand_forward_kernel(
     mask_r = offs_r < r
 
     acc = _tile(p_ptr + task * stride_pt, offs_m, stride_pm, mask_m, offs_d, stride_pd, mask_d)
-    mix = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    gate_mix = mix
+    attended = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    gate_attended = attended
     if HAS_OFFSET:
         max_ptr += task * n_splits * m
         sum_ptr += task * n_splits * m
-        mix_ptr += task * n_splits * m * r
-        mix, top, total = _combine(
-            max_ptr, sum_ptr, mix_ptr, offs_m, offs_r, slope, m, r, n_splits, BLOCK_M, BLOCK_R
+        attended_ptr += task * n_splits * m * r
+        attended, top, total = _combine(
+            max_ptr,
+            sum_ptr,
+            attended_ptr,
+            offs_m,
+            offs_r,
+            score_scale,
+            m,
+            r,
+            n_splits,
+            BLOCK_M,
+            BLOCK_R,
         )
         if d_block == 0:
             stats_ptr += task * 2 * m
             tl.store(stats_ptr + offs_m, top, mask=mask_m)
             tl.store(stats_ptr + (m + offs_m), total, mask=mask_m)
-            _store_tile(saved_mix_ptr + task * m * r, mix, offs_m, r, mask_m, offs_r, 1, mask_r)
-        gate_mix = mix
+            _store_tile(
+                saved_attended_ptr + task * m * r, attended, offs_m, r, mask_m, offs_r, 1, mask_r
+            )
+        gate_attended = attended
         if HAS_SPACES and PROMPT:
-            mixes = tl.zeros((BLOCK_R,), tl.float32)
+            attended_parts = tl.zeros((BLOCK_R,), tl.float32)
             for start in range(0, m, BLOCK_M):
                 offs = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
                 part, _, _ = _combine(
                     max_ptr,
                     sum_ptr,
-                    mix_ptr,
+                    attended_ptr,
                     offs,
                     offs_r,
-                    slope,
+                    score_scale,
                     m,
                     r,
                     n_splits,
                     BLOCK_M,
                     BLOCK_R,
                 )
-                mixes += tl.sum(part, 0)
-            gate_mix = tl.broadcast_to((mixes / m)[None, :], (BLOCK_M, BLOCK_R))
+                attended_parts += tl.sum(part, 0)
+            gate_attended = tl.broadcast_to((attended_parts / m)[None, :], (BLOCK_M, BLOCK_R))
         b_ptr += task * stride_bt
         acc = _add_product(
-            acc, mix, b_ptr, stride_br, offs_d, stride_bd, mask_d, r, BLOCK_M, BLOCK_R
+            acc, attended, b_ptr, stride_br, offs_d, stride_bd, mask_d, r, BLOCK_M, BLOCK_R
         )
     if HAS_SPACES:
         dims = spaces * DIM
@@ -567,7 +579,7 @@ def _expand_forward_kernel(
             offs_k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
             mask_k = offs_k < spaces
             z = _logits(
-                gate_mix,
+                gate_attended,
                 x_ptr,
                 cross_ptr,
                 bias_ptr,
@@ -597,11 +609,11 @@ def _expand_forward_kernel(
             hidden = _tile(x_ptr, offs_m, width, mask_m, offs_c, 1, mask_c)
             if HAS_OFFSET:
                 hidden = _add_product(
-                    hidden, mix, cross_ptr, width, offs_c, 1, mask_c, r, BLOCK_M, BLOCK_R
+                    hidden, attended, cross_ptr, width, offs_c, 1, mask_c, r, BLOCK_M, BLOCK_R
                 )
             space = columns // DIM
             z = _logits(
-                gate_mix,
+                gate_attended,
                 x_ptr,
                 cross_ptr,
                 bias_ptr,
@@ -891,7 +903,7 @@ def _core_backward_kernel(
     partial_ptr,  # dC [T, splits, m, r + K·h]
     query_ptr,  # [T, m, r]
     stats_ptr,  # [T, 2, m]
-    mix_ptr,  # [T, m, r]
+    attended_ptr,  # [T, m, r]
     hidden_ptr,  # [T, m, K·h]
     gates_ptr,  # [T, m, K]
     cross_ptr,  # [T, r, W]
@@ -900,7 +912,7 @@ def _core_backward_kernel(
     stride_an,
     stride_ar,
     scaling,
-    slope,
+    score_scale,
     temperature,
     m,
     n,
@@ -923,10 +935,10 @@ def _core_backward_kernel(
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """A group of prompt rows against a piece of n, block by block: its part of dQ and of dA.
+    """A group of prompt rows against a chunk of n, block by block: its part of dQ and of dA.
 
     Each program finds dO of its rows anew, since dO needs the whole sum over d; those of the first
-    piece of n store dX.
+    chunk of n store dX.
     """
     positions = 1
     if HAS_OFFSET:
@@ -945,7 +957,7 @@ def _core_backward_kernel(
     partial_ptr += task * splits * part
     query_ptr += task * m * r
     stats_ptr += task * 2 * m
-    mix_ptr += task * m * r
+    attended_ptr += task * m * r
     hidden_ptr += task * m * dims
     gates_ptr += task * m * spaces
     cross_ptr += task * r * width
@@ -995,9 +1007,9 @@ def _core_backward_kernel(
         for row in range(first, last, BLOCK_M):
             offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
             mask_m = offs_m < m
-            d_mix = tl.broadcast_to(gate_part[None, :], (BLOCK_M, BLOCK_R))
+            d_attended = tl.broadcast_to(gate_part[None, :], (BLOCK_M, BLOCK_R))
             if HAS_OFFSET:
-                d_mix += _sum_parts(
+                d_attended += _sum_parts(
                     partial_ptr + (offs_m[:, None] * columns_c + offs_r[None, :]),
                     mask_m[:, None] & mask_r[None, :],
                     splits,
@@ -1024,17 +1036,19 @@ def _core_backward_kernel(
                     )
                     offs_k = (columns // DIM).to(tl.int64)
                     gates = _tile(gates_ptr, offs_m, spaces, mask_m, offs_k, 1, mask_c)
-                    d_hidden = grad * gates * activation_slope(hidden, ACTIVATION)
+                    d_hidden = grad * gates * activation_derivative(hidden, ACTIVATION)
                     if start_n == 0:
                         _store_tile(dx_ptr, d_hidden, offs_m, width, mask_m, offs_c, 1, mask_c)
                     if HAS_OFFSET:
                         cross = _tile(cross_ptr, offs_r, width, mask_r, offs_c, 1, mask_c)
                         if BLOCK_R > 128:
                             tl.debug_barrier()  # as in _gate_backward
-                        d_mix = tl.dot(d_hidden, tl.trans(cross), d_mix, input_precision="ieee")
+                        d_attended = tl.dot(
+                            d_hidden, tl.trans(cross), d_attended, input_precision="ieee"
+                        )
                 if not PROMPT:
-                    d_mix = _gate_backward(
-                        d_mix,
+                    d_attended = _gate_backward(
+                        d_attended,
                         partial_ptr + tl.cast(r, tl.int64),
                         hidden_ptr,
                         gates_ptr,
@@ -1061,7 +1075,7 @@ def _core_backward_kernel(
                         UNROLL,
                     )
             if HAS_OFFSET:
-                d_mix = tl.where(mask_m[:, None], d_mix, 0.0)
+                d_attended = tl.where(mask_m[:, None], d_attended, 0.0)
                 query = _tile(query_ptr, offs_m, r, mask_m, offs_r, 1, mask_r)
                 top = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
                 total = tl.load(stats_ptr + (m + offs_m), mask=mask_m, other=1.0)
@@ -1080,12 +1094,12 @@ def _core_backward_kernel(
                     scaling,
                 )
                 weights = tl.where(mask_n[None, :], weights, float("-inf"))
-                weights = tl.exp((weights - top[:, None]) * slope) * (1.0 / total)[:, None]
-                d_a = tl.dot(tl.trans(weights), d_mix, d_a, input_precision="ieee")
+                weights = tl.exp((weights - top[:, None]) * score_scale) * (1.0 / total)[:, None]
+                d_a = tl.dot(tl.trans(weights), d_attended, d_a, input_precision="ieee")
                 d_weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 d_weights = _add_product(
                     d_weights,
-                    d_mix,
+                    d_attended,
                     a_ptr,
                     stride_ar,
                     offs_n,
@@ -1099,11 +1113,11 @@ def _core_backward_kernel(
                 # Σ_j W·dW of each row is dO·O, summed in the order of dW = dO·(c·A)ᵀ.
                 inner = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
                 inner = _add_product(
-                    inner, d_mix, mix_ptr, 1, offs_m, r, mask_m, r, BLOCK_M, BLOCK_R
+                    inner, d_attended, attended_ptr, 1, offs_m, r, mask_m, r, BLOCK_M, BLOCK_R
                 )
                 diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
                 delta = tl.sum(tl.where(diagonal, inner, 0.0), 1)
-                d_scores = weights * (d_weights - delta[:, None]) * slope
+                d_scores = weights * (d_weights - delta[:, None]) * score_scale
                 a = _tile(a_ptr, offs_n, stride_an, mask_n, offs_r, stride_ar, mask_r)
                 d_query = tl.dot(d_scores * scaling, a, input_precision="ieee")
                 if start_n > first_n:  # what this very program has written for the blocks before
@@ -1176,7 +1190,7 @@ def _expand_backward_kernel(
     dx_ptr,  # dX [T, m, W]
     dq_ptr,  # [T, n_chunks, m, r]
     da_parts_ptr,  # [T, groups, n, r]
-    mix_ptr,  # [T, m, r]
+    attended_ptr,  # [T, m, r]
     hidden_ptr,  # [T, m, K·h]
     gates_ptr,  # [T, m, K]
     y_ptr,
@@ -1250,7 +1264,7 @@ def _expand_backward_kernel(
     mask_r = offs_r < r
     dx_ptr += task * m * width
     dq_ptr += task * n_chunks * m * r
-    mix_ptr += task * m * r
+    attended_ptr += task * m * r
     y_ptr += task * stride_yt
     p_ptr += task * stride_pt
     b_ptr += task * stride_bt
@@ -1288,8 +1302,8 @@ def _expand_backward_kernel(
                     HAS_SPACES,
                     BLOCK_C,
                 )
-                mix = _tile(mix_ptr, offs_m, r, mask_m, offs_b, 1, mask_b)
-                d_b = tl.dot(tl.trans(mix), grad, d_b, input_precision="ieee")
+                attended = _tile(attended_ptr, offs_m, r, mask_m, offs_b, 1, mask_b)
+                d_b = tl.dot(tl.trans(attended), grad, d_b, input_precision="ieee")
                 d_query = _sum_parts(
                     dq_ptr + (offs_m[:, None] * r + offs_b[None, :]),
                     mask_m[:, None] & mask_b[None, :],
@@ -1311,10 +1325,10 @@ def _expand_backward_kernel(
                 mask_m = offs_m < m
                 fused = _tile(p_ptr, offs_m, stride_pm, mask_m, offs_d, stride_pd, mask_d)
                 if HAS_OFFSET:
-                    mix = _tile(mix_ptr, offs_m, r, mask_m, offs_r, 1, mask_r)
+                    attended = _tile(attended_ptr, offs_m, r, mask_m, offs_r, 1, mask_r)
                     fused = _add_product(
                         fused,
-                        mix,
+                        attended,
                         b_ptr,
                         stride_br,
                         offs_d,
@@ -1446,9 +1460,9 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     out = torch.empty((tasks, m, d), dtype=p.dtype, device=device)
-    query, stats, mix, hidden, gates, cross = (empty(0) for _ in Saved._fields)
+    query, stats, attended, hidden, gates, cross = (empty(0) for _ in Saved._fields)
     if not has_offset and not has_spaces:
-        return out.copy_(p), Saved(query, stats, mix, hidden, gates, cross)
+        return out.copy_(p), Saved(query, stats, attended, hidden, gates, cross)
     _, a, b, down, up, weight, bias = _with_stand_ins(parameters)
     dims = spaces * dim
     width = dims + spaces
@@ -1494,12 +1508,12 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
     )
 
     splits = config.n_splits
-    maxima, sums, mixes, x = partial, partial, partial, partial
+    maxima, sums, attended_parts, x = partial, partial, partial, partial
     programs = 0
     if has_offset:
-        query, stats, mix = empty(tasks, m, r), empty(tasks, 2, m), empty(tasks, m, r)
+        query, stats, attended = empty(tasks, m, r), empty(tasks, 2, m), empty(tasks, m, r)
         maxima, sums = empty(tasks, splits, m), empty(tasks, splits, m)
-        mixes = empty(tasks, splits, m, r)
+        attended_parts = empty(tasks, splits, m, r)
         programs += triton.cdiv(m, config.rows) * splits
     if has_spaces:
         x, hidden, gates = empty(tasks, m, width), empty(tasks, m, dims), empty(tasks, m, spaces)
@@ -1514,7 +1528,7 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         query,
         maxima,
         sums,
-        mixes,
+        attended_parts,
         x,
         cross,
         a,
@@ -1545,12 +1559,12 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         device,
         out,
         stats,
-        mix,
+        attended,
         hidden,
         gates,
         maxima,
         sums,
-        mixes,
+        attended_parts,
         x,
         cross,
         p,
@@ -1581,7 +1595,7 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         num_warps=config.warps,
         num_stages=1,
     )
-    return out, Saved(query, stats, mix, hidden, gates, cross)
+    return out, Saved(query, stats, attended, hidden, gates, cross)
 
 
 def reconstruct_backward(
@@ -1610,7 +1624,7 @@ def reconstruct_backward(
     dims = spaces * dim
     width = dims + spaces
     config = reconstruct_config(*sizes)
-    query, stats, mix, hidden, gates, cross = (tensor.contiguous() for tensor in saved)
+    query, stats, attended, hidden, gates, cross = (tensor.contiguous() for tensor in saved)
 
     columns = r + dims
     splits = config.backward_d_splits
@@ -1666,7 +1680,7 @@ def reconstruct_backward(
         partial,
         query,
         stats,
-        mix,
+        attended,
         hidden,
         gates,
         cross,
@@ -1725,7 +1739,7 @@ def reconstruct_backward(
         dx,
         dq,
         da_parts,
-        mix,
+        attended,
         hidden,
         gates,
         grad,

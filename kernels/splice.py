@@ -60,7 +60,7 @@ def _first_row_of(task, task_ids_ptr, stride_task_ids, batch, num_tasks, BLOCK: 
 
 
 @triton.jit
-def _extent(
+def _real_tokens(
     mask_ptr,
     stride_mask_b,
     stride_mask_s,
@@ -252,7 +252,7 @@ def _splice_forward_kernel(
             real = columns < length
             together = mine
             if HAS_MASK:
-                first, total, stretch = _extent(
+                first, total, stretch = _real_tokens(
                     mask_ptr,
                     stride_mask_b,
                     stride_mask_s,
@@ -498,7 +498,7 @@ def _splice_backward_kernel(
     alone = mine & (total < 0)
     if HAS_MASK and ROWS <= BLOCK_B:
         if block >= prompt_blocks:
-            first, total, stretch = _extent(
+            first, total, stretch = _real_tokens(
                 mask_ptr, stride_mask_b, stride_mask_s, offs_b, mine, length, BLOCK_B, BLOCK_C
             )
             alone = mine & (stretch == 0)
@@ -529,7 +529,7 @@ def _splice_backward_kernel(
                 if number > 0:
                     if HAS_MASK and ROWS > BLOCK_B:
                         if block >= prompt_blocks:
-                            first, total, stretch = _extent(
+                            first, total, stretch = _real_tokens(
                                 mask_ptr,
                                 stride_mask_b,
                                 stride_mask_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = ["GATES"]
 SEVEN = Parameters._fields
 ACTIVATIONS = tuple(activations.ACTIVATIONS)
 PADDINGS = ("none", "right", "left", "holes", "rows")
+LAYOUTS = ("plain", "transposed", "reversed axes", "sliced", "shifted", "wide rows")
 PARTS: dict[str, dict[str, bool]] = {
     "all": {},
     "no fusion": {"fusion": False},
@@ -55,6 +57,15 @@ class Sizes:
     tasks: int | None = None
 
 
+# Sizes that results are named after, with a vocabulary cut to what a test needs.
+NAMED = {
+    "t5-base": Sizes(m=40, n=256, r=30, k=4, h=8, d=768, batch=32, length=256, vocabulary=4096),
+    "llama-8b": Sizes(60, 2048, 24, 4, 16, 4096, batch=8, length=2048, vocabulary=4096),
+    "long": Sizes(60, 32768, 24, 4, 16, 4096, batch=1, length=32768, vocabulary=4096),
+    "bank": Sizes(40, 256, 30, 4, 8, 768, batch=64, length=256, vocabulary=4096, tasks=64),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """Arguments of both operations; ``flags`` are those of the first."""
@@ -67,12 +78,46 @@ class Case:
     task_ids: Tensor | None
     flags: dict[str, Any] = field(default_factory=dict)
 
+    def each_parameter(self, change: Callable[[Tensor], Tensor]) -> Case:
+        """The case with every parameter changed, new leaves of the graph."""
+        changed = {n: change(t.detach()).requires_grad_() for n, t in self.parameters.items()}
+        return replace(self, parameters=changed)
+
     def to(self, dtype: torch.dtype) -> Case:
-        """The same values in another type, new leaves of the graph."""
-        parameters = {
-            name: t.detach().to(dtype).requires_grad_() for name, t in self.parameters.items()
-        }
-        return replace(self, parameters=parameters, weight=self.weight.to(dtype))
+        """The same values in another type."""
+        return replace(self.each_parameter(lambda t: t.to(dtype)), weight=self.weight.to(dtype))
+
+    def typed(self, types: str) -> Case:
+        """The same values in a pair of ``TYPES``."""
+        table, parameters = TYPES[types]
+        case = self.to(parameters)
+        return replace(case, weight=case.weight.to(table))
+
+    def each_tensor(self, change: Callable[[Tensor], Tensor]) -> Case:
+        """The case with every parameter, the table and what says where the text is changed."""
+        case = self._each_of_the_text(change)
+        return replace(case.each_parameter(change), weight=change(self.weight))
+
+    def _each_of_the_text(self, change: Callable[[Tensor], Tensor]) -> Case:
+        names = ("input_ids", "attention_mask", "task_ids")
+        have = {name: t for name in names if (t := getattr(self, name)) is not None}
+        return replace(self, **{name: change(t) for name, t in have.items()})
+
+    def laid_out(self, layout: str) -> Case:
+        """The same values in tensors of a layout."""
+        return self if layout == "plain" else self.each_tensor(lambda t: laid_out(t, layout))
+
+    def rows(self, rows: list[int]) -> Case:
+        """These rows of the batch."""
+        case = self._each_of_the_text(lambda t: t[rows])
+        return replace(case, sizes=replace(self.sizes, batch=len(rows)))
+
+    def padded(self, left: int, right: int) -> Case:
+        """The same texts with padding around them."""
+        mask = torch.ones_like(self.input_ids)
+        ids, mask = (torch.nn.functional.pad(t, (left, right)) for t in (self.input_ids, mask))
+        sizes = replace(self.sizes, length=ids.shape[1])
+        return replace(self, sizes=sizes, input_ids=ids, attention_mask=mask)
 
     def reconstruct(self, backend: str) -> Tensor:
         return reconstruct_prompt(**self.parameters, **self.flags, backend=backend)
@@ -205,18 +250,27 @@ def sharp_case(case: Case, scores: str, size: float, large: str) -> Case:
     return replace(case, parameters=p).to(torch.float32)
 
 
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values at the strides of one of ``LAYOUTS``; what lies between them is NaN."""
+    if layout == "transposed":
+        return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+    if layout == "reversed axes":
+        axes = tuple(range(tensor.dim()))[::-1]
+        return tensor.permute(axes).contiguous().permute(axes)
+    fill = float("nan") if tensor.is_floating_point() else 99
+    *lead, last = tensor.shape
+    if layout == "sliced":
+        return tensor.new_full((*lead, 2 * last + 1), fill)[..., 1::2].copy_(tensor)
+    first = {"shifted": 1, "wide rows": 0}[layout]
+    return tensor.new_full((*lead, last + 3), fill)[..., first : first + last].copy_(tensor)
+
+
 def run(case: Case, backend: str, cotangent: Tensor) -> dict[str, Tensor]:
     """Output and gradients of both operations in a row."""
-    for parameter in case.parameters.values():
-        parameter.grad = None
     out = case.both(backend)
-    out.backward(cotangent.to(out.dtype))
-    grads = {name: t.grad for name, t in case.parameters.items() if t.grad is not None}
+    leaves = {name: t for name, t in case.parameters.items() if t.requires_grad}
+    found = torch.autograd.grad(
+        out, list(leaves.values()), cotangent.to(out.dtype), allow_unused=True
+    )
+    grads = {name: grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
     return {"output": out.detach(), **grads}
-
-
-def typed(case: Case, types: str) -> Case:
-    """The case in a pair of ``TYPES``."""
-    table, parameters = TYPES[types]
-    case = case.to(parameters)
-    return replace(case, weight=case.weight.to(table))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,7 +23,7 @@ import pytest
 import torch
 import torch.utils.deterministic
 
-from tests import support
+from tests import host_kernels, support
 
 # The kernels run in Triton's interpreter where there is no GPU to compile them for; triton reads
 # this when it is imported.
@@ -39,8 +41,8 @@ hypothesis.settings.load_profile("suite")
 _LONGEST = (
     "test_readme.py",
     "test_text_training.py",
-    "test_triton.py",
-    "test_triton_random.py",
+    "test_parity.py",
+    "test_kernels.py",
 )
 
 
@@ -94,6 +96,33 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a backend that serves CPU tensors for this test: see `tests.parity`."""
+    name: str = request.param
+    if name == "triton":
+        _speed_up_the_interpreter()
+    if name in ("host", "cuda"):
+        host_kernels.serve(name, monkeypatch)
+    return name
+
+
+@functools.cache
+def _speed_up_the_interpreter() -> None:
+    """Have it look through Triton's language once for each module, not in each call in a kernel."""
+    from triton.runtime import interpreter
+
+    prepared: set[str] = set()
+
+    def call(function: Any, *arguments: Any, **options: Any) -> Any:
+        if function.fn.__module__ not in prepared:
+            prepared.add(function.fn.__module__)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*arguments, **options)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
-"""The CUDA kernels as a backend on a CPU: `csrc/host.cpp`, built with the system's C++ compiler.
+"""The CUDA kernels as backends on a CPU: `csrc/host.cpp`, built with the system's C++ compiler.
 
-The library is called through ctypes with the tensors' own memory. What it writes lies between guard
-zones, which are looked at after every call, and is full of NaN before.
+"host" calls the library through ctypes with the tensors' own memory. What it writes lies between
+guard zones, which are looked at after every call, and is full of NaN before. "cuda" is the whole
+backend: its Python, and `csrc/binding.cpp` compiled with ``EPT_FAST_HOST`` beside `csrc/host.cpp`.
+What is left for a GPU are device guard, stream and launches.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ept_fast.backends import cuda
+from ept_fast.backends.cuda import library as cuda_library
 from ept_fast.config import GATES
 from ept_fast.ops import dispatch
 from ept_fast.ops.activations import ACTIVATIONS
@@ -72,7 +76,7 @@ class _ReconstructForward(ctypes.Structure):
         view: short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
         number: scaling temperature
         choice: activation gate
-        memory: prompt query stats mix hidden gates cross workspace
+        memory: prompt query stats attended hidden gates cross workspace
         """
     )
 
@@ -82,7 +86,7 @@ class _ReconstructBackward(ctypes.Structure):
         """
         size: tasks tokens positions rank spaces dim width
         view: grad short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
-        memory: query stats mix hidden gates cross
+        memory: query stats attended hidden gates cross
         number: scaling temperature
         choice: activation gate
         memory: d_short_prompt d_offset_a d_offset_b d_space_down d_space_up
@@ -121,15 +125,52 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
-def build(folder: Path, *flags: str) -> Path:
-    """The library, compiled into a folder."""
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+
+
+def build(folder: Path, *rest: str | Path) -> Path:
+    """The library, compiled into a folder; ``rest``: more flags, sources and libraries."""
     path = folder / "libept_host.so"
-    found = compiler()
-    assert found is not None
-    command = [found, *_FLAGS, *flags, str(CSRC / "host.cpp"), "-o", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [compiler(), *_FLAGS, CSRC / "host.cpp", "-o", path, *rest]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return path
+
+
+# The contract's functions, by way of those that host.cpp offers to tests.
+_ADAPTER = """
+#include "kernels.h"
+#define ADAPT(Name, name)                                                        \\
+  extern "C" int64_t ept_##name##_workspace(const ept::Name*);                   \\
+  extern "C" int ept_##name(const ept::Name*, int);                              \\
+  int64_t ept::name##_workspace(const ept::Name& call) {                         \\
+    return ept_##name##_workspace(&call);                                        \\
+  }                                                                              \\
+  ept::Status ept::name(const ept::Name& call, CUstream_st*) {                   \\
+    return {call.scaling == 13 ? 98 : ept_##name(&call, 0), "made_up_kernel"};   \\
+  }
+ADAPT(ReconstructForward, reconstruct_forward)
+ADAPT(ReconstructBackward, reconstruct_backward)
+ADAPT(SpliceForward, splice_forward)
+ADAPT(SpliceBackward, splice_backward)
+const char* ept::error_string(int) { return "invalid device function"; }
+"""
+
+
+@functools.cache
+def _load_binding() -> None:
+    torch_folder = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory() as name:
+        adapter = Path(name) / "adapter.cpp"
+        adapter.write_text(_ADAPTER)
+        built = build(
+            Path(name),
+            *(CSRC / "binding.cpp", adapter, "-fvisibility=hidden", "-I", CSRC),
+            *("-DEPT_FAST_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+            *("-isystem", torch_folder / "include", f"-L{torch_folder / 'lib'}"),
+            *("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"),
+        )
+        torch.ops.load_library(built)
 
 
 @functools.cache
@@ -166,8 +207,13 @@ def downwards() -> Iterator[None]:
     _order.pop()
 
 
-def as_backend(monkeypatch: pytest.MonkeyPatch, name: str = "host") -> None:
-    """Have this module stand among the backends under a name, for calls that ask for it."""
+def serve(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have "host" or "cuda" serve the calls that ask for it by name."""
+    if name == "cuda":
+        _load_binding()
+        monkeypatch.setattr(cuda, "supports", supports)
+        monkeypatch.setattr(cuda_library, "load", lambda: None)
+        return
     order = {**dispatch._IN_ORDER, name: sys.modules[__name__]}
     monkeypatch.setattr(dispatch, "_IN_ORDER", order)
     monkeypatch.setattr(dispatch, "_NAMES", (*order, dispatch.REFERENCE))
@@ -291,7 +337,7 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
     if parameters.has_offset:
         saved["query"] = memory.empty(tasks, m, rank)
         saved["stats"] = memory.empty(tasks, 2, m)
-        saved["mix"] = memory.empty(tasks, m, rank)
+        saved["attended"] = memory.empty(tasks, m, rank)
     if parameters.has_spaces:
         saved["hidden"] = memory.empty(tasks, m, spaces * dim)
         saved["gates"] = memory.empty(tasks, m, spaces)

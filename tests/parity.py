@@ -17,11 +17,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import host_kernels
 from tests.cases import Case, Sizes, make_case, run, sharp_case
 
 needs_interpreter = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels are compiled for the GPU here: tests/gpu"
 )
+# What a test of a property of every backend runs over; the fixture ``backend`` sets each one up.
+# "host" is the CUDA kernels built for a CPU, "cuda" the same behind the backend's own binding.
+EAGER = pytest.param("eager")
+TRITON = pytest.param("triton", marks=needs_interpreter)
+HOST = pytest.param("host", marks=host_kernels.needs_compiler)
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.slow, host_kernels.needs_compiler, needs_interpreter]
+)
+
+
+def over(*backends: Any) -> Any:
+    """Parametrise a test over backends."""
+    return pytest.mark.parametrize("backend", backends, indirect=True)
+
+
+each_kernel = over(TRITON, HOST, CUDA)
+each_backend = over(EAGER, TRITON, HOST, CUDA)
 FACTOR = 2.0
 OUTLIER = 20.0
 # Scores of fusion as ``sharp_case`` makes them, and whether the gradient's terms cancel but for
@@ -118,19 +136,9 @@ def assert_as_exact_as_the_definition(
 
 def large_scores(scores: str, size: float) -> Iterator[Case]:
     """Cases in float32 with scores up to ``size``, by each of the tensors that can make them so."""
-    for seed, (n, tasks) in enumerate(((29, None), (64, None), (13, 3))):
-        sizes = Sizes(m=7, n=n, r=5, k=3, h=5, d=37, batch=5, length=5, tasks=tasks)
+    everyone = ("short_prompt", "offset_a", "offset_b")
+    for seed, (n, tasks, larges) in enumerate(((66, None, everyone), (13, 2, everyone[1:2]))):
+        sizes = Sizes(m=7, n=n, r=5, k=3, h=5, d=37, batch=1, length=5, tasks=tasks)
         case = make_case(sizes, padding="right", seed=seed)
-        for large in ("short_prompt", "offset_a", "offset_b"):
+        for large in larges:
             yield sharp_case(case, scores, size, large)
-
-
-def assert_no_slope_at_zero(backend: str) -> None:
-    """The derivative of ReLU at 0 is 0, as in PyTorch."""
-    case = make_case(Sizes(), activation="relu", dtype=torch.float32)
-    with torch.no_grad():
-        case.parameters["space_down"].zero_()  # so that every hidden value is 0
-    grads = run(case, backend, cotangent_of(case))
-    assert not grads["space_down"].any()
-    assert grads["gate_weight"].isfinite().all()
-    assert run(case, "reference", cotangent_of(case))["space_down"].eq(0).all()

@@ -20,6 +20,8 @@ from ept_fast.config import GATES
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.training.config import TrainConfig
 
+NAMES = ", ".join(ACTIVATIONS)
+
 FIELDS = tuple(field.name for field in dataclasses.fields(EPTConfig))
 BEYOND_FLOAT = 10**400
 BEYOND_TEXT = 10**5000  # of which Python writes no digits
@@ -73,9 +75,9 @@ REFUSED = [
     ("alpha", math.nan, ValueError, "expected a finite number, got nan"),
     ("alpha", -math.inf, ValueError, "expected a finite number, got -inf"),
     ("alpha", BEYOND_FLOAT, ValueError, "expected a finite number, got an integer of 1329 bits"),
-    ("activation", "tanh", ValueError, "expected one of gelu, relu, silu, identity, got 'tanh'"),
-    ("activation", "GELU", ValueError, "expected one of gelu, relu, silu, identity, got 'GELU'"),
-    ("activation", None, ValueError, "expected one of gelu, relu, silu, identity, got None"),
+    ("activation", "tanh", ValueError, f"expected one of {NAMES}, got 'tanh'"),
+    ("activation", "GELU", ValueError, f"expected one of {NAMES}, got 'GELU'"),
+    ("activation", None, ValueError, f"expected one of {NAMES}, got None"),
     ("gate", "row", ValueError, "expected one of token, prompt, got 'row'"),
     ("gate", 0, ValueError, "expected one of token, prompt, got 0"),
     ("temperature", None, TypeError, "expected a real number, got NoneType None"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ept_fast.backends import cuda, eager, fused, triton
 from ept_fast.backends.cuda import build, library
 from ept_fast.backends.cuda.build import ExtensionError
 from ept_fast.ops import dispatch
+from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.ops.types import Flags, Parameters, Saved, SpliceInputs
 
 GPU = torch.device("cuda", 0)
@@ -171,6 +173,17 @@ def test_forced_backend_says_why_not(
 def test_the_largest_that_is_served(machine: Machine) -> None:
     largest = prompt_on_gpu(offset_a=OnGpu((16, 256)), space_down=OnGpu((8, 16, 64)))
     assert cuda.supports(largest) == (True, "fused kernels")
+
+
+def test_limits_are_those_of_the_kernels(root: Path) -> None:
+    header = (root / "csrc" / "kernels.h").read_text()
+    for name, value in (("max_rank", fused.MAX_RANK), ("max_spaces", fused.MAX_SPACES)):
+        assert re.search(rf"{name} = {value};", header), name
+
+
+def test_activations_are_those_of_the_kernels(root: Path) -> None:
+    rows = re.findall(r"^  ROW\((\w+),", (root / "csrc" / "activations.h").read_text(), re.M)
+    assert rows == list(ACTIVATIONS)
 
 
 def test_an_old_gpu_is_refused(machine: Machine) -> None:

@@ -15,25 +15,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ept_fast import reconstruct_prompt, splice_prompt
 from ept_fast.ops.types import Flags
-from tests.cases import Case, Sizes, make_case, run
-from tests.parity import needs_interpreter
+from tests.cases import PARTS, Case, Sizes, make_case, run
+from tests.parity import EAGER, TRITON, over
 
 # torch.compile itself does what these warn of.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),
 ]
-BANK = Sizes(tasks=2)
+BANK = Sizes(m=2, n=3, r=2, k=2, h=2, d=5, batch=2, length=3, tasks=2)
 FLAGS = Flags(0.4, "gelu", "token", 0.7)
-each_backend = pytest.mark.parametrize(
-    "backend", ["eager", pytest.param("triton", marks=needs_interpreter)]
-)
-PARTS: dict[str, dict[str, bool]] = {
-    "all": {},
-    "no spaces": {"spaces": False},
-    "no offset": {"offset": False},
-    "prompt only": {"offset": False, "spaces": False},
-}
+each_backend = over(EAGER, TRITON)
 OPS = torch.ops.ept_fast
 
 
@@ -45,8 +37,17 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    [
+        ("all", torch.float32),
+        ("all", torch.bfloat16),
+        ("no spaces", torch.bfloat16),
+        ("no offset", torch.float32),
+        ("prompt only", torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_opcheck_reconstruct(part: str, dtype: torch.dtype, backend: str) -> None:
     tensors = list(make_case(BANK, dtype=dtype, **PARTS[part]).tensors())
     flags = (*FLAGS, backend)
@@ -66,7 +67,7 @@ def test_opcheck_splice(offset: bool, lookup: bool, backend: str) -> None:
         embeds = case.weight[case.input_ids]
         inputs = inputs._replace(input_ids=None, weight=None, inputs_embeds=embeds)
     torch.library.opcheck(OPS.splice_forward, (list(inputs), 0.4, backend))
-    grad = torch.randn(4, 9, 5)
+    grad = torch.randn(2, 5, 5)
     kept = list(inputs._replace(input_ids=None, weight=None, inputs_embeds=None))
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(OPS.splice_backward, (grad, kept, 0.4, *needs, backend))
@@ -133,7 +134,7 @@ def test_compiles_into_one_graph(dynamic: bool, tasks: int | None, backend: str)
 
 
 def test_the_definition_compiles_into_one_graph() -> None:
-    compiled = _compiled("reference")
+    compiled = _compiled("reference", backend="aot_eager")
     case = make_case(Sizes(), dtype=torch.float64)
     for got, expected in zip(_step(compiled, case), _step(_both, case), strict=True):
         torch.testing.assert_close(got, expected)
@@ -142,9 +143,9 @@ def test_the_definition_compiles_into_one_graph() -> None:
 @each_backend
 def test_compiled_code_serves_new_batch_sizes_and_lengths(backend: str) -> None:
     """One graph for the first sizes and one for all others."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = _compiled(backend, backend=counter)
-    for batch, length in ((4, 6), (3, 5), (2, 7), (5, 4), (6, 3)):
+    for batch, length in ((4, 6), (3, 5), (2, 7), (5, 4)):
         sizes = Sizes(batch=batch, length=length)
         case = make_case(sizes, padding="right", dtype=_served(backend))
         uncompiled = _step(lambda case: case.both(backend), case)
@@ -175,8 +176,7 @@ def test_compiled_code_serves_every_scaling_and_temperature(dynamic: bool | None
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -1, True, "1"])
-def test_compiling_names_a_bad_temperature(bad: Any, dynamic: bool | None) -> None:
+def test_compiling_names_a_bad_temperature(dynamic: bool | None) -> None:
     prompt = torch.ones(3, 5)
     compiled = torch.compile(
         lambda temperature: reconstruct_prompt(prompt, temperature=temperature),
@@ -186,10 +186,11 @@ def test_compiling_names_a_bad_temperature(bad: Any, dynamic: bool | None) -> No
     )
     for good in (1.5, 2.5):  # from the second value on the number may be an input
         compiled(good)
-    with pytest.raises((TypeError, ValueError)) as uncompiled:
-        reconstruct_prompt(prompt, temperature=bad)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape(str(uncompiled.value))):
-        compiled(bad)
+    for bad in (float("nan"), float("inf"), 0.0, -1, True, "1"):
+        with pytest.raises((TypeError, ValueError)) as uncompiled:
+            reconstruct_prompt(prompt, temperature=bad)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape(str(uncompiled.value))):
+            compiled(bad)
 
 
 def test_compiled_code_checks_values() -> None:
@@ -200,9 +201,7 @@ def test_compiled_code_checks_values() -> None:
         compiled(case)
 
 
-@pytest.mark.parametrize(
-    "backend", ["eager", "reference", pytest.param("triton", marks=needs_interpreter)]
-)
+@over("reference", EAGER, TRITON)
 def test_autocast_changes_no_bit(backend: str) -> None:
     case = make_case(Sizes(), dtype=torch.float32)
     leaves = list(case.parameters.values())
@@ -238,8 +237,7 @@ REFUSED = {
 
 
 @each_backend
-@pytest.mark.parametrize("tasks", [None, 2])
-@pytest.mark.parametrize("gate", ["token", "prompt"])
+@pytest.mark.parametrize(("gate", "tasks"), [("token", 2), ("prompt", None)])
 @pytest.mark.parametrize("zero", ZEROS)
 def test_zero_sizes(zero: str, gate: str, tasks: int | None, backend: str) -> None:
     """Each is served, with the definition's values and gradients, or refused by its name."""
@@ -287,9 +285,7 @@ def test_gradient_checkpointing(reentrant: bool, backend: str) -> None:
     names, leaves = list(case.parameters), list(case.parameters.values())
 
     def function(*tensors: Tensor) -> Tensor:
-        return Case(**{**vars(case), "parameters": dict(zip(names, tensors, strict=True))}).both(
-            backend
-        )
+        return replace(case, parameters=dict(zip(names, tensors, strict=True))).both(backend)
 
     out = checkpoint(function, *leaves, use_reentrant=reentrant)
     out.square().sum().backward()
@@ -306,10 +302,10 @@ def test_only_what_is_asked_for_gets_a_gradient(backend: str) -> None:
     frozen = {name: t.detach() for name, t in case.parameters.items()}
     for name in case.parameters:
         leaf = frozen[name].clone().requires_grad_()
-        Case(**{**vars(case), "parameters": {**frozen, name: leaf}}).both(backend).sum().backward()
+        replace(case, parameters={**frozen, name: leaf}).both(backend).sum().backward()
         assert leaf.grad is not None
     case.weight.requires_grad_()
-    out = Case(**{**vars(case), "parameters": frozen}).splice(frozen["short_prompt"], backend)
+    out = replace(case, parameters=frozen).splice(frozen["short_prompt"], backend)
     assert not out.requires_grad  # the table is frozen whatever it asks for
 
 
@@ -321,9 +317,7 @@ def test_gradients_have_their_tensors_types_and_shapes(backend: str) -> None:
         name: t.detach().to(types[i % 4]).requires_grad_()
         for i, (name, t) in enumerate(case.parameters.items())
     }
-    out = Case(**{**vars(case), "parameters": mixed, "weight": case.weight.bfloat16()}).both(
-        backend
-    )
+    out = replace(case, parameters=mixed, weight=case.weight.bfloat16()).both(backend)
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     for name, tensor in mixed.items():

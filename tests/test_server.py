@@ -35,7 +35,7 @@ from examples.server.app import create_app
 from examples.server.batching import End, Ticket, Worker
 from examples.server.engine import Engine, find_adapters
 from examples.server.load import serving
-from examples.server.pieces import Pieces
+from examples.server.text_stream import TextStream
 from tests.server_client import (
     LIMITS,
     POSITIONS,
@@ -781,7 +781,7 @@ def test_command_line_errors(folder: Path, tmp_path: Path) -> None:
         assert expected in result.output
 
 
-# Pieces
+# TextStream
 
 
 def byte_level() -> Any:
@@ -831,7 +831,7 @@ def test_pieces_are_whole_characters(make: Callable[[], Any]) -> None:
     tokenizer = make()
     ids = tokenizer(TEXT)["input_ids"]
     assert len(ids) > len(TEXT)
-    pieces = Pieces(tokenizer)
+    pieces = TextStream(tokenizer)
     seen = whole = ""
     for count, token in enumerate(ids, 1):
         piece = pieces.add(token)
@@ -851,7 +851,7 @@ def test_pieces_of_broken_characters() -> None:
     odd = [tokenizer.convert_tokens_to_ids(c) for c in tokenizer.tokenize("aé你🦦")]
     for length in range(40):
         ids = [draw.choice((*odd, draw.randrange(256))) for _ in range(length)]
-        pieces = Pieces(tokenizer)
+        pieces = TextStream(tokenizer)
         parts = [pieces.add(token) for token in ids]
         assert not any(part.endswith("\ufffd") for part in parts)
         assert "".join(parts) + pieces.end() == tokenizer.decode(ids)
@@ -861,7 +861,7 @@ def test_pieces_of_an_answer_that_is_cut(world: World) -> None:
     """A limit within a character: what came of it is handed on in the end."""
     tokenizer = byte_level()
     ids = tokenizer("ok 🦦")["input_ids"][:-1]
-    pieces = Pieces(tokenizer)
+    pieces = TextStream(tokenizer)
     assert "".join(pieces.add(token) for token in ids) == "ok "
     assert pieces.end() == "\ufffd"
 

@@ -11,7 +11,6 @@ from safetensors.torch import save as serialize_tensors
 from torch import Tensor, nn
 
 from ept_fast.config import EPTConfig, check_choice
-from ept_fast.interchange.folded import FoldedValues, fold_values, product
 from ept_fast.interchange.folder import (
     CONFIG_FILE,
     PROMPT,
@@ -22,6 +21,7 @@ from ept_fast.interchange.folder import (
     naming,
     open_state,
 )
+from ept_fast.interchange.folding import FoldedValues, fold_values, product
 from ept_fast.prompts.base import FoldedPrompt, Prompt
 from ept_fast.prompts.ept import FusedEPTPrompt
 from ept_fast.storage.files import json_bytes, write_files

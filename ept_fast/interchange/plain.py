@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ept_fast.config import check_choice, check_count
-from ept_fast.interchange.folded import fold_values, product
 from ept_fast.interchange.folder import naming
+from ept_fast.interchange.folding import fold_values, product
 from ept_fast.prompts.base import FoldedPrompt, Prompt
 from ept_fast.storage.files import TensorFile, json_bytes, tensor_bytes, write_files
 from ept_fast.storage.untrusted import CheckpointError, parse_json, read_adapter_json, shorten

@@ -79,7 +79,7 @@ def _(
     saved = Saved(
         query=p.new_empty((tasks, m, r) if given.has_offset else 0, dtype=dtype),
         stats=p.new_empty((tasks, 2, m) if given.has_offset else 0, dtype=dtype),
-        mix=p.new_empty((tasks, m, r) if given.has_offset else 0, dtype=dtype),
+        attended=p.new_empty((tasks, m, r) if given.has_offset else 0, dtype=dtype),
         hidden=p.new_empty((tasks, m, dims) if given.has_spaces else 0, dtype=dtype),
         gates=p.new_empty((tasks, m, spaces) if given.has_spaces else 0, dtype=dtype),
         cross=p.new_empty(

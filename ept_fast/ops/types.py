@@ -89,7 +89,7 @@ class Saved(NamedTuple):
         query: Q, ``[T, m, r]``.
         stats: ``[T, 2, m]``, row maxima of Q·(c·A)ᵀ and row sums of the softmax's exponentials;
             zeros in the eager backend, whose backward computes the whole softmax again.
-        mix: O, ``[T, m, r]``.
+        attended: O, ``[T, m, r]``.
         hidden: Hin, ``[T, m, K·h]``.
         gates: g, ``[T, m, K]``.
         cross: S, ``[T, r, K·h + K]``.
@@ -97,7 +97,7 @@ class Saved(NamedTuple):
 
     query: Tensor
     stats: Tensor
-    mix: Tensor
+    attended: Tensor
     hidden: Tensor
     gates: Tensor
     cross: Tensor

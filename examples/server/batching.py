@@ -18,7 +18,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from examples.server.engine import Engine
-from examples.server.pieces import Pieces
+from examples.server.text_stream import TextStream
 
 __all__ = ["End", "Refused", "Ticket", "Worker"]
 
@@ -159,7 +159,7 @@ class Worker:
 
     def _run(self) -> None:
         while tickets := self._take():
-            rows = [_Row(ticket, Pieces(self._tokenizer), self._end) for ticket in tickets]
+            rows = [_Row(ticket, TextStream(self._tokenizer), self._end) for ticket in tickets]
             try:
                 self._generate(rows)
                 for row in rows:
@@ -242,15 +242,15 @@ class _Row:
     """A ticket in a batch."""
 
     def __init__(
-        self, ticket: Ticket, pieces: Pieces, ended: Callable[[Ticket, End], None]
+        self, ticket: Ticket, pieces: TextStream, ended: Callable[[Ticket, End], None]
     ) -> None:
         self.ticket, self.done = ticket, False
-        self._pieces, self._ended = pieces, ended
+        self._stream, self._ended = pieces, ended
 
     def add(self, token: int) -> None:
-        if piece := self._pieces.add(token):
+        if piece := self._stream.add(token):
             self.ticket.emit(piece)
-        if len(self._pieces.ids) >= self.ticket.max_new_tokens:
+        if len(self._stream.ids) >= self.ticket.max_new_tokens:
             self.end(End("length"))
 
     def end(self, end: End) -> None:
@@ -258,9 +258,9 @@ class _Row:
         if self.done:
             return
         self.done = True
-        if end.reason in ("stop", "length") and (piece := self._pieces.end()):
+        if end.reason in ("stop", "length") and (piece := self._stream.end()):
             self.ticket.emit(piece)
-        self._ended(self.ticket, replace(end, new_tokens=len(self._pieces.ids)))
+        self._ended(self.ticket, replace(end, new_tokens=len(self._stream.ids)))
 
 
 class _Batch(BaseStreamer, StoppingCriteria):

@@ -19,13 +19,6 @@ DEVICE = torch.device("cpu" if LISTING else _WHERE)
 ON_GPU = DEVICE.type == "cuda" or LISTING
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: this is a rehearsal on a CPU")
 
-# The sizes that results are named after; the vocabulary is cut to what a test needs.
-NAMED = {
-    "t5-base": Sizes(40, 256, 30, 4, 8, 768, batch=32, length=256, vocabulary=4096),
-    "llama-8b": Sizes(60, 2048, 24, 4, 16, 4096, batch=8, length=2048, vocabulary=4096),
-    "long": Sizes(60, 32768, 24, 4, 16, 4096, batch=1, length=32768, vocabulary=4096),
-    "bank": Sizes(40, 256, 30, 4, 8, 768, batch=64, length=256, vocabulary=4096, tasks=64),
-}
 TYPES = {
     "float32": (torch.float32, torch.float32),
     "bfloat16": (torch.bfloat16, torch.float32),
@@ -46,16 +39,7 @@ def device_case(sizes: Sizes, types: str = "float32", **options: object) -> Case
 
 def on_device(case: Case) -> Case:
     """The case on the device."""
-    return replace(
-        case,
-        parameters={
-            name: t.detach().to(DEVICE).requires_grad_() for name, t in case.parameters.items()
-        },
-        weight=case.weight.to(DEVICE),
-        input_ids=case.input_ids.to(DEVICE),
-        attention_mask=None if case.attention_mask is None else case.attention_mask.to(DEVICE),
-        task_ids=None if case.task_ids is None else case.task_ids.to(DEVICE),
-    )
+    return case.each_tensor(lambda t: t.to(DEVICE))
 
 
 def skip_rounding(parameters: torch.dtype) -> None:

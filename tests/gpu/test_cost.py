@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from tests.cases import Case, Sizes
-from tests.gpu.support import NAMED, device_case, make_cotangent, needs_gpu
+from tests.cases import NAMED, Case, Sizes
+from tests.gpu.support import device_case, make_cotangent, needs_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.default_algorithms, needs_gpu]
 

@@ -59,14 +59,14 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
     short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias = parameters
     p = short_prompt.to(dtype)
     result = p
-    query, stats, mix, hidden, gates, cross = (p.new_empty(0) for _ in Saved._fields)
+    query, stats, attended, hidden, gates, cross = (p.new_empty(0) for _ in Saved._fields)
     b = None
     if offset_a is not None and offset_b is not None:
         a, b = offset_a.to(dtype), offset_b.to(dtype)
         query = p @ b.mT
         stats = p.new_zeros(p.shape[0], 2, p.shape[1])
-        mix = (_weights(query, a, flags.scaling, p.shape[-1]) @ a) * flags.scaling
-        result = torch.baddbmm(result, mix, b)
+        attended = (_weights(query, a, flags.scaling, p.shape[-1]) @ a) * flags.scaling
+        result = torch.baddbmm(result, attended, b)
     if space_down is not None and space_up is not None and gate_weight is not None:
         assert gate_bias is not None
         spaces, dim = space_down.shape[1], space_down.shape[3]
@@ -74,7 +74,7 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         x = p @ down
         if b is not None:
             cross = b @ down
-            x = torch.baddbmm(x, mix, cross)
+            x = torch.baddbmm(x, attended, cross)
         hidden = x[..., : spaces * dim].contiguous()
         gates = _gate(x[..., spaces * dim :], gate_bias.to(dtype), flags)
         phi = _by_space(ACTIVATIONS[flags.activation].function(hidden), spaces, dim)
@@ -83,7 +83,7 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
     prompt = result.to(short_prompt.dtype)
     if prompt is short_prompt:
         prompt = prompt.clone()
-    return prompt, Saved(query, stats, mix, hidden, gates, cross)
+    return prompt, Saved(query, stats, attended, hidden, gates, cross)
 
 
 def reconstruct_backward(
@@ -92,15 +92,15 @@ def reconstruct_backward(
     """Gradients of the parameters in their types, from Y = dL/dP′ [T, m, d]."""
     dtype = accumulation_dtype(*parameters)
     short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias = parameters
-    query, _, mix, hidden, gates, cross = saved
+    query, _, attended, hidden, gates, cross = saved
     y, p = grad.to(dtype), short_prompt.to(dtype)
     d_p = y
     d_a = d_b = d_down = d_up = d_gate_weight = d_gate_bias = None
-    a = b = d_mix = None
+    a = b = d_attended = None
     if offset_a is not None and offset_b is not None:
         a, b = offset_a.to(dtype), offset_b.to(dtype)
-        d_mix = y @ b.mT
-        d_b = mix.mT @ y
+        d_attended = y @ b.mT
+        d_b = attended.mT @ y
     if space_down is not None and space_up is not None and gate_weight is not None:
         assert gate_bias is not None
         activation = ACTIVATIONS[flags.activation]
@@ -116,10 +116,10 @@ def reconstruct_backward(
         d_p = torch.baddbmm(d_p, d_x, down.mT)
         d_down = p.mT @ d_x
         if b is not None:
-            assert d_mix is not None
+            assert d_attended is not None
             assert d_b is not None
-            d_mix = torch.baddbmm(d_mix, d_x, cross.mT)
-            d_cross = mix.mT @ d_x
+            d_attended = torch.baddbmm(d_attended, d_x, cross.mT)
+            d_cross = attended.mT @ d_x
             d_b = torch.baddbmm(d_b, d_cross, down.mT)
             d_down = torch.baddbmm(d_down, b.mT, d_cross)
         d_gate_weight = d_down[..., spaces * dim :].to(gate_weight.dtype).contiguous()
@@ -129,11 +129,11 @@ def reconstruct_backward(
     if a is not None and b is not None:
         assert offset_a is not None
         assert offset_b is not None
-        assert d_mix is not None
+        assert d_attended is not None
         assert d_b is not None
         weights = _weights(query, a, flags.scaling, p.shape[-1])
-        d_a = (weights.mT @ d_mix) * flags.scaling
-        d_weights = (d_mix @ a.mT) * flags.scaling
+        d_a = (weights.mT @ d_attended) * flags.scaling
+        d_weights = (d_attended @ a.mT) * flags.scaling
         d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, dtype)
         del d_weights
         d_scores.mul_(flags.scaling / p.shape[-1] ** 0.5)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Pieces"]
+__all__ = ["TextStream"]
 
 _CUT = "\N{REPLACEMENT CHARACTER}"  # what decoders put for bytes that are no whole character
 
 
-class Pieces:
+class TextStream:
     """The text of an answer, piece by piece; no piece ends within a character.
 
     A token may be some bytes of a character, and what a token decodes to depends on the one before

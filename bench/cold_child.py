@@ -41,7 +41,7 @@ def seconds_of_first_call(
     """
     import torch
 
-    from bench import gate, peers
+    from bench import parity, peers
     from bench.inputs import DTYPES, cotangent, make_inputs
     from bench.shapes import NAMED, QUICK
 
@@ -68,7 +68,7 @@ def seconds_of_first_call(
     del grads
     if check:
         made = peers.Peer(peer, forward, leaves, definition)
-        found["error"], _ = gate.check(made, inputs, gate.expected_of(made, inputs))
+        found["error"], _ = parity.check(made, inputs, parity.expected_of(made, inputs))
     return found
 
 

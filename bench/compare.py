@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from bench.record import Row, read
+from bench.rows import Row, aligned, read
 
 # Differences in these do not forbid a comparison, but a reader has to know of them.
 _ORIGIN = ("threads", "driver", "cuda", "torch", "triton", "transformers", "peft", "python")
@@ -168,11 +168,11 @@ def _milliseconds(old: Row | None, new: Row | None) -> str:
 def _table(changes: list[Change], old: list[Row], new: list[Row]) -> list[str]:
     """A line for each change, with the times of ours and of the peer beside it."""
     ours = [{row.key[:-1]: row for row in rows if is_ours(row)} for rows in (old, new)]
-    lines = [("", "what", "work", "old", "new", "our p50 (ms)", "peer's p50 (ms)")]
+    body = []
     for change in changes:
         work = change.new.key[:-1]
         peer = "" if is_ours(change.new) else _milliseconds(change.old, change.new)
-        lines.append(
+        body.append(
             (
                 "regression" if change.worse else "improvement",
                 change.measure,
@@ -182,10 +182,8 @@ def _table(changes: list[Change], old: list[Row], new: list[Row]) -> list[str]:
                 peer,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
+    header = ("", "what", "work", "old", "new", "our p50 (ms)", "peer's p50 (ms)")
+    return aligned(header, body)
 
 
 def _noise_lines(old: list[Row], new: list[Row], suites: Iterable[str]) -> list[str]:

@@ -41,6 +41,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.environment import commit
+from bench.rows import aligned, write_csv
 from ept_fast.kernels import launch
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs
@@ -776,16 +777,15 @@ def kernels() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """What the figures depend on, and when and from what they were made."""
-    blackwell = _BINARIES / "ptxas-blackwell"
-    tools = {"ptxas": _BINARIES / "ptxas"}
-    if blackwell.is_file():
-        tools["ptxas (sm_100)"] = blackwell
+    """The compilers that the figures depend on."""
     out = {"triton": triton.__version__}
-    for name, path in tools.items():
-        text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-        match = re.search(r"V(\d[\d.]*)", text)
-        out[name] = match[1] if match else "unknown"
+    for name, tool in (("ptxas", "ptxas"), ("ptxas_sm_100", "ptxas-blackwell")):
+        path = _BINARIES / tool
+        if path.is_file():
+            match = re.search(r"V(\d[\d.]*)", _run(tool, "--version"))
+            out[name] = match[1] if match else "unknown"
+        else:
+            out[name] = out["ptxas"]
     return out
 
 
@@ -799,49 +799,11 @@ def read_record(path: Path = RESULTS / "table.csv") -> tuple[str, dict[tuple[str
     return (rows[0]["triton"] if rows else ""), budget
 
 
-def markdown(rows: list[Row], origin: str) -> str:
-    """A table with a line for each kernel and target: the most over its types."""
-    lines = [
-        "| kernel | target | types | variants | warps | registers | shared memory (bytes) "
-        "| spills | instructions | matrix instructions |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.kernel, row.target), []).append(row)
-    for (kernel, target), group in groups.items():
-
-        def most(name: str, group: list[Row] = group) -> int:
-            return max(getattr(row, name) for row in group)
-
-        matrix = sorted({part.partition("×")[0] for row in group for part in row.matrix.split()})
-        lines.append(
-            f"| `{kernel}` | {target} | {len(group)} | {most('variants')} | {most('num_warps')} "
-            f"| {most('registers')} | {most('shared')} | {most('spills')} "
-            f"| {most('instructions')} | {', '.join(matrix) or '—'} |"
-        )
-    return "\n".join([*lines, "", origin]) + "\n"
-
-
 def write(rows: list[Row], folder: Path = RESULTS) -> None:
     """Record the table: a row of the CSV for each kernel, type and target."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = versions()
-    date = f"{datetime.now(UTC):%Y-%m-%d}"
-    stamp = {
-        "triton": made["triton"],
-        "ptxas": made["ptxas"],
-        "ptxas_sm_100": made.get("ptxas (sm_100)", made["ptxas"]),
-        "date": date,
-        "commit": commit(),
-    }
-    with (folder / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *stamp])
-        writer.writeheader()
-        writer.writerows({**asdict(row), **stamp} for row in rows)
-    origin = "Most over the types and variants of a kernel. "
-    origin += ", ".join(f"{name} {version}" for name, version in made.items())
-    (folder / "table.md").write_text(markdown(rows, f"{origin}, {date}, commit {stamp['commit']}."))
+    stamp = {**versions(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit()}
+    texts = [{**asdict(row), **stamp} for row in rows]
+    write_csv(folder / "table.csv", texts[0], texts)
 
 
 @click.command()
@@ -887,7 +849,9 @@ def main(
             "findings": [asdict(finding) for finding in findings],
         }
         target_json.write_text(json.dumps(content, indent=1))
-    click.echo(markdown(rows, f"{len(todo)} compilations, Triton {triton.__version__}."))
+    columns = [f.name for f in fields(Row)]
+    click.echo("\n".join(aligned(columns, (asdict(row).values() for row in rows))))
+    click.echo(f"{len(todo)} compilations, Triton {triton.__version__}")
     for f in findings:
         click.echo(f"{f.kernel} {f.types} {f.target} {f.shape}: {f.rule}: {f.text}")
     if record and not findings:

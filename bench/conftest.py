@@ -1,4 +1,4 @@
-"""``pytest bench/``: options, the run's stage, its order, and what it leaves at the end."""
+"""``pytest bench/``: options, the run, its order, and what it leaves at the end."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
-from bench import plots, record, summary
+from bench import plots, rows
 from bench.environment import origin_of, slug
-from bench.stage import Settings, Stage
+from bench.run import Run, Settings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if folder is None:
         # The smoke test's figures mean nothing, so they do not take the place of measured ones.
         name = "quick" if quick or listing else slug(origin_of(device)["device"])
-        folder = record.RESULTS / name
+        folder = rows.RESULTS / name
     seconds = config.getoption("--row-seconds") or (0.5 if device.type == "cuda" else 2.5)
     settings = Settings(
         quick=quick,
@@ -59,29 +59,29 @@ def pytest_configure(config: pytest.Config) -> None:
         compiled=not config.getoption("--no-compiled"),
         folder=folder,
     )
-    config.stash[_STAGE] = Stage(device, settings)
+    config.stash[_RUN] = Run(device, settings)
 
 
-_STAGE = pytest.StashKey[Stage]()
+_RUN = pytest.StashKey[Run]()
 
 
 @pytest.fixture(scope="session")
-def stage(pytestconfig: pytest.Config) -> Stage:
+def run(pytestconfig: pytest.Config) -> Run:
     """What the rows of this run share."""
-    return pytestconfig.stash[_STAGE]
+    return pytestconfig.stash[_RUN]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A suite's module lists its rows in ``cases(stage)``."""
+    """A suite's module lists its rows in ``cases(run)``."""
     if "case" in metafunc.fixturenames:
-        cases = metafunc.module.cases(metafunc.config.stash[_STAGE])
+        cases = metafunc.module.cases(metafunc.config.stash[_RUN])
         metafunc.parametrize("case", cases, ids=[case.id for case in cases])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is most wanted first; what the time does not reach is of the least worth."""
-    suites = {f"test_{suite}.py": i for i, suite in enumerate(record.SUITES)}
-    on_gpu = config.stash[_STAGE].on_gpu
+    suites = {f"test_{suite}.py": i for i, suite in enumerate(rows.SUITES)}
+    on_gpu = config.stash[_RUN].on_gpu
 
     def worth(item: pytest.Item) -> tuple[int, int]:
         case = item.callspec.params["case"]  # type: ignore[attr-defined]
@@ -112,14 +112,12 @@ def _tier(case: Any) -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Draw the plots and say in ten lines what was measured."""
-    stage = config.stash[_STAGE]
-    if not stage.book.rows:
+    """Draw the plots and say where the files are."""
+    run = config.stash[_RUN]
+    if not run.book.rows:
         return
-    terminalreporter.section("benchmarks")
     try:
-        plots.draw(stage.settings.folder)
+        plots.draw(run.settings.folder)
     except ImportError as error:
         terminalreporter.write_line(f"no plots: {error}")
-    for line in summary.lines(stage.book.rows, stage.settings.folder):
-        terminalreporter.write_line(line)
+    terminalreporter.write_line(f"{len(run.book.rows)} rows in {run.settings.folder}")

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import triton_cache
-from bench.record import Book, Row
+from bench.rows import Book, Row, aligned
 from bench.shapes import MANY_TASKS, NAMED, QUICK, Shape
 
 FILE = "first_contact.jsonl"
@@ -238,13 +238,13 @@ def _parity(facts: Facts, work: Work) -> None:
     # Memory that nothing has written holds NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    from bench import gate
+    from bench import parity
 
     for case in work.each(facts):
         peer, sets = _ready(work, case, sets=1)
-        expected = gate.expected_of(peer, sets[0])
-        found, second = (gate.results(peer.forward, peer.leaves, sets[0]) for _ in range(2))
-        error, where = gate.compare(found, expected)
+        expected = parity.expected_of(peer, sets[0])
+        found, second = (parity.results(peer.forward, peer.leaves, sets[0]) for _ in range(2))
+        error, where = parity.compare(found, expected)
         same = all(torch.equal(t, second[name]) for name, t in found.items())
         ok = error <= 1 and same
         facts.add("parity", **asdict(case), ok=ok, error=error, where=where, same_bits=same)
@@ -253,8 +253,8 @@ def _parity(facts: Facts, work: Work) -> None:
 def _time(facts: Facts, work: Work) -> None:
     import torch
 
-    from bench.clock import Clock, floor_works, quantiles
-    from bench.stage import floor_bytes, work_of
+    from bench.run import floor_bytes, work_of
+    from bench.timing import Clock, floor_works, quantiles
 
     device = torch.device(work.device)
     clock = Clock(device, 0, 3, 3)
@@ -299,7 +299,7 @@ def _ready(work: Work, case: Case, sets: int = 1) -> tuple[Any, list[Any]]:
     """The peer, run once in each direction, and its inputs; those of one shape are held."""
     import torch
 
-    from bench import gate, peers
+    from bench import parity, peers
     from bench.inputs import DTYPES, make_inputs
 
     torch.set_float32_matmul_precision("highest")
@@ -322,7 +322,7 @@ def _ready(work: Work, case: Case, sets: int = 1) -> tuple[Any, list[Any]]:
         _held[case.shape, case.mask] = made
     inputs = _held[case.shape, case.mask]
     peer = peers.make(case.operation, case.peer, shape, inputs[0])
-    gate.results(peer.forward, peer.leaves, inputs[0])
+    parity.results(peer.forward, peer.leaves, inputs[0])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return peer, inputs
@@ -578,10 +578,7 @@ def table(facts: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"copy {copy['tb_per_s']:.2f} TB/s, an empty launch {1e3 * empty['p50_ms']:.1f} µs"
         )
-    lines.append(
-        f"{'kernel':21} {'backend':7} {'shape':9} {'mask':5} {'parity':11} {'p50 µs':>8} "
-        f"{'copy':>5} {'host µs':>7} {'launches':>8} {'of def.':>7} {'of comp.':>8}"
-    )
+    body = []
     for (case, direction), fact in times.items():
         if case.peer not in KERNELS:
             continue
@@ -591,12 +588,11 @@ def table(facts: list[dict[str, Any]]) -> list[str]:
         for peer in (DEFINITION, COMPILED):
             other = times.get((replace(case, peer=peer), direction))
             ratios.append(f"{fact['p50_ms'] / other['p50_ms']:.2f}" if other else "-")
-        lines.append(
-            f"{case.operation + ' ' + direction:21} {case.peer:7} {case.shape:9} {case.mask:5} "
-            f"{verdicts.get(case, '-'):11} {1e3 * fact['p50_ms']:8.1f} {share:>5} "
-            f"{fact['host_us']:7.0f} {len(fact['launches']):8d} {ratios[0]:>7} {ratios[1]:>8}"
-        )
-    return lines
+        work = (f"{case.operation} {direction}", case.peer, case.shape, case.mask)
+        times_us = (f"{1e3 * fact['p50_ms']:.1f}", share, f"{fact['host_us']:.0f}")
+        body.append([*work, verdicts.get(case, "-"), *times_us, len(fact["launches"]), *ratios])
+    header = ("kernel", "backend", "shape", "mask", "parity", "p50 µs", "copy", "host µs")
+    return lines + aligned((*header, "launches", "of def.", "of comp."), body)
 
 
 # What a suite of the benchmarks calls the sizes with such a mask.

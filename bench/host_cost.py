@@ -6,6 +6,15 @@ Beside it, in the same rounds, stand the ``eager`` backend and the definition in
 and without torch.compile. Sizes are tiny, so that what those compute takes next to no time.
 
 What is counted is counted outside of the timing: launches by the stub, allocations by the profiler.
+
+``paths.csv`` has a row for each way to do the whole path (``reconstruct_prompt`` and
+``splice_prompt`` in a row, or one call of the module), direction, mask and peer: the median time of
+a call in microseconds; its ratio to the definition's and to the compiled definition's, each the
+median over the rounds with the ends of its 95% interval; launches of our kernels and allocations of
+one call. ``launches.csv`` has a row for each launch of a step: the number of the kernel's
+arguments, its time by ``kernels.launch.run``, which goes through Triton's JIT (``front_us``), and
+that of the compiled kernel's own launcher with the arguments that the JIT gives it
+(``launcher_us``).
 """
 
 from __future__ import annotations
@@ -20,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -32,16 +41,17 @@ import click
 import torch
 from torch import Tensor, nn
 
-from bench import page, peers
-from bench.clock import median_interval
+from bench import peers
 from bench.compare import Failure
 from bench.environment import origin_of
 from bench.inputs import SCALING, Inputs, cotangent, make_inputs
 from bench.peers import REFERENCE
-from bench.record import RESULTS, write_csv
+from bench.rows import RESULTS, aligned, write_csv
 from bench.shapes import Shape
+from bench.timing import median_interval
 
-FOLDER = RESULTS / page.HOST_COST
+FOLDER = RESULTS / "host_cost"
+PATHS, LAUNCHES = "paths.csv", "launches.csv"
 OURS, EAGER, COMPILED = "triton", "eager", "reference-compiled"
 FUNCTIONS, MODULE = "two functions", "module"
 DIRECTIONS = ("both", "forward")
@@ -54,76 +64,7 @@ _ORIGIN = ("threads", "device", "torch", "triton", "python", "commit", "date")
 
 Call = Callable[[], Any]
 Forward = tuple[Call, list[Tensor]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to do the whole path. A ratio is the median over the rounds, with a 95% interval.
-
-    Attributes:
-        path: ``reconstruct_prompt`` and ``splice_prompt`` in a row, or one call of the module.
-        direction: "forward", or "both": forward and backward.
-        mask: whether the text has one.
-        peer: who does the work.
-        p50_us: median time of a call in microseconds.
-        by_reference: the time by the definition's, and the interval's ends.
-        by_compiled: the time by the compiled definition's.
-        launches: of our kernels in one call; empty for a peer that has none.
-        allocations: of tensors' memory in one call.
-        rounds, calls: how often the peers took turns, and calls of each turn.
-        load: the machine's load average over a minute, before the run.
-    """
-
-    path: str
-    direction: str
-    mask: str
-    peer: str
-    p50_us: float
-    by_reference: float
-    by_reference_low: float
-    by_reference_high: float
-    by_compiled: float | None
-    by_compiled_low: float | None
-    by_compiled_high: float | None
-    launches: int | None
-    allocations: int
-    rounds: int
-    calls: int
-    load: float
-    threads: str
-    device: str
-    torch: str
-    triton: str
-    python: str
-    commit: str
-    date: str
-
-
-@dataclass(frozen=True)
-class LaunchRow:
-    """One launch of a step, by the front that our code calls and by the launcher below it.
-
-    Attributes:
-        arguments: of the kernel, its constants included.
-        front_us: ``kernels.launch.run``, which goes through Triton's JIT.
-        launcher_us: the compiled kernel's own launcher, with the arguments that the JIT gives it.
-    """
-
-    kernel: str
-    direction: str
-    arguments: int
-    front_us: float
-    launcher_us: float
-    rounds: int
-    calls: int
-    load: float
-    threads: str
-    device: str
-    torch: str
-    triton: str
-    python: str
-    commit: str
-    date: str
+Row = dict[str, Any]
 
 
 # The stub
@@ -338,17 +279,17 @@ def path_rows(names: tuple[str, ...], launched: Callable[[], int], **how: Any) -
             counts = {name: _counts(name, call, launched) for name, call in calls.items()}
             times = in_turns(calls, how["rounds"], how["calls"])
             for name in names:
-                yield Row(
-                    path=path,
-                    direction=direction,
-                    mask=mask,
-                    peer=name,
-                    p50_us=median(times[name]),
+                yield {
+                    "path": path,
+                    "direction": direction,
+                    "mask": mask,
+                    "peer": name,
+                    "p50_us": median(times[name]),
                     **_ratios("by_reference", times[name], times[REFERENCE]),
                     **_ratios("by_compiled", times[name], times.get(COMPILED)),
                     **counts[name],
                     **how,
-                )
+                }
 
 
 def _counts(name: str, call: Call, launched: Callable[[], int]) -> dict[str, Any]:
@@ -396,7 +337,7 @@ def _launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any], Any
         yield made
 
 
-def launch_rows(**how: Any) -> Iterator[LaunchRow]:
+def launch_rows(**how: Any) -> Iterator[Row]:
     """Each launch of a step with a mask, by the front and by the launcher below it."""
     from ept_fast.kernels import launch
 
@@ -415,25 +356,22 @@ def launch_rows(**how: Any) -> Iterator[LaunchRow]:
             "launcher": partial(launcher, *given),
         }
         times = in_turns(calls, how["rounds"], how["calls"])
-        yield LaunchRow(
-            kernel=kernel.fn.__name__,
-            direction="forward" if number < in_forward else "backward",
-            arguments=len(kernel.arg_names),
-            front_us=median(times["front"]),
-            launcher_us=median(times["launcher"]),
+        yield {
+            "kernel": kernel.fn.__name__,
+            "direction": "forward" if number < in_forward else "backward",
+            "arguments": len(kernel.arg_names),
+            "front_us": median(times["front"]),
+            "launcher_us": median(times["launcher"]),
             **how,
-        )
+        }
 
 
 # The command
 
 
-def texts(row: Row | LaunchRow) -> dict[str, str]:
+def texts(row: Row) -> Row:
     """A row as the file has it: numbers to four digits."""
-    values = asdict(row).items()
-    return {
-        k: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in values
-    }
+    return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
 @click.command()
@@ -455,9 +393,11 @@ def main(quick: bool, no_compiled: bool, out: Path | None) -> None:
     if out is None and not quick:
         out = FOLDER
     if out is not None:
-        write_csv(out / page.PATHS, rows[0], rows)
-        write_csv(out / page.LAUNCHES, launches[0], launches)
-    click.echo("\n".join(page.host_cost_lines(rows, launches)))
+        write_csv(out / PATHS, rows[0], rows)
+        write_csv(out / LAUNCHES, launches[0], launches)
+    for table in (rows, launches):
+        shown = [name for name in table[0] if name not in how]
+        click.echo("\n".join(aligned(shown, ([row[name] for name in shown] for row in table))))
 
 
 if __name__ == "__main__":

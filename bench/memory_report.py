@@ -1,6 +1,6 @@
 """What a training step at the sizes of a model with 1.2 billion parameters takes in memory.
 
-``python -m bench.memory_report`` prints the tables of ``docs/memory.md``; ``--write`` puts them in.
+``python -m bench.memory_report`` prints the tables of ``docs/memory.md``.
 The step is the wrapper's own, run on tensors without data: PyTorch's fake tensors have a type, a
 shape and a lifetime, so every tensor of the step is counted and none is allocated. What an operator
 allocates inside itself is not seen. Attention is the fused kernel's, which keeps no S×S matrix.
@@ -8,9 +8,7 @@ allocates inside itself is not seen. Attention is the fused kernel's, which keep
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,8 +26,6 @@ from torch.utils._pytree import tree_leaves
 
 from bench.memory import PromptStep
 from ept_fast import EPTConfig
-
-__all__ = ["LiveTensors", "Measured", "Model", "fill", "measure", "measure_backbone"]
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
 
@@ -251,30 +247,7 @@ def model_table() -> str:
     return f"{_table(header, rows)}\n\n{note}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"share": share_table, "model": model_table}
-
-
-def fill(page: str) -> str:
-    """The page with every table anew."""
-    for name, table in TABLES.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        page, found = pattern.subn(lambda m, t=table: f"{m[1]}\n{t()}\n\n{m[2]}", page)
-        if found != 1:
-            raise SystemExit(f"{PAGE}: expected one pair of comments for {name}, got {found}")
-    return page
-
-
-def main() -> None:
-    """Print or write the tables."""
+if __name__ == "__main__":
     # The kernels are not launched, but their module is imported, also where there is no GPU.
     os.environ["TRITON_INTERPRET"] = "1"
-    parser = argparse.ArgumentParser(prog="python -m bench.memory_report", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/memory.md")
-    if not parser.parse_args().write:
-        print("\n\n".join(table() for table in TABLES.values()))
-        return
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"{share_table()}\n\n{model_table()}")

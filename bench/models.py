@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bench.clock import Work
-from bench.gate import Expected
+from bench.parity import Expected
 from bench.peers import DEPT, PEFT, PEFT_TOKENS
 from bench.shapes import Shape
+from bench.timing import Work
 from ept_fast import EPTConfig, FusedEPTPrompt, reference
 
 BACKBONE = "backbone"
@@ -448,7 +448,7 @@ def expected_of(method: Method, model: Any, exact: Any, batch: Batch) -> Expecte
 
 
 def results(method: Method, loss: Callable[[Batch], Tensor], model: Any, batch: Batch) -> Tensors:
-    """Loss and gradients as the method computes them, for :func:`bench.gate.compare`."""
+    """Loss and gradients as the method computes them, for :func:`bench.parity.compare`."""
     value = loss(batch)
     grads = torch.autograd.grad(value, list(method.trained.values()))
     return _rounded({"loss": value.detach(), **_named(method, grads)}, model)

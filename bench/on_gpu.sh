@@ -95,7 +95,7 @@ remains() { # what failed, and what was measured
   # pytest's short summary, and the lines of compilers and sanitizers.
   grep -aE '^(FAILED|ERROR) |^E   |^========= (Invalid|Error|ERROR)' "$out/log.txt" | cut -c 1-200 | sort -u | head -24
   if [[ -s $results/compile.txt ]]; then tail -n 4 "$results/compile.txt" | cut -c 1-200; fi
-  "$python" -m bench.summary "$results" 2>/dev/null | head -60
+  "$python" -m bench.rows "$results" 2>/dev/null | head -60
 }
 
 gpu_tests() { # NAME LIMIT PROCESSES PYTEST-ARGUMENTS...

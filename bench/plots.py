@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.compare import Failure, is_ours
-from bench.record import Row, read
+from bench.rows import Row, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,7 +129,7 @@ def draw(folder: Path) -> list[Path]:
         ``memory.png`` those that there are rows for.
 
     Raises:
-        FileNotFoundError, ValueError: as ``bench.record.read`` does.
+        FileNotFoundError, ValueError: as ``bench.rows.read`` does.
     """
     rows = read(folder)
     drawn = peers(row for row in rows if row.suite in _DRAWN)

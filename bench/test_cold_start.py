@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from bench import peers
-from bench.clock import median_interval, quantiles
-from bench.record import Row
+from bench.rows import Row
+from bench.run import Run
 from bench.shapes import NAMED, QUICK, Shape
-from bench.stage import Stage
+from bench.timing import median_interval, quantiles
 
 IMPORT, FIRST_CALL, COMPILE = "import", "first call", "compile"
 COMPILED, EMPTY = "reference-compiled", "empty function"
@@ -47,13 +47,13 @@ class Case:
         return f"{self.operation}-{self.peer}".replace(" ", "-")
 
 
-def cases(stage: Stage) -> list[Case]:
+def cases(run: Run) -> list[Case]:
     """Ours first in each operation; a smoke test has one peer of each."""
-    ours = peers.ours(stage.device)
+    ours = peers.ours(run.device)
     found = {IMPORT: (_PACKAGE, "peft"), FIRST_CALL: (ours, peers.REFERENCE)}
-    if stage.settings.compiled:
+    if run.settings.compiled:
         found[COMPILE] = (ours, COMPILED, EMPTY)
-    wanted = slice(1, 2) if stage.settings.quick else slice(None)
+    wanted = slice(1, 2) if run.settings.quick else slice(None)
     return [
         Case(operation, names[0], peer)
         for operation, names in found.items()
@@ -61,27 +61,27 @@ def cases(stage: Stage) -> list[Case]:
     ]
 
 
-def test_cold_start(case: Case, stage: Stage, benchmark: Any) -> None:
+def test_cold_start(case: Case, run: Run, benchmark: Any) -> None:
     """Processes in pairs. The first pair also checks its results, and a red check leaves no row."""
-    stage.check_time()
-    stage.hold_for(("cold start", case.operation))
-    quick = stage.settings.quick
+    run.check_time()
+    run.hold_for(("cold start", case.operation))
+    quick = run.settings.quick
     shape = None if case.operation == IMPORT else (QUICK if quick else NAMED)[0]
-    table = "bfloat16" if stage.on_gpu else "float32"
+    table = "bfloat16" if run.on_gpu else "float32"
     seconds: dict[bool, list[float]] = {True: [], False: []}  # of ours, of the peer
     error: float | None = None
 
-    def run(ours: bool) -> None:
+    def once(ours: bool) -> None:
         nonlocal error
         name = case.ours if ours else case.peer
         if shape is None:
             found = child(IMPORT, name)
         elif name == EMPTY:
-            found = child(EMPTY, stage.device.type)
+            found = child(EMPTY, run.device.type)
         else:
             check = not seconds[ours]
             backend = peers.REFERENCE if name == COMPILED else name
-            options = (stage.device.type, case.operation == COMPILE, check)
+            options = (run.device.type, case.operation == COMPILE, check)
             found = child(FIRST_CALL, backend, shape.name, table, *options)
         if not ours:
             error = found.get("error", error)
@@ -93,7 +93,7 @@ def test_cold_start(case: Case, stage: Stage, benchmark: Any) -> None:
         seconds[ours].append(found["seconds"])
 
     def setup() -> tuple[tuple[bool], dict[str, Any]]:
-        run(True)
+        once(True)
         return (False,), {}
 
     if shape is None and not quick:
@@ -102,16 +102,16 @@ def test_cold_start(case: Case, stage: Stage, benchmark: Any) -> None:
             child(IMPORT, name)
     benchmark.group = f"{case.operation}, whole processes"
     rounds = 1 if quick else _ROUNDS[case.operation]
-    benchmark.pedantic(run, setup=setup, teardown=lambda ours: None, rounds=rounds)
+    benchmark.pedantic(once, setup=setup, teardown=lambda ours: None, rounds=rounds)
     if not benchmark.enabled:
         return
-    row = replace(_row(case, stage, shape, table, seconds[True], seconds[False]), error=error)
-    stage.book.add(row)
+    row = replace(_row(case, run, shape, table, seconds[True], seconds[False]), error=error)
+    run.book.add(row)
     benchmark.extra_info["ours_to_peer"] = row.ours_to_peer
 
 
 def _row(
-    case: Case, stage: Stage, shape: Shape | None, table: str, own: list[float], times: list[float]
+    case: Case, run: Run, shape: Shape | None, table: str, own: list[float], times: list[float]
 ) -> Row:
     p20, p50, p80 = (1e3 * t for t in quantiles(times))
     ratio, low, high = median_interval([a / b for a, b in zip(own, times, strict=True)])
@@ -119,7 +119,7 @@ def _row(
     columns: dict[str, Any] = {
         **dict.fromkeys(Row.__dataclass_fields__),
         **{k: v for k, v in sizes.items() if k not in ("name", "shortest")},
-        **stage.origin,
+        **run.origin,
         "suite": "cold_start",
         "operation": case.operation,
         "direction": "both" if shape else "",

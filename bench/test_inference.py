@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import gate, peers
-from bench.clock import Work
+from bench import parity, peers
 from bench.inputs import DTYPES, SCALING, Inputs, make_inputs
+from bench.run import Run
 from bench.shapes import MANY_TASKS, NAMED, QUICK, Shape
-from bench.stage import Stage
+from bench.timing import Work
 from ept_fast import EPTConfig, EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, reference
 
 FOLDED, MIXED = "folded prompt", "mixed tasks"
@@ -42,9 +42,9 @@ class Case:
         return "-".join((self.operation, self.shape.name, self.peer)).replace(" ", "-")
 
 
-def cases(stage: Stage) -> list[Case]:
+def cases(run: Run) -> list[Case]:
     """What shares its tensors side by side, ours first."""
-    ours, quick = peers.ours(stage.device), stage.settings.quick
+    ours, quick = peers.ours(run.device), run.settings.quick
     folded = QUICK[:1] if quick else [shape for shape in NAMED if shape.name in _SHAPES]
     mixed = QUICK[1:] if quick else MANY_TASKS
     rows = {
@@ -59,20 +59,20 @@ def cases(stage: Stage) -> list[Case]:
     ]
 
 
-def test_inference(case: Case, stage: Stage, benchmark: Any) -> None:
+def test_inference(case: Case, run: Run, benchmark: Any) -> None:
     """Parity first, then time."""
-    stage.check_time()
-    held = stage.hold_for(("inference", case.operation, case.shape))
-    table = "bfloat16" if stage.on_gpu else "float32"
+    run.check_time()
+    held = run.hold_for(("inference", case.operation, case.shape))
+    table = "bfloat16" if run.on_gpu else "float32"
     if "inputs" not in held:
-        sets = make_inputs(case.shape, DTYPES[table], stage.device, stage.sets_of_inputs)
+        sets = make_inputs(case.shape, DTYPES[table], run.device, run.sets_of_inputs)
         held["inputs"] = [_with_mask(inputs) for inputs in sets]
         held["prompt"] = make_prompt(case.shape, sets[0], backend=None)
     sets = held["inputs"]
-    name = peers.ours(stage.device)
+    name = peers.ours(run.device)
     ours, _ = _checked(held, case, name)
     peer, error = _checked(held, case, case.peer)
-    stage.measure(
+    run.measure(
         benchmark,
         suite="inference",
         operation=case.operation,
@@ -258,16 +258,16 @@ def _work(served: Served, sets: list[Inputs]) -> Work:
 
 
 @torch.no_grad()
-def check(served: Served, inputs: Inputs, expected: gate.Expected) -> tuple[float, str]:
-    """As :func:`bench.gate.check`, of outputs alone."""
-    return gate.compare({"inputs_embeds": served.embeds_of(served.call(inputs))}, expected)
+def check(served: Served, inputs: Inputs, expected: parity.Expected) -> tuple[float, str]:
+    """As :func:`bench.parity.check`, of outputs alone."""
+    return parity.compare({"inputs_embeds": served.embeds_of(served.call(inputs))}, expected)
 
 
 @torch.no_grad()
-def expected_of(served: Served, inputs: Inputs) -> gate.Expected:
+def expected_of(served: Served, inputs: Inputs) -> parity.Expected:
     """What a peer's output is compared with."""
     exact = served.definition(inputs.to(torch.float64))
-    return gate.Expected({"inputs_embeds": exact}, {"inputs_embeds": served.definition(inputs)})
+    return parity.Expected({"inputs_embeds": exact}, {"inputs_embeds": served.definition(inputs)})
 
 
 def _checked(held: dict[Any, Any], case: Case, name: str) -> tuple[Served, float]:
@@ -279,5 +279,5 @@ def _checked(held: dict[Any, Any], case: Case, name: str) -> tuple[Served, float
             held[served.definition] = expected_of(served, sets[0])
         held[name] = (served, *check(served, sets[0], held[served.definition]))
     served, error, where = held[name]
-    gate.refuse_red(case.id, name, error, where)
+    parity.refuse_red(case.id, name, error, where)
     return served, error

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from bench import suites
-from bench.stage import Case, Stage
+from bench.run import Case, Run
 
 
-def cases(stage: Stage) -> list[Case]:
+def cases(run: Run) -> list[Case]:
     """Every named shape by every peer, in both directions."""
-    return suites.operation_cases(stage, "reconstruct", "reconstruct", ("forward", "backward"))
+    return suites.operation_cases(run, "reconstruct", "reconstruct", ("forward", "backward"))
 
 
-def test_reconstruct(case: Case, stage: Stage, benchmark: Any) -> None:
+def test_reconstruct(case: Case, run: Run, benchmark: Any) -> None:
     """Parity first, then time."""
-    stage.operation_row(case, benchmark)
+    run.operation_row(case, benchmark)

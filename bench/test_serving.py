@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import gate, models, peers
-from bench.clock import Work
+from bench import models, parity, peers
 from bench.inputs import DTYPES, SCALING, Inputs, make_inputs
 from bench.models import Backbone
+from bench.run import Run
 from bench.shapes import MANY_TASKS, QUICK, Shape
-from bench.stage import Stage
+from bench.timing import Work
 from ept_fast import EPTConfig, FusedEPTPrompt, get_ept_model, reference
 
 BANK = "bank of adapters"
@@ -44,10 +44,10 @@ class Case:
         return "-".join((self.operation, self.shape.name, self.peer)).replace(" ", "-")
 
 
-def cases(stage: Stage) -> list[Case]:
+def cases(run: Run) -> list[Case]:
     """What shares a backbone side by side, ours first."""
-    ours, quick = peers.ours(stage.device), stage.settings.quick
-    backbones = models.QUICK if quick else models.ON_GPU if stage.on_gpu else models.ON_CPU
+    ours, quick = peers.ours(run.device), run.settings.quick
+    backbones = models.QUICK if quick else models.ON_GPU if run.on_gpu else models.ON_CPU
     decoders = [backbone for backbone in backbones if backbone.kind != "t5"]
     banks = QUICK[1:] if quick else [s for s in MANY_TASKS if s.tasks == 64]
     found = [Case(BANK, shape, None, peer) for shape in banks for peer in (ours, ONE_TASK)]
@@ -58,18 +58,18 @@ def cases(stage: Stage) -> list[Case]:
     return found
 
 
-def test_serving(case: Case, stage: Stage, benchmark: Any) -> None:
+def test_serving(case: Case, run: Run, benchmark: Any) -> None:
     """Parity first, then time."""
-    stage.check_time()
-    held = stage.hold_for(("serving", case.operation, case.shape))
-    table = "bfloat16" if stage.on_gpu else "float32"
+    run.check_time()
+    held = run.hold_for(("serving", case.operation, case.shape))
+    table = "bfloat16" if run.on_gpu else "float32"
     if "make" not in held:
         make = _make_bank if case.backbone is None else _make_decoder
-        held["make"] = make(case, DTYPES[table], stage.device)
-    name = peers.ours(stage.device)
+        held["make"] = make(case, DTYPES[table], run.device)
+    name = peers.ours(run.device)
     ours, _ = _checked(held, case, name)
     peer, error = _checked(held, case, case.peer)
-    stage.measure(
+    run.measure(
         benchmark,
         suite="serving",
         operation=case.operation,
@@ -91,7 +91,7 @@ class Served:
     """What is timed, what it has to give, and that in plain PyTorch at the same precision."""
 
     call: Callable[[], Tensor]
-    expected: gate.Expected
+    expected: parity.Expected
     note: str = ""
 
 
@@ -250,7 +250,7 @@ def _make_decoder(case: Case, dtype: torch.dtype, device: torch.device) -> Maker
 
 
 def _served(call: Callable[[], Tensor], exact: Tensor, plain: Tensor, note: str = "") -> Served:
-    return Served(call, gate.Expected({"output": exact}, {"output": plain}), note)
+    return Served(call, parity.Expected({"output": exact}, {"output": plain}), note)
 
 
 def _work(served: Served) -> Work:
@@ -267,7 +267,7 @@ def _checked(held: dict[Any, Any], case: Case, name: str) -> tuple[Served, float
         served: Served = held["make"].make(name)
         with torch.no_grad():
             found = {"output": served.call()}
-        held[name] = (served, *gate.compare(found, served.expected))
+        held[name] = (served, *parity.compare(found, served.expected))
     served, error, where = held[name]
-    gate.refuse_red(case.id, name, error, where)
+    parity.refuse_red(case.id, name, error, where)
     return served, error

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from bench import peers
+from bench.run import Case, Run
 from bench.shapes import QUICK, sweeps
-from bench.stage import Case, Stage
 
 
-def cases(stage: Stage) -> list[Case]:
+def cases(run: Run) -> list[Case]:
     """Every axis by us and by the definition."""
-    shapes = QUICK[:1] if stage.settings.quick else sweeps(stage.on_gpu)
-    table = "bfloat16" if stage.on_gpu else "float32"
+    shapes = QUICK[:1] if run.settings.quick else sweeps(run.on_gpu)
+    table = "bfloat16" if run.on_gpu else "float32"
     return [
         Case("sweeps", "prompt path", "both", shape, table, name)
         for shape in shapes
-        for name in (peers.ours(stage.device), peers.REFERENCE)
+        for name in (peers.ours(run.device), peers.REFERENCE)
     ]
 
 
-def test_sweeps(case: Case, stage: Stage, benchmark: Any) -> None:
+def test_sweeps(case: Case, run: Run, benchmark: Any) -> None:
     """Parity first, then time."""
-    stage.operation_row(case, benchmark)
+    run.operation_row(case, benchmark)

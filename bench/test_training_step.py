@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from bench import gate, models, peers
+from bench import models, parity, peers
 from bench.inputs import DTYPES
 from bench.models import Backbone, Batch, Method
-from bench.stage import Stage
+from bench.run import Run
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Case:
         return f"{self.backbone.name}-{self.lengths}-{kind}-{self.peer}"
 
 
-def cases(stage: Stage) -> list[Case]:
+def cases(run: Run) -> list[Case]:
     """What shares a model side by side; torch.compile last, as it takes the longest to start."""
-    ours = [peers.ours(stage.device), *peers.others_of_ours(stage.device)]
+    ours = [peers.ours(run.device), *peers.others_of_ours(run.device)]
     names = [*ours, peers.PEFT, peers.DEPT, models.BACKBONE]
-    if stage.settings.quick:
+    if run.settings.quick:
         found = [Case(b, "20-40", False, name) for b in models.QUICK for name in names]
         compiled = [Case(models.QUICK[-1], "20-40", True, name) for name in (ours[0], peers.PEFT)]
     else:
-        backbones = models.ON_GPU if stage.on_gpu else models.ON_CPU
+        backbones = models.ON_GPU if run.on_gpu else models.ON_CPU
         found = [
             Case(b, lengths, False, name)
             for b in backbones
@@ -52,27 +52,25 @@ def cases(stage: Stage) -> list[Case]:
         ]
         # On a CPU compiling takes longer than it is worth at a second length.
         compiled = [
-            replace(case, compiled=True)
-            for case in found
-            if stage.on_gpu or case.lengths == "20-40"
+            replace(case, compiled=True) for case in found if run.on_gpu or case.lengths == "20-40"
         ]
-    return found + compiled if stage.settings.compiled else found
+    return found + compiled if run.settings.compiled else found
 
 
-def test_training_step(case: Case, stage: Stage, benchmark: Any) -> None:
+def test_training_step(case: Case, run: Run, benchmark: Any) -> None:
     """Parity of loss and gradients first, then time."""
-    stage.check_time()
-    held = stage.hold_for(("training step", case.backbone, case.lengths, case.compiled))
-    table = "bfloat16" if stage.on_gpu else "float32"
+    run.check_time()
+    held = run.hold_for(("training step", case.backbone, case.lengths, case.compiled))
+    table = "bfloat16" if run.on_gpu else "float32"
     shape = models.shape_of(case.backbone, case.lengths)
     if "model" not in held:
-        held["model"] = models.make_model(case.backbone, DTYPES[table], stage.device)
-        held["batch"] = models.make_batch(case.backbone, shape, stage.device)
+        held["model"] = models.make_model(case.backbone, DTYPES[table], run.device)
+        held["batch"] = models.make_batch(case.backbone, shape, run.device)
     batch: Batch = held["batch"]
-    ours = _checked(held, case, peers.ours(stage.device))
+    ours = _checked(held, case, peers.ours(run.device))
     peer = _checked(held, case, case.peer)
     notes = (case.backbone.note, peer.method.note)
-    stage.measure(
+    run.measure(
         benchmark,
         suite="training_step",
         operation="training step, compiled" if case.compiled else "training step",
@@ -109,7 +107,7 @@ def _checked(held: dict[Any, Any], case: Case, name: str) -> _Checked:
         expected = models.expected_of(method, model, held["exact model"], batch)
         loss = torch.compile(method.loss, dynamic=False) if case.compiled else method.loss
         found = models.results(method, loss, model, batch)
-        held[name] = _Checked(method, loss, *gate.compare(found, expected))
+        held[name] = _Checked(method, loss, *parity.compare(found, expected))
     checked: _Checked = held[name]
-    gate.refuse_red(case.id, name, checked.error, checked.where)
+    parity.refuse_red(case.id, name, checked.error, checked.where)
     return checked

@@ -617,14 +617,6 @@ def _saved_again(change: Callable[[State], object]) -> Damage:
     return damage
 
 
-def _many_entries(path: Path) -> None:
-    """A directory that takes little room for many records of nothing."""
-    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", *[0] * 9, 1, *[0] * 6) + b"a"
-    count = 1_000_000
-    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, count * len(entry), 0, 0)
-    path.write_bytes(entry * count + end)
-
-
 def _gigabyte_before(path: Path) -> None:
     """Which an archive may have before it: a hole, which takes no room on the disk."""
     data = path.read_bytes()
@@ -673,50 +665,6 @@ def _swapped(path: Path) -> None:
     _rezip(lambda r: r.update({"adapter_model/data/0": r["adapter_model/data/0"][:-4]}))(path)
 
 
-def _nested(make: Callable[[Any], Any], levels: int = 64) -> Any:
-    """A value that holds another twice, and that the next: to print or compare it ends never."""
-    value = make(1)
-    for _ in range(levels):
-        value = make(value)
-    return value
-
-
-_DICTS = _nested(lambda value: {"a": value, "b": value})
-_ORDERED = _nested(lambda value: collections.OrderedDict(a=value, b=value))
-_TUPLES = _nested(lambda value: (value, value))
-
-
-def _key(value: Any) -> bytes:
-    """A dict with a tensor under this key, which Python would hash if it made the dict itself."""
-    return b"\x80\x02}" + _dump(value)[2:-1] + _dump(_tensor())[2:-1] + b"s."
-
-
-_BOMBS: dict[str, Damage] = {
-    f"{name} of 2^64 for {place}": damage
-    for name, bomb in (("dicts", _DICTS), ("ordered dicts", _ORDERED), ("tuples", _TUPLES))
-    for place, damage in {
-        "a tensor": _prompt(bomb),
-        "a storage": _prompt(_tensor(storage=_Storage(bomb))),
-        "a kind of storage": _prompt(_tensor(storage=_Storage((bomb, bomb, "0", "cpu", 48)))),
-        "a type": _prompt(_tensor(storage=_storage(kind=bomb))),
-        "a record": _prompt(_tensor(storage=_storage(key=bomb))),
-        "a length": _prompt(_tensor(storage=_storage(length=bomb))),
-        "an offset": _prompt(_tensor(offset=bomb)),
-        "a shape": _prompt(_tensor(shape=bomb)),
-        "a size": _prompt(_tensor(shape=(bomb, 16))),
-        "a stride": _prompt(_tensor(stride=(bomb, 1))),
-        "a parameter": _prompt(_Call(torch._utils._rebuild_parameter, bomb, True, {})),
-        "all": _pickle(bomb),
-        "a function": _pickle(_dump(bomb)[:-1] + b"K\1R."),
-        "arguments": _pickle(b"\x80\x02ccollections\nOrderedDict\n" + _dump(bomb)[2:-1] + b"R."),
-    }.items()
-}
-_DOUBLED = b"\x80\x02})" + b"".join(
-    b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(64)
-)
-_DEEP = b"\x80\x02})" + b"\x85" * 100_000 + b"Ns."
-
-
 def _code(make: Callable[[str], Any], put: Callable[[Any], Damage] = _prompt) -> Damage:
     """A call, or instructions for one, that would make the canary."""
     return lambda path: put(make(str(path.parent.parent / CANARY)))(path)
@@ -738,7 +686,6 @@ PICKLES: dict[str, Damage] = {
     "torch.load": _code(lambda canary: _Call(torch.load, canary)),
     "a module's state": _pickle(b"\x80\x02}N}b."),
     # memory
-    "a bytearray of 2^40": _prompt(_Call(bytearray, 2**40)),
     "a storage of 2^40": _prompt(_Call(torch.UntypedStorage, 2**40)),
     "a tensor of 2^40": _prompt(_Call(torch.FloatTensor, 2**40)),
     "a declared storage of 2^40": _prompt(_tensor(storage=_storage(length=2**40))),
@@ -756,17 +703,10 @@ PICKLES: dict[str, Damage] = {
     "values behind the storage": _prompt(_tensor(stride=(32, 1))),
     "a memo of 2^31": _pickle(b"\x80\x02}r\xff\xff\xff\x7f."),
     "a text of 2^32": _pickle(b"\x80\x02}X\xff\xff\xff\xffab."),
-    "a tuple of 2^64 tuples": _pickle(_DOUBLED + b"Ns."),
-    "a tuple 100,000 deep": _pickle(_DEEP),
-    "a key of 2^64 tuples": _pickle(_key(_TUPLES)),
-    "a key of 2^64 tuples and a dict": _pickle(_key((_TUPLES, {}))),
     "a length of 2^2000": _prompt(_tensor(storage=_storage(length=2**2000))),
     "a shape of 2^2000": _prompt(_tensor(shape=(2**2000, 16))),
     "an offset of 2^2000": _prompt(_tensor(offset=2**2000)),
-    "a directory of a million records": _many_entries,
     "a gigabyte before the archive": _gigabyte_before,
-    "4 million dicts": _pickle(b"\x80\x02" + b"}" * 4_000_000),
-    **_BOMBS,
     "a compressed record": _rezip(
         lambda r: r.update({"adapter_model/data/9": bytes(1 << 22)}), zipfile.ZIP_DEFLATED
     ),
@@ -790,7 +730,6 @@ PICKLES: dict[str, Damage] = {
     "integers": _prompt(_tensor((3, 8), (8, 1), 0, _storage("0", 24, torch.LongStorage))),
     # the archive
     "another byte order": _rezip(lambda r: r.update({"adapter_model/byteorder": b"middle"})),
-    "big values first": _rezip(lambda r: r.update({"adapter_model/byteorder": b"big"})),
     "no data.pkl": _rezip(lambda r: r.pop("adapter_model/data.pkl")),
     "no values": _rezip(lambda r: r.pop("adapter_model/data/0")),
     "short values": _swapped,

@@ -16,15 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import clock, gate, page, peers, stage, suites, summary
-from bench.clock import Clock, Work
+from bench import parity, peers, suites
 from bench.environment import slug
 from bench.inputs import Inputs, make_inputs
-from bench.record import read
+from bench.rows import read
+from bench.run import Case, Run, Settings, floor_bytes
 from bench.shapes import MANY_TASKS, NAMED, QUICK, UNPADDED, Shape, is_unpadded, sweeps
-from bench.stage import Case, Settings, Stage
+from bench.timing import Clock, Work, median_interval
 
 CPU = torch.device("cpu")
+CASE = Case("splice", "splice", "forward", QUICK[0], "float32", "reference")
 # PEFT asks a model of transformers for an attribute by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
@@ -56,17 +57,17 @@ class Benchmark:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Stage]:
+def run(tmp_path: Path) -> Iterator[Run]:
     """A quick run without torch.compile."""
-    yield Stage(CPU, Settings(True, 0, None, False, tmp_path))
+    yield Run(CPU, Settings(True, 0, None, False, tmp_path))
     torch.compiler.reset()
 
 
-def test_every_operation_leaves_rows_and_a_summary(run: Stage) -> None:
+def test_every_operation_leaves_rows(run: Run) -> None:
     wanted = [
         *suites.operation_cases(run, "prompt_path", "prompt path", ("both",)),
-        *suites.operation_cases(run, "splice", "splice", ("forward", "backward")),
-        *suites.operation_cases(run, "reconstruct", "reconstruct", ("forward", "backward")),
+        *suites.operation_cases(run, "splice", "splice", ("forward", "backward"))[:2],
+        *suites.operation_cases(run, "reconstruct", "reconstruct", ("forward", "backward"))[:2],
     ]
     for case in wanted:
         run.operation_row(case, Benchmark())
@@ -76,26 +77,18 @@ def test_every_operation_leaves_rows_and_a_summary(run: Stage) -> None:
     )
     assert {row.peer for row in rows} == {"eager", "reference", "dept", "peft-100"}
     for row in rows:
-        assert row.error is not None
-        assert row.error <= 1
-        assert row.p20_ms is not None
-        assert row.p80_ms is not None
+        assert 0 <= row.error <= 1
         assert 0 < row.p20_ms <= row.p80_ms
-        assert row.peak_mb is not None
-        assert row.peak_mb > 0
-        assert row.commit
-        assert row.torch
-        assert row.device
-    said = summary.lines(run.book.rows, run.settings.folder)
-    assert len(said) <= 10
-    assert "floor: copy" in "\n".join(said)
-    assert "peft-100" in "\n".join(said)
+        assert all((row.peak_mb, row.commit, row.torch, row.device))
 
 
-@pytest.mark.parametrize("operation", ["prompt path", "splice", "reconstruct"])
-@pytest.mark.parametrize("shape", QUICK, ids=lambda shape: shape.name)
+@pytest.mark.parametrize(
+    ("operation", "shape"),
+    [("prompt path", QUICK[0]), ("splice", QUICK[1]), ("reconstruct", QUICK[1])],
+    ids=["path", "splice", "reconstruct"],
+)
 def test_a_wrong_peer_is_not_timed(
-    run: Stage, operation: str, shape: Any, monkeypatch: pytest.MonkeyPatch
+    run: Run, operation: str, shape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = peers.operation_of
 
@@ -121,45 +114,35 @@ def test_a_wrong_peer_is_not_timed(
 def test_another_way_is_checked_too(name: str) -> None:
     (inputs,) = make_inputs(QUICK[0], torch.float32, CPU, 1)
     peer = peers.make("prompt path", name, QUICK[0], inputs)
-    expected = gate.expected_of(peer, inputs)
-    assert gate.check(peer, inputs, expected)[0] <= 1
+    expected = parity.expected_of(peer, inputs)
+    assert parity.check(peer, inputs, expected)[0] <= 1
     wrong = replace(peer, forward=lambda inputs: peer.forward(inputs) * 1.0001)
-    assert gate.check(wrong, inputs, expected)[0] > 10
-
-
-def test_dept_pads_every_row_to_the_whole_offset() -> None:
-    (inputs,) = make_inputs(QUICK[0], torch.float32, CPU, 1)
-    peer = peers.make("prompt path", "dept", QUICK[0], inputs)
-    shape = QUICK[0]
-    rows = shape.num_virtual_tokens + shape.max_length
-    assert peer.forward(inputs).shape == (shape.batch, rows, shape.hidden_size)
+    assert parity.check(wrong, inputs, expected)[0] > 10
+    if name == "dept":  # it pads every row to the whole offset
+        rows = QUICK[0].num_virtual_tokens + QUICK[0].max_length
+        assert peer.forward(inputs).shape[1] == rows
 
 
 @pytest.mark.parametrize(
-    ("wrong", "where"),
-    [
-        (lambda t: torch.full_like(t, float("nan")), "output"),
-        (lambda t: t[:, :-1], "output"),
-        (lambda t: t + 1e-3, "output"),
-    ],
+    "wrong",
+    [lambda t: torch.full_like(t, float("nan")), lambda t: t[:, :-1], lambda t: t + 1e-3],
     ids=["not a number", "another shape", "an offset"],
 )
-def test_the_gate_tells(wrong: Callable[[Tensor], Tensor], where: str) -> None:
+def test_a_wrong_output_is_named(wrong: Callable[[Tensor], Tensor]) -> None:
     (inputs,) = make_inputs(QUICK[1], torch.float32, CPU, 1)
     peer = peers.make("splice", "reference", QUICK[1], inputs)
-    expected = gate.expected_of(peer, inputs)
-    found = dict(expected.plain)
-    found[where] = wrong(found[where])
-    error, name = gate.compare(found, expected)
+    expected = parity.expected_of(peer, inputs)
+    found = {**expected.plain, "output": wrong(expected.plain["output"])}
+    error, name = parity.compare(found, expected)
     assert not error <= 1
-    assert name == where
+    assert name == "output"
 
 
-def test_a_zero_that_is_not_zero_fails_the_gate() -> None:
+def test_a_zero_has_to_be_zero() -> None:
     zero, one = {"output": torch.zeros(2)}, {"output": torch.full((2,), 1e-30)}
-    expected = gate.Expected({"output": torch.zeros(2, dtype=torch.float64)}, zero)
-    assert gate.compare(zero, expected) == (0.0, "")
-    assert gate.compare(one, expected)[0] == float("inf")
+    expected = parity.Expected({"output": torch.zeros(2, dtype=torch.float64)}, zero)
+    assert parity.compare(zero, expected) == (0.0, "")
+    assert parity.compare(one, expected)[0] == float("inf")
 
 
 def test_a_pair_times_the_peer_and_the_ratio_is_ours_by_its() -> None:
@@ -180,9 +163,8 @@ def test_preparing_is_not_timed() -> None:
     assert timing.p80_ms < 5
 
 
-def test_where_pytest_benchmark_is_off_nothing_is_recorded(run: Stage) -> None:
-    case = Case("splice", "splice", "forward", QUICK[0], "float32", "reference")
-    assert run.operation_row(case, Benchmark(enabled=False)) is None
+def test_where_pytest_benchmark_is_off_nothing_is_recorded(run: Run) -> None:
+    assert run.operation_row(CASE, Benchmark(enabled=False)) is None
     assert not [row for row in run.book.rows if row.suite != "floor"]
 
 
@@ -199,8 +181,8 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
 
 
 def test_the_interval_of_a_median() -> None:
-    assert clock.median_interval([1.0, 2.0, 9.0]) == (2.0, 1.0, 9.0)
-    middle, low, high = clock.median_interval([float(i) for i in range(100)])
+    assert median_interval([1.0, 2.0, 9.0]) == (2.0, 1.0, 9.0)
+    middle, low, high = median_interval([float(i) for i in range(100)])
     assert (middle, low, high) == (49.5, 40.0, 59.0)
 
 
@@ -218,8 +200,8 @@ def test_what_has_to_be_moved() -> None:
     task = 4 * (s.num_virtual_tokens * s.hidden_size + s.rank * (s.max_length + s.hidden_size))
     ids = 27 * 8 + 3 * 8
     rows = 7 * s.hidden_size * 2
-    assert stage.floor_bytes("splice", "forward", s, inputs) == out + rows + ids + 2 * task
-    assert stage.floor_bytes("splice", "backward", s, inputs) == out + 2 * task + 5 * task
+    assert floor_bytes("splice", "forward", s, inputs) == out + rows + ids + 2 * task
+    assert floor_bytes("splice", "backward", s, inputs) == out + 2 * task + 5 * task
 
 
 class Gpu:
@@ -279,10 +261,9 @@ def test_on_a_gpu_times_are_the_devices_own(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_rows_stop_when_the_time_is_over(tmp_path: Path) -> None:
-    late = Stage(CPU, Settings(True, 0, 1e-9, False, tmp_path))
-    case = Case("splice", "splice", "forward", QUICK[0], "float32", "reference")
+    late = Run(CPU, Settings(True, 0, 1e-9, False, tmp_path))
     with pytest.raises(pytest.skip.Exception, match="time of the run is over"):
-        late.operation_row(case, Benchmark())
+        late.operation_row(CASE, Benchmark())
 
 
 def test_names_of_rows_are_unique() -> None:
@@ -294,26 +275,21 @@ def test_names_of_rows_are_unique() -> None:
     assert len(set(on_gpu)) == len(on_gpu)
 
 
-@pytest.mark.parametrize("shape", [*NAMED, *MANY_TASKS], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", [*NAMED, *MANY_TASKS, *UNPADDED], ids=lambda shape: shape.name)
 def test_named_rows_are_padded_on_the_right(shape: Shape) -> None:
     """Half of the length or more, and a batch of several is as long as its longest row."""
     small = replace(shape, hidden_size=1, rank=1, vocabulary=8, tasks=min(shape.tasks, 1))
     (inputs,) = make_inputs(small, torch.float32, CPU, 1)
     mask = inputs.attention_mask
-    assert mask is not None
+    assert (mask is None) == (shape in UNPADDED)
+    if mask is None:
+        return
     lengths = mask.sum(1)
     assert mask.equal((torch.arange(shape.length) < lengths[:, None]).long())
     assert shape.shortest == shape.length // 2
     assert lengths.min() >= shape.shortest
     assert (lengths < shape.length).any()
     assert shape.batch == 1 or lengths.max() == shape.length
-
-
-@pytest.mark.parametrize("shape", UNPADDED, ids=lambda shape: shape.name)
-def test_unpadded_shapes_have_no_mask(shape: Shape) -> None:
-    small = replace(shape, hidden_size=1, rank=1, vocabulary=8, tasks=min(shape.tasks, 1))
-    (inputs,) = make_inputs(small, torch.float32, CPU, 1)
-    assert inputs.attention_mask is None
 
 
 @pytest.mark.parametrize(
@@ -344,15 +320,4 @@ def test_the_command_runs_a_part_and_leaves_its_files(root: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "splice.csv").is_file()
     assert list(tmp_path.glob("*.png"))
-    last = done.stdout[done.stdout.rindex("= benchmarks =") :].splitlines()
-    assert len(last) <= 12
-
-
-def test_the_page_shows_the_result_files() -> None:
-    text = page.PAGE.read_text(encoding="utf-8")
-    assert page.fill(text) == text
-
-
-def test_a_page_without_its_place_is_an_error() -> None:
-    with pytest.raises(SystemExit, match="expected one pair of comments for"):
-        page.fill("nothing here")
+    assert f"rows in {tmp_path}" in done.stdout

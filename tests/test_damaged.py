@@ -11,7 +11,8 @@ A damage stands in the table only where its format can notice it:
   changed bit of those is refused.
 - PEFT's and DePT's safetensors hold no checksum either, and their config stands in one file:
   besides values, a field that fits any tensors (``lora_alpha``) can change unnoticed.
-- A file of ``torch.save`` is a zip archive, whose CRC-32 tells any changed bit of a record.
+- A file of ``torch.save`` is a zip archive, whose CRC-32 tells any changed bit of a record. What a
+  crafted pickle costs in torch's unpickler is not limited and not in the table.
 """
 
 from __future__ import annotations
@@ -798,64 +799,40 @@ def test_foreign_tensors_that_are_left_out(kind: str, intact: Path, tmp_path: Pa
 
 
 @pytest.mark.skipif(not LINUX, reason="the limit of memory is Linux's")
-def test_values_of_torch_save_are_held_once(tmp_path: Path) -> None:
+def test_values_of_torch_save_are_held_twice_at_most(tmp_path: Path) -> None:
     rows, width = 1 << 14, 1 << 10  # 64 MiB
     config = {**tiny.PEFT_CONFIG, "token_dim": width, "num_virtual_tokens": rows}
     state = {"prompt_embeddings": torch.ones(rows, width)}
     tiny.save_adapter(tmp_path, config, state, pickled=True)
-    with memory_limit(96 << 20):
+    with memory_limit(160 << 20):
         loaded = open_state(tmp_path).load({"prompt_embeddings": (rows, width)})
     assert torch.equal(loaded["prompt_embeddings"], state["prompt_embeddings"])
 
 
-@pytest.mark.skipif(not LINUX, reason="the limit of memory is Linux's")
-def test_values_that_nobody_wants_are_not_read(tmp_path: Path) -> None:
-    state = {**tiny.peft_state(tiny.PEFT_CONFIG), "head": torch.ones(1 << 24)}  # 64 MiB
-    tiny.save_adapter(tmp_path, tiny.PEFT_CONFIG, state, pickled=True)
-    with memory_limit(32 << 20):
-        import_peft(tmp_path, prompt_only=True)
-
-
-BEFORE_VALUES = {
-    "a list": "the instruction EMPTY_LIST",
-    "tuples of 2^64 for all": "tuple'$",
-    "a tensor alone": "a tensor",
-    "a number for a tensor": "3 under the key 'prompt_embeddings'",
-    "a tensor without storage": "a tensor without storage and shape",
-    "a shape without strides": "zip",
-    "a shape of texts": "the size '3'",
-    "values behind the storage": r"shape \(3, 16\) in a storage of 48 values",
-    "an expanded shape of 2^60": r"shape \(1152921504606846976, 16\) in a storage of 48 values",
-    "a declared storage of 2^40": "a storage of 1099511627776 torch.float32 in a record of 192",
-    "a negated view": "bool under the key 'neg'",
-    "dicts of 2^64 for a parameter": "1 under the key 'a'",
-    "a key of 2^64 tuples": "a tensor under the key tuple",
+REFUSED = {
+    "2^40 bytes": "expected at most 1073741824 bytes",
+    "os.system": "nothing else, got .*GLOBAL posix.system whose module posix is blocked",
+    "eval": "nothing else, got .*GLOBAL eval was not an allowed global by default'$",
+    "a number for a tensor": "nothing else, got 'ValueError: int under a key of type str'$",
+    "a key that is a number": "nothing else, got 'ValueError: Tensor under a key of type int'$",
+    "a tensor alone": "nothing else, got 'ValueError: Tensor'$",
+    "a negated view": "nothing else, got .*a tensor that is not dense",
+    "an expanded shape of 2^40 in both files": "nothing else, got .*in a smaller storage",
+    "a compressed record": r"1.6 or newer\), got 'ValueError: a compressed record",
+    "values twice": r"1.6 or newer\), got 'ValueError: two records of one name",
+    "a flipped bit in the values": r"1.6 or newer\), got .*another checksum for",
+    "before PyTorch 1.6": r"1.6 or newer\), got 'ValueError: no archive",
 }
 
 
-@pytest.mark.parametrize("name", BEFORE_VALUES)
-def test_what_a_pickle_describes_is_checked_first(name: str, intact: Path, tmp_path: Path) -> None:
-    """Its values need not be read for that."""
+@pytest.mark.parametrize("name", REFUSED)
+def test_why_a_file_of_torch_save_is_refused(name: str, intact: Path, tmp_path: Path) -> None:
+    """For its own reason, and without torch's advice to run what is in it."""
     place_of = "PEFT of torch.save", "adapter_model.bin"
-    folder = place(intact, tmp_path, *place_of, damage.PICKLES[name])
+    folder = place(intact, tmp_path, *place_of, {**damage.FILES, **damage.PICKLES}[name])
     message = refusal(lambda: open_state(folder), folder, place_of[1])
-    assert re.search(f"nothing else, got .ValueError: {BEFORE_VALUES[name]}", message), message
-
-
-def test_a_file_that_is_replaced_between_its_shapes_and_its_values(tmp_path: Path) -> None:
-    """Its values are those of the new file, if that fits, and never the one read as the other."""
-    state = tiny.peft_state(tiny.PEFT_CONFIG)
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    tiny.save_adapter(tmp_path, tiny.PEFT_CONFIG, state, pickled=True)
-    opened = open_state(tmp_path)
-    tiny.save_adapter(tmp_path, tiny.PEFT_CONFIG, {n: -v for n, v in state.items()}, pickled=True)
-    loaded = opened.load(shapes)
-    assert all(torch.equal(loaded[name], -value) for name, value in state.items())
-    tiny.save_adapter(
-        tmp_path, tiny.PEFT_CONFIG, {n: v[1:] for n, v in state.items()}, pickled=True
-    )
-    with pytest.raises(CheckpointError, match=r"expected shape \(3, 16\), got \(2, 16\)"):
-        opened.load(shapes)
+    assert re.search(REFUSED[name], message), message
+    assert "weights_only" not in message
 
 
 def test_the_cache_of_a_hub(intact: Path, tmp_path: Path) -> None:

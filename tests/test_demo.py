@@ -15,56 +15,49 @@ import pytest
 from click.testing import CliRunner
 
 from ept_fast.cli import main
-from ept_fast.training import demo, demo_task
+from ept_fast.training import demo
 
 
 def words_of(text: str) -> list[str]:
     return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
 
 
-@pytest.mark.parametrize(("split", "each"), [("train", 100), ("test", 30)])
-def test_task_is_balanced_and_without_repeats(split: str, each: int) -> None:
-    rows = demo_task.demo_rows(split)
-    assert Counter(row.label for row in rows) == dict.fromkeys(demo_task.INTENTS, each)
-    assert len({row.text for row in rows}) == len(rows)
-    for row in rows:
-        assert row.text[0].isupper()
-        assert row.text[-1] in ".?"
-        assert not set(row.text) & set("{}")
-
-
-def test_splits_share_no_message_and_no_template() -> None:
-    train, test = demo_task._TRAIN, demo_task._TEST
-    for slot, words in test.words.items():
-        assert not set(words) & set(train.words[slot]), slot
-    for intent in demo_task.INTENTS:
-        assert not set(test.templates[intent]) & set(train.templates[intent])
-    # A message of the test split may share short phrases with the training split, never most words.
-    seen = [set(words_of(row.text)) for row in demo_task.demo_rows("train")]
-    for row in demo_task.demo_rows("test"):
-        words = set(words_of(row.text))
-        assert max(len(words & other) / len(words | other) for other in seen) < 0.7, row.text
-
-
-def test_new_messages_are_in_neither_split() -> None:
-    known = {row.text for split in ("train", "test") for row in demo_task.demo_rows(split)}
-    assert not known & set(demo_task.NEW_MESSAGES)
-
-
-def test_task_is_written_the_same_every_time(tmp_path: Path) -> None:
-    one, other = (demo_task.write_demo_task(tmp_path / name) for name in ("one", "other"))
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
+    """The messages of each split with their intents, as the demo reads them."""
+    folder = demo.write_demo_task(tmp_path_factory.mktemp("task") / "new")
+    found = {}
     for split in ("train", "test"):
-        data = (one / f"{split}.jsonl").read_bytes()
-        assert data == (other / f"{split}.jsonl").read_bytes()
-        rows = [json.loads(line) for line in data.decode().splitlines()]
-        assert [(r["text"], r["label"]) for r in rows] == [
-            (row.text, row.label) for row in demo_task.demo_rows(split)
-        ]
+        text = (folder / f"{split}.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert all(set(row) == {"text", "label"} for row in rows)
+        found[split] = [(row["text"], row["label"]) for row in rows]
+    return found
 
 
-def test_unknown_split() -> None:
-    with pytest.raises(ValueError, match="split: expected one of train, test, got 'dev'"):
-        demo_task.demo_rows("dev")
+@pytest.mark.parametrize(("split", "each"), [("train", 100), ("test", 30)])
+def test_task_is_balanced_and_without_repeats(
+    split: str, each: int, task: dict[str, list[tuple[str, str]]]
+) -> None:
+    texts = [text for text, _ in task[split]]
+    assert Counter(label for _, label in task[split]) == dict.fromkeys(demo.INTENTS, each)
+    assert len(set(texts)) == len(texts)
+    for text in texts:
+        assert text[0].isupper()
+        assert text[-1] in ".?"
+        assert not set(text) & set("{}")
+
+
+def test_splits_share_no_message(task: dict[str, list[tuple[str, str]]]) -> None:
+    """A test message may share short phrases with the training split, never most words."""
+    seen = [set(words_of(text)) for text, _ in task["train"]]
+    for text, _ in task["test"]:
+        words = set(words_of(text))
+        assert max(len(words & other) / len(words | other) for other in seen) < 0.7, text
+
+
+def test_new_messages_are_in_neither_split(task: dict[str, list[tuple[str, str]]]) -> None:
+    assert not {text for rows in task.values() for text, _ in rows} & set(demo.NEW_MESSAGES)
 
 
 @pytest.fixture
@@ -166,7 +159,7 @@ def test_demo_learns_and_tells(minilm: Path, tmp_path: Path) -> None:
         assert said in result.output
     assert "training: 60 of 60 steps, loss " in result.output
     assert "\r" not in result.output
-    for message in demo_task.NEW_MESSAGES:
+    for message in demo.NEW_MESSAGES:
         assert message in result.output
     for name in ("learning_curves.png", "gate_weights.png"):
         assert str(output / "run" / name) in result.output

@@ -1,28 +1,28 @@
-"""The host's time without a GPU: what is launched, the rows, the page, and what is said where it
+"""The host's time without a GPU: what is launched, the rows, and what is said where it
 cannot be measured. Each run is a process of its own, since it replaces Triton's driver."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bench import host_cost, page
+from bench import host_cost
 from bench.compare import Failure
 from bench.compiled import cuda_tools
 from bench.host_cost import COMPILED, DIRECTIONS, EAGER, FUNCTIONS, MODULE, OURS
 from bench.peers import REFERENCE
-from bench.record import write_csv
 
 PEERS = (OURS, EAGER, REFERENCE, COMPILED)
 LAUNCHES = {"forward": 4, "both": 9}
@@ -51,34 +51,27 @@ def python(root: Path, *arguments: str, **changes: str | None) -> subprocess.Com
     )
 
 
-def refused(root: Path, **changes: str | None) -> str:
-    """What the command says where it does not measure."""
-    done = python(root, "-m", "bench.host_cost", "--quick", "--no-compiled", **changes)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
 # A run
 
 
 @pytest.fixture(scope="session")
-def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, Rows, str]:
-    """The rows of both files of a quick run, and what it printed."""
+def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, Rows]:
+    """The rows of both files of a quick run."""
     folder = tmp_path_factory.mktemp("host")
     done = python(root, "-m", "bench.host_cost", "--quick", "--out", str(folder))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     paths, launches = (
         list(csv.DictReader((folder / name).read_text(encoding="utf-8").splitlines()))
-        for name in (page.PATHS, page.LAUNCHES)
+        for name in (host_cost.PATHS, host_cost.LAUNCHES)
     )
-    return paths, launches, done.stdout
+    assert f"\n{FUNCTIONS} " in done.stdout
+    return paths, launches
 
 
 @needs_tools
 @pytest.mark.slow
-def test_every_row_is_whole(run: tuple[Rows, Rows, str]) -> None:
-    rows, _, _ = run
+def test_every_row_is_whole(run: tuple[Rows, Rows]) -> None:
+    rows, launches = run
     works = [tuple(row[name] for name in ("path", "direction", "mask", "peer")) for row in rows]
     assert len(works) == len(set(works))
     assert set(works) == set(product((FUNCTIONS, MODULE), DIRECTIONS, ("yes", "no"), PEERS))
@@ -91,12 +84,6 @@ def test_every_row_is_whole(run: tuple[Rows, Rows, str]) -> None:
             assert row["peer"] != peer or low == middle == high == 1
         assert int(row["allocations"]) > 0
 
-
-@needs_tools
-@pytest.mark.slow
-def test_our_launches_are_counted(run: tuple[Rows, Rows, str]) -> None:
-    rows, launches, _ = run
-    for row in rows:
         expected = str(LAUNCHES[row["direction"]]) if row["peer"] == OURS else ""
         assert row["launches"] == expected
     assert len(launches) == LAUNCHES["both"]
@@ -105,13 +92,6 @@ def test_our_launches_are_counted(run: tuple[Rows, Rows, str]) -> None:
     assert sum("splice" not in name for name in forward) <= 3
     for row in launches:
         assert float(row["front_us"]) > float(row["launcher_us"]) > 0
-
-
-@needs_tools
-@pytest.mark.slow
-def test_a_run_prints_the_pages_table(run: tuple[Rows, Rows, str]) -> None:
-    rows, launches, printed = run
-    assert printed == "\n".join(page.host_cost_lines(rows, launches)) + "\n"
 
 
 _COUNT = """
@@ -158,28 +138,36 @@ def test_tiny_sizes_are_launched_as_real_ones(root: Path) -> None:
 # Where it cannot be measured
 
 
-@needs_tools
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("compiler", "said"),
     [
-        (
-            {"CC": None, "PATH": ""},
-            "expected a C compiler, gcc or clang on the PATH or CC, got none",
-        ),
-        ({"CC": "no-such-compiler"}, "got CC='no-such-compiler', which is not there"),
-        ({"CC": "false"}, "the stub of libcuda: .*false failed"),
-        ({"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET: expected it not to be set"),
+        ("", "expected a C compiler, gcc or clang on the PATH or CC, got none"),
+        ("no-such-compiler", "got CC='no-such-compiler', which is not there"),
+        ("false", "the stub of libcuda: .*false failed"),
     ],
 )
-def test_a_missing_tool_is_named(root: Path, changes: dict[str, str | None], said: str) -> None:
-    assert re.search(said, refused(root, **changes))
+def test_a_missing_compiler_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, said: str
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    if not compiler:
+        monkeypatch.setenv("PATH", "")
+    with pytest.raises(Failure, match=said):
+        host_cost.compile_stub(tmp_path)
 
 
-def test_another_build_of_triton_is_refused(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").write_text("")
-    said = refused(root, PYTHONPATH=os.pathsep.join((str(tmp_path), str(root))))
-    assert "triton: expected a build for NVIDIA GPUs, got one without" in said
+def test_another_build_of_triton_is_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not _MISSING:
+        done = python(root, "-m", "bench.host_cost", "--quick", TRITON_INTERPRET="1")
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert "TRITON_INTERPRET: expected it not to be set" in done.stderr
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(Failure, match="expected a build for NVIDIA GPUs, got one without"):
+        host_cost._check_triton()
 
 
 def test_launches_that_miss_the_stub_are_an_error() -> None:
@@ -196,80 +184,3 @@ def test_peers_take_turns() -> None:
     times = host_cost.in_turns(calls, 4, 2)
     assert "".join(order) == "aabbcc" + "aabbcc" + "bbccaa" + "ccaabb" + "aabbcc"
     assert all(len(found) == 4 and min(found) > 0 for found in times.values())
-
-
-# The page
-
-
-def row(
-    peer: str, by_reference: float, by_compiled: float | None, **changes: str
-) -> dict[str, str]:
-    """A row as the file has it, the intervals a tenth wide on both sides."""
-    found = {
-        **dict.fromkeys(host_cost.Row.__dataclass_fields__, "x"),
-        "path": FUNCTIONS,
-        "direction": "both",
-        "mask": "yes",
-        "peer": peer,
-        "p50_us": "1234.5",
-        "launches": "9" if peer == OURS else "",
-        "allocations": "31",
-    }
-    for column, value in (("by_reference", by_reference), ("by_compiled", by_compiled)):
-        for end, shift in (("", 0), ("_low", -0.1), ("_high", 0.1)):
-            found[column + end] = "" if value is None else str(value + shift)
-    return {**found, **changes}
-
-
-LAUNCH = {
-    **dict.fromkeys(host_cost.LaunchRow.__dataclass_fields__, "x"),
-    "kernel": "_some_kernel",
-    "direction": "forward",
-    "arguments": "33",
-    "front_us": "40",
-    "launcher_us": "4",
-}
-
-
-@pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder in place of the results."""
-    monkeypatch.setattr(page, "RESULTS", tmp_path)
-    return tmp_path / page.HOST_COST
-
-
-def save(folder: Path, *rows: dict[str, str]) -> None:
-    write_csv(folder / page.PATHS, rows[0], rows)
-    write_csv(folder / page.LAUNCHES, LAUNCH, [LAUNCH, LAUNCH])
-
-
-def test_the_page_has_the_files_figures(results: Path) -> None:
-    save(results, row(OURS, 0.5, 0.75), row(EAGER, 1.5, 2), row(REFERENCE, 1, 1.5))
-    lines = page.host_cost_table().splitlines()
-    assert lines[2] == (
-        "| two functions | both | yes | 1,234 | 1,234 | 1,234 | 0.50 (0.40 to 0.60) "
-        "| 0.75 (0.65 to 0.85) | 1.50 (1.40 to 1.60) | 9 | 31 | 31 |"
-    )
-    assert lines[-4:-2] == [
-        "| `_some_kernel` | forward | 33 | 40.0 | 4.00 |",
-        "| all | both |  | 80.0 | 8.00 |",
-    ]
-
-
-def test_goals_in_host_time(results: Path) -> None:
-    assert [line[1:] for line in page._host_goals()] == [["CPU", "not measured", "–"]] * 2
-    assert page.host_cost_table() == "Not measured yet.\n"
-    save(
-        results,
-        row(OURS, 0.35, None),
-        row(OURS, 0.9, 0.9, direction="forward"),
-        row(OURS, 0.36, 0.5, path=MODULE, mask="no"),
-        row(EAGER, 0.9, 0.9),
-    )
-    machine = "x, libcuda a stub"
-    assert [line[1:] for line in page._host_goals()] == [
-        [machine, "two functions: 0.35; module, no mask: 0.36", "no: module, no mask"],
-        [machine, "module, no mask: 0.50", "yes"],
-    ]
-    for goal in ("0.35 of the reference's", "0.50 of the compiled reference's"):
-        assert f"host time, forward and backward: at most {goal}" in page.goals_table()

@@ -174,7 +174,7 @@ def test_wheel_holds_the_package_and_nothing_else(root: Path, built: Built) -> N
     in_tree = {
         p.relative_to(root).as_posix()
         for p in (root / "ept_fast").rglob("*")
-        if p.is_file() and p.suffix in {".py", ".typed"}
+        if p.is_file() and p.suffix in {".py", ".typed", ".jsonl"}
     }
     in_tree |= {f"ept_fast/kernels/{p.name}" for p in (root / "kernels").glob("*.py")}
     in_tree |= {f"ept_fast/csrc/{name}" for name in cuda_sources(root)}

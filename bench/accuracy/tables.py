@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.accuracy.records import RUNS_FILE, device_of, read_records
 from bench.accuracy.study import LABELS, METHODS, TASKS
+from bench.rows import aligned
 
 _UNKNOWN = "not recorded"
 
@@ -101,72 +102,6 @@ def _all(values: Iterable[Any]) -> str:
     return " and ".join(dict.fromkeys(str(value or _UNKNOWN) for value in values))
 
 
-def made_on(rows: Sequence[dict[str, Any]]) -> str:
-    """A sentence on where the final runs were made, and with what."""
-
-    def every(name: str) -> str:
-        found = dict.fromkeys(part for row in rows for part in str(row[name]).split(" and "))
-        return _all(found)
-
-    return (
-        f"Trained on {every('device')}: {every('steps')} steps; backend {every('backend')}; "
-        f"torch {every('torch')}; transformers {every('transformers')}; "
-        f"commit {every('commit')}."
-    )
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The accuracy table and the cost table."""
-    tasks = [task for task in TASKS if any(r["task"] == task for r in rows)]
-    by = {(r["task"], r["method"]): r for r in rows}
-    methods = [method for method in METHODS if any(r["method"] == method for r in rows)]
-    titles = [f"{task} ({TASKS[task][1]})" for task in tasks]
-    lines = [
-        "Percent, mean and standard deviation over the seeds (number of runs where not 3).",
-        "",
-        made_on(rows),
-        "",
-        "| method | prompt parameters | " + " | ".join(titles) + " |",
-        "|---|---:|" + "---:|" * len(tasks),
-    ]
-    for method in methods:
-        cells = []
-        for task in tasks:
-            row = by.get((task, method))
-            cells.append("" if row is None else _cell(row))
-        parameters = next(r["parameters"] for r in rows if r["method"] == method)
-        lines.append(f"| {LABELS[method]} | {parameters:,} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| method | step on sst2, all in turn (s) | to prompt tuning | peak memory (MB) | over "
-        "the loaded model (MB) | " + " | ".join(f"rates, {task}" for task in tasks) + " |",
-        "|---|---:|---:|---:|---:|" + "---|" * len(tasks),
-    ]
-    for method in methods:
-        row = next(r for r in rows if r["method"] == method)
-        cells = [
-            _number(row["timing_seconds_p50"], "{:.3f}"),
-            _number(row["timing_ratio_to_pt"], "{:.2f}"),
-            _number(row["peak_bytes"], "{:.0f}", 1e6),
-            _number(row["peak_bytes_over_loaded"], "{:.0f}", 1e6),
-            *(by[task, method]["setting"] if (task, method) in by else "" for task in tasks),
-        ]
-        lines.append(f"| {LABELS[method]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(row: dict[str, Any]) -> str:
-    spread = "" if math.isnan(row["std"]) else f" ± {100 * row['std']:.1f}"
-    count = "" if row["runs"] == 3 else f" ({row['runs']})"
-    return f"{100 * row['mean']:.1f}{spread}{count}"
-
-
-def _number(value: Any, form: str, unit: float = 1.0) -> str:
-    if value == "" or math.isnan(value):
-        return "not measured"
-    return form.format(value / unit)
-
-
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars of mean and standard deviation, one group a task, with every seed as a dot."""
     from matplotlib.figure import Figure
@@ -203,7 +138,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def report(out: Path, device: str | None = None) -> None:
-    """Write results.csv, results.md and results.png from the records of one device alone."""
+    """Write results.csv and results.png from the records of one device, and print a table."""
     from ept_fast.storage.files import write_bytes
 
     rows = summary(on_one_device(read_records(out), device))
@@ -214,6 +149,6 @@ def report(out: Path, device: str | None = None) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_bytes(out / "results.csv", buffer.getvalue().encode())
-    write_bytes(out / "results.md", markdown(rows).encode())
     draw(rows, out / "results.png")
-    print(markdown(rows))
+    shown = [name for name in COLUMNS if name != "values"]
+    print("\n".join(aligned(shown, ([row[name] for name in shown] for row in rows))))

@@ -1,10 +1,14 @@
-"""Rows of measurements and the files that hold them: ``bench/results/<device>/<suite>.csv``."""
+"""Rows of measurements and their files: ``bench/results/<device>/<suite>.csv``.
+
+``python -m bench.rows FOLDER`` prints a line for each row.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -140,7 +144,7 @@ def read(path: Path) -> list[Row]:
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         if reader.fieldnames != names:
-            raise ValueError(f"{path}: expected the columns of bench.record.Row, got others")
+            raise ValueError(f"{path}: expected the columns of bench.rows.Row, got others")
         return [_row(path, number, values) for number, values in enumerate(reader, 2)]
     except csv.Error as error:
         raise ValueError(f"{path}: expected a CSV file, got one with an error: {error}") from None
@@ -204,3 +208,21 @@ class Book:
         else:
             old.append(row)
         write(path, old)
+
+
+def aligned(header: Sequence[str], body: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a table in columns; numbers to four digits, nothing for None."""
+    texts = [
+        [f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x) for x in line]
+        for line in (header, *body)
+    ]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in texts]
+
+
+_SHOWN = ("operation", "direction", "shape", "embeddings", "peer", "p50_ms", "of_floor")
+
+if __name__ == "__main__":
+    columns = (*_SHOWN, "ours_to_peer")
+    found = [[getattr(row, name) for name in columns] for row in read(Path(sys.argv[1]))]
+    print("\n".join(aligned(columns, found)))

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import gate, peers
-from bench.clock import Clock, Timing, Work, floor_works, quantiles
+from bench import parity, peers
 from bench.environment import origin_of
 from bench.inputs import DTYPES, Inputs, cotangent, make_inputs
-from bench.record import Book, Row
+from bench.rows import Book, Row
 from bench.shapes import Shape
+from bench.timing import Clock, Timing, Work, floor_works, quantiles
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Case:
         return "-".join(part.replace(" ", "-") for part in parts)
 
 
-class Stage:
+class Run:
     """What the rows of one run share; it holds the tensors of one shape at a time."""
 
     def __init__(self, device: torch.device, settings: Settings) -> None:
@@ -230,13 +230,13 @@ class Stage:
             peer = peers.make(case.operation, name, case.shape, inputs)
             kind = "expected" if peer.same_work else f"expected of {name}"
             if kind not in held:
-                held[kind] = gate.expected_of(peer, inputs)
-            error, where = gate.check(peer, inputs, held[kind])
+                held[kind] = parity.expected_of(peer, inputs)
+            error, where = parity.check(peer, inputs, held[kind])
             held[name] = (peer, error, where)
             if not peer.same_work:
                 del held[kind]
         peer, error, where = held[name]
-        gate.refuse_red(case.id, name, error, where)
+        parity.refuse_red(case.id, name, error, where)
         return peer, error
 
 

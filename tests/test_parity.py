@@ -221,7 +221,6 @@ def test_random_cases_in_the_interpreter(data: st.DataObject, backend: str) -> N
 LIMITS: dict[str, tuple[Sizes, dict[str, Any]]] = {
     "d": (Sizes(m=1, n=2, r=2, k=1, h=2, d=16384, batch=1, length=1), {}),
     "n": (Sizes(m=2, n=32768, r=2, k=1, h=2, d=8, batch=1, length=40), {}),
-    "S": (Sizes(m=1, n=5000, r=2, k=1, h=2, d=8, batch=2, length=5000), {"padding": "holes"}),
     "r": (Sizes(m=2, n=5, r=256, k=2, h=3, d=33, batch=1, length=4), {}),
     "r in a bank": (Sizes(m=9, n=70, r=100, k=2, h=3, d=260, batch=5, length=70, tasks=2), {}),
     "K·h": (Sizes(m=2, n=5, r=3, k=8, h=64, d=33, batch=1, length=4), {}),
@@ -241,6 +240,12 @@ def test_largest_sizes(limit: str, backend: str) -> None:
     sizes, flags = LIMITS[limit]
     case = make_case(sizes, dtype=torch.float32, **{"padding": "none", **flags})
     assert_close(case, backend, 5e-6)
+
+
+@over(HOST, CUDA)
+def test_a_long_text(backend: str) -> None:
+    sizes = Sizes(m=1, n=5000, r=2, k=1, h=2, d=8, batch=2, length=5000)
+    assert_close(make_case(sizes, dtype=torch.float32), backend, 5e-6)
 
 
 @each_kernel

@@ -25,7 +25,7 @@ from tests.tiny import (
     small_run,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 # Trains the runs of a JSON file one after another, and writes what each process got of each. Where
 # told to, rank 1 dies or comes late, another run holds the folder, or the main process cannot write

@@ -13,6 +13,7 @@ import pytest
 
 from tests.tiny import (
     answer_rows,
+    options,
     save_llama,
     save_model,
     save_t5,
@@ -166,8 +167,7 @@ def trained(
         settings = small_run(
             folder / "model", folder / "data", folder / "run", task=task, max_steps=2, **choices
         )
-        words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        calls.append(["train", *words, "--quiet"])
+        calls.append(["train", *options(settings), "--quiet"])
     return watch(root, commands(*calls)), folders
 
 

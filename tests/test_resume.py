@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from safetensors.torch import load_file
 
 from ept_fast import CheckpointError
 from ept_fast.prompts.base import TENSOR_FILE
@@ -37,7 +36,15 @@ from ept_fast.training.data import DataError
 from ept_fast.training.job import LOCK_FILE, train
 from ept_fast.training.trainer import PromptTrainer
 from ept_fast.transformers.adapter import HEAD_FILE
-from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
+from tests.tiny import (
+    options,
+    save_model,
+    save_task,
+    small_run,
+    task_rows,
+    weights_of,
+    write_rows,
+)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.default_algorithms]
 
@@ -100,23 +107,11 @@ def settings_of(inputs: tuple[Path, Path], output: Path, **changes: Any) -> dict
     return small_run(*inputs, output, max_steps=40, head_dropout=0.2, keep="best", **changes)
 
 
-def options(settings: dict[str, Any]) -> list[str]:
-    words: list[str] = []
-    for name, value in settings.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
-
-
 def outcome(output: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The final weights to the bit, and the curves."""
-    tensors = {
-        f"{file}:{name}": tensor.numpy().tobytes()
-        for file in (TENSOR_FILE, HEAD_FILE)
-        for name, tensor in load_file(output / "adapter" / file).items()
-    }
     metrics = json.loads((output / "metrics.json").read_text())
     kept = {name: metrics[name] for name in ("before", "after", "best", "curves", "tokens")}
-    return tensors, kept
+    return weights_of(output), kept
 
 
 _FINISHED: list[Path] = []

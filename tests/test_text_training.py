@@ -13,12 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ept_fast import CheckpointError, EPTConfig, get_ept_model
 from ept_fast.cli import describe_run
-from ept_fast.prompts.base import TENSOR_FILE
 from ept_fast.training import trainer
 from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig
@@ -38,6 +36,7 @@ from tests.tiny import (
     save_task,
     small_run,
     task_rows,
+    weights_of,
     write_rows,
 )
 
@@ -87,12 +86,6 @@ def finished(
         config = TrainConfig(**settings_of(models, data, output, case, eval_steps=15))
         runs[case] = (output, train(config, progress=False))
     return runs
-
-
-def weights(output: Path) -> dict[str, bytes]:
-    """The adapter's tensors, to the bit."""
-    tensors = load_file(output / "adapter" / TENSOR_FILE)
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -200,7 +193,7 @@ def test_same_seed_same_bits_in_one_go_or_two(
         torch.randn(5)  # a random state left by the caller must not matter
         settings = settings_of(models, data, tmp_path / name, case, **changes, seed=seed)
         metrics = train(TrainConfig(**settings), progress=False)
-        runs[name] = (weights(tmp_path / name), metrics["curves"], metrics["samples"])
+        runs[name] = (weights_of(tmp_path / name), metrics["curves"], metrics["samples"])
     assert runs["a"] == runs["b"]
     assert runs["a"][0] != runs["c"][0]
 
@@ -209,7 +202,7 @@ def test_same_seed_same_bits_in_one_go_or_two(
         shutil.rmtree(output / folder)
     (output / "metrics.json").unlink()
     again = train(config, resume=True, progress=False)
-    assert weights(output) == runs["c"][0]
+    assert weights_of(output) == runs["c"][0]
     for name in ("before", "after", "best", "curves", "tokens", "positions", "samples"):
         assert again[name] == metrics[name], name
     other = dataclasses.replace(config, gradient_accumulation_steps=3)
@@ -409,7 +402,7 @@ def test_overwriting_starts_where_everything_is_found_good(
     output = tmp_path / "out"
     settings = settings_of({"causal": model}, data, output, "causal", max_steps=1, eval_steps=1)
     train(TrainConfig(**settings), progress=False)
-    before = weights(output)
+    before = weights_of(output)
     for changes, message in (
         ({"max_new_tokens": 500}, "max_new_tokens: expected at most 45, for which the model has"),
         ({"prompt_lr": 1e-2}, "no trainer today"),
@@ -422,7 +415,7 @@ def test_overwriting_starts_where_everything_is_found_good(
             monkeypatch.setattr(PromptTrainer, "__init__", refuse)
         with pytest.raises(ValueError, match=message):
             train(TrainConfig(**{**settings, **changes}), overwrite=True, progress=False)
-        assert weights(output) == before
+        assert weights_of(output) == before
         assert (output / "metrics.json").exists()
 
 

@@ -25,7 +25,16 @@ from ept_fast.training.metrics import classification_metrics
 from ept_fast.training.trainer import NonFiniteLossError
 from ept_fast.transformers.adapter import ADAPTER_FILE, HEAD_FILE
 from ept_fast.transformers.backbone import Profile, load_backbone
-from tests.tiny import random_states, save_model, save_task, small_run, task_rows, write_rows
+from tests.tiny import (
+    random_states,
+    save_model,
+    save_task,
+    small_run,
+    task_rows,
+    tensors_of,
+    weights_of,
+    write_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -465,16 +474,6 @@ def test_evaluate_and_predict_agree_with_training(
         assert result["probabilities"][str(result["label"])] >= 0.5
 
 
-def tensors(output: Path) -> dict[str, Tensor]:
-    files = (TENSOR_FILE, HEAD_FILE)
-    return {n: t for file in files for n, t in load_file(output / "adapter" / file).items()}
-
-
-def weights(output: Path) -> dict[str, bytes]:
-    """The adapter's tensors, to the bit."""
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors(output).items()}
-
-
 @pytest.mark.default_algorithms
 def test_same_seed_same_bits(
     finished: tuple[Path, dict[str, Any]], model_folder: Path, data_folder: Path, tmp_path: Path
@@ -486,7 +485,7 @@ def test_same_seed_same_bits(
             model_folder, data_folder, tmp_path / name, max_steps=6, seed=seed, head_dropout=0.2
         )
         metrics = train(TrainConfig(**settings), progress=False)
-        runs[name] = (weights(tmp_path / name), metrics["curves"])
+        runs[name] = (weights_of(tmp_path / name), metrics["curves"])
     assert runs["a"] == runs["b"]
     assert runs["a"][0] != runs["c"][0]
 
@@ -504,7 +503,7 @@ def test_weight_decay_shrinks_every_trained_tensor(
             max_steps=1, warmup_ratio=0.0, weight_decay=decay, **rates,
         )  # fmt: skip
         train(TrainConfig(**settings), progress=False)
-        runs[name] = tensors(tmp_path / name)
+        runs[name] = tensors_of(tmp_path / name)
     moved = {name for name, value in runs["before"].items() if value.abs().max() > 1e-3}
     assert moved == {"short_prompt", "offset_b", "space_down", "gate_weight", "weight"}
     for name, value in runs["before"].items():
@@ -622,7 +621,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(
     output = tmp_path / "out"
     settings = small_run(model_folder, data_folder, output, max_steps=12, eval_steps=4)
     train(TrainConfig(**settings), progress=False)
-    good = weights(output)
+    good = weights_of(output)
     (output / "checkpoints" / "checkpoint-12" / "optimizer.pt").unlink()  # no good one
     (output / "metrics.json").unlink()
     kept = newest_checkpoint(output / "checkpoints", 11)
@@ -638,7 +637,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(
         train(TrainConfig(**settings), resume=True, progress=False)
     assert caught.value.step == 10
     assert newest_checkpoint(output / "checkpoints", 11) == kept
-    assert weights(output) == good
+    assert weights_of(output) == good
     assert not (output / "metrics.json").exists()
 
 
@@ -669,11 +668,11 @@ def test_output_folder_is_never_overwritten_by_accident(
         train(config, resume=True, overwrite=True, progress=False)
     train(config, overwrite=True, progress=False)
     assert (output / "notes.txt").read_text() == "mine"
-    before = weights(output)
+    before = weights_of(output)
     broken = TrainConfig(**small_run(model_folder, tmp_path / "gone.jsonl", output, max_steps=2))
     with pytest.raises(DataError, match=r"gone\.jsonl"):
         train(broken, overwrite=True, progress=False)
-    assert weights(output) == before
+    assert weights_of(output) == before
 
 
 def test_prompt_shrinks_to_the_backbones_positions(data_folder: Path, tmp_path: Path) -> None:
@@ -690,9 +689,7 @@ def test_bf16_on_a_cpu_runs_where_asked(
     settings = small_run(model_folder, data_folder, tmp_path / "out", max_steps=3, bf16=True)
     metrics = train(TrainConfig(**settings), progress=False)
     assert metrics["bf16"] is True
-    for name in (TENSOR_FILE, HEAD_FILE):
-        tensors = load_file(tmp_path / "out" / "adapter" / name)
-        assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert {t.dtype for t in tensors_of(tmp_path / "out").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

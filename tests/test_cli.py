@@ -313,6 +313,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert (trained.output / "metrics.json").read_bytes() == before
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_progress_in_a_log_is_a_few_plain_lines(trained: Workplace, tmp_path: Path) -> None:
     settings = small_run(trained.model, trained.data, tmp_path / "out", max_steps=60, eval_steps=2)
     result = call("train", *options(settings))
@@ -332,6 +333,7 @@ def test_progress_in_a_log_is_a_few_plain_lines(trained: Workplace, tmp_path: Pa
     assert 10 <= len(steps) < 20  # of 30 evaluations
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_a_terminal_gets_a_bar(
     trained: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

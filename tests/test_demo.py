@@ -158,6 +158,7 @@ def test_demo_learns_and_tells(minilm: Path, tmp_path: Path) -> None:
         assert (output / "run" / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_second_run_replaces_the_first(
     minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

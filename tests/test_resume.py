@@ -46,7 +46,10 @@ from tests.tiny import (
     write_rows,
 )
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.default_algorithms]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "empty_pictures"),
+    pytest.mark.default_algorithms,
+]
 
 # Stops the command line at one place, says so, and waits to be killed.
 CHILD = """

@@ -40,7 +40,7 @@ from tests.tiny import (
     write_rows,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "empty_pictures")
 
 CASES: dict[str, dict[str, Any]] = {
     "seq2seq": {"task": "seq2seq"},

@@ -36,7 +36,7 @@ from tests.tiny import (
     write_rows,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "empty_pictures")
 
 PROMPT = EPTConfig(32, num_virtual_tokens=4, max_length=16, rank=3, num_spaces=2, space_dim=2)
 

@@ -99,6 +99,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def empty_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the short runs whose pictures nobody looks at."""
+    from ept_fast.training import report
+
+    for name in ("draw_learning_curves", "draw_gate_weights"):
+        monkeypatch.setattr(report, name, lambda *given, **choices: Path(given[-1]).touch())
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a backend that serves CPU tensors for this test: see `tests.parity`."""
     name: str = request.param

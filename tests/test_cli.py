@@ -7,6 +7,7 @@ import io
 import json
 import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train as run
 from tests.tiny import (
     answer_rows,
+    options,
     save_llama,
     save_model,
     save_task,
@@ -40,13 +42,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def call(*words: str | Path, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words], input=stdin)
-
-
-def options(settings: dict[str, Any]) -> list[str]:
-    words: list[str] = []
-    for name, value in settings.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,104 +237,55 @@ def test_every_field_has_an_option_with_its_default() -> None:
 
 
 # words, where {model}, {data}, {out}, {run} and {bad} are paths; what the line must hold
+TRAIN = "train --model {model} --data {data} --output {out}"
 MISTAKES: dict[str, tuple[str, str]] = {
-    "no such model": (
-        "train --model {data} --data {data} --output {out}",
-        "model: expected a folder or hub id of a pretrained model",
-    ),
-    "no such data": (
-        "train --model {model} --data {out}.jsonl --output {out}",
-        "out.jsonl: expected a readable file, got no such file",
-    ),
-    "malformed line": (
-        "train --model {model} --data {bad} --output {out}",
-        "bad.jsonl, line 5: label: expected an integer >= 0",
-    ),
-    "no train split": (
-        "train --model {model} --data {model} --output {out}",
-        "model: expected a split train.jsonl, got none",
-    ),
-    "rate of zero": (
-        "train --model {model} --data {data} --output {out} --prompt-lr 0",
-        "prompt_lr: expected a finite number > 0, got 0.0",
-    ),
-    "budget too small": (
-        "train --model {model} --data {data} --output {out} --prompt-length 5",
-        "prompt_length: expected a budget of at least",
-    ),
-    "special tokens alone": (
-        "train --model {model} --data {data} --output {out} --num-virtual-tokens 4 --max-length 2",
-        "max_length: expected at least 3, for a token of the text beside 2 special ones, got 2",
-    ),
-    "endless epochs": (
-        "train --model {model} --data {data} --output {out} --epochs 1e18",
-        "epochs: expected at most 2147483647 steps in all, got 1e+18 epochs of 6",
-    ),
-    "classes without end": (
-        "train --model {model} --data {data} --output {out} --num-labels 1000000000",
-        "num_labels: expected an integer <= 100000, got 1000000000",
-    ),
-    "packed encoder-decoder": (
-        "train --model {model} --data {data} --output {out} --task seq2seq --packing",
-        "packing: expected the task causal (an encoder-decoder counts positions by column)",
-    ),
-    "labels in place of targets": (
-        "train --model {model} --data {data} --output {out} --task seq2seq",
-        "train.jsonl, line 1: target: expected the field, got only text, label",
-    ),
-    "metric of another task": (
-        "train --model {model} --data {data} --output {out} --metric f1",
-        "metric: expected one of accuracy, macro_f1, matthews, got 'f1'",
-    ),
-    "prompt too long": (
-        "train --model {model} --data {data} --output {out} --method pt",
-        "num_virtual_tokens: expected room for text in the model's 64 positions",
-    ),
-    "results in the way": (
-        "train --model {model} --data {data} --output {run}",
-        "output: expected an empty folder",
-    ),
-    "both ways": (
-        "train --model {model} --data {data} --output {run} --resume --overwrite",
-        "resume, overwrite: expected one of them, got both",
-    ),
-    "another seed": (
-        "train --model {model} --data {data} --output {run} --resume --seed 5",
-        "as in the run to resume",
-    ),
-    "output is a file": (
-        "train --model {model} --data {data} --output {bad}",
-        "output: expected a folder, got the file",
-    ),
-    "no adapter": (
-        "evaluate --adapter {out} --data {data}",
-        "adapter: expected a folder, got",
-    ),
-    "not an adapter": (
-        "evaluate --adapter {data} --data {data}",
-        "adapter.json: expected a readable file",
-    ),
-    "no such split": (
-        "evaluate --adapter {run} --data {data} --split dev",
-        "expected a split dev.jsonl, got test, train, validation",
-    ),
-    "encoder moved": (
-        "evaluate --adapter {run} --data {data} --model {out}",
-        "model: expected a folder or hub id",
-    ),
-    "no such input": (
-        "predict --adapter {run} --input {out}.txt",
-        "out.txt: expected a readable file",
-    ),
-    "bad input": (
-        "predict --adapter {run} --input {run}/metrics.json",
-        "expected a file ending in .jsonl, .csv, .tsv, .txt, got '.json'",
-    ),
-    "empty standard input": (
-        "predict --adapter {run}",
-        "standard input: expected at least one row, got none",
-    ),
-}
+    "no such model": ("train --model {data} --data {data} --output {out}",
+     "model: expected a folder or hub id of a pretrained model"),
+    "no such data": ("train --model {model} --data {out}.jsonl --output {out}",
+     "out.jsonl: expected a readable file, got no such file"),
+    "malformed line": ("train --model {model} --data {bad} --output {out}",
+     "bad.jsonl, line 5: label: expected an integer >= 0"),
+    "no train split": ("train --model {model} --data {model} --output {out}",
+     "model: expected a split train.jsonl, got none"),
+    "rate of zero": (TRAIN + " --prompt-lr 0", "prompt_lr: expected a finite number > 0, got 0.0"),
+    "budget too small": (TRAIN + " --prompt-length 5",
+     "prompt_length: expected a budget of at least"),
+    "special tokens alone": (TRAIN + " --num-virtual-tokens 4 --max-length 2",
+     "max_length: expected at least 3, for a token of the text beside 2 special ones, got 2"),
+    "endless epochs": (TRAIN + " --epochs 1e18",
+     "epochs: expected at most 2147483647 steps in all, got 1e+18 epochs of 6"),
+    "classes without end": (TRAIN + " --num-labels 1000000000",
+     "num_labels: expected an integer <= 100000, got 1000000000"),
+    "packed encoder-decoder": (TRAIN + " --task seq2seq --packing",
+     "packing: expected the task causal (an encoder-decoder counts positions by column)"),
+    "labels in place of targets": (TRAIN + " --task seq2seq",
+     "train.jsonl, line 1: target: expected the field, got only text, label"),
+    "metric of another task": (TRAIN + " --metric f1",
+     "metric: expected one of accuracy, macro_f1, matthews, got 'f1'"),
+    "prompt too long": (TRAIN + " --method pt",
+     "num_virtual_tokens: expected room for text in the model's 64 positions"),
+    "results in the way": ("train --model {model} --data {data} --output {run}",
+     "output: expected an empty folder"),
+    "both ways": ("train --model {model} --data {data} --output {run} --resume --overwrite",
+     "resume, overwrite: expected one of them, got both"),
+    "another seed": ("train --model {model} --data {data} --output {run} --resume --seed 5",
+     "as in the run to resume"),
+    "output is a file": ("train --model {model} --data {data} --output {bad}",
+     "output: expected a folder, got the file"),
+    "no adapter": ("evaluate --adapter {out} --data {data}", "adapter: expected a folder, got"),
+    "not an adapter": ("evaluate --adapter {data} --data {data}",
+     "adapter.json: expected a readable file"),
+    "no such split": ("evaluate --adapter {run} --data {data} --split dev",
+     "expected a split dev.jsonl, got test, train, validation"),
+    "encoder moved": ("evaluate --adapter {run} --data {data} --model {out}",
+     "model: expected a folder or hub id"),
+    "no such input": ("predict --adapter {run} --input {out}.txt",
+     "out.txt: expected a readable file"),
+    "bad input": ("predict --adapter {run} --input {run}/metrics.json",
+     "expected a file ending in .jsonl, .csv, .tsv, .txt, got '.json'"),
+    "empty standard input": ("predict --adapter {run}",
+     "standard input: expected at least one row, got none"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -367,6 +313,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert (trained.output / "metrics.json").read_bytes() == before
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_progress_in_a_log_is_a_few_plain_lines(trained: Workplace, tmp_path: Path) -> None:
     settings = small_run(trained.model, trained.data, tmp_path / "out", max_steps=60, eval_steps=2)
     result = call("train", *options(settings))
@@ -386,6 +333,7 @@ def test_progress_in_a_log_is_a_few_plain_lines(trained: Workplace, tmp_path: Pa
     assert 10 <= len(steps) < 20  # of 30 evaluations
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_a_terminal_gets_a_bar(
     trained: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -557,12 +505,6 @@ def test_demo_is_found_only_when_called(tmp_path: Path, monkeypatch: pytest.Monk
     assert calls == [{"output": tmp_path / "d", "steps": 3, "seed": 4}]
 
 
-def python(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words], cwd=root, capture_output=True, text=True, check=False
-    )
-
-
 def test_module_prints_info_without_loading_the_training_libraries(root: Path) -> None:
     code = (
         "import runpy, sys; sys.argv = ['ept-fast', 'info']\n"
@@ -571,20 +513,24 @@ def test_module_prints_info_without_loading_the_training_libraries(root: Path) -
         "loaded = {'transformers', 'accelerate', 'matplotlib'} & set(sys.modules)\n"
         "assert not loaded, loaded"
     )
-    result = python(root, "-c", code)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"ept_fast     {ept_fast.__version__}\n")
     assert "backend eager" in result.stdout
 
 
-def test_without_click_there_is_a_hint(root: Path) -> None:
-    code = (
-        "import runpy, sys; sys.modules['click'] = None\n"
-        "runpy.run_module('ept_fast', run_name='__main__')"
-    )
-    result = python(root, "-c", code)
-    assert result.returncode == 2
-    assert result.stderr == "Error: click not installed: pip install ept-fast\n"
+def test_without_click_there_is_a_hint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "click", None)
+    monkeypatch.delitem(sys.modules, "ept_fast.cli")
+    monkeypatch.delattr(ept_fast, "cli")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("ept_fast", run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "Error: click not installed: pip install ept-fast\n"
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["predict"], ["info"], ["demo"]])

@@ -31,7 +31,7 @@ from tests.distributed.tasks import (
 )
 from tests.distributed.trainers import fresh_accelerate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = 2

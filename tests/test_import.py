@@ -13,6 +13,7 @@ import pytest
 
 from tests.tiny import (
     answer_rows,
+    options,
     save_llama,
     save_model,
     save_t5,
@@ -166,14 +167,14 @@ def trained(
         settings = small_run(
             folder / "model", folder / "data", folder / "run", task=task, max_steps=2, **choices
         )
-        words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        calls.append(["train", *words, "--quiet"])
+        calls.append(["train", *options(settings), "--quiet"])
     return watch(root, commands(*calls)), folders
 
 
 NOTHING: dict[str, Any] = {"imported": [], "asked": []}
 
 
+@pytest.mark.slow
 def test_watching_sees_what_is_imported_and_asked(root: Path) -> None:
     script = """
 import socket
@@ -188,10 +189,12 @@ except OSError:
     assert any("'127.0.0.1', 9" in address for address in facts["asked"])
 
 
+@pytest.mark.slow
 def test_training_imports_no_peft_and_asks_no_hub(trained: tuple[dict[str, Any], Any]) -> None:
     assert trained[0] == NOTHING
 
 
+@pytest.mark.slow
 def test_evaluation_and_prediction_import_no_peft_and_ask_no_hub(
     root: Path, trained: tuple[Any, dict[str, Path]]
 ) -> None:
@@ -205,6 +208,7 @@ def test_evaluation_and_prediction_import_no_peft_and_ask_no_hub(
     assert watch(root, commands(*calls)) == NOTHING
 
 
+@pytest.mark.slow
 def test_demo_imports_no_peft_and_asks_no_hub(root: Path, minilm: Path, tmp_path: Path) -> None:
     words = ["demo", f"--output={tmp_path / 'demo'}", "--steps=1"]
     assert watch(root, commands(words)) == NOTHING
@@ -224,6 +228,7 @@ import_peft({folder!r} + "-peft", model.get_input_embeddings())
 """
 
 
+@pytest.mark.slow
 def test_library_imports_no_peft_and_asks_no_hub(
     root: Path, trained: tuple[Any, dict[str, Path]], tmp_path: Path
 ) -> None:
@@ -260,6 +265,7 @@ assert not transformers.trainer_utils._is_peft_model(backbone)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["ept_fast.training.trainer", "transformers.trainer"])
 def test_trainer_of_transformers_trains_models_of_peft(
     first: str, root: Path, trained: tuple[Any, dict[str, Path]], tmp_path: Path
@@ -269,6 +275,7 @@ def test_trainer_of_transformers_trains_models_of_peft(
     watch(root, LORA.format(first=first, folder=str(tmp_path), model=str(model)))
 
 
+@pytest.mark.slow
 def test_all_else_of_peft_is_its_own_without_peft(root: Path) -> None:
     script = """
 import sys

@@ -261,7 +261,7 @@ def assert_one_graph(task: str, backend: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("task", cells("torch.compile"))
+@pytest.mark.parametrize("task", cells("torch.compile", slow=tuple({*TASKS} - {"CAUSAL_LM"})))
 def test_compile(task: str) -> None:
     assert_one_graph(task, "aot_eager")
 
@@ -299,7 +299,7 @@ def test_compile_two_adapters() -> None:
 # Of transformers, which notes the outputs that it captures in a global variable.
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", TASKS)
 def test_export(task: str, strict: bool) -> None:
     """A whole model as a program for every number of rows and every length, 1 too."""

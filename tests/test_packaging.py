@@ -251,38 +251,27 @@ def test_constraints_pin_every_requirement(root: Path, built: Built) -> None:
             assert requirement.specifier.contains(pins[name]), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_install_imports_from_where_it_was_put(
-    kind: str, root: Path, installs: dict[str, Install], tmp_path: Path
-) -> None:
-    install = installs[kind]
+def test_install(kind: str, root: Path, installs: dict[str, Install], tmp_path: Path) -> None:
+    """Imports come from where it was put, no other top-level name does, and the script runs."""
+    python, package = installs[kind].python, installs[kind].package
     names = {"ept_fast", "ept_fast.kernels.launch", "ept_fast.reference"}
     if kind == "wheel":  # once is enough for those that import transformers
         assert names <= set(modules_of(root))
         names = set(modules_of(root))
-    files = module_files(install.python, *names, cwd=tmp_path)
+    files = module_files(python, *FOREIGN, *names, cwd=tmp_path)
+    for name in FOREIGN:
+        # Another package of that name may be installed beside ours, and is then the one found.
+        file = files.pop(name)
+        assert file is not None, f"{name} is a namespace folder"
+        mine = f"{package.parent}/{name}"
+        assert file == f"not found: {name}" or not file.startswith(mine), file
     for name, file in files.items():
         assert file is not None, name
-        expected = install.package.joinpath(*name.split(".")[1:])
+        expected = package.joinpath(*name.split(".")[1:])
         assert Path(file) in {expected.with_suffix(".py"), expected / "__init__.py"}, name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_install_adds_no_other_top_level_name(
-    kind: str, installs: dict[str, Install], tmp_path: Path
-) -> None:
-    files = module_files(installs[kind].python, *FOREIGN, cwd=tmp_path)
-    package = str(installs[kind].package.parent)
-    for name, file in files.items():
-        # Another package of that name may be installed beside ours, and is then the one found.
-        assert file is not None, f"{name} is a namespace folder"
-        assert file == f"not found: {name}" or not file.startswith(f"{package}/{name}"), file
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_install_has_the_script(kind: str, installs: dict[str, Install], tmp_path: Path) -> None:
-    script = installs[kind].python.parent / "ept-fast"
-    assert ept_fast.__version__ in run(script, "--version", cwd=tmp_path)
+    assert ept_fast.__version__ in run(python.parent / "ept-fast", "--version", cwd=tmp_path)
 
 
 def test_in_tree(root: Path) -> None:
@@ -291,6 +280,7 @@ def test_in_tree(root: Path) -> None:
     assert files["ept_fast.kernels.launch"] == str(root / "ept_fast" / "kernels" / "launch.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["tree first", "package first"])
 @pytest.mark.parametrize("form", ["package", "module"])
 def test_a_real_kernels_package_wins_in_the_tree(

@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-from ept_fast.prompts.base import TENSOR_FILE
 from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train
 from tests.tiny import (
     answer_rows,
+    options,
     save_llama,
     save_model,
     save_t5,
     save_task,
     small_run,
+    weights_of,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 # Trains the runs of a JSON file one after another, and writes what each process got of each. Where
 # told to, rank 1 dies or comes late, another run holds the folder, or the main process cannot write
@@ -119,10 +119,6 @@ def outcomes(folder: Path) -> list[list[list[Any]]]:
     return [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def weights(output: Path) -> dict[str, Any]:
-    return load_file(output / "adapter" / TENSOR_FILE)
-
-
 @pytest.fixture(scope="module")
 def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The settings of a run of each case that two processes made, and of one that was killed."""
@@ -187,9 +183,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert result.returncode == 0, result.stderr
     assert [[kind for kind, _ in found] for found in outcomes(tmp_path)] == [["metrics"]] * 2
     whole = Path(runs["packed"]["output"])
-    found, expected = weights(output), weights(whole)
-    assert found.keys() == expected.keys()
-    assert all(found[name].equal(expected[name]) for name in expected)
+    assert weights_of(output) == weights_of(whole)
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (output, whole)]
     for name in ("curves", "tokens", "positions", "samples", "before", "after"):
         assert metrics[0][name] == metrics[1][name], name
@@ -280,8 +274,8 @@ def test_a_mistake_is_said_once_on_the_command_line(
     root: Path, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in tiny.items()]
-    result = torchrun(root, "-m", "ept_fast", "train", "--output", str(tmp_path), *words)
+    words = options({**tiny, "output": tmp_path})
+    result = torchrun(root, "-m", "ept_fast", "train", *words)
     assert result.returncode != 0
     assert result.stdout == ""
     said = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]

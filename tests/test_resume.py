@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from safetensors.torch import load_file
 
 from ept_fast import CheckpointError
 from ept_fast.prompts.base import TENSOR_FILE
@@ -37,9 +36,20 @@ from ept_fast.training.data import DataError
 from ept_fast.training.job import LOCK_FILE, train
 from ept_fast.training.trainer import PromptTrainer
 from ept_fast.transformers.adapter import HEAD_FILE
-from tests.tiny import save_model, save_task, small_run, task_rows, write_rows
+from tests.tiny import (
+    options,
+    save_model,
+    save_task,
+    small_run,
+    task_rows,
+    weights_of,
+    write_rows,
+)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "empty_pictures"),
+    pytest.mark.default_algorithms,
+]
 
 # Stops the command line at one place, says so, and waits to be killed.
 CHILD = """
@@ -78,12 +88,15 @@ main()
 
 # The steps of the checkpoints that then count as complete.
 PLACES = {
-    "between checkpoints": (10, 20),
     "inside a checkpoint": (10, 20),
+    "between checkpoints": (10, 20),
     "before the progress file": (10, 20),
     "while old checkpoints go": (20, 30),
     "inside the final adapter": (30, 40),
 }
+
+
+FIRST, *REST = PLACES
 
 
 @pytest.fixture(scope="module")
@@ -97,37 +110,26 @@ def settings_of(inputs: tuple[Path, Path], output: Path, **changes: Any) -> dict
     return small_run(*inputs, output, max_steps=40, head_dropout=0.2, keep="best", **changes)
 
 
-def options(settings: dict[str, Any]) -> list[str]:
-    words: list[str] = []
-    for name, value in settings.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
-
-
 def outcome(output: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The final weights to the bit, and the curves."""
-    tensors = {
-        f"{file}:{name}": tensor.numpy().tobytes()
-        for file in (TENSOR_FILE, HEAD_FILE)
-        for name, tensor in load_file(output / "adapter" / file).items()
-    }
     metrics = json.loads((output / "metrics.json").read_text())
     kept = {name: metrics[name] for name in ("before", "after", "best", "curves", "tokens")}
-    return tensors, kept
+    return weights_of(output), kept
 
 
-_UNBROKEN: list[tuple[dict[str, bytes], dict[str, Any]]] = []
+_FINISHED: list[Path] = []
 
 
-def unbroken(
-    inputs: tuple[Path, Path], folders: pytest.TempPathFactory
-) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The outcome of the run that nobody kills; run once, inside the first test that asks."""
-    if not _UNBROKEN:
-        output = folders.mktemp("unbroken") / "out"
+@pytest.fixture
+def finished(
+    _algorithms: None, inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The run that nobody kills, made inside the first test that asks, by its algorithms."""
+    if not _FINISHED:
+        output = tmp_path_factory.mktemp("finished") / "out"
         train(TrainConfig(**settings_of(inputs, output)), progress=False)
-        _UNBROKEN.append(outcome(output))
-    return _UNBROKEN[0]
+        _FINISHED.append(output)
+    return _FINISHED[0]
 
 
 def command_line(root: Path, words: list[str], **how: Any) -> subprocess.Popen[str]:
@@ -142,22 +144,26 @@ def command_line(root: Path, words: list[str], **how: Any) -> subprocess.Popen[s
     )
 
 
-@pytest.mark.default_algorithms
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [FIRST, *(pytest.param(p, marks=pytest.mark.slow) for p in REST)])
 def test_killed_run_resumes_to_the_same_weights(
-    place: str,
-    inputs: tuple[Path, Path],
-    root: Path,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    place: str, inputs: tuple[Path, Path], finished: Path, root: Path, tmp_path: Path
 ) -> None:
+    """Until it is killed, no other run gets into its folder."""
     output = tmp_path / "out"
     settings = settings_of(inputs, output)
     child = command_line(root, ["-c", CHILD, place, "train", "--quiet", *options(settings)])
     with child:
         assert child.stdout is not None
         said = child.stdout.readline()
-        os.kill(child.pid, signal.SIGKILL)
+        try:
+            before = files_of(output)
+            expected = f"^output: expected a folder that no other run is using, got {output} "
+            for how in ({}, {"resume": True}, {"overwrite": True}):
+                with pytest.raises(FileExistsError, match=expected):
+                    train(TrainConfig(**settings), progress=False, **how)
+            assert files_of(output) == before
+        finally:
+            os.kill(child.pid, signal.SIGKILL)
         _, errors = child.communicate()
     assert said == "stopped\n", errors
     assert child.returncode == -signal.SIGKILL
@@ -166,40 +172,16 @@ def test_killed_run_resumes_to_the_same_weights(
     complete = complete_checkpoints(output / "checkpoints")
     assert [path.name for path in complete] == [f"checkpoint-{steps}" for steps in PLACES[place]]
     train(TrainConfig(**settings), resume=True, progress=False)
-    assert outcome(output) == unbroken(inputs, tmp_path_factory)
+    assert outcome(output) == outcome(finished)
     assert not (output / LOCK_FILE).exists()
 
 
-@pytest.mark.default_algorithms
-def test_resume_on_the_command_line(
-    inputs: tuple[Path, Path],
-    root: Path,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    output = tmp_path / "out"
-    settings = settings_of(inputs, output)
-    words = ["-m", "ept_fast", "train", "--resume", *options(settings)]
-    first = command_line(root, words)  # nothing there yet: it starts
-    text, errors = first.communicate()
-    assert first.returncode == 0, errors
-    assert "accuracy: 0." in text
-    assert "training: 40 of 40 steps" in errors
-    assert "\r" not in errors
-    assert outcome(output) == unbroken(inputs, tmp_path_factory)
-    for name in ("adapter", "metrics.json"):
-        (output / name).rename(tmp_path / name)
-    # Only the last checkpoint is left to do it from.
-    train(TrainConfig(**settings), resume=True, progress=False)
-    assert outcome(output) == unbroken(inputs, tmp_path_factory)
-
-
-def test_finished_run_gives_its_metrics_again(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    config = TrainConfig(**settings_of(inputs, tmp_path / "out"))
-    metrics = train(config, progress=False)
-    stamp = (tmp_path / "out" / "metrics.json").stat().st_mtime_ns
-    assert train(config, resume=True, progress=False) == metrics
-    assert (tmp_path / "out" / "metrics.json").stat().st_mtime_ns == stamp
+def test_finished_run_gives_its_metrics_again(inputs: tuple[Path, Path], finished: Path) -> None:
+    path = finished / "metrics.json"
+    stamp = path.stat().st_mtime_ns
+    config = TrainConfig(**settings_of(inputs, finished))
+    assert train(config, resume=True, progress=False) == json.loads(path.read_text())
+    assert path.stat().st_mtime_ns == stamp
 
 
 @pytest.mark.parametrize(
@@ -208,39 +190,31 @@ def test_finished_run_gives_its_metrics_again(inputs: tuple[Path, Path], tmp_pat
         ({"seed": 1}, "seed: expected 0 as in the run to resume, got 1"),
         ({"head_lr": 0.5}, "head_lr: expected 0.03 as in the run to resume, got 0.5"),
         ({"max_length": 12}, "max_length: expected 16 as in the run to resume, got 12"),
+        ({}, "data: expected the rows of the run to resume, got others"),
     ],
 )
 def test_another_run_is_not_resumed(
-    changes: dict[str, Any], message: str, inputs: tuple[Path, Path], tmp_path: Path
+    changes: dict[str, Any], message: str, inputs: tuple[Path, Path], finished: Path, tmp_path: Path
 ) -> None:
-    settings = {**settings_of(inputs, tmp_path / "out"), "max_steps": 2}
-    train(TrainConfig(**settings), progress=False)
-    with pytest.raises(ValueError, match=message):
-        train(TrainConfig(**{**settings, **changes}), resume=True, progress=False)
+    output, _, _ = copy_of(finished, tmp_path)
+    settings = {**settings_of(inputs, output), **changes}
+    rows = Path(settings["data"]) / "train.jsonl"
+    written, before = rows.read_bytes(), files_of(output)
+    try:
+        if not changes:
+            write_rows(rows, task_rows(96, seed=9))
+        with pytest.raises(ValueError, match=message):
+            train(TrainConfig(**settings), resume=True, progress=False)
+    finally:
+        rows.write_bytes(written)
+    assert files_of(output) == before
 
 
-def test_other_rows_are_not_resumed(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    data = save_task(tmp_path / "data")
-    settings = {**settings_of((inputs[0], data), tmp_path / "out"), "max_steps": 2}
-    train(TrainConfig(**settings), progress=False)
-    write_rows(data / "train.jsonl", task_rows(96, seed=9))
-    with pytest.raises(ValueError, match="data: expected the rows of the run to resume"):
-        train(TrainConfig(**settings), resume=True, progress=False)
-
-
-@pytest.fixture(scope="module")
-def run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was killed behind its last checkpoint; it has those of 30 and 40 steps."""
-    output = tmp_path_factory.mktemp("run") / "out"
-    train(TrainConfig(**settings_of(inputs, output)), progress=False)
+def copy_of(finished: Path, folder: Path) -> tuple[Path, Path, Path]:
+    """The run as if killed behind its last checkpoint, and its checkpoints of 30 and 40 steps."""
+    output = Path(shutil.copytree(finished, folder / "out"))
     (output / "metrics.json").unlink()
     shutil.rmtree(output / "adapter")
-    return output
-
-
-def copy_of(run: Path, folder: Path) -> tuple[Path, Path, Path]:
-    """The run once more in ``folder``, and its checkpoints of 30 and of 40 steps."""
-    output = Path(shutil.copytree(run, folder / "out"))
     older, newer = complete_checkpoints(output / "checkpoints")
     return output, older, newer
 
@@ -280,9 +254,11 @@ MARKERS = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_makes_a_checkpoint_unsound(damage: str, run: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_makes_a_checkpoint_unsound(
+    damage: str, finished: Path, tmp_path: Path
+) -> None:
     """Every file in turn, those of the best adapter too."""
-    _, older, newer = copy_of(run, tmp_path)
+    _, older, newer = copy_of(finished, tmp_path)
     files = [path for path in newer.rglob("*") if path.is_file() and path.name != COMPLETE_FILE]
     names = {path.relative_to(newer).as_posix() for path in files}
     expected = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
@@ -301,9 +277,9 @@ def test_a_damaged_file_makes_a_checkpoint_unsound(damage: str, run: Path, tmp_p
 
 @pytest.mark.parametrize("marker", MARKERS)
 def test_a_damaged_marker_makes_a_checkpoint_unsound(
-    marker: str, run: Path, tmp_path: Path
+    marker: str, finished: Path, tmp_path: Path
 ) -> None:
-    _, older, newer = copy_of(run, tmp_path)
+    _, older, newer = copy_of(finished, tmp_path)
     content, message = MARKERS[marker]
     (newer / COMPLETE_FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
@@ -313,9 +289,12 @@ def test_a_damaged_marker_makes_a_checkpoint_unsound(
 
 
 def test_a_checkpoint_that_the_disk_fails_to_read_is_passed_over(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    _, older, newer = copy_of(run, tmp_path)
+    _, older, newer = copy_of(finished, tmp_path)
     is_file = Path.is_file
 
     def failing(self: Path) -> bool:
@@ -329,12 +308,8 @@ def test_a_checkpoint_that_the_disk_fails_to_read_is_passed_over(
     assert f"Input/output error: '{newer / 'optimizer.pt'}'; going on from" in message
 
 
-@pytest.mark.default_algorithms
 def test_best_weights_that_are_damaged_meanwhile_get_into_no_checkpoint(
-    inputs: tuple[Path, Path],
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
+    inputs: tuple[Path, Path], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
     config = TrainConfig(**settings_of(inputs, output))
@@ -351,50 +326,70 @@ def test_best_weights_that_are_damaged_meanwhile_get_into_no_checkpoint(
             train(config, progress=False)
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["checkpoint-10"]
     train(config, resume=True, progress=False)
-    assert outcome(output) == unbroken(inputs, tmp_path_factory)
+    assert outcome(output) == outcome(finished)
 
 
-def test_a_file_that_the_marker_does_not_name_does_not_matter(run: Path, tmp_path: Path) -> None:
-    _, _, newer = copy_of(run, tmp_path)
+def test_a_file_that_the_marker_does_not_name_does_not_matter(
+    finished: Path, tmp_path: Path
+) -> None:
+    _, _, newer = copy_of(finished, tmp_path)
     (newer / "notes.txt").write_text("mine")
     check_complete(newer)
 
 
-@pytest.mark.default_algorithms
-@pytest.mark.parametrize("name", ["optimizer.pt", f"best/{HEAD_FILE}"])
-def test_a_run_goes_on_from_the_newest_sound_checkpoint(
-    name: str,
-    inputs: tuple[Path, Path],
-    run: Path,
-    root: Path,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    """To the weights of the unbroken run, and writes the damaged checkpoint anew."""
-    output, _, newer = copy_of(run, tmp_path)
+def damaged(finished: Path, folder: Path, name: str) -> tuple[Path, list[str]]:
+    """A run of which all checkpoints but the oldest are damaged, and what is said of them."""
+    output, _, newer = copy_of(finished, folder)
     flip_a_bit(newer / name)
     shutil.rmtree(output / "best")  # of which every checkpoint has its own
     for steps in (50, 60):  # more damaged ones than are kept
         shutil.copytree(newer, newer.with_name(f"checkpoint-{steps}"))
-    words = ["-m", "ept_fast", "train", "--resume", "--quiet"]
-    child = command_line(root, [*words, *options(settings_of(inputs, output))])
-    _, errors = child.communicate()
-    assert child.returncode == 0, errors
-    assert errors.splitlines() == [
+    return output, [
         f"{newer.with_name(f'checkpoint-{steps}')}/complete.json: sha256: expected the files that "
         f"were written, got others or none for ['{name}']; going on from checkpoint-30"
         for steps in (60, 50, 40)
     ]
-    assert outcome(output) == unbroken(inputs, tmp_path_factory)
-    names = [path.name for path in complete_checkpoints(newer.parent)]
-    assert names == [f"checkpoint-{steps}" for steps in (30, 40, 50, 60)]
-    assert sound_checkpoint(newer.parent) == newer
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", f"best/{HEAD_FILE}"])
+def test_a_run_goes_on_from_the_newest_sound_checkpoint(
+    name: str,
+    inputs: tuple[Path, Path],
+    finished: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """To the weights of the unbroken run, and writes the damaged checkpoint anew."""
+    output, said = damaged(finished, tmp_path, name)
+    train(TrainConfig(**settings_of(inputs, output)), resume=True, progress=False)
+    assert [r.getMessage() for r in caplog.records if r.name == "ept_fast"] == said
+    assert outcome(output) == outcome(finished)
+    complete = complete_checkpoints(output / "checkpoints")
+    assert [path.name for path in complete] == [f"checkpoint-{n}" for n in (30, 40, 50, 60)]
+    assert sound_checkpoint(output / "checkpoints") == complete[1]
+
+
+@pytest.mark.slow
+def test_resume_on_the_command_line(
+    inputs: tuple[Path, Path], finished: Path, root: Path, tmp_path: Path
+) -> None:
+    """What is wrong with the checkpoints comes first, a line each."""
+    output, said = damaged(finished, tmp_path, "optimizer.pt")
+    words = ["-m", "ept_fast", "train", "--resume", *options(settings_of(inputs, output))]
+    child = command_line(root, words)
+    text, errors = child.communicate()
+    assert child.returncode == 0, errors
+    assert errors.splitlines()[:3] == said
+    assert "training: 40 of 40 steps" in errors
+    assert "\r" not in errors
+    assert "accuracy: 0." in text
+    assert outcome(output) == outcome(finished)
 
 
 def test_damaged_checkpoints_only_are_a_clear_error(
-    inputs: tuple[Path, Path], run: Path, tmp_path: Path
+    inputs: tuple[Path, Path], finished: Path, tmp_path: Path
 ) -> None:
-    output, older, newer = copy_of(run, tmp_path)
+    output, older, newer = copy_of(finished, tmp_path)
     (older / COMPLETE_FILE).write_text("")
     (newer / "rng_state.pth").unlink()
     before = files_of(output)
@@ -423,26 +418,6 @@ def test_newest_counts_steps_and_wants_the_marker(tmp_path: Path) -> None:
     assert sound_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
-def test_a_second_run_is_refused_and_changes_nothing(
-    inputs: tuple[Path, Path], root: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    settings = settings_of(inputs, output)
-    words = ["-c", CHILD, "between checkpoints", "train", "--quiet", *options(settings)]
-    with command_line(root, words) as first:
-        assert first.stdout is not None
-        try:
-            assert first.stdout.readline() == "stopped\n"
-            before = files_of(output)
-            expected = f"^output: expected a folder that no other run is using, got {output} "
-            for how in ({}, {"resume": True}, {"overwrite": True}):
-                with pytest.raises(FileExistsError, match=expected):
-                    train(TrainConfig(**settings), progress=False, **how)
-            assert files_of(output) == before
-        finally:
-            first.kill()
-
-
 # Waits for a line before it starts.
 TOGETHER = """
 import sys
@@ -454,12 +429,9 @@ main()
 """
 
 
-@pytest.mark.default_algorithms
+@pytest.mark.slow
 def test_of_runs_that_start_together_one_runs(
-    inputs: tuple[Path, Path],
-    root: Path,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    inputs: tuple[Path, Path], finished: Path, root: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "new" / "out"
     words = ["-c", TOGETHER, "train", "--quiet", *options(settings_of(inputs, output))]
@@ -475,7 +447,7 @@ def test_of_runs_that_start_together_one_runs(
     assert sorted(run.returncode for run in runs) == [0, 2], errors
     # Or "expected an empty folder", where the one had ended before the other came that far.
     assert max(errors).startswith("Error: output: expected "), errors
-    assert outcome(output) == unbroken(inputs, tmp_path_factory)
+    assert outcome(output) == outcome(finished)
 
 
 def test_the_folder_is_looked_at_under_the_lock(
@@ -502,7 +474,7 @@ def test_the_lock_file_of_a_dead_run_hinders_nothing(
     output = tmp_path / "out"
     output.mkdir()
     (output / LOCK_FILE).write_text("")
-    settings = {**settings_of(inputs, output), "max_steps": 2}
+    settings = {**settings_of(inputs, output), "max_steps": 1, "eval_before": False}
     train(TrainConfig(**settings), progress=False, **how)
     assert not (output / LOCK_FILE).exists()
 

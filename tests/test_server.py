@@ -869,6 +869,7 @@ def test_pieces_of_an_answer_that_is_cut(world: World) -> None:
 # The measurement
 
 
+@pytest.mark.slow
 def test_measurement() -> None:
     sizes = {"tasks": 2, "hidden-size": 64, "layers": 1, "requests": 6, "clients": 3, "rounds": 1}
     options = [f"--{name}={value}" for name, value in sizes.items()]

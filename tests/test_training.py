@@ -25,9 +25,18 @@ from ept_fast.training.metrics import classification_metrics
 from ept_fast.training.trainer import NonFiniteLossError
 from ept_fast.transformers.adapter import ADAPTER_FILE, HEAD_FILE
 from ept_fast.transformers.backbone import Profile, load_backbone
-from tests.tiny import random_states, save_model, save_task, small_run, task_rows, write_rows
+from tests.tiny import (
+    random_states,
+    save_model,
+    save_task,
+    small_run,
+    task_rows,
+    tensors_of,
+    weights_of,
+    write_rows,
+)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "empty_pictures")
 
 PROMPT = EPTConfig(32, num_virtual_tokens=4, max_length=16, rank=3, num_spaces=2, space_dim=2)
 
@@ -465,16 +474,6 @@ def test_evaluate_and_predict_agree_with_training(
         assert result["probabilities"][str(result["label"])] >= 0.5
 
 
-def tensors(output: Path) -> dict[str, Tensor]:
-    files = (TENSOR_FILE, HEAD_FILE)
-    return {n: t for file in files for n, t in load_file(output / "adapter" / file).items()}
-
-
-def weights(output: Path) -> dict[str, bytes]:
-    """The adapter's tensors, to the bit."""
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors(output).items()}
-
-
 @pytest.mark.default_algorithms
 def test_same_seed_same_bits(
     finished: tuple[Path, dict[str, Any]], model_folder: Path, data_folder: Path, tmp_path: Path
@@ -486,7 +485,7 @@ def test_same_seed_same_bits(
             model_folder, data_folder, tmp_path / name, max_steps=6, seed=seed, head_dropout=0.2
         )
         metrics = train(TrainConfig(**settings), progress=False)
-        runs[name] = (weights(tmp_path / name), metrics["curves"])
+        runs[name] = (weights_of(tmp_path / name), metrics["curves"])
     assert runs["a"] == runs["b"]
     assert runs["a"][0] != runs["c"][0]
 
@@ -504,7 +503,7 @@ def test_weight_decay_shrinks_every_trained_tensor(
             max_steps=1, warmup_ratio=0.0, weight_decay=decay, **rates,
         )  # fmt: skip
         train(TrainConfig(**settings), progress=False)
-        runs[name] = tensors(tmp_path / name)
+        runs[name] = tensors_of(tmp_path / name)
     moved = {name for name, value in runs["before"].items() if value.abs().max() > 1e-3}
     assert moved == {"short_prompt", "offset_b", "space_down", "gate_weight", "weight"}
     for name, value in runs["before"].items():
@@ -622,7 +621,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(
     output = tmp_path / "out"
     settings = small_run(model_folder, data_folder, output, max_steps=12, eval_steps=4)
     train(TrainConfig(**settings), progress=False)
-    good = weights(output)
+    good = weights_of(output)
     (output / "checkpoints" / "checkpoint-12" / "optimizer.pt").unlink()  # no good one
     (output / "metrics.json").unlink()
     kept = newest_checkpoint(output / "checkpoints", 11)
@@ -638,7 +637,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(
         train(TrainConfig(**settings), resume=True, progress=False)
     assert caught.value.step == 10
     assert newest_checkpoint(output / "checkpoints", 11) == kept
-    assert weights(output) == good
+    assert weights_of(output) == good
     assert not (output / "metrics.json").exists()
 
 
@@ -669,11 +668,11 @@ def test_output_folder_is_never_overwritten_by_accident(
         train(config, resume=True, overwrite=True, progress=False)
     train(config, overwrite=True, progress=False)
     assert (output / "notes.txt").read_text() == "mine"
-    before = weights(output)
+    before = weights_of(output)
     broken = TrainConfig(**small_run(model_folder, tmp_path / "gone.jsonl", output, max_steps=2))
     with pytest.raises(DataError, match=r"gone\.jsonl"):
         train(broken, overwrite=True, progress=False)
-    assert weights(output) == before
+    assert weights_of(output) == before
 
 
 def test_prompt_shrinks_to_the_backbones_positions(data_folder: Path, tmp_path: Path) -> None:
@@ -690,9 +689,7 @@ def test_bf16_on_a_cpu_runs_where_asked(
     settings = small_run(model_folder, data_folder, tmp_path / "out", max_steps=3, bf16=True)
     metrics = train(TrainConfig(**settings), progress=False)
     assert metrics["bf16"] is True
-    for name in (TENSOR_FILE, HEAD_FILE):
-        tensors = load_file(tmp_path / "out" / "adapter" / name)
-        assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert {t.dtype for t in tensors_of(tmp_path / "out").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -702,7 +699,6 @@ def test_bf16_on_a_cpu_runs_where_asked(
         ({"method": "lora"}, r"method: expected one of ept, dept, pt(, \w+)*, got 'lora'"),
         ({"pooling": "max"}, "pooling: expected one of mean, first, last, model"),
         ({"keep": "first"}, "keep: expected one of last, best"),
-        ({"metric": "f2"}, "metric: expected one of accuracy, macro_f1, matthews"),
         ({"device": "tpu"}, "device: expected one of auto, cpu"),
         ({"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
         ({"max_steps": 0}, "max_steps: expected an integer >= 1, got 0"),
@@ -715,6 +711,27 @@ def test_bf16_on_a_cpu_runs_where_asked(
         ({"warmup_ratio": 1.0}, "warmup_ratio: expected 0 <= warmup_ratio < 1, got 1.0"),
         ({"eval_fraction": 0.0}, "eval_fraction: expected a fraction between 0 and 1, got 0.0"),
         ({"model": ""}, "model: expected a non-empty string, got ''"),
+        ({"task": "tagging"}, "task: expected one of classification, seq2seq, causal"),
+        (
+            {"task": "seq2seq", "packing": True},
+            r"packing: expected the task causal \(an encoder-decoder counts positions by column\)",
+        ),
+        ({"packing": True}, "packing: expected the task causal, got classification"),
+        ({"task": "causal", "pack_length": 9}, "pack_length: expected None without packing, got 9"),
+        ({"task": "causal", "metric": "accuracy"}, "metric: expected one of token_accuracy, exact"),
+        ({"metric": "f1"}, "metric: expected one of accuracy, macro_f1, matthews"),
+        (
+            {"task": "causal", "metric": "f1", "eval_generate": 0},
+            "eval_generate: expected an integer >= 1 for the metric f1, got 0",
+        ),
+        ({"max_target_length": 0}, "max_target_length: expected an integer >= 1, got 0"),
+        ({"num_beams": 0}, "num_beams: expected an integer >= 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected an integer"),
+        ({"eval_generate": -1}, "eval_generate: expected an integer >= 0, got -1"),
+        ({"target_field": ""}, "target_field: expected a non-empty string"),
+        ({"num_beams": 1001}, "num_beams: expected an integer <= 1000, got 1001"),
+        ({"max_new_tokens": 10**12}, "max_new_tokens: expected an integer <= 100000, got 10000000"),
+        ({"max_target_length": 10**9}, "max_target_length: expected an integer <= 100000, got 100"),
         ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
         ({"seed": 2**32}, "seed: expected an integer <= 4294967295, got 4294967296"),
         ({"max_steps": 2**31}, "max_steps: expected an integer <= 2147483647, got 2147483648"),

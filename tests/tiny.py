@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 GOOD = ("fine", "great", "lovely", "warm", "bright")
 BAD = ("awful", "bleak", "cold", "dull", "grim")
@@ -210,6 +211,22 @@ def random_states() -> tuple[Any, ...]:
     """What torch, Python and numpy draw from where no generator is named."""
     kind, keys, *rest = np.random.get_state()
     return torch.get_rng_state().tolist(), random.getstate(), kind, list(keys), rest
+
+
+def options(settings: dict[str, Any]) -> list[str]:
+    """The words of the command line for these arguments of a TrainConfig."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def tensors_of(output: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's adapter."""
+    files = sorted((output / "adapter").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def weights_of(output: Path) -> dict[str, bytes]:
+    """The same, to the bit."""
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors_of(output).items()}
 
 
 def small_run(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:

@@ -29,9 +29,15 @@ Gradients = dict[str, Tensor]
 ROUNDINGS = 60
 
 
-def cells(row: str, tasks: tuple[str, ...] = TASKS) -> list[Any]:
-    """A parameter a task, each a cell of the support matrix."""
-    return [pytest.param(t, marks=pytest.mark.support(row=row, column=t)) for t in tasks]
+def cells(row: str, tasks: tuple[str, ...] = TASKS, slow: tuple[str, ...] = ()) -> list[Any]:
+    """A parameter for each task, a cell of the support matrix; ``slow`` names those to mark so."""
+    return [
+        pytest.param(
+            task,
+            marks=[pytest.mark.support(row=row, column=task), *[pytest.mark.slow] * (task in slow)],
+        )
+        for task in tasks
+    ]
 
 
 def relative_error(got: Gradients, exact: Gradients) -> float:

@@ -90,6 +90,9 @@ def main() -> None:
         batch = tokenizer("is the soup fresh", return_tensors="pt").to(device)
         answer = model(**batch).logits.argmax(-1).item()
         print(f"is the soup fresh: {model.labels[answer]}")
+    # The wrapper goes first. If it held the process group last, its destructor would wait, with
+    # Python's lock, for a thread of gloo that needs that lock.
+    del parallel
     dist.destroy_process_group()
 
 

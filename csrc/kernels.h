@@ -5,7 +5,7 @@
 // host. Symbols are those of docs/method.md; T tasks come first in every tensor of parameters.
 //
 // Every tensor has elements: a call with an empty one (m, n, r, d, K, h, T, batch or length of 0) is
-// the caller's to answer without a kernel, save where a field below says otherwise.
+// the caller's to answer without a kernel, unless a field below says otherwise.
 #pragma once
 
 #include "activations.h"
@@ -81,7 +81,7 @@ struct ReconstructForward {
   Gate gate = Gate::token;
 
   // Outputs, contiguous. The prompt has the type of short_prompt; what is saved is float32 and
-  // null where it does not apply.
+  // null if it does not apply.
   void* prompt = nullptr;   // P′ [T, m, d]
   float* query = nullptr;   // Q [T, m, r]                with the offset
   float* stats = nullptr;   // [T, 2, m]                  with the offset: row maxima and row sums
@@ -112,7 +112,7 @@ struct ReconstructBackward {
   View gate_weight;
   View gate_bias;  // read for its type only
 
-  // What the forward saved: float32, contiguous, null where it does not apply.
+  // What the forward saved: float32, contiguous, null if it does not apply.
   const float* query = nullptr;
   const float* stats = nullptr;
   const float* attended = nullptr;
@@ -125,7 +125,7 @@ struct ReconstructBackward {
   Activation activation = Activation::gelu;
   Gate gate = Gate::token;
 
-  // Gradients, contiguous, each in its parameter's type and shape; null where the parameter is not
+  // Gradients, contiguous, each in its parameter's type and shape; null if the parameter is not
   // given.
   void* d_short_prompt = nullptr;
   void* d_offset_a = nullptr;
@@ -149,7 +149,7 @@ struct SpliceForward {
   int64_t tokens = 0;      // m; may be 0: the text alone
   int64_t width = 0;       // d
   int64_t rank = 0;        // r; 0 without the offset
-  int64_t vocabulary = 0;  // rows of the table; 0 where source is embeddings
+  int64_t vocabulary = 0;  // rows of the table; 0 if source is embeddings
 
   View prompt;          // P′ [T, m, d]
   View input_ids;       // [batch, S], int32 or int64; not given: source is embeddings
@@ -166,12 +166,12 @@ struct SpliceForward {
   void* workspace = nullptr;  // splice_forward_workspace bytes, aligned to 16; may be 0 bytes
 };
 
-// Operation 2, backward: the gradients of prompt and offset, each where it is asked for.
+// Operation 2, backward: the gradients of prompt and offset, each if it is asked for.
 struct SpliceBackward {
   int64_t batch = 0;
   int64_t length = 0;     // S; may be 0: d_offset_a and d_offset_b are then zeros
   int64_t tasks = 1;      // T
-  int64_t tokens = 0;     // m; may be 0 where d_prompt is null
+  int64_t tokens = 0;     // m; may be 0 if d_prompt is null
   int64_t width = 0;      // d
   int64_t positions = 0;  // n >= S; positions from S on get zeros
   int64_t rank = 0;       // r
@@ -185,7 +185,7 @@ struct SpliceBackward {
 
   double scaling = 1;
 
-  // Gradients, contiguous, each in its parameter's type and shape; null where it is not needed.
+  // Gradients, contiguous, each in its parameter's type and shape; null if it is not needed.
   // Those of the offset are needed both or neither.
   void* d_prompt = nullptr;
   void* d_offset_a = nullptr;

@@ -38,9 +38,9 @@ class Workspace {
 };
 
 // Operation 2, backward: rows, positions and channels are cut into chunks. The sums of a chunk go to
-// the gradient itself where they are whole, else to a part of it in the workspace.
+// the gradient itself if they are whole, else to a part of it in the workspace.
 struct SplicePartition {
-  int64_t groups;    // of rows: a task each, or a row each where there are fewer of those
+  int64_t groups;    // of rows: one task each, or one row each if there are fewer rows
   int64_t chunks_b;  // of the rows of a group
   int64_t rows;      // of a chunk
   int64_t chunks_s;  // of the positions
@@ -48,7 +48,7 @@ struct SplicePartition {
   int64_t chunks_d;  // of the channels
   int64_t tiles_d;   // of a chunk
   bool whole_p, whole_a, whole_b;
-  int64_t part_p, part_a, part_b;  // elements of all parts; 0 where they are whole
+  int64_t part_p, part_a, part_b;  // elements of all parts; 0 if they are whole
 };
 
 inline SplicePartition splice_partition(int64_t batch, int64_t length, int64_t tasks,

@@ -9,7 +9,7 @@
 
 namespace ept {
 
-// What the plan says, in the workspace; null where there is no mask, or there are no task ids.
+// What the plan says, in the workspace; null if there is no mask, or there are no task ids.
 struct Plan {
   int32_t* columns = nullptr;  // [batch, S]: the column of each position, then of the padding
   int32_t* reals = nullptr;    // [batch]: how many tokens are real
@@ -35,7 +35,7 @@ struct SplicePlanCall {
   int tasks;
 };
 
-// The task at an index, T where the bank does not have it.
+// The task at an index, T if the bank does not have it.
 EPT_BOTH int task_of(const View& task_ids, int64_t row, int tasks) {
   const int64_t task = load_integer(task_ids.data, task_ids.type, row * task_ids.stride[0]);
   return task >= 0 && task < tasks ? static_cast<int>(task) : tasks;

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; say what to install where it cannot run."""
+    """Run the command line; say what to install if it cannot run."""
     try:
         from ept_fast.cli import main as run
     except ModuleNotFoundError as error:

@@ -37,7 +37,7 @@ def check_count(name: str, value: object, minimum: int) -> None:
 
 
 def check_number(name: str, value: object, *, positive: bool = False) -> None:
-    """Raise unless ``value`` is a finite real number (no bool), above zero where asked."""
+    """Raise unless ``value`` is a finite real number (no bool), above zero if asked."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         got = f"{type(value).__name__} {shorten(value)}"
         raise TypeError(f"{name}: expected a real number, got {got}")
@@ -173,7 +173,7 @@ class EPTConfig(PromptConfig):
     Attributes:
         hidden_size: d, width of the backbone's embeddings.
         num_virtual_tokens: m, length of the short prompt.
-        max_length: n, text positions that the offset covers; where rank > 0, longer text is an
+        max_length: n, text positions that the offset covers; with rank > 0, longer text is an
             error.
         rank: r, rank of the offset; at most ``min(max_length, hidden_size)``.
         num_spaces: K, number of subspaces.
@@ -262,7 +262,7 @@ class EPTConfig(PromptConfig):
             **settings: fields of the config.
 
         Raises:
-            ValueError: the sizes cost more than the budget, or leave a rank of 0 where the method
+            ValueError: the sizes cost more than the budget, or leave a rank of 0 if the method
                 has an offset.
         """
         if method == "pt":

@@ -97,7 +97,7 @@ def splice_prompt(
         offset_a: A, ``[(T,) n, r]`` with n >= S; with ``offset_b`` or not at all.
         offset_b: B, ``[(T,) r, d]``.
         scaling: c, the factor of A·B.
-        attention_mask: ``[B, S]`` of 0 and 1; ones where it is not given.
+        attention_mask: ``[B, S]`` of 0 and 1; ones by default.
         task_ids: ``[B]`` integers, the prompt of each row.
 
     Returns:

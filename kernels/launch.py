@@ -33,7 +33,7 @@ class SpliceConfig:
         tiles_d: backward: tiles along d that a program computes in turn.
         block_b: rows that go together.
         block_c: columns of their masks that are looked at together.
-        input_precision: of the products' operands: "ieee", or "tf32x3" where the result is rounded
+        input_precision: of the products' operands: "ieee", or "tf32x3" if the result is rounded
             to 16 bits.
         num_warps: warps of a program.
         num_stages: depth of the compiler's software pipeline.
@@ -96,7 +96,7 @@ _BACKWARD_ROWS = 8
 
 
 def _input_precision(dtype: torch.dtype, device: torch.device) -> str:
-    """Matrix units where the result's 16 bits hide what they lose, exact products elsewhere."""
+    """Matrix units if the result's 16 bits hide what they lose, else exact products."""
     return "tf32x3" if dtype.itemsize == 2 and target(device).startswith("sm_") else "ieee"
 
 
@@ -116,7 +116,7 @@ def splice_forward_config(
     A tile's offset is computed once for the rows that share it, so a program takes as many rows as
     leave enough programs; in a bank, as many as hold eight of its task if tasks are drawn evenly.
     A program that has to read much of the mask, or many task ids, before it starts does several
-    tiles along d, where enough programs are left.
+    tiles along d, if enough programs are left.
     """
     input_precision = _input_precision(dtype, device)
     widest = 128 if input_precision == "tf32x3" else 64
@@ -273,7 +273,7 @@ class ReconstructConfig:
         groups, group_rows: groups of prompt tokens in the backward's core, and their length.
         backward_n_chunk: positions that one of its programs takes in turn.
         expand_depth: channels of a tile of an output.
-        elements: elements a program adds up where partial sums are all it has to add.
+        elements: elements a program adds up if partial sums are all it has to add.
         unroll: partial sums under way at a time.
         warps: of a program.
     """

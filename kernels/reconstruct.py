@@ -15,7 +15,7 @@ added in order, so that results are bitwise the same on every run. Columns of D 
 c = k·h + j; W here stands for the width K·h + K of [D | G].
 
 Scores may be large. So an exponential is taken of a difference of two products, which is 0 for the
-largest score whatever its rounding, and A is scaled as it is read: where one position has all the
+largest score whatever its rounding, and A is scaled as it is read: if one position has all the
 weight, O is then that row of c·A to the bit, and the softmax's gradient cancels.
 """
 

@@ -18,7 +18,7 @@ Rows whose real tokens are one stretch go together, ``BLOCK_B`` at a time. A row
 its tokens goes alone: forward by columns, each with its own row of A; backward by looking for the
 columns of its positions.
 
-Rows are grouped by task on the device: group g is task g where there are at most as many tasks as
+Rows are grouped by task on the device: group g is task g if there are at most as many tasks as
 rows; else it is the task of row g, if no earlier row has the same one. A row whose task id is not
 in the bank is NaN, as is a token whose id is not in the table: neither is read.
 """
@@ -48,7 +48,7 @@ def _effective_tasks(task_ids_ptr, stride_task_ids, offs_b, mask_b, num_tasks):
 
 @triton.jit
 def _first_row_of(task, task_ids_ptr, stride_task_ids, batch, num_tasks, BLOCK: tl.constexpr):
-    """The first row of a task; ``batch`` where there is none."""
+    """The first row of a task; ``batch`` if there is none."""
     first = batch
     for start in range(0, batch, BLOCK):
         offs_b = (start + tl.arange(0, BLOCK)).to(tl.int64)
@@ -387,7 +387,7 @@ def _splice_forward_kernel(
 
 @triton.jit
 def _columns_of(mask_ptr, stride_mask_s, position, length, BLOCK_S: tl.constexpr):
-    """The columns of one row's real tokens from number ``position`` on; -1 where it has none."""
+    """The columns of one row's real tokens from number ``position`` on; -1 if it has none."""
     offs_p = position + tl.arange(0, BLOCK_S)
     columns = tl.full((BLOCK_S,), -1, tl.int32)
     seen = 0
@@ -490,7 +490,7 @@ def _splice_backward_kernel(
     last_s = tl.where(is_prompt, num_virtual_tokens, length)
     end_s = tl.minimum(first_s + BLOCK_S * tl.where(is_prompt, 1, TILES), last_s)
 
-    # What the rows have in common with all tiles, where all of them go together.
+    # What the rows have in common with all tiles, if all of them go together.
     offs_b = (first_b + tl.arange(0, BLOCK_B)).to(tl.int64)
     mine = offs_b < last_b
     first = tl.zeros((BLOCK_B,), tl.int32)
@@ -636,9 +636,9 @@ def _splice_backward_kernel(
 def _add_parts(
     out_ptr, part_ptr, task, group, there, size, covered, parts, block, BLOCK: tl.constexpr
 ):
-    """One block of a task's gradient: its parts in order, and zero where none were made.
+    """One block of a task's gradient: its parts in order, and zero if none were made.
 
-    ``parts`` is 0 where the gradient itself has been written already, for ``covered`` elements.
+    ``parts`` is 0 if the gradient itself has been written already, for ``covered`` elements.
     """
     offs = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     summed = tl.zeros((BLOCK,), tl.float32)

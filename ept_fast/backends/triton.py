@@ -61,7 +61,7 @@ def _interpreted() -> bool:
 
 
 def _refusal(version: tuple[int, ...] | None, architecture: str) -> str:
-    """Why this version of Triton does not serve this architecture; empty where it does."""
+    """Why this version of Triton does not serve this architecture; empty if it does."""
     if version is None:
         return "triton is not installed"
     name = _dotted(version)
@@ -79,7 +79,7 @@ def available() -> tuple[bool, str]:
     """Whether the backend works on this machine, and why (not)."""
     if _interpreted():
         refusal = _refusal(_VERSION, "cpu")
-        return not refusal, refusal or "the interpreter on a CPU, only where it is asked for"
+        return not refusal, refusal or "the interpreter on a CPU, only if it is asked for"
     if not torch.cuda.is_available():
         return False, _refusal(_VERSION, "cpu") or "no GPU"
     architecture = target(torch.device("cuda", torch.cuda.current_device()))

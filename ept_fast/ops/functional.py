@@ -44,7 +44,7 @@ def reconstruct_prompt(
 
     METHOD, Operation 1; "the paper" is arXiv 2405.11464. Differentiable once, in every tensor. All
     tensors may have a leading axis T, for a bank of T prompts; types may be float64, float32,
-    bfloat16 or float16 and may differ. Products and sums accumulate in float32 (float64 where any
+    bfloat16 or float16 and may differ. Products and sums accumulate in float32 (float64 if any
     tensor is), and each element is rounded once.
 
     Args:
@@ -156,7 +156,7 @@ def splice_prompt(
         offset_a: A, ``[(T,) n, r]`` with n >= S; with ``offset_b`` or not at all.
         offset_b: B, ``[(T,) r, d]``.
         scaling: c, the factor of A·B.
-        attention_mask: ``[B, S]``, bool or integers, of 0 and 1; ones where it is not given.
+        attention_mask: ``[B, S]``, bool or integers, of 0 and 1; ones by default.
         task_ids: ``[B]`` int64 or int32, the prompt of each row.
         backend: as in :func:`reconstruct_prompt`.
 

@@ -121,15 +121,15 @@ class SplicedPrompt(nn.Module):
 
         Args:
             input_ids: ``[B, S]`` integers; or else ``inputs_embeds``.
-            inputs_embeds: ``[B, S, d]``, already scaled where the backbone scales its embeddings.
-            attention_mask: ``[B, S]`` of 0 and 1; ones where it is not given.
+            inputs_embeds: ``[B, S, d]``, already scaled if the backbone scales its embeddings.
+            attention_mask: ``[B, S]`` of 0 and 1; ones by default.
             task_ids: ``[B]`` integers, for a bank of prompts.
 
         Returns:
             :class:`EPTOutput`.
 
         Raises:
-            TypeError, ValueError: as :func:`ept_fast.splice_prompt`; S > max_length where rank > 0;
+            TypeError, ValueError: as :func:`ept_fast.splice_prompt`; S > max_length with rank > 0;
                 ``input_ids`` without an embedding layer.
             IndexError: an id outside the vocabulary or the bank.
         """
@@ -272,9 +272,9 @@ class Prompt(SplicedPrompt):
 
         Args:
             dtype: type of P′ and of the offset table, rounded to it once; that of the parameters
-                where it is not given. A and B keep theirs.
+                by default. A and B keep theirs.
             offset: what the text's offsets are read from: ``"low_rank"``, A and B, to the bit as in
-                training; ``"table"``, a table c·A·B ``[(T,) n, d]``; ``"auto"``, the table where it
+                training; ``"table"``, a table c·A·B ``[(T,) n, d]``; ``"auto"``, the table if it
                 was measured to be faster: on a CPU with the ``eager`` backend, if it takes no more
                 than 64 MiB; ``"none"``, nowhere, for a model that adds the offset itself.
 
@@ -388,7 +388,7 @@ class Prompt(SplicedPrompt):
 
         Args:
             config: sizes and choices.
-            tensors: every parameter by its name. They are not copied where they are on the
+            tensors: every parameter by its name. They are not copied if they are on the
                 embedding layer's device (the CPU without a layer) already.
             embedding: as for the class.
             num_tasks: T, for a bank.

@@ -25,7 +25,7 @@ def embedding_weight(embedding: nn.Module) -> Tensor:
 
 
 def embedding_device(embedding: nn.Module) -> torch.device:
-    """Where an embedding layer computes: where its table is, or is brought for each call.
+    """The device of an embedding layer's table, or that to which it is brought for each call.
 
     Raises:
         ValueError: a table without values, which nothing brings.

@@ -36,12 +36,12 @@ class FusedEPTPrompt(Prompt):
         init: the rows that the prompt starts from: ``"vocab"`` (sampled from the table, without its
             padding row), ``"text"`` (of ``text``, repeated as needed), ``"random"`` (normal, with
             the table's standard deviation), or a tensor ``[L, d]`` or ``[T, L, d]`` with L >= m.
-            The first m rows are the short prompt. The rows after them, sampled where there are too
+            The first m rows are the short prompt. The rows after them, sampled if there are too
             few, give ``offset_b`` through an SVD (METHOD, Initialisation).
         text: for ``init="text"``.
         tokenizer: for ``init="text"``; called as ``tokenizer(text, add_special_tokens=False)``.
         num_tasks: T, or None for a single prompt.
-        generator: a CPU generator for everything random; the global one where it is not given.
+        generator: a CPU generator for everything random; the global one by default.
         dtype: type of the parameters.
         backend: as in :func:`ept_fast.reconstruct_prompt`.
 

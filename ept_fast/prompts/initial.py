@@ -36,7 +36,7 @@ class LongPrompt:
         else:
             check_choice("init", init, _INITS)
             if embedding is None:
-                raise ValueError(f"init: expected a tensor where embedding is None, got {init!r}")
+                raise ValueError(f"init: expected a tensor if embedding is None, got {init!r}")
             if init != "text" and text is not None:
                 raise ValueError(f'text: expected None unless init="text", got {text!r}')
             if init == "text":
@@ -48,7 +48,7 @@ class LongPrompt:
             c = self.config
             raise ValueError(
                 f"init: expected at least num_virtual_tokens + rank = "
-                f"{c.num_virtual_tokens + c.rank} rows where embedding is None, got fewer"
+                f"{c.num_virtual_tokens + c.rank} rows if embedding is None, got fewer"
             )
         return self.layer
 
@@ -60,7 +60,7 @@ class LongPrompt:
         return self.init.device if isinstance(self.init, Tensor) else torch.device("cpu")
 
     def of_task(self, task: int) -> Tensor:
-        """Float32 rows on the CPU, ``[at least m + r, d]`` (m where r is 0)."""
+        """Float32 rows on the CPU, ``[at least m + r, d]`` (m if r is 0)."""
         c = self.config
         short = c.num_virtual_tokens
         if self.given is None:

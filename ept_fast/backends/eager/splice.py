@@ -56,7 +56,7 @@ def tile_config(length: int, width: int, itemsize: int, device: str = "cpu") -> 
 class _Row:
     """Where the real tokens of one row of the batch lie.
 
-    ``columns`` lists their columns where they are not one stretch from ``start`` on.
+    ``columns`` lists their columns if they are not one stretch from ``start`` on.
     """
 
     row: int
@@ -79,7 +79,7 @@ def _runs(batch: int, task_ids: Tensor | None) -> list[tuple[int, int, int]]:
 
 
 def _rows(batch: int, length: int, attention_mask: Tensor | None) -> list[_Row]:
-    """The real tokens of every row; all of them where there is no mask."""
+    """The real tokens of every row; all of them without a mask."""
     if attention_mask is None or length == 0:
         return [_Row(row, 0, length, None) for row in range(batch)]
     mask = (attention_mask != 0).cpu()

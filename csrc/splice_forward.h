@@ -62,7 +62,7 @@ struct SpliceForwardKernel {
   static constexpr int ranks = 16;  // of A and B at a time
   using Call = SpliceForwardCall;
 
-  // Where 16 bits hide what they lose, the matrix units multiply: as three products of TF32.
+  // If 16 bits hide what they lose, the matrix units multiply: as three products of TF32.
   static constexpr bool uses_matrix_units = has_matrix_units && sizeof(T) == 2;
   static constexpr int padding = 8;  // keeps the elements of a fragment off each other's banks
 

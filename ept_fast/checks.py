@@ -33,7 +33,7 @@ _Size = int | str
 def constant(number: float) -> float:
     """The number as Python has it, for the checks and for operators whose numbers are constants.
 
-    Where the compiler has made an input of it, code is compiled for each value.
+    If the compiler has made it an input, code is compiled for each value.
     """
     if torch.compiler.is_compiling() and isinstance(number, _NUMBERS):
         from torch.fx.experimental.symbolic_shapes import guard_scalar  # loads the compiler

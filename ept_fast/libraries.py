@@ -29,7 +29,7 @@ def require(*names: str) -> None:
 def without_peft() -> Iterator[None]:
     """Import transformers' Trainer in a ``with`` block of this, and PEFT is not imported with it.
 
-    Where PEFT is installed, the Trainer's modules import two of its classes, to ask whether a model
+    If PEFT is installed, the Trainer's modules import two of its classes, to ask whether a model
     is one of them. PEFT imports bitsandbytes, which on some CPUs fetches native code from a hub as
     soon as it is imported. In the block these modules get a class that answers ``isinstance`` as
     PEFT's own does, and that finds PEFT once somebody has imported it. Any other name of PEFT

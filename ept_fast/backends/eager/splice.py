@@ -54,7 +54,7 @@ def tile_config(length: int, width: int, itemsize: int, device: str = "cpu") -> 
 
 @dataclass(frozen=True)
 class _Row:
-    """Where the real tokens of one row of the batch lie.
+    """The columns of the real tokens of one row of the batch.
 
     ``columns`` lists their columns if they are not one stretch from ``start`` on.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -146,7 +147,10 @@ class SplicedPrompt(nn.Module):
             else:
                 inputs_embeds = self._look_up(embedding, input_ids)
                 input_ids = None
-        embeds = self._splice(
+        table = getattr(self, "offset_table", None)
+        put_before = splice_prompt if table is None else partial(splice_table, table=table)
+        embeds = put_before(
+            self.reconstruct(),
             input_ids=input_ids,
             weight=weight,
             inputs_embeds=inputs_embeds,
@@ -155,7 +159,14 @@ class SplicedPrompt(nn.Module):
             scaling=self.config.scaling,
             attention_mask=attention_mask,
             task_ids=task_ids,
+            backend=self.backend,
         )
+        length, most = embeds.shape[1] - self.config.num_virtual_tokens, self.config.max_length
+        if self.config.rank and self.offset_a is None and length > most:  # a fold without offset
+            name = "inputs_embeds" if weight is None else "input_ids"
+            raise ValueError(
+                f"{name}: expected at most max_length {most} text positions, got {length}"
+            )
         if attention_mask is None:
             kind: dict[str, Any] = {"dtype": torch.int64, "device": embeds.device}
             mask = torch.ones(embeds.shape[:2], **kind)
@@ -165,13 +176,6 @@ class SplicedPrompt(nn.Module):
             mask = torch.cat([head, attention_mask], dim=1)
             ranks = mask.cumsum(1, dtype=torch.int64) - 1
         return EPTOutput(embeds, mask, ranks)
-
-    def _splice(self, **arguments: Any) -> Tensor:
-        """``[B, m + S, d]``; the arguments of :func:`ept_fast.splice_prompt` but the prompt."""
-        table = getattr(self, "offset_table", None)
-        if table is None:
-            return splice_prompt(self.reconstruct(), **arguments, backend=self.backend)
-        return splice_table(self.reconstruct(), table, **arguments)
 
     @torch.no_grad()
     def _look_up(self, embedding: nn.Module, input_ids: Tensor) -> Tensor:
@@ -450,16 +454,6 @@ class FoldedPrompt(SplicedPrompt):
     def reconstruct(self) -> Tensor:
         """The constant prompt P′, ``[(T,) m, d]``."""
         return self.prompt
-
-    def _splice(self, **arguments: Any) -> Tensor:
-        out = super()._splice(**arguments)
-        length, most = out.shape[1] - self.config.num_virtual_tokens, self.config.max_length
-        if self.config.rank and self.offset_a is None and length > most:
-            name = "input_ids" if arguments["input_ids"] is not None else "inputs_embeds"
-            raise ValueError(
-                f"{name}: expected at most max_length {most} text positions, got {length}"
-            )
-        return out
 
 
 # The registry

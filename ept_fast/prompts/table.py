@@ -48,16 +48,17 @@ def table_pays(prompt: Tensor, offset_a: Tensor, itemsize: int, backend: str | N
 
 def splice_table(
     prompt: Tensor,
-    table: Tensor,
     *,
+    table: Tensor,
     input_ids: Tensor | None,
     weight: Tensor | None,
     inputs_embeds: Tensor | None,
-    offset_a: Tensor,
-    offset_b: Tensor,
+    offset_a: Tensor | None,
+    offset_b: Tensor | None,
     scaling: float,
     attention_mask: Tensor | None,
     task_ids: Tensor | None,
+    backend: str | None = None,
 ) -> Tensor:
     """As :func:`ept_fast.splice_prompt`, the offsets read from a table of them.
 
@@ -66,6 +67,7 @@ def splice_table(
         table: c·A·B, ``[(T,) n, d]``.
         input_ids, weight, inputs_embeds, attention_mask, task_ids: as there.
         offset_a, offset_b, scaling: what the table was made from; arguments are checked by them.
+        backend: taken so that both functions are called alike; a table is read in plain PyTorch.
     """
     inputs = SpliceInputs(
         prompt, input_ids, weight, inputs_embeds, offset_a, offset_b, attention_mask, task_ids

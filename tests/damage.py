@@ -5,9 +5,6 @@ A damage is a function of the file's path; the dicts here give each a name.
 
 from __future__ import annotations
 
-import builtins
-import collections
-import io
 import json
 import os
 import pickle
@@ -15,7 +12,6 @@ import random
 import re
 import shutil
 import struct
-import subprocess
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -147,7 +143,7 @@ def in_entries(data: bytes) -> list[int]:
 
 
 def of_json(data: bytes) -> Any:
-    """What a JSON text says, and the JSON texts in it; ``data`` itself where it is none."""
+    """What a JSON text says, and the JSON texts in it; ``data`` itself if it is none."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
@@ -158,7 +154,7 @@ def of_json(data: bytes) -> Any:
 
 
 def of_header(data: bytes) -> Any:
-    """What the header of a safetensors file says; ``data`` itself where there is none."""
+    """What the header of a safetensors file says; ``data`` itself if there is none."""
     length = int.from_bytes(data[:8], "little")
     header = of_json(data[8 : 8 + length])
     if not isinstance(header, dict):
@@ -190,7 +186,7 @@ def _rename(state: State) -> None:
 
 
 def beyond_float32(state: State) -> None:
-    """A finite value, in float64, that float32 has not."""
+    """A finite value, in float64, that float32 does not have."""
     first = min(state)
     state[first] = state[first].double()
     state[first].view(-1)[0] = 1e300
@@ -198,21 +194,13 @@ def beyond_float32(state: State) -> None:
 
 STATES: dict[str, Callable[[State], object]] = {
     "a row more": _put(lambda t: torch.cat([t, t[:1]])),
-    "a row less": _put(lambda t: t[:-1].clone()),
     "one value": _put(lambda t: t.reshape(-1)[0].clone()),
-    "no values": _put(lambda t: t[:0].clone()),
     "another axis": _put(lambda t: t[None].clone()),
-    "one axis": _put(lambda t: t.reshape(-1).repeat(2)),
     "int64": _put(lambda t: t.long()),
-    "uint8": _put(lambda t: t.to(torch.uint8)),
-    "bool": _put(lambda t: t > 0),
     "complex": _put(lambda t: t.to(torch.complex64)),
     "NaN": _put(lambda t: torch.full_like(t, float("nan"))),
-    "infinity": _put(lambda t: torch.full_like(t, float("inf"))),
     "a last minus infinity": lambda state: state[max(state)].view(-1)[-1:].fill_(-float("inf")),
-    "a last NaN": lambda state: state[max(state)].view(-1)[-1:].fill_(float("nan")),
     "no first": lambda state: state.pop(min(state)),
-    "no last": lambda state: state.pop(max(state)),
     "none at all": lambda state: state.clear(),
     "a foreign one": lambda state: state.update(foreign=torch.zeros(2)),
     "another name": _rename,
@@ -222,16 +210,12 @@ STATES: dict[str, Callable[[State], object]] = {
 
 TEXTS = {
     "a list": b"[1, 2]",
-    "null": b"null",
     "a number": b"1",
     "nested lists": b"[" * 100_000,
-    "nested objects": b'{"a":' * 50_000,
     "closed nested lists": b'{"a":' + b"[" * 500 + b"]" * 500 + b"}",
     "not UTF-8": b'{"a": "\xff"}',
-    "half a character": b'{"a": "\\ud800',
     "a comment": b"{} // and more",
     "two objects": b"{}{}",
-    "an object without fields": b"{}",
     "more than 4 MB": b"{" + b" " * (4 << 20) + b"}",
     "100,000 lists": b'{"a":[' + b"[]," * 100_000 + b"[]]}",
     "a pickle": pickle.dumps({"hidden_size": 8}),
@@ -251,11 +235,9 @@ VALUES = {
     "10^12": "1" + "0" * 12,
     "2^60": str(HUGE),
     "10^400": "1" + "0" * 400,
-    "10^4300 - 1": str(LONGEST),
     "10^5000": "1" + "0" * 5000,
     "negative": "-1",
     "real": "3.0",
-    "bool": "true",
     "text": '"3"',
     "null": "null",
     "list": "[3]",
@@ -264,7 +246,6 @@ VALUES = {
     "NaN": "NaN",
     "infinite": "1e999",
     "a path": '"../../secret"',
-    "NUL": '"a\\u0000b"',
 }
 FEW = ("10^12", "text", "nested", "NaN")
 
@@ -333,13 +314,9 @@ def _lengths() -> dict[str, Damage]:
 
     return {
         "header of 0 bytes": declare(lambda n: 0),
-        "header of 1 byte": declare(lambda n: 1),
         "header a byte short": declare(lambda n: n - 1),
         "header a byte long": declare(lambda n: n + 1),
-        "header of 1 MB": declare(lambda n: 1 << 20),
         "header of 90 MB": declare(lambda n: 90_000_000),
-        "header of 2^40 bytes": declare(lambda n: 1 << 40),
-        "header of 2^63 bytes": declare(lambda n: 1 << 63),
         "header of 2^64 - 1 bytes": declare(lambda n: (1 << 64) - 1),
     }
 
@@ -401,26 +378,6 @@ def _filled(value: float) -> Damage:
     return damage
 
 
-def _flipped(path: Path) -> None:
-    """A bit of the first tensor's name."""
-    header, _ = _split(path)
-    first = min(name for name in header if name != "__metadata__")
-    data = bytearray(path.read_bytes())
-    data[data.index(first.encode())] ^= 4
-    path.write_bytes(data)
-
-
-def _flip(text: bytes, bit: int) -> Damage:
-    """A bit of the byte behind the first ``text``."""
-
-    def damage(path: Path) -> None:
-        data = bytearray(path.read_bytes())
-        data[data.index(text) + len(text)] ^= 1 << bit
-        path.write_bytes(data)
-
-    return damage
-
-
 def rewritten(change: Callable[[State], object]) -> Damage:
     """A whole file of other tensors, with the metadata as it was."""
 
@@ -459,62 +416,41 @@ def _long(foreign: bool) -> Damage:
 
 TENSORS: dict[str, Damage] = {
     **_lengths(),
-    **truncated(0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1),
+    **truncated(0.01, 0.3, 0.7, 1),
     "a padded header": _padded,
     "bytes behind the end": lambda path: path.write_bytes(path.read_bytes() + b"\0" * 64),
     "another type of value": _entry(dtype="I64"),
     "an unknown type": _entry(dtype="F99"),
-    "a type of 4 bits": _entry(dtype="F4"),
     "a type that is a number": _entry(dtype=32),
-    "a type that is a path": _entry(dtype="../F32"),
     "no shape": _header(lambda header, first: header[first].pop("shape")),
     "no type": _header(lambda header, first: header[first].pop("dtype")),
     "no place": _header(lambda header, first: header[first].pop("data_offsets")),
-    "a shape of 2^60": _entry(shape=[HUGE]),
     "a shape of 2^60 by 2^60": _entry(shape=[HUGE, HUGE]),
-    "a shape of 2^70": _entry(shape=[2**70]),
     "a negative shape": _entry(shape=[-1, 4]),
-    "a negative square": _entry(shape=[-(2**31), -(2**31)]),
     "a real shape": _entry(shape=[1.5]),
-    "a shape of texts": _entry(shape=["3"]),
     "a shape that is a number": _entry(shape=3),
-    "a shape that is none": _entry(shape=None),
-    "a nested shape": _entry(shape=[[3]]),
-    "an empty shape": _entry(shape=[]),
     "a shape of 100,000 nines": _entry(shape=[9] * 100_000),
     "64 axes more": _header(lambda h, f: h[f].update(shape=[1] * 64 + h[f]["shape"])),
     "a shape of 10^4300 - 1": _entry(shape=[LONGEST, LONGEST]),
     "a shape of zero": _entry(shape=[0]),
     "places that overlap": _header(_overlap),
     "places beyond the end": _entry(data_offsets=[0, 2**40]),
-    "places that overflow": _entry(data_offsets=[2**63, 2**64 - 1]),
     "places up to 10^4300 - 4": _header(_beyond_writing),
     "negative places": _entry(data_offsets=[-8, 8]),
     "reversed places": _entry(data_offsets=[8, 0]),
-    "one place": _entry(data_offsets=[0]),
     "an entry that is a list": _header(lambda header, first: header.update({first: [1]})),
-    "an entry that is none": _header(lambda header, first: header.update({first: None})),
     "places of 2^40 bytes": _long(foreign=False),
     "a foreign tensor of 2^40 bytes": _long(foreign=True),
     "a missing tensor": _header(lambda header, first: header.pop(first)),
     "a foreign tensor": _header(lambda h, f: h.update(x=h[f])),
     "a name that is a path": _renamed("../../etc/passwd"),
-    "a name that is absolute": _renamed("/etc/passwd"),
     "a name with NUL": _renamed("a\0b"),
     "a name that is empty": _renamed(""),
-    "a name of a method": _renamed("__class__"),
     "a name of 100 kB": _renamed("n" * 100_000),
     "a tensor twice": _header_twice,
     "metadata that is a list": _header(lambda h, f: h.update(__metadata__=[1])),
-    "metadata that is a number": _header(lambda h, f: h.update(__metadata__={"format": 1})),
     "metadata that is nested": _header(lambda h, f: h.update(__metadata__={"a": {"b": "c"}})),
-    "a flipped bit in a name": _flipped,
-    "a flipped bit in a shape": _flip(b'"shape":[', 0),
-    "a flipped bit in a type": _flip(b'"dtype":"', 2),
-    "a flipped bit in a place": _flip(b'"data_offsets":[', 1),
-    "a flipped bit in a bracket": _flip(b'"dtype"', 5),
     "NaN": _filled(float("nan")),
-    "infinity": _filled(float("inf")),
     "minus infinity": _filled(float("-inf")),
     "a file of torch.save": lambda path: torch.save({"x": torch.zeros(2)}, path),
     **{f"{name} rewritten": rewritten(change) for name, change in STATES.items()},
@@ -534,37 +470,31 @@ class _Call:
         return self.call
 
 
-class _Storage(tuple):  # type: ignore[type-arg]
-    """Pickled as a persistent id."""
+def _saved_again(change: Callable[[State], object]) -> Damage:
+    def damage(path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
 
-    __slots__ = ()
-
-
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, value: Any) -> Any:
-        return tuple(value) if type(value) is _Storage else None
+    return damage
 
 
-def _dump(value: Any) -> bytes:
-    stream = io.BytesIO()
-    _Pickler(stream, protocol=2).dump(value)
-    return stream.getvalue()
+def _prompt(make: Callable[[Tensor], Any]) -> Damage:
+    """Another value for the prompt."""
+    return _saved_again(lambda s: s.update(prompt_embeddings=make(s["prompt_embeddings"])))
 
 
-def _storage(key: Any = "0", length: Any = 48, kind: Any = torch.FloatStorage) -> _Storage:
-    return _Storage(("storage", kind, key, "cpu", length))
+def _instead_of_the_dict(make: Callable[[str], Any]) -> Damage:
+    """Another content, given the path of the canary."""
+    return lambda path: torch.save(make(str(path.parent.parent / CANARY)), path)
 
 
-_REBUILD = torch._utils._rebuild_tensor_v2
-_SIZES = (3, 16), (16, 1)
-
-
-def _tensor(
-    shape: Any = _SIZES[0], stride: Any = _SIZES[1], offset: Any = 0, storage: Any = None
-) -> _Call:
-    place = _storage() if storage is None else storage
-    hooks = collections.OrderedDict()  # type: ignore[var-annotated]
-    return _Call(_REBUILD, place, offset, shape, stride, False, hooks)
+def _expanded_in_both(path: Path) -> None:
+    """One value for 2^40 rows, and a config that asks for them."""
+    _prompt(lambda prompt: torch.zeros(1, 1).expand(2**40, 16))(path)
+    config = path.with_name("adapter_config.json")
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "num_virtual_tokens": 2**40}))
 
 
 def _rezip(change: Callable[[dict[str, bytes]], object], kind: int = zipfile.ZIP_STORED) -> Damage:
@@ -581,44 +511,8 @@ def _rezip(change: Callable[[dict[str, bytes]], object], kind: int = zipfile.ZIP
     return damage
 
 
-def _pickle(value: Any) -> Damage:
-    """Other instructions: a value to dump, or bytes as they are."""
-    data = value if isinstance(value, bytes) else _dump(value)
-    return _rezip(lambda records: records.update({"adapter_model/data.pkl": data}))
-
-
-def _pair(first: int, second: int) -> tuple[int, int]:
-    """A tuple of its own; a literal would be one object with others like it, also when pickled."""
-    return tuple(iter((first, second)))  # type: ignore[return-value]
-
-
-def _prompt(value: Any) -> Damage:
-    """Another value for the prompt, DePT's matrices as they were where there are any."""
-
-    def damage(path: Path) -> None:
-        state = {"prompt_embeddings": value}
-        with zipfile.ZipFile(path) as archive:
-            if "adapter_model/data/2" in archive.namelist():
-                a, b = _storage("1", 24), _storage("2", 32)
-                a_sizes, b_sizes = (_pair(12, 2), _pair(2, 1)), (_pair(2, 16), _pair(16, 1))
-                state["prompt_encoder.lora_embedding_A"] = _tensor(*a_sizes, 0, a)
-                state["prompt_encoder.lora_embedding_B"] = _tensor(*b_sizes, 0, b)
-        _pickle(state)(path)
-
-    return damage
-
-
-def _saved_again(change: Callable[[State], object]) -> Damage:
-    def damage(path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        change(state)
-        torch.save(state, path)
-
-    return damage
-
-
 def _gigabyte_before(path: Path) -> None:
-    """Which an archive may have before it: a hole, which takes no room on the disk."""
+    """Other bytes, which an archive may have before it: a hole, which takes no room on disk."""
     data = path.read_bytes()
     path.write_bytes(b"")
     os.truncate(path, 1 << 30)
@@ -626,26 +520,10 @@ def _gigabyte_before(path: Path) -> None:
         file.write(data)
 
 
-def _expanded_in_both(path: Path) -> None:
-    """One value for 2^40 rows, and a config that asks for them."""
-    _prompt(_tensor(shape=(2**40, 16), stride=(0, 0)))(path)
-    config = path.with_name("adapter_config.json")
-    values = json.loads(config.read_text())
-    config.write_text(json.dumps({**values, "num_virtual_tokens": 2**40}))
-
-
-def _second_entry(path: Path) -> None:
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("other/data.pkl", _dump({}))
-
-
-def _same_entry(name: str, data: bytes) -> Damage:
-    def damage(path: Path) -> None:
-        with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # zipfile about the second record of a name
-            archive.writestr(f"adapter_model/{name}", data)
-
-    return damage
+def _values_twice(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile about the second record of a name
+        archive.writestr("adapter_model/data/0", bytes(48 * 4))
 
 
 def _flip_record(name: str) -> Damage:
@@ -661,81 +539,34 @@ def _flip_record(name: str) -> Damage:
     return damage
 
 
-def _swapped(path: Path) -> None:
-    _rezip(lambda r: r.update({"adapter_model/data/0": r["adapter_model/data/0"][:-4]}))(path)
-
-
-def _code(make: Callable[[str], Any], put: Callable[[Any], Damage] = _prompt) -> Damage:
-    """A call, or instructions for one, that would make the canary."""
-    return lambda path: put(make(str(path.parent.parent / CANARY)))(path)
-
-
 PICKLES: dict[str, Damage] = {
-    **truncated(0.01, 0.2, 0.4, 0.6, 0.8, 0.97, 1),
+    **truncated(0.01, 0.4, 0.8, 1),
     # code
-    "os.system": _code(lambda canary: _Call(os.system, f"touch {canary}")),
-    "eval": _code(lambda canary: _Call(eval, f"open({canary!r}, 'w')")),
-    "exec": _code(lambda canary: _Call(exec, f"open({canary!r}, 'w')"), _pickle),
-    "subprocess": _code(lambda canary: _Call(subprocess.Popen, ("touch", canary))),
-    "open": _code(lambda canary: _Call(builtins.open, canary, "w")),
-    "getattr": _prompt(_Call(getattr, _Call(__import__, "os"), "system")),
-    "an old instruction": _code(
-        lambda canary: f"(S'touch {canary}'\nios\nsystem\n.".encode(), _pickle
-    ),
-    "an object": _code(lambda canary: f"(cos\nsystem\nS'touch {canary}'\no.".encode(), _pickle),
-    "torch.load": _code(lambda canary: _Call(torch.load, canary)),
-    "a module's state": _pickle(b"\x80\x02}N}b."),
+    "os.system": _instead_of_the_dict(lambda canary: {"a": _Call(os.system, f"touch {canary}")}),
+    "eval": _instead_of_the_dict(lambda canary: {"a": _Call(eval, f"open({canary!r}, 'w')")}),
+    "torch.load": _instead_of_the_dict(lambda canary: {"a": _Call(torch.load, canary)}),
     # memory
-    "a storage of 2^40": _prompt(_Call(torch.UntypedStorage, 2**40)),
-    "a tensor of 2^40": _prompt(_Call(torch.FloatTensor, 2**40)),
-    "a declared storage of 2^40": _prompt(_tensor(storage=_storage(length=2**40))),
-    "a declared storage of 2^62": _prompt(_tensor(storage=_storage(length=2**62))),
-    "a negative storage": _prompt(_tensor(storage=_storage(length=-48))),
-    "a shape of 2^60": _prompt(_tensor(shape=(HUGE, 16))),
-    "an expanded shape of 2^60": _prompt(_tensor(shape=(HUGE, 16), stride=(0, 0))),
     "an expanded shape of 2^40 in both files": _expanded_in_both,
-    "an offset of 2^60": _prompt(_tensor(offset=HUGE)),
-    "a negative offset": _prompt(_tensor(offset=-4)),
-    "a negative stride": _prompt(_tensor(stride=(-16, 1))),
-    "a negative shape": _prompt(_tensor(shape=(-3, 16))),
-    "a shape of texts": _prompt(_tensor(shape=("3", 16))),
-    "a shape without strides": _prompt(_tensor(stride=(1,))),
-    "values behind the storage": _prompt(_tensor(stride=(32, 1))),
-    "a memo of 2^31": _pickle(b"\x80\x02}r\xff\xff\xff\x7f."),
-    "a text of 2^32": _pickle(b"\x80\x02}X\xff\xff\xff\xffab."),
-    "a length of 2^2000": _prompt(_tensor(storage=_storage(length=2**2000))),
-    "a shape of 2^2000": _prompt(_tensor(shape=(2**2000, 16))),
-    "an offset of 2^2000": _prompt(_tensor(offset=2**2000)),
     "a gigabyte before the archive": _gigabyte_before,
     "a compressed record": _rezip(
         lambda r: r.update({"adapter_model/data/9": bytes(1 << 22)}), zipfile.ZIP_DEFLATED
     ),
     # other contents
-    "no instructions": _pickle(b""),
-    "half the instructions": _pickle(_dump({"a": 1})[:-3]),
-    "a later protocol": _pickle(pickle.dumps({}, protocol=4)),
-    "a list": _pickle([1]),
-    "a tensor alone": _pickle(_tensor()),
-    "a number for a tensor": _prompt(3),
-    "a dict for a tensor": _prompt({}),
-    "a key that is a number": _pickle({3: _tensor()}),
-    "a key that is a path": _pickle({"../prompt_embeddings": _tensor()}),
-    "a record that is a path": _prompt(_tensor(storage=_storage(key="../../etc/passwd"))),
-    "a record that is absolute": _prompt(_tensor(storage=_storage(key="/etc/passwd"))),
-    "a record that is a number": _prompt(_tensor(storage=_storage(key=7))),
-    "another persistent id": _prompt(_tensor(storage=_Storage(("module", 1, 2, 3, 4)))),
-    "a short persistent id": _prompt(_tensor(storage=_Storage(("storage",)))),
-    "a tensor without storage": _prompt(_tensor(storage="0")),
-    "a negated view": _prompt(_Call(_REBUILD, _storage(), 0, *_SIZES, False, {}, {"neg": True})),
-    "integers": _prompt(_tensor((3, 8), (8, 1), 0, _storage("0", 24, torch.LongStorage))),
+    "a list": _instead_of_the_dict(lambda _: [1]),
+    "a tensor alone": _instead_of_the_dict(lambda _: torch.zeros(3, 16)),
+    "a key that is a number": _instead_of_the_dict(lambda _: {3: torch.zeros(3, 16)}),
+    "a number for a tensor": _prompt(lambda _: 3),
+    "a dict for a tensor": _prompt(lambda _: {}),
+    "a negated view": _prompt(torch._neg_view),
+    "a sparse tensor": _prompt(lambda prompt: prompt.to_sparse()),
     # the archive
-    "another byte order": _rezip(lambda r: r.update({"adapter_model/byteorder": b"middle"})),
+    "no instructions": _rezip(lambda r: r.update({"adapter_model/data.pkl": b""})),
     "no data.pkl": _rezip(lambda r: r.pop("adapter_model/data.pkl")),
     "no values": _rezip(lambda r: r.pop("adapter_model/data/0")),
-    "short values": _swapped,
-    "two archives": _second_entry,
-    "two data.pkl": _same_entry("data.pkl", _dump({})),
-    "values twice": _same_entry("data/0", bytes(48 * 4)),
+    "short values": _rezip(
+        lambda r: r.update({"adapter_model/data/0": r["adapter_model/data/0"][:-4]})
+    ),
+    "values twice": _values_twice,
     "a flipped bit in the values": _flip_record("data/0"),
     "a flipped bit in the instructions": _flip_record("data.pkl"),
     "before PyTorch 1.6": lambda path: torch.save(
@@ -773,7 +604,6 @@ HARMLESS: dict[str, dict[str, Damage]] = {
     },
     ".bin": {
         "rezipped": _rezip(_same),
-        "other instructions": _prompt(_tensor()),
         "saved again": _saved_again(_same),
     },
 }

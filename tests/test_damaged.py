@@ -74,7 +74,7 @@ class Late(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Interrupt what takes longer, and end the process where native code does not let it."""
+    """Interrupt what takes longer, and end the process if native code does not let it."""
 
     def interrupt(*_: Any) -> None:
         raise Late(f"not done within {seconds} s")
@@ -162,7 +162,7 @@ OPENS = Opens() if LINUX else None
 
 @contextlib.contextmanager
 def watched(folder: Path) -> Iterator[None]:
-    """Fail where a file outside of ``folder`` is opened, or anything happens but reading.
+    """Fail if a file outside of ``folder`` is opened, or anything happens but reading.
 
     ``OUTSIDE`` beside the folder is watched for native code as well, on Linux.
     """
@@ -437,24 +437,16 @@ ADAPTERS = {
     "a task of 3 MB": of_json(lambda v: v.update(task="a" * (3 << 20))),
     "another task": of_json(lambda v: v.update(task="TOKEN_CLS")),
     "another kind of model": of_json(lambda v: v.update(base_model_type="roberta")),
-    "a pooling that is none": of_json(lambda v: v.update(pooling="max")),
     "no head": of_json(lambda v: v.update(head=None, labels=None)),
     "dropout 1": of_json(lambda v: v.update(head_dropout=1)),
     "a label more": of_json(lambda v: v["labels"].append("more")),
-    "a label less": of_json(lambda v: v["labels"].pop()),
     "a label twice": of_json(lambda v: v.update(labels=["bad", "bad", "good"])),
     "a label that is a number": of_json(lambda v: v.update(labels=["bad", 1, "good"])),
     "a label of 3 MB too many": of_json(lambda v: v["labels"].append("a" * (3 << 20))),
     "a million labels": of_json(lambda v: v.update(labels=[""] * 1_000_000)),
-    "100,000 labels": of_json(lambda v: v.update(labels=[str(i) for i in range(100_000)])),
     "no labels": of_json(lambda v: v.update(labels=None)),
     "no checksums": of_json(lambda v: v.update(sha256={})),
-    "a checksum less": of_json(lambda v: v["sha256"].pop(HEAD_FILE)),
     "a checksum more": of_json(lambda v: v["sha256"].update({"../outside/secret": "0" * 64})),
-    "a checksum that is null": of_json(lambda v: v["sha256"].update({HEAD_FILE: None})),
-    "checksums the other way round": of_json(
-        lambda v: v["sha256"].update({HEAD_FILE: v["sha256"][TENSOR_FILE]})
-    ),
     "a checksum in capitals": of_json(
         lambda v: v["sha256"].update({HEAD_FILE: v["sha256"][HEAD_FILE].upper()})
     ),
@@ -529,6 +521,16 @@ STATES = {
     "checksums of files": of_adapter(sha256={}),
 }
 
+HEADS = {
+    **damage.TENSORS,
+    "a value beyond float32": damage.rewritten(damage.beyond_float32),
+}
+
+
+def narrower(state: damage.State) -> None:
+    state["weight"] = state["weight"][:, 1:].clone()
+
+
 TABLE: dict[tuple[str, str], dict[str, Damage]] = {
     ("state", STATE_FILE): STATES,
     ("state of an own head", STATE_FILE): {
@@ -569,11 +571,8 @@ TABLE: dict[tuple[str, str], dict[str, Damage]] = {
         "a bank": lambda path: save_prompt(path.parent, num_tasks=2),
     },
     ("adapter sealed again", TENSOR_FILE): {**damage.TENSORS, **BOTH},
-    ("adapter sealed again", HEAD_FILE): damage.TENSORS,
-    ("adapter of an own head", HEAD_FILE): {
-        **damage.TENSORS,
-        "a value beyond float32": damage.rewritten(damage.beyond_float32),
-    },
+    ("adapter sealed again", HEAD_FILE): {**HEADS, "a narrower head": damage.rewritten(narrower)},
+    ("adapter of an own head", HEAD_FILE): HEADS,
     **{
         (kind, "adapter_config.json"): {
             **JSON,
@@ -674,7 +673,7 @@ BESIDE = {
     CONFIG_FILE: TENSOR_FILE,
     TENSOR_FILE: CONFIG_FILE,
     ADAPTER_FILE: HEAD_FILE,
-    STATE_FILE: ADAPTER_FILE,  # where there is neither
+    STATE_FILE: ADAPTER_FILE,  # if there is neither
     "adapter_config.json": "adapter_model.",
     "prompt_embeddings.json": "prompt_embeddings.safetensors",
     "prompt_embeddings.safetensors": "prompt_embeddings.json",
@@ -877,16 +876,6 @@ def test_what_no_checksum_tells(kind: str, file: str, intact: Path, tmp_path: Pa
         read(folder)
 
 
-def test_a_heads_value_beyond_its_type(intact: Path, tmp_path: Path) -> None:
-    change = damage.rewritten(damage.beyond_float32)
-    folder = place(intact, tmp_path, "adapter sealed again", HEAD_FILE, change)
-    live = live_model(True)
-    before = live.state()
-    message = refusal(lambda: live.readers["load_pretrained"](folder), folder, HEAD_FILE)
-    assert "bias: expected values in the range of torch.float32" in message
-    assert live.state() == before
-
-
 @pytest.mark.parametrize("field", ["pooling", "head"])
 def test_another_kind_of_head(field: str, intact: Path, tmp_path: Path) -> None:
     """Weights that are trained for one way to take logits are not read into another."""
@@ -948,32 +937,3 @@ def test_the_limit_of_time(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(Late), time_limit(1):
         (tmp_path / "pipe").read_bytes()
-
-
-# Nothing drawn, nothing repeated at length
-
-
-@pytest.mark.parametrize("reader", ["load_adapter", "EPTModel.from_pretrained", "EPTBank.add"])
-def test_a_head_of_another_width_draws_nothing(reader: str, intact: Path, tmp_path: Path) -> None:
-    def narrower(state: damage.State) -> None:
-        state["weight"] = state["weight"][:, 1:].clone()
-
-    kind = "adapter sealed again"
-    folder = place(intact, tmp_path, kind, HEAD_FILE, damage.rewritten(narrower))
-    live = live_model(True)
-    generator = torch.get_rng_state()
-    refusal(lambda: live.readers[reader](folder), folder, HEAD_FILE)
-    assert torch.equal(torch.get_rng_state(), generator)
-
-
-LONG = {
-    "a model type": of_json(lambda v: v.update(base_model_type="a" * (3 << 20))),
-    "a label": of_json(lambda v: v.update(labels=["a" * (3 << 20), *LABELS[1:]])),
-}
-
-
-@pytest.mark.parametrize("what", LONG)
-def test_long_texts_are_cut_in_messages(what: str, intact: Path, tmp_path: Path) -> None:
-    folder = place(intact, tmp_path, "adapter", ADAPTER_FILE, LONG[what])
-    live = live_model(True)
-    refusal(lambda: live.readers["load_pretrained"](folder), folder, ADAPTER_FILE)

@@ -572,7 +572,10 @@ TABLE: dict[tuple[str, str], dict[str, Damage]] = {
     },
     ("adapter sealed again", TENSOR_FILE): {**damage.TENSORS, **BOTH},
     ("adapter sealed again", HEAD_FILE): {**HEADS, "a narrower head": damage.rewritten(narrower)},
-    ("adapter of an own head", HEAD_FILE): HEADS,
+    ("adapter of an own head", HEAD_FILE): {
+        **HEADS,
+        **damage.flips(10, damage.in_entries, damage.of_header),
+    },
     **{
         (kind, "adapter_config.json"): {
             **JSON,

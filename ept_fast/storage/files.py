@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,10 +19,9 @@ from torch import Tensor
 from ept_fast.storage.untrusted import (
     FILE_LIMIT,
     CheckpointError,
-    check_size,
-    open_inside,
     parse_json,
     read_adapter_json,
+    read_file,
     read_json,
     shorten,
 )
@@ -51,21 +48,7 @@ FORMAT_VERSION = "1"
 # Bytes; no adapter's header comes near.
 HEADER_LIMIT = 1 << 20
 
-# No library makes more, and the product of more of a header's counts could take for ever.
-_MOST_AXES = 64
-
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# Of one value.
-_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
-    **dict.fromkeys(("I8", "U8", "BOOL"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
 
 
 class WriteError(OSError):
@@ -152,7 +135,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor], config: str) -> bytes:
 
 
 class TensorFile:
-    """A safetensors file of anyone, whose header is checked before any value is read.
+    """A safetensors file of anyone, read and checked whole.
 
     Args:
         path: the file.
@@ -164,21 +147,30 @@ class TensorFile:
         shapes: of every tensor, by name.
 
     Raises:
-        CheckpointError: as :func:`~ept_fast.storage.untrusted.read_file`, truncated or damaged.
+        CheckpointError: as :func:`~ept_fast.storage.untrusted.read_file`, too large, truncated or
+            damaged.
     """
 
     def __init__(self, path: Path, data: bytes | None = None) -> None:
-        self.path, self._data = path, data
-        with self._open() as (file, size):
-            self.metadata, self.shapes = _header(path, file, size)
-
-    @contextmanager
-    def _open(self) -> Iterator[tuple[BinaryIO, int]]:
-        if self._data is not None:
-            yield io.BytesIO(self._data), len(self._data)
-        else:
-            with open_inside(self.path) as file:
-                yield file, os.fstat(file.fileno()).st_size
+        self.path = path
+        if data is None:
+            data = read_file(path, limit=FILE_LIMIT)
+        length = int.from_bytes(data[:8], "little")
+        if len(data) < 8 or length > min(len(data) - 8, HEADER_LIMIT):
+            raise CheckpointError(
+                f"{path}: expected a whole safetensors file, got {len(data)} bytes with a header "
+                f"of {length} (at most {HEADER_LIMIT})"
+            )
+        # safetensors takes a repeated name, and tells no metadata of bytes.
+        metadata = parse_json(path, data[8 : 8 + length]).get("__metadata__", {})
+        try:
+            self._tensors = deserialize_tensors(data)
+        except (SafetensorError, KeyError, RuntimeError, AssertionError) as error:
+            raise CheckpointError(
+                f"{path}: expected a whole safetensors file, got {shorten(str(error))}"
+            ) from None
+        self.metadata: dict[str, str] = metadata or {}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     @property
     def config(self) -> str:
@@ -204,100 +196,21 @@ class TensorFile:
     def load(
         self, expected: Mapping[str, tuple[int, ...]] | None = None, *, others: bool = False
     ) -> dict[str, Tensor]:
-        """The tensors, on the CPU; once, if the contents were given.
+        """The tensors, on the CPU.
 
         Args:
-            expected: the shape of every tensor; a file with others is refused before its values
-                are read, and one with values that are not finite floats after.
+            expected: the shape of every tensor, which has to hold finite floats.
             others: leave out tensors that are not expected, which are an error otherwise.
 
         Raises:
-            CheckpointError: as for the class, or not as expected.
+            CheckpointError: not as expected.
         """
-        with self._open() as (file, size):
-            if others:
-                check_size(self.path, size, FILE_LIMIT)
-            self.metadata, self.shapes = _header(self.path, file, size)  # of what is read now
-            if expected is not None:
-                check_shapes(self.path, self.shapes, expected, others=others)
-            file.seek(0)
-            data = file.read()
-        self._data = None
-        try:
-            tensors = deserialize_tensors(data)
-        except (SafetensorError, KeyError, RuntimeError, AssertionError) as error:
-            raise CheckpointError(
-                f"{self.path}: expected a whole safetensors file, got: {shorten(str(error))}"
-            ) from None
-        if expected is not None:
-            tensors = {name: tensors[name] for name in expected}
-            check_tensors(self.path, tensors, expected)
+        if expected is None:
+            return self._tensors
+        check_shapes(self.path, self.shapes, expected, others=others)
+        tensors = {name: self._tensors[name] for name in expected}
+        check_tensors(self.path, tensors, expected)
         return tensors
-
-
-def _header(
-    path: Path, file: BinaryIO, size: int
-) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """The checked metadata and shapes of a safetensors file."""
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > size - 8 or length > HEADER_LIMIT:
-        raise CheckpointError(
-            f"{path}: expected a whole safetensors file, got {size} bytes with a header of "
-            f"{length} (at most {HEADER_LIMIT})"
-        )
-    entries = parse_json(path, file.read(length))
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__: expected texts, got {shorten(metadata)}")
-    shapes: dict[str, tuple[int, ...]] = {}
-    places: list[tuple[int, int]] = []
-    for name, entry in entries.items():
-        if not _describes_tensor(entry):
-            raise CheckpointError(
-                f"{path}: {shorten(name)}: expected a tensor's dtype, shape and data_offsets that "
-                f"fit each other, got {shorten(entry)}"
-            )
-        shapes[name] = tuple(entry["shape"])
-        places.append((entry["data_offsets"][0], entry["data_offsets"][1]))
-    # One behind the other up to the end, so that reading takes what the shapes say and no more.
-    end = 0
-    for first, behind in sorted(places):
-        if first != end:
-            raise CheckpointError(
-                f"{path}: expected a whole safetensors file, got a header whose next tensor after "
-                f"byte {end} begins at {first}"
-            )
-        end = behind
-    if 8 + length + end != size:
-        raise CheckpointError(
-            f"{path}: expected a whole safetensors file, got {size} bytes with a header for "
-            f"{8 + length + end}"
-        )
-    return metadata, shapes
-
-
-def _describes_tensor(entry: Any) -> bool:
-    """Whether an entry of a header has a known type, a shape and the bytes for both."""
-    if not isinstance(entry, dict):
-        return False
-    dtype, shape, place = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
-    bits = _BITS.get(dtype) if isinstance(dtype, str) else None
-    return (
-        bits is not None
-        and _are_counts(shape)
-        and _are_counts(place)
-        and len(place) == 2
-        and 8 * (place[1] - place[0]) == bits * math.prod(shape)
-    )
-
-
-def _are_counts(values: object) -> TypeGuard[list[int]]:
-    return (
-        isinstance(values, list)
-        and len(values) <= _MOST_AXES
-        and all(type(n) is int and 0 <= n < 2**63 for n in values)
-    )
 
 
 def check_shapes(

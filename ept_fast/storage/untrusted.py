@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: no such file, not JSON (a repeated key and NaN are none), nested deeper
+        CheckpointError: no such file, not JSON (a repeated key or NaN is an error), nested deeper
             than anything that is written here, or not an object.
     """
     try:
@@ -169,7 +169,7 @@ def _integer(text: str) -> int:
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text}, which JSON has not")
+    raise ValueError(f"{text}, which is not JSON")
 
 
 def shorten(value: object, length: int = 300) -> str:

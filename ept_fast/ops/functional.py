@@ -57,7 +57,7 @@ def reconstruct_prompt(
         gate_bias: b, ``[(T,) K]``.
         scaling: c, the factor of A·B.
         activation: φ, a name of :data:`ept_fast.ops.activations.ACTIVATIONS`.
-        gate: ``"token"``: one softmax a token; ``"prompt"``: one for all tokens of the prompt.
+        gate: ``"token"``: one softmax per token; ``"prompt"``: one for all tokens of the prompt.
         temperature: τ > 0, divides the gate's logits.
         fusion: whether the prompt attends to the offset.
         backend: ``"triton"``, ``"cuda"``, ``"eager"`` or ``"reference"``; else

@@ -173,7 +173,7 @@ def measure(
 
 def print_table(rates: Mapping[str, Sequence[float]], rows: Mapping[str, float]) -> None:
     """The median, least and most of each way, and how many times slower it is than the first."""
-    print("| way | requests/s | least | most | rows a batch | mixed is faster by |")
+    print("| way | requests/s | least | most | rows per batch | mixed is faster by |")
     print("|---|---|---|---|---|---|")
     first = next(iter(rates.values()))
     for name, values in rates.items():

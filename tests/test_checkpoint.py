@@ -290,7 +290,7 @@ def test_values_that_would_not_load_are_not_saved(name: str, value: float, saved
     assert contents(saved) == before
 
 
-# Files that are refused
+# Files that are refused; tests/test_damaged.py has more kinds of damage
 
 
 def assert_refused(folder: Path, message: str, config: EPTConfig = CONFIG, **options: Any) -> None:
@@ -358,13 +358,6 @@ def test_flipped_bits(file: str, saved: Path) -> None:
         assert bits(prompt) == before
 
 
-@pytest.mark.parametrize("extra", [b"\0", b"x" * 100])
-def test_bytes_behind_the_end(extra: bytes, saved: Path) -> None:
-    with (saved / TENSOR_FILE).open("ab") as file:
-        file.write(extra)
-    assert_refused(saved, naming(saved, TENSOR_FILE, "expected a whole safetensors file, got"))
-
-
 def write(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
     ours = None if metadata is None else {"ept_fast": json.dumps(metadata)}
     safetensors.torch.save_file(tensors, folder / TENSOR_FILE, metadata=ours)
@@ -389,26 +382,13 @@ WRONG_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.pop("offset_a"),
         r"expected the tensors .* \(missing \['offset_a'\], foreign \[\]\)",
     ),
-    "missing prompt": (
-        lambda t: t.pop("short_prompt"),
-        r"expected the tensors .*missing \['short_prompt'\]",
-    ),
-    "none": (lambda t: t.clear(), r"expected the tensors .*, got \[\]"),
     "extra": (
         lambda t: t.update(weight=torch.zeros(2)),
         r"expected the tensors .*foreign \['weight'\]",
     ),
-    "renamed": (
-        lambda t: t.update(A=t.pop("offset_a")),
-        r"expected the tensors .*missing \['offset_a'\], foreign \['A'\]",
-    ),
     "transposed": (
         lambda t: t.update(offset_b=t["offset_b"].mT.contiguous()),
         r"offset_b: expected shape \(2, 8\), got \(8, 2\)",
-    ),
-    "longer": (
-        lambda t: t.update(offset_a=torch.zeros(10, 2)),
-        r"offset_a: expected shape \(9, 2\), got \(10, 2\)",
     ),
     "task axis": (
         lambda t: t.update(short_prompt=t["short_prompt"][None]),
@@ -418,29 +398,13 @@ WRONG_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.update(gate_bias=torch.tensor(1.0)),
         r"gate_bias: expected shape \(2,\), got \(\)",
     ),
-    "empty": (
-        lambda t: t.update(gate_bias=torch.zeros(0)),
-        r"gate_bias: expected shape \(2,\), got \(0,\)",
-    ),
     "nan": (
         lambda t: t["space_up"].view(-1)[3].fill_(float("nan")),
         "space_up: expected finite values, got NaN or infinity",
     ),
-    "inf": (
-        lambda t: t["gate_weight"].view(-1)[0].fill_(float("inf")),
-        "gate_weight: expected finite values, got NaN or infinity",
-    ),
     "integers": (
         lambda t: t.update(gate_bias=torch.zeros(2, dtype=torch.int64)),
         "gate_bias: expected a floating dtype, got torch.int64",
-    ),
-    "bool": (
-        lambda t: t.update(gate_bias=torch.zeros(2, dtype=torch.bool)),
-        "gate_bias: expected a floating dtype, got torch.bool",
-    ),
-    "complex": (
-        lambda t: t.update(gate_bias=torch.zeros(2, dtype=torch.complex64)),
-        "gate_bias: expected a floating dtype, got torch.complex64",
     ),
     "float8": (
         lambda t: t.update(gate_bias=torch.zeros(2).to(torch.float8_e4m3fn)),
@@ -459,62 +423,6 @@ def test_wrong_tensors(case: str, saved: Path) -> None:
     assert_refused(saved, naming(saved, TENSOR_FILE, message))
 
 
-WRONG_METADATA: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
-    "none": (lambda m: m.clear(), r"expected a file written by ept_fast, got metadata \[\]"),
-    "no config": (lambda m: m.pop("config"), "expected a file written by ept_fast"),
-    "a later version": (
-        lambda m: m.update(format_version="2"),
-        "expected format version 1, got '2'",
-    ),
-    "no version": (lambda m: m.pop("format_version"), "expected a file written by ept_fast"),
-    "config of another type": (lambda m: m.update(config=1), "expected format version 1"),
-    "config is no JSON": (lambda m: m.update(config="{"), ""),
-    "config is nested": (lambda m: m.update(config="[" * 100_000), ""),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_METADATA)
-def test_wrong_metadata(case: str, saved: Path) -> None:
-    change, message = WRONG_METADATA[case]
-    tensors, metadata = read(saved)
-    change(metadata)
-    write(saved, tensors, metadata or None)
-    assert_refused(saved, naming(saved, TENSOR_FILE, message))
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [{"format": "pt"}, {"config": "{}"}, *({"ept_fast": text} for text in ("", "3", "[]", "{}"))],
-    ids=str,
-)
-def test_metadata_of_another_package(metadata: dict[str, str], saved: Path) -> None:
-    """The right tensors, but nothing that says they are a prompt."""
-    tensors, _ = read(saved)
-    safetensors.torch.save_file(tensors, saved / TENSOR_FILE, metadata=metadata)
-    message = re.escape(f"expected a file written by ept_fast, got metadata {sorted(metadata)}")
-    assert_refused(saved, naming(saved, TENSOR_FILE, message))
-
-
-FOREIGN: dict[str, Callable[[Path], Any]] = {
-    "empty": lambda path: path.write_bytes(b""),
-    "zeros": lambda path: path.write_bytes(bytes(4096)),
-    "text": lambda path: path.write_text("short_prompt\n" * 100),
-    "pickle": lambda path: torch.save({"short_prompt": torch.zeros(3, D)}, path),
-    "huge header": lambda path: path.write_bytes(struct.pack("<Q", 2**62) + b"{}"),
-    "empty header": lambda path: path.write_bytes(struct.pack("<Q", 2) + b"{}"),
-    "missing": lambda path: None,
-    "folder": lambda path: path.mkdir(),
-}
-
-
-@pytest.mark.parametrize("case", FOREIGN)
-@pytest.mark.parametrize("file", [CONFIG_FILE, TENSOR_FILE])
-def test_foreign_files(file: str, case: str, saved: Path) -> None:
-    (saved / file).unlink()
-    FOREIGN[case](saved / file)
-    assert_refused(saved, naming(saved, file, "expected "))
-
-
 def test_missing_folder(tmp_path: Path) -> None:
     message = "expected a readable file, got No such file or directory"
     assert_refused(tmp_path / "none", naming(tmp_path / "none", CONFIG_FILE, message))
@@ -529,23 +437,10 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda v: v.pop("hidden_size"),
         "config: expected the field hidden_size, got none",
     ),
-    "type": (lambda v: v.update(rank="2"), "rank: expected an integer, got str '2'"),
     "real for integer": (lambda v: v.update(rank=2.0), "rank: expected an integer, got float 2.0"),
     "integer for bool": (lambda v: v.update(fusion=1), "fusion: expected a bool, got int 1"),
-    "range": (
-        lambda v: v.update(rank=9),
-        r"rank: expected at most min\(max_length 9, hidden_size 8\)",
-    ),
     "choice": (lambda v: v.update(gate="row"), "gate: expected one of token, prompt, got 'row'"),
     "num_tasks 0": (lambda v: v.update(num_tasks=0), "num_tasks: expected an integer >= 1, got 0"),
-    "num_tasks bool": (
-        lambda v: v.update(num_tasks=True),
-        "num_tasks: expected an integer, got bool True",
-    ),
-    "num_tasks list": (
-        lambda v: v.update(num_tasks=[]),
-        r"num_tasks: expected an integer, got list \[\]",
-    ),
     "beyond float": (
         lambda v: v.update(alpha=10**400),
         "alpha: expected a finite number, got an integer of 1329 bits",
@@ -563,22 +458,6 @@ def test_wrong_config_in_both_files(case: str, saved: Path) -> None:
     write(saved, tensors, {**metadata, "config": json.dumps(values)})
     (saved / CONFIG_FILE).write_text(json.dumps(values))
     assert_refused(saved, naming(saved, CONFIG_FILE, message))
-
-
-DAMAGED_CONFIGS = {
-    "not JSON": b'{"hidden_size": 8,',
-    "not UTF-8": b'{"hidden_size": "\xff"}',
-    "nested": b"[" * 100_000,
-    "many digits": b"1" * 5000,
-    "list": b"[1, 2]",
-    "null": b"null",
-}
-
-
-@pytest.mark.parametrize("case", DAMAGED_CONFIGS)
-def test_damaged_config(case: str, saved: Path) -> None:
-    (saved / CONFIG_FILE).write_bytes(DAMAGED_CONFIGS[case])
-    assert_refused(saved, naming(saved, CONFIG_FILE, "expected a JSON object, got"))
 
 
 # Each is a config of its own, most with the very same shapes.
@@ -641,10 +520,6 @@ def test_values_beyond_the_modules_type(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=naming(tmp_path, TENSOR_FILE, "gate_bias: expected")):
         prompt.load_pretrained(tmp_path)
     assert bits(prompt) == before
-
-
-def test_checkpoint_errors_are_value_errors() -> None:
-    assert issubclass(CheckpointError, ValueError)
 
 
 # The writers and readers by themselves

@@ -154,7 +154,7 @@ class StateFile(Protocol):
 
 
 def open_state(folder: Path) -> StateFile:
-    """The folder's tensors: from safetensors, or from ``torch.save`` where there are none.
+    """The folder's tensors: from safetensors, or from ``torch.save`` if there are none.
 
     Raises:
         CheckpointError: neither, damaged, or foreign.

@@ -86,7 +86,7 @@ def export_peft(
 
     Args:
         prompt: trainable or folded.
-        folder: made where it is missing; each file is written whole or not at all.
+        folder: made if it is missing; each file is written whole or not at all.
         base_model: the backbone's folder or hub id, for PEFT's ``AutoPeftModel``; or None.
         task_type: PEFT's name of the task, one of SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM, TOKEN_CLS,
             QUESTION_ANS, FEATURE_EXTRACTION.

@@ -37,7 +37,7 @@ class PlainPrompt(NamedTuple):
 
     Attributes:
         prompt_embeds: [m, d], put before the text's embeddings.
-        offset: [n, d], row k added to the embedding of the text's k-th real token; None where there
+        offset: [n, d], row k added to the embedding of the text's k-th real token; None if there
             is none to add.
         base_model: the backbone's folder or hub id, or None.
     """
@@ -58,17 +58,17 @@ def export_plain(
 ) -> None:
     """Write the reconstructed prompt and the offset as plain tensors.
 
-    ``prompt_embeddings.safetensors`` holds ``prompt_embeds`` [m, d] and, where the rank is not 0,
+    ``prompt_embeddings.safetensors`` holds ``prompt_embeds`` [m, d] and, if the rank is not 0,
     ``offset`` [n, d] or its factors ``offset_a`` [n, r] and ``offset_b`` [r, d], whose product it
     is. ``prompt_embeddings.json`` says what they are; ``docs/interchange.md`` describes every
     field and the two lines that a server has to run.
 
     Args:
         prompt: trainable or folded.
-        folder: made where it is missing; each file is written whole or not at all.
+        folder: made if it is missing; each file is written whole or not at all.
         base_model: the backbone's folder or hub id, kept in the JSON file.
         offset: ``"table"`` (one lookup a token) or ``"factors"`` (a smaller file).
-        dtype: of the tensors. Where it is not given, each has the parameters' type; what the
+        dtype: of the tensors. By default each has the parameters' type; what the
             scaling goes into, float32 at least, in which products are computed anyway.
         task: which prompt of a bank.
 

@@ -52,7 +52,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class WriteError(OSError):
-    """A file that cannot be written, as where the disk is full; ``errno`` says why."""
+    """A file that cannot be written, as when the disk is full; ``errno`` says why."""
 
     def __init__(self, place: Path | str, error: OSError) -> None:
         super().__init__(f"{place}: expected a writable file, got {error.strerror or error}")

@@ -16,7 +16,7 @@ _PLAIN = (nn.Parameter, Tensor)
 
 
 def check_whole(tensors: Mapping[str, Tensor | None]) -> None:
-    """Raise ValueError where this process holds a part of a tensor only."""
+    """Raise ValueError if this process holds a part of a tensor only."""
     if torch.compiler.is_compiling():
         return
     for name, tensor in tensors.items():
@@ -41,7 +41,7 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors; where they are sharded, every process has to call this.
+    """The whole tensors; if they are sharded, every process has to call this.
 
     Raises:
         ValueError: a partition of DeepSpeed ZeRO-3.
@@ -50,7 +50,7 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if _is_sharded(tensor):
             sharded: Any = tensor.detach()
-            # Parameters kept on the CPU are gathered where the processes can send them.
+            # Parameters kept on the CPU are gathered on a device that the processes can send from.
             whole[name] = sharded.to(sharded.device_mesh.device_type).full_tensor()
         else:
             check_whole({name: tensor})
@@ -94,7 +94,7 @@ def reshard(module: nn.Module) -> None:
 def writing_process(tensors: Iterable[Tensor]) -> Iterator[bool]:
     """Whether this process is the one to write files; the others wait until it has.
 
-    Where nothing is sharded every process that comes here writes.
+    If nothing is sharded, every process that comes here writes.
 
     Raises:
         RuntimeError: on the processes that wait, if the one that writes failed.

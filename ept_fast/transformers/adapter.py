@@ -130,8 +130,8 @@ def read_adapter(folder: str | Path, saved_name: str | None = None) -> SavedAdap
 
     Args:
         folder: of ``adapter.json``, or of ``model.safetensors``.
-        saved_name: which of a model's adapters, in ``model.safetensors``; the one that was active
-            where not given.
+        saved_name: which of a model's adapters, in ``model.safetensors``; by default the one
+            that was active.
 
     Raises:
         CheckpointError: missing or foreign, a file is not the one it was written with, the head
@@ -217,7 +217,7 @@ def describe_state(
         tensors: all others of the state dict.
 
     Returns:
-        Bytes, which safetensors can hold, on the CPU. None where this process does not have all
+        Bytes, which safetensors can hold, on the CPU. None if this process does not have all
         values: they have no checksum here.
     """
     if not all(map(has_values, tensors.values())):

@@ -272,13 +272,13 @@ def cache_of(output: Mapping[str, Any]) -> Any:
 
 
 def take_cache(kwargs: dict[str, Any]) -> tuple[str, Any]:
-    """Remove the keys and values from a call's arguments, where every version's name will do.
+    """Remove the keys and values from a call's arguments, by whichever name a version has.
 
     Returns:
         The name that the call gives them, for messages, and the keys and values, or None.
 
     Raises:
-        ValueError: two of them, or a cache under another name, where it would not be seen.
+        ValueError: two of them, or a cache under another name, in which it would not be seen.
     """
     taken = {name: kwargs.pop(name) for name in _CACHES if name in kwargs}
     given = {name: value for name, value in taken.items() if value is not None}

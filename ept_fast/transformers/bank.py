@@ -37,7 +37,7 @@ _UNLIMITED = torch.iinfo(torch.int64).max
 
 
 class BankPrompt(SplicedPrompt):
-    """Folded prompts of different sizes in tensors of one size, a slot a task.
+    """Folded prompts of different sizes in tensors of one size, one slot per task.
 
     A shorter prompt stands at the right end of its slot and is masked on the left; ranks and
     positions that an adapter does not have are zeros, which add nothing. So each row is, but for
@@ -100,7 +100,7 @@ class BankPrompt(SplicedPrompt):
 
     @torch.no_grad()
     def write(self, slot: int, source: FoldedPrompt | None) -> None:
-        """Fill a slot, or clear it where there is no source.
+        """Fill a slot, or clear it if there is no source.
 
         Raises:
             ValueError: values beyond the range of the bank's types; nothing is written then.
@@ -142,7 +142,7 @@ class BankPrompt(SplicedPrompt):
         attention_mask: Tensor | None = None,
         task_ids: Tensor | None = None,
     ) -> EPTOutput:
-        """Each row behind the prompt of its slot; the mask has zeros where that is shorter.
+        """Each row behind the prompt of its slot; the mask has zeros if that is shorter.
 
         Raises:
             ValueError: a text longer than its adapter's offset covers, or than the bank takes.
@@ -194,7 +194,7 @@ class EPTBank(nn.Module):
         task: as there; the same for all adapters.
         capacity: the most adapters at a time.
         num_virtual_tokens, max_length, rank: the largest that an adapter may have. ``max_length``
-            is also the longest text, in columns, where ``rank`` is not 0.
+            is also the longest text, in columns, if ``rank`` is not 0.
         num_labels: the most classes of an adapter, for tasks with a head.
         dtype: type that offsets are kept in.
         offset: ``"low_rank"``, ``"table"`` or ``"auto"``, as in
@@ -255,8 +255,8 @@ class EPTBank(nn.Module):
         Args:
             model: the frozen model.
             adapters: the folder of each, by name, or what ``read_adapter`` has read from it.
-            capacity: the most adapters at a time; the number of these where not given.
-            **choices: sizes of the bank where they shall be larger than these adapters need, and
+            capacity: the most adapters at a time; by default the number of these.
+            **choices: sizes of the bank if they shall be larger than these adapters need, and
                 ``dtype``, ``offset`` and ``backend``.
 
         Raises:

@@ -92,10 +92,10 @@ class Checkpointing:
 
 
 class Own:
-    """The model's own recomputation, switched off where it was on.
+    """The model's own recomputation, switched off if it was on.
 
     Attributes:
-        options: of ``torch.utils.checkpoint.checkpoint``, as it was switched on; None where it was
+        options: of ``torch.utils.checkpoint.checkpoint``, as it was switched on; None if it was
             off.
     """
 

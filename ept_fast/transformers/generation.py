@@ -70,11 +70,11 @@ def generate_causal(
     Args:
         model: the causal model.
         input_ids: ``[B, S]``, padded in any way.
-        attention_mask: ``[B, S]`` of 0 and 1. Where it is not given, zeros at the padding token if
+        attention_mask: ``[B, S]`` of 0 and 1. By default zeros at the padding token if
             the generation config names one that does not end texts too, as ``generate`` does.
         task_ids: ``[B]`` integers, for a bank of prompts.
         prefix: the prompt's keys and values, from ``prefix_cache()``: they are then not computed
-            again. Every row needs a token; where there is padding, it comes between prompt and
+            again. Every row needs a token; if there is padding, it comes between prompt and
             text, which has to be nothing to the model.
         **kwargs: of the backbone's ``generate``. ``max_length`` and ``min_length`` count text and
             new tokens; the prompt does not count.
@@ -146,7 +146,7 @@ def generate_seq2seq(
     Args:
         model: of the class :class:`ept_fast.transformers.tasks.EPTModelForSeq2SeqLM`.
         input_ids: ``[B, S]``, padded in any way.
-        attention_mask: ``[B, S]`` of 0 and 1; as in :func:`generate_causal` where it is not given.
+        attention_mask: ``[B, S]`` of 0 and 1; by default as in :func:`generate_causal`.
         task_ids: ``[B]`` integers, for a bank of prompts.
         **kwargs: of the backbone's ``generate``.
 

@@ -35,7 +35,7 @@ class EPTModel(Checkpointing, AdapterFiles):
     Attributes:
         backbone: the frozen model.
         prompts: the adapters' :class:`ept_fast.FusedEPTPrompt`, by name.
-        heads: the adapters' heads, by name, where the task has one.
+        heads: the adapters' heads, by name, if the task has one.
         base_model_name: folder or hub id of the backbone, saved with adapters; or None.
         active_adapter: name of the adapter that forward uses.
         descriptions: what each adapter is besides its tensors, by name.
@@ -80,7 +80,7 @@ class EPTModel(Checkpointing, AdapterFiles):
 
     @property
     def device(self) -> torch.device:
-        """Where the token embeddings are, or are brought for each call where they are offloaded."""
+        """The device of the token embeddings; of offloaded ones, that to which they are brought."""
         return embedding_device(self.get_input_embeddings())
 
     @property
@@ -92,7 +92,7 @@ class EPTModel(Checkpointing, AdapterFiles):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Read by DDP, which would send the frozen model's buffers before every forward.
 
-        Its parameters are sent once, when DDP is made: where a part of them was drawn at random,
+        Its parameters are sent once, when DDP is made: if a part of them was drawn at random,
         as a pooler that no checkpoint has, the processes then agree.
         """
         return [f"backbone.{name}" for name, _ in self.backbone.named_buffers()]
@@ -242,7 +242,7 @@ class EPTModel(Checkpointing, AdapterFiles):
 
         Args:
             input_ids: ``[B, S]`` integers, padded on either side; or else ``inputs_embeds``.
-            attention_mask: ``[B, S]`` of 0 and 1; ones where it is not given.
+            attention_mask: ``[B, S]`` of 0 and 1; ones by default.
             inputs_embeds: ``[B, S, d]``, as the backbone's embedding layer gives them.
             token_type_ids: ``[B, S]`` integers, for backbones that have them.
             labels: what the task is trained on; gives the output a ``loss``.
@@ -250,7 +250,7 @@ class EPTModel(Checkpointing, AdapterFiles):
 
         Returns:
             The backbone's output class, with ``logits`` or ``last_hidden_state`` of the text alone:
-            ``[B, S, ...]``. Hidden states and attentions, where asked for, are those of the row
+            ``[B, S, ...]``. Hidden states and attentions, if asked for, are those of the row
             that the backbone saw: prompt and text, padded on the right.
 
         Raises:

@@ -139,7 +139,7 @@ def _loss(logits: Tensor, labels: Tensor, first: Tensor, num_items: Any) -> Tens
         logits: ``[R, 1 + W, V]``, of the prompt's last position and of the tokens.
         labels: ``[R, W]``.
         first: ``[R, W]``, the first token of each segment.
-        num_items: what the sum is divided by; the number of labels where it is None.
+        num_items: what the sum is divided by; the number of labels if it is None.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # The labels are shifted and not the logits, which are large and would be copied.

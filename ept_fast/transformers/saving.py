@@ -54,12 +54,12 @@ class AdapterFiles(AdapterSet):
         """Write an adapter into ``folder``: safetensors and JSON, never the backbone.
 
         All files are on the disk under temporary names before any takes the place of an older one,
-        the description last. Where FSDP2 shards the model every process has to call this, and one
+        the description last. If FSDP2 shards the model, every process has to call this, and one
         of them writes.
 
         Args:
-            folder: made where it is missing.
-            adapter_name: which adapter; the active one where not given.
+            folder: made if it is missing.
+            adapter_name: which adapter; by default the active one.
             extra: further JSON values to keep in the description.
 
         Raises:
@@ -183,12 +183,11 @@ class AdapterFiles(AdapterSet):
             folder: what :meth:`save_pretrained` wrote; or else what transformers' Trainer or
                 accelerate did, the state dict of a model as ``model.safetensors``. An adapter that
                 :func:`~ept_fast.transformers.adapter.read_adapter` has read will do too.
-            model: the frozen model, where it is already loaded.
+            model: the frozen model, if it is loaded already.
             base_model: folder or hub id to load it from, in place of the name saved with the
                 adapter.
             adapter_name: the adapter's name in the new model.
-            saved_name: which adapter of several in a state dict; the one that was active where not
-                given.
+            saved_name: which adapter of several in a state dict; by default the one that was active.
             backend: as in :func:`ept_fast.reconstruct_prompt`.
             trust_remote_code: whether to run the code that the model at ``base_model`` brings.
             allow_download: whether a model that only the adapter names may be loaded from the hub;

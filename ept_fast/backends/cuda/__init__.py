@@ -58,7 +58,7 @@ def supports(tensors: Parameters | SpliceInputs, by_name: bool = False) -> tuple
 
 
 def _refusal(device: torch.device, prepare: bool) -> str:
-    """Why neither this GPU nor the library would do; empty where both do."""
+    """Why neither this GPU nor the library would do; empty if both do."""
     from ept_fast.backends.cuda import library
 
     architecture = target(device)

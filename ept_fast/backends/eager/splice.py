@@ -39,7 +39,7 @@ class TileConfig:
 
 
 def tile_config(length: int, width: int, itemsize: int, device: str = "cpu") -> TileConfig:
-    """The tile for text of ``length`` positions, ``width`` channels, ``itemsize`` bytes per element.
+    """The tile for text of ``length`` positions, ``width`` channels and ``itemsize`` bytes each.
 
     Tiles of one text are of nearly equal size. A device that is no CPU gets tiles large enough to
     fill it.

@@ -45,7 +45,7 @@ def get_ept_model(
     base_model: str | None = None,
     backend: str | None = None,
 ) -> EPTModel:
-    """Freeze a model and put a trainable prompt before it, with a trainable head where one is due.
+    """Freeze a model, put a trainable prompt before it, and a trainable head if the task has one.
 
     Any architecture will do whose forward takes ``inputs_embeds`` and ``attention_mask``. The model
     is not copied: ``unload()`` gives it back as it was.
@@ -69,8 +69,8 @@ def get_ept_model(
             last real token. Default: ``"model"`` with a head, ``"mean"`` without.
         head_dropout: dropout probability before a linear head.
         init, text, tokenizer, generator, dtype: as in :class:`ept_fast.FusedEPTPrompt`.
-        base_model: folder or hub id of the model, saved with adapters; found from the model where
-            not given.
+        base_model: folder or hub id of the model, saved with adapters; by default found
+            from the model.
         backend: as in :func:`ept_fast.reconstruct_prompt`.
 
     Raises:

@@ -108,7 +108,7 @@ class HeadedModel(EPTModel):
 
 
 def _trainable_copy(head: nn.ModuleDict) -> nn.ModuleDict:
-    """Of a head in half precision one in float32, where small steps are not rounded away."""
+    """Of a head in half precision one in float32, in which small steps are not rounded away."""
     copied = copy.deepcopy(head)
     for module in copied.values():
         dtypes = {p.dtype for p in module.parameters()}

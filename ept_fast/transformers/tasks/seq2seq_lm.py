@@ -17,7 +17,7 @@ __all__ = ["EPTModelForSeq2SeqLM"]
 class EPTModelForSeq2SeqLM(EPTModel):
     """A prompt before an encoder-decoder's encoder. ``labels`` [B, T] are the decoder's.
 
-    ``decoder_input_ids`` follow from the labels where they are not given.
+    ``decoder_input_ids`` follow from the labels if they are not given.
     """
 
     task = "SEQ_2_SEQ_LM"

@@ -187,7 +187,7 @@ class AdapterFiles(AdapterSet):
             base_model: folder or hub id to load it from, in place of the name saved with the
                 adapter.
             adapter_name: the adapter's name in the new model.
-            saved_name: which adapter of several in a state dict; by default the one that was active.
+            saved_name: which adapter of several in a state dict; by default the active one.
             backend: as in :func:`ept_fast.reconstruct_prompt`.
             trust_remote_code: whether to run the code that the model at ``base_model`` brings.
             allow_download: whether a model that only the adapter names may be loaded from the hub;

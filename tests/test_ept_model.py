@@ -439,17 +439,6 @@ def test_pooling_of_a_bare_model(pooling: str) -> None:
     torch.testing.assert_close(model(ids, mask).logits, head(pooled[pooling]))
 
 
-def test_decoder_classifier_reads_the_last_real_token() -> None:
-    model = wrapped("SEQ_CLS", "Llama").eval()
-    ids, mask = batch()
-    alone = torch.cat([model(ids[:1]).logits, model(ids[1:, :4]).logits])
-    torch.testing.assert_close(model(ids, mask).logits, alone)
-    backbone: Any = model.backbone
-    spliced = model.prompt(ids[:1])
-    hidden = backbone.model(**spliced._asdict()).last_hidden_state
-    torch.testing.assert_close(model(ids[:1]).logits, backbone.score(hidden[:, -1]))
-
-
 @pytest.mark.parametrize("kind", ["classes", "regression", "several"])
 def test_losses_of_a_classifier_are_the_library_s(kind: str) -> None:
     changes: dict[str, Any] = {
@@ -486,17 +475,6 @@ def test_causal_loss_counts_every_label() -> None:
     torch.testing.assert_close(output.logits, logits[:, 4:].float())
     part = model(ids, mask, labels=labels, num_items_in_batch=torch.tensor(40))
     torch.testing.assert_close(part.loss, output.loss * 10 / 40)
-
-
-def test_windowed_decoder_loss_by_padding_side() -> None:
-    model = wrapped("CAUSAL_LM", "Mistral").eval()
-    ids, mask = batch()
-    labels = ids.masked_fill(mask == 0, -100)
-    right = model(ids, mask, labels=labels)
-    turned = [torch.stack([v[0], v[1].roll(2)]) for v in (ids, mask, labels)]
-    left = model(turned[0], turned[1], labels=turned[2])
-    torch.testing.assert_close(left.loss, right.loss)
-    torch.testing.assert_close(left.logits[1, 2:], right.logits[1, :4])
 
 
 def test_logits_to_keep() -> None:
@@ -616,21 +594,6 @@ def test_a_long_text_fits_where_positions_have_no_table() -> None:
     assert model(torch.full((1, 70), 7)).logits.shape == (1, 70, 61)
 
 
-@pytest.mark.parametrize("file", ["ept_model.safetensors", HEAD_FILE, ADAPTER_FILE])
-def test_a_damaged_adapter_changes_nothing(file: str, tmp_path: Path) -> None:
-    model = wrapped("SEQ_CLS")
-    model.save_pretrained(tmp_path)
-    fill(model, seed=5)
-    before = state_of(model)
-    data = (tmp_path / file).read_bytes()
-    (tmp_path / file).write_bytes(data[: len(data) // 2])
-    for load in (model.load_pretrained, lambda folder: model.load_adapter(folder, "new")):
-        with pytest.raises(CheckpointError, match=str(tmp_path)):
-            load(tmp_path)
-        assert same(state_of(model), before)
-        assert model.adapter_names == ("default",)
-
-
 def test_adapters_of_other_models_are_refused(tmp_path: Path) -> None:
     wrapped("SEQ_CLS").save_pretrained(tmp_path)
     built = BY_NAME["RoBERTa"].build("SEQ_CLS")
@@ -743,16 +706,6 @@ def test_loading_undoes_folding() -> None:
     assert values_of(model(*batch())).equal(values_of(other.eval()(*batch())))
 
 
-def test_an_adapter_that_is_pooled_in_another_way(tmp_path: Path) -> None:
-    choices = {"bare": True, "labels": LABELS}
-    wrapped("SEQ_CLS", **choices, pooling="last").save_pretrained(tmp_path)
-    model = wrapped("SEQ_CLS", **choices)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"pooling: expected .?mean.?, got .?last"):
-        model.load_pretrained(tmp_path)
-    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
-
-
 def test_inside_of_a_disabled_adapter() -> None:
     """Nested blocks and other adapters leave the plain model plain until the outer block ends."""
     model = wrapped("SEQ_CLS").eval()
@@ -771,16 +724,6 @@ def test_inside_of_a_disabled_adapter() -> None:
         model.set_adapter("default")
     assert not plain.equal(expected)
     assert values_of(model(*batch())).equal(expected)
-
-
-def test_a_failed_start_gives_the_model_back(tmp_path: Path) -> None:
-    wrapped("CAUSAL_LM", config=config_of(rank=1)).save_pretrained(tmp_path)
-    (tmp_path / "ept_model.safetensors").write_bytes(b"damaged")
-    backbone = BY_NAME["Llama"].build("CAUSAL_LM")
-    with pytest.raises(CheckpointError):
-        EPTModel.from_pretrained(tmp_path, backbone)
-    assert all(p.requires_grad for p in backbone.parameters())
-    assert backbone.training
 
 
 def test_a_description_that_cannot_be_written(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_cache_with_the_text_first() -> None:
     cache = cache_of(made.model(**batch, use_cache=True))
     ids = torch.nn.functional.pad(batch["input_ids"], (0, 1), value=5)
     mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
-    with pytest.raises(ValueError, match="cache: expected rows of one length where"):
+    with pytest.raises(ValueError, match="cache: expected rows of one length in a cache"):
         made.model.generate(ids, mask, **GREEDY, cache=cache)
 
 

@@ -86,8 +86,8 @@ class Checkpointing:
         """Raise ValueError in training mode with checkpointing: layers keep no cache then."""
         if self.training and self.is_gradient_checkpointing:
             raise ValueError(
-                "model: expected evaluation mode (model.eval()) where gradient checkpointing is "
-                "on, as its layers keep no cache in training mode, got training mode"
+                "model: expected evaluation mode (model.eval()) with gradient checkpointing, as "
+                "its layers keep no cache in training mode, got training mode"
             )
 
 

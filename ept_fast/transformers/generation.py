@@ -346,8 +346,8 @@ class _Run:
             mark_layout(cache, "padding first")
         elif padding and layout_of(cache) == "text first":
             raise ValueError(
-                f"{self.given_as}: expected rows of one length where a model's own call made it, "
-                f"which put their padding behind the text, got padding"
+                f"{self.given_as}: expected rows of one length in a cache that a model's own call "
+                f"made, which puts padding behind the text, got padding"
             )
         if self.rows.prompt_first:
             self.check_padding(config)

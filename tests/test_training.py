@@ -709,7 +709,8 @@ def test_bf16_on_a_cpu_runs_where_asked(
         ({"weight_decay": -0.1}, "weight_decay: expected a number >= 0, got -0.1"),
         ({"max_grad_norm": -1.0}, "max_grad_norm: expected a number >= 0, got -1.0"),
         ({"warmup_ratio": 1.0}, "warmup_ratio: expected 0 <= warmup_ratio < 1, got 1.0"),
-        ({"eval_fraction": 0.0}, "eval_fraction: expected a fraction between 0 and 1, got 0.0"),
+        ({"eval_fraction": 0.0}, "eval_fraction: expected a finite number > 0, got 0.0"),
+        ({"eval_fraction": 1.0}, "eval_fraction: expected 0 < eval_fraction < 1, got 1.0"),
         ({"model": ""}, "model: expected a non-empty string, got ''"),
         ({"task": "tagging"}, "task: expected one of classification, seq2seq, causal"),
         (

@@ -296,7 +296,13 @@ def _show(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def read_rows(path: str | Path, *, fields: Fields | None = None, answer: str = "label") -> Rows:
+def read_rows(
+    path: str | Path,
+    *,
+    suffix: str | None = None,
+    fields: Fields | None = None,
+    answer: str = "label",
+) -> Rows:
     """Read a JSONL, CSV, TSV or plain text file; the suffix says which.
 
     JSONL: an object a line, other fields are ignored. CSV: a header, quoting as usual. TSV: a
@@ -308,6 +314,7 @@ def read_rows(path: str | Path, *, fields: Fields | None = None, answer: str = "
 
     Args:
         path: the file.
+        suffix: the one to read it by, in place of its own.
         fields: the names of the columns.
         answer: what each row has beside its text: a ``"label"``, a ``"target"``, an ``"optional
             target"`` (in all rows or in none), or ``"none"``. Second texts are read beside labels
@@ -322,7 +329,7 @@ def read_rows(path: str | Path, *, fields: Fields | None = None, answer: str = "
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{path}: expected a readable file, got {reason}") from None
-    return parse_rows(data, path.suffix, str(path), fields=fields, answer=answer)
+    return parse_rows(data, suffix or path.suffix, str(path), fields=fields, answer=answer)
 
 
 def parse_rows(

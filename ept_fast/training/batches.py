@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ept_fast.training.config import MOST
 from ept_fast.training.tokens import IGNORED
@@ -50,24 +51,22 @@ class Collator:
         return cls(int(pad), padding_side or tokenizer.padding_side)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
 
-        def pad(values: list[int], filler: int) -> list[int]:
-            gap = [filler] * (longest - len(values))
-            return gap + values if self.padding_side == "left" else values + gap
+        def padded(name: str, filler: int, side: str) -> Tensor:
+            ids = [torch.tensor(row[name]) for row in rows]
+            return pad_sequence(ids, True, padding_value=filler, padding_side=side)
 
+        fillers = {"input_ids": self.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
         batch = {
-            "input_ids": torch.tensor([pad(r["input_ids"], self.pad_token_id) for r in rows]),
-            "attention_mask": torch.tensor([pad([1] * len(r["input_ids"]), 0) for r in rows]),
+            name: padded(name, filler, self.padding_side)
+            for name, filler in fillers.items()
+            if name in rows[0]
         }
-        if "token_type_ids" in rows[0]:
-            batch["token_type_ids"] = torch.tensor([pad(r["token_type_ids"], 0) for r in rows])
-        if "labels" in rows[0]:
-            labels = [row["labels"] for row in rows]
-            if isinstance(labels[0], list):
-                most = max(len(ids) for ids in labels)
-                labels = [ids + [IGNORED] * (most - len(ids)) for ids in labels]
-            batch["labels"] = torch.tensor(labels)
+        labels = [row["labels"] for row in rows if "labels" in row]
+        if labels:
+            lists = isinstance(labels[0], list)
+            batch["labels"] = padded("labels", IGNORED, "right") if lists else torch.tensor(labels)
         return batch
 
 
@@ -167,7 +166,7 @@ class GroupedBatches:
             ValueError: more steps than a run can have.
         """
         part, whole = math.modf(epochs)
-        each = len(self._steps(torch.Generator().manual_seed(self.seed)))  # in whatever order
+        each = len(self._steps(torch.Generator().manual_seed(self.seed)))  # of any order
         steps = int(whole) * each + math.ceil(part * each)
         if steps > MOST["max_steps"]:
             raise ValueError(
@@ -213,7 +212,7 @@ class PackedBatches(GroupedBatches):
         num_batches: optimizer steps of the whole run.
         seed: of the order.
         budget: tokens of a row, W at most.
-        parts, rank, world_size: as in :class:`GroupedBatches`.
+        **parts: ``parts``, ``rank`` and ``world_size`` of :class:`GroupedBatches`.
 
     Raises:
         ValueError: a segment of more tokens than the budget, or fewer rows than parts.
@@ -226,21 +225,10 @@ class PackedBatches(GroupedBatches):
         num_batches: int,
         seed: int,
         budget: int,
-        *,
-        parts: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
+        **parts: int,
     ) -> None:
         self.budget = budget
-        super().__init__(
-            lengths,
-            batch_size,
-            num_batches,
-            seed,
-            parts=parts,
-            rank=rank,
-            world_size=world_size,
-        )
+        super().__init__(lengths, batch_size, num_batches, seed, True, **parts)
 
     def _check(self) -> None:
         longest = max(self.lengths)

@@ -217,7 +217,7 @@ DECISIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one process cannot read the data": (
         {"run": {"data": ["{data}", "{data}/gone.jsonl"]}, "how": {"overwrite": True}},
-        "DataError: {data}/gone.jsonl: expected a readable file, got no such file",
+        "DataError: {data}/gone.jsonl: expected a readable file, got No such file",
     ),
     "one process cannot read the model": (
         {"run": {"model": ["{model}", "{data}"]}, "how": {"overwrite": True}},

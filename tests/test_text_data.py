@@ -89,7 +89,6 @@ def test_texts_alone(name: str, content: str, tmp_path: Path) -> None:
 def test_other_columns_and_folders(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"q": "a", "a": "b"}])
     rows = read_split(tmp_path, "train", fields=Fields(text="q", target="a"), answer="target")
-    assert rows is not None
     assert (rows.texts, rows.targets) == (("a",), ("b",))
     with pytest.raises(ValueError, match="answer: expected one of label, target, optional target"):
         read_rows(tmp_path / "train.jsonl", answer="text")

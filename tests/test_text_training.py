@@ -21,8 +21,7 @@ from ept_fast.training import trainer
 from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, Rows, read_rows
-from ept_fast.training.evaluation import TextEvaluation, spread
-from ept_fast.training.generation import Writer
+from ept_fast.training.evaluation import TextEvaluation, Writer, spread
 from ept_fast.training.job import evaluate, load_adapter, predict, train
 from ept_fast.training.tokens import TextForm, tokenise_inputs
 from ept_fast.training.trainer import NonFiniteLossError, PromptTrainer
@@ -439,7 +438,7 @@ def test_f1_goes_by_the_texts_that_exact_match_compares(monkeypatch: pytest.Monk
     writer.tokenizer = ByteTokenizer()  # type: ignore[attr-defined]
     monkeypatch.setattr("ept_fast.training.evaluation.tokenise_inputs", lambda *args: None)
     form = TextForm("causal", 8, 8)
-    evaluation = TextEvaluation(None, None, 1, rows, form, writer)  # type: ignore[arg-type]
+    evaluation = TextEvaluation(None, None, rows, form, writer)  # type: ignore[arg-type]
     samples = evaluation.samples(None)
     assert [s["exact_match"] for s in samples] == [True, False]
     assert [s["f1"] for s in samples] == [1, pytest.approx(2 / 3)]

@@ -271,6 +271,12 @@ class TrainConfig:
         default = METRICS[0] if self.task == "classification" else TEXT_METRICS[0]
         return self.metric or default
 
+    @property
+    def prompt_tokens(self) -> int:
+        """m, the tokens of the method's prompt."""
+        config = prompt_methods()[self.method].config_class
+        return config.tokens_of(self.method, self.prompt_length, self.num_virtual_tokens)
+
     def prompt_config(self, hidden_size: int, max_length: int | None = None) -> PromptConfig:
         """The prompt's sizes for embeddings of width ``hidden_size``, solved from the budget.
 

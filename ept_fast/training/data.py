@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ __all__ = [
     "Fields",
     "LabelSet",
     "Rows",
+    "find_split",
     "hold_out",
     "parse_rows",
     "read_rows",
     "read_split",
-    "splits_of",
 ]
 
 SUFFIXES = (".jsonl", ".csv", ".tsv")
@@ -450,65 +451,68 @@ def _is_integer(cell: str) -> bool:
     return cell.strip().lstrip("-").isdecimal() and cell.strip().isascii()
 
 
-def splits_of(folder: str | Path) -> dict[str, Path]:
-    """The splits of a folder of ``<split>.jsonl`` (or ``.csv``, ``.tsv``) files.
-
-    Raises:
-        DataError: two files of the same split.
-    """
-    found: dict[str, Path] = {}
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in SUFFIXES and path.is_file():
-            if path.stem in found:
-                raise DataError(
-                    f"{folder}: expected one file a split, "
-                    f"got {found[path.stem].name} and {path.name}"
-                )
-            found[path.stem] = path
-    return found
-
-
-def read_split(
-    source: str | Path,
-    split: str,
-    *,
-    fields: Fields | None = None,
-    answer: str = "label",
-    optional: bool = False,
+def find_split(
+    source: str | Path, split: str, *, fields: Fields | None = None, answer: str = "label"
 ) -> Rows | None:
-    """One split of a folder, of a data set of the ``datasets`` library, or a file itself.
+    """One split of a folder or of a data set of the ``datasets`` library; None if there is none.
 
     Args:
-        source: a folder of ``<split>.jsonl`` files; a file, which is its own only split ``"train"``
-            (any other is None where optional, else the file); or ``name`` or ``name:config`` of a
-            data set, where the ``datasets`` library is installed.
+        source: a folder of ``<split>.jsonl`` (or ``.csv``, ``.tsv``) files; a file, which is a
+            split ``"train"``; or ``name`` or ``name:config`` of a data set.
         split: its name.
         fields: the names of the columns.
         answer: as in :func:`read_rows`.
-        optional: whether None stands for a missing split.
 
     Raises:
-        DataError: no such source or split, or a malformed line.
+        DataError: no such source, two files of one split, or a malformed line.
     """
+    splits = _splits(source, fields or Fields(), answer)
+    return splits[split]() if split in splits else None
+
+
+def read_split(
+    source: str | Path, split: str, *, fields: Fields | None = None, answer: str = "label"
+) -> Rows:
+    """As :func:`find_split`; a file is whatever split is asked for.
+
+    Raises:
+        DataError: as there, or no such split.
+    """
+    if _is_file(Path(source)):
+        return read_rows(source, fields=fields, answer=answer)
+    splits = _splits(source, fields or Fields(), answer)
+    if split not in splits:
+        names = ", ".join(splits) or "none"
+        raise DataError(f"{source}: expected a split {split}, got {names}")
+    return splits[split]()
+
+
+def _splits(source: str | Path, fields: Fields, answer: str) -> dict[str, Callable[[], Rows]]:
+    """What reads each split of a source."""
     path = Path(source)
-    if path.is_dir():
-        found = splits_of(path)
-        if split in found:
-            return read_rows(found[split], fields=fields, answer=answer)
-        if optional:
-            return None
-        names = ", ".join(found) or "none"
-        raise DataError(f"{path}: expected a split {split}.jsonl, got {names}")
-    if path.exists():
-        if optional and split != "train":
-            return None
-        return read_rows(path, fields=fields, answer=answer)
-    if path.suffix.lower() in (*SUFFIXES, ".txt"):
-        raise DataError(f"{path}: expected a readable file, got no such file")
-    return _read_hub(str(source), split, fields or Fields(), answer, optional)
+    if _is_file(path):
+        return {"train": partial(read_rows, path, fields=fields, answer=answer)}
+    if not path.is_dir():
+        return _hub_splits(str(source), fields, answer)
+    found: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix in SUFFIXES and file.is_file():
+            other = found.setdefault(file.stem, file)
+            if other != file:
+                raise DataError(
+                    f"{path}: expected one file for each split, got {other.name} and {file.name}"
+                )
+    return {
+        name: partial(read_rows, file, fields=fields, answer=answer) for name, file in found.items()
+    }
 
 
-def _read_hub(name: str, split: str, fields: Fields, answer: str, optional: bool) -> Rows | None:
+def _is_file(path: Path) -> bool:
+    named = path.suffix.lower() in (*SUFFIXES, ".txt")
+    return path.is_file() or (named and not path.is_dir())
+
+
+def _hub_splits(name: str, fields: Fields, answer: str) -> dict[str, Callable[[], Rows]]:
     try:
         datasets = importlib.import_module("datasets")
     except ModuleNotFoundError:
@@ -522,14 +526,14 @@ def _read_hub(name: str, split: str, fields: Fields, answer: str, optional: bool
     except Exception as error:  # the library raises its own and its transports' many kinds
         reason = str(error).partition("\n")[0]
         raise DataError(f"data: expected a data set that loads, got {name!r} ({reason})") from error
-    if split not in found:
-        if optional:
-            return None
-        raise DataError(f"data: {name}: expected a split {split}, got {', '.join(found)}")
-    builder = _Builder(f"{name}[{split}]", fields, answer)
-    for number, row in enumerate(found[split], 1):
-        builder.add(number, row)
-    return builder.rows()
+
+    def read(split: str) -> Rows:
+        builder = _Builder(f"{name}[{split}]", fields, answer)
+        for number, row in enumerate(found[split], 1):
+            builder.add(number, row)
+        return builder.rows()
+
+    return {split: partial(read, split) for split in found}
 
 
 def hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:

@@ -156,7 +156,6 @@ def run_demo(
     metrics = train(config, overwrite=True, progress=progress)
     adapter = load_adapter(output / _RUN, device=config.device)
     test = read_split(task, "test")
-    assert test is not None  # only None where optional
     new = Rows(NEW_MESSAGES, None, None, "new messages", tuple(range(1, len(NEW_MESSAGES) + 1)))
     predicted = [str(p["label"]) for p in predict(adapter, new)]
     results = {

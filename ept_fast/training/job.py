@@ -22,13 +22,29 @@ from ept_fast.storage.files import CheckpointError, WriteError, read_json, write
 from ept_fast.training import parallel
 from ept_fast.training.checkpoints import sound_checkpoint
 from ept_fast.training.config import TrainConfig
-from ept_fast.training.data import DataError, Fields, LabelSet, Rows, hold_out, read_split
-from ept_fast.training.inference import Adapter, evaluate, load_adapter, predict
+from ept_fast.training.data import (
+    DataError,
+    Fields,
+    LabelSet,
+    Rows,
+    find_split,
+    hold_out,
+    read_split,
+)
+from ept_fast.training.inference import (
+    ANSWERS,
+    WRAPPER_TASKS,
+    Adapter,
+    check_targets,
+    evaluate,
+    fitted,
+    load_adapter,
+    predict,
+)
 from ept_fast.training.metrics import GENERATED_METRICS
+from ept_fast.training.tokens import TextForm
 
 if TYPE_CHECKING:
-    from ept_fast.training.evaluation import Evaluation
-    from ept_fast.training.tokens import TextForm, Tokenised
     from ept_fast.training.trainer import PromptTrainer
     from ept_fast.transformers.tasks import EPTModel
 
@@ -47,7 +63,7 @@ __all__ = [
 LOCK_FILE = ".ept-fast.lock"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
-_OURS = ("adapter", "best", "checkpoints")
+_OUR_FOLDERS = ("adapter", "best", "checkpoints")
 _OUR_FILES = (RUN_FILE, METRICS_FILE, "learning_curves.png", "gate_weights.png", "samples.md")
 
 
@@ -67,18 +83,15 @@ def load_task(config: TrainConfig) -> TaskData:
     Raises:
         DataError: a missing file or split, or a malformed line.
     """
-    from ept_fast.training.tasks import ANSWERS, check_targets
-
     names = (config.text_field, config.pair_field, config.label_field, config.target_field)
     how: dict[str, Any] = {"fields": Fields(*names), "answer": ANSWERS[config.task]}
     train_rows = read_split(config.data, "train", **how)
+    evaluation = None
     if config.eval_data is not None:
         evaluation = read_split(config.eval_data, "validation", **how)
     else:
-        evaluation = None
         for split in ("validation", "test") if config.keep == "last" else ("validation",):
-            evaluation = evaluation or read_split(config.data, split, optional=True, **how)
-    assert train_rows is not None  # only None where optional
+            evaluation = evaluation or find_split(config.data, split, **how)
     if evaluation is None:
         train_rows, evaluation = hold_out(train_rows, config.eval_fraction, config.seed)
         evaluation = dataclasses.replace(evaluation, source=f"{evaluation.source} (held out)")
@@ -160,7 +173,7 @@ def _train(
         if finished is not None:
             return finished
         checkpoint = parallel.on_main(lambda: sound_checkpoint(output / "checkpoints"))
-    work, trainer = parallel.agreed(lambda: _prepare_trainer(config, task, output, progress))
+    adapter, trainer = parallel.agreed(lambda: _prepare(config, task, progress))
     parallel.on_main(lambda: _begin(output, run, overwrite))
     if checkpoint is None and config.eval_before:
         trainer.evaluate()
@@ -169,22 +182,16 @@ def _train(
         trainer.evaluate()
     best = trainer.best()
     if config.keep == "best":
-        parallel.agreed(lambda: work.model.load_pretrained(trainer.best_folder))
+        parallel.agreed(lambda: adapter.model.load_pretrained(trainer.best_folder))
     metrics = {
         "before": trainer.evaluations[0] if config.eval_before else None,
         "after": best if config.keep == "best" else trainer.evaluations[-1],
         "best": best,
-        **_facts(config, work, trainer),
-        "rows": {
-            "train": len(work.rows),
-            "train_cut": work.rows.num_cut,
-            "evaluation": len(task.evaluation),
-            "evaluation_source": task.evaluation.source,
-            **work.cut,
-        },
-        "samples": work.evaluation.samples(work.model),
+        **_facts(config, adapter, trainer),
+        "rows": _row_facts(adapter, trainer, task),
+        "samples": trainer.evaluation.samples(adapter.model),
     }
-    parallel.on_main(lambda: _finish(output, work, metrics))
+    parallel.on_main(lambda: _finish(output, adapter, metrics))
     return metrics
 
 
@@ -221,13 +228,23 @@ def _held(output: Path) -> Iterator[None]:
 
 def _begin(output: Path, run: dict[str, Any], overwrite: bool) -> None:
     if overwrite:
-        _clear(output)
+        for name in _OUR_FILES:
+            (output / name).unlink(missing_ok=True)
+        for name in _OUR_FOLDERS:
+            shutil.rmtree(output / name, ignore_errors=True)
     write_json(output / RUN_FILE, run)
 
 
-def _finish(output: Path, work: _Work, metrics: dict[str, Any]) -> None:
-    work.model.save_pretrained(output / "adapter", extra=work.extra)
-    _draw(output, metrics)
+def _finish(output: Path, adapter: Adapter, metrics: dict[str, Any]) -> None:
+    from ept_fast.training.report import draw_gate_weights, draw_learning_curves, write_samples
+
+    adapter.model.save_pretrained(output / "adapter", extra=adapter.extra)
+    curves, picture = metrics["curves"], output / "learning_curves.png"
+    draw_learning_curves(curves["loss"], curves["evaluation"], picture, metric=metrics["metric"])
+    if metrics["gate_weights"] is not None:
+        draw_gate_weights(metrics["gate_weights"], output / "gate_weights.png")
+    if metrics["samples"]:
+        write_samples(metrics["samples"], output / "samples.md")
     write_json(output / METRICS_FILE, metrics)  # last: a folder with it is a finished run
 
 
@@ -277,190 +294,90 @@ def _check_same_run(path: Path, run: dict[str, Any]) -> None:
         )
 
 
-def _clear(output: Path) -> None:
-    for name in _OUR_FILES:
-        (output / name).unlink(missing_ok=True)
-    for name in _OURS:
-        shutil.rmtree(output / name, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a run is done with.
-
-    Attributes:
-        model: the model.
-        rows: the training rows.
-        collator: makes their batches.
-        evaluation: judges the model.
-        bf16: whether to run under bfloat16 autocast.
-        pack_length: text tokens of a packed row; None where rows are not packed.
-        cut: numbers of rows that lost tokens, beside those of ``rows``, and the limit.
-        extra: what is kept with the adapter.
-    """
-
-    model: EPTModel
-    rows: Tokenised
-    collator: Any
-    evaluation: Evaluation
-    bf16: bool
-    pack_length: int | None
-    cut: dict[str, int]
-    extra: dict[str, Any]
-
-
-def _prepare_trainer(
-    config: TrainConfig, task: TaskData, output: Path, progress: bool
-) -> tuple[_Work, PromptTrainer]:
+def _prepare(config: TrainConfig, task: TaskData, progress: bool) -> tuple[Adapter, PromptTrainer]:
+    """The adapter to be trained, and what trains it."""
     from ept_fast.training.trainer import PromptTrainer, train_batches
 
-    work = _prepare(config, task)
-    batches = train_batches(config, work.rows, 0, work.pack_length)
-    trainer = PromptTrainer(
-        work.model,
-        config,
-        work.rows,
-        work.collator,
-        work.evaluation,
-        max_steps=config.max_steps or batches.steps_of(config.epochs),
-        folder=output / "checkpoints",
-        bf16=work.bf16,
-        progress=progress and parallel.is_main(),
-        pack_length=work.pack_length,
-    )
-    return work, trainer
-
-
-def _prepare(config: TrainConfig, task: TaskData) -> _Work:
-    from ept_fast.transformers.backbone import load_tokenizer
-
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    labels = LabelSet.of(task.train, config.num_labels) if config.task == "classification" else None
-    model = _build(config, labels)
+    adapter = _new_adapter(config, task.train)
     bf16 = config.bf16
     if bf16 is None:
         on_gpu = config.device == "auto" and torch.cuda.is_available()
         bf16 = on_gpu and torch.cuda.is_bf16_supported()
-    if labels is not None:
-        return _prepare_classes(config, task, model, tokenizer, labels, bf16)
-    return _prepare_texts(config, task, model, tokenizer, bf16)
-
-
-def _prepare_classes(
-    config: TrainConfig,
-    task: TaskData,
-    model: EPTModel,
-    tokenizer: Any,
-    labels: LabelSet,
-    bf16: bool,
-) -> _Work:
-    from ept_fast.training.batches import Collator
-    from ept_fast.training.evaluation import ClassEvaluation
-    from ept_fast.training.tasks import token_limit
-    from ept_fast.training.tokens import tokenise
-
-    limit = token_limit(model, tokenizer)
-    rows = tokenise(task.train, tokenizer, limit, labels)
-    others = tokenise(task.evaluation, tokenizer, limit, labels)
-    collator = Collator.of(tokenizer)
-    return _Work(
-        model,
-        rows,
-        collator,
-        ClassEvaluation(others, collator, config.eval_batch_size, bf16),
-        bf16,
-        None,
-        {"evaluation_cut": others.num_cut, "max_length": limit},
-        {"integer_labels": labels.integers, "text_pair": task.train.pairs is not None},
-    )
-
-
-def _prepare_texts(
-    config: TrainConfig, task: TaskData, model: EPTModel, tokenizer: Any, bf16: bool
-) -> _Work:
-    from ept_fast.training.batches import Collator, PackingCollator
-    from ept_fast.training.evaluation import TextEvaluation, spread
-    from ept_fast.training.generation import Writer
-    from ept_fast.training.tasks import new_tokens, text_form
-    from ept_fast.training.tokens import tokenise_text
-    from ept_fast.transformers.packing import check_packing
-
-    targets = task.train.targets is not None
-    if config.metric in GENERATED_METRICS and not targets:
-        raise ValueError(
-            f"metric: expected one of token_accuracy, loss for rows without targets, "
-            f"got {config.metric!r}"
-        )
-    form = text_form(model, tokenizer, config, targets)
-    rows = tokenise_text(task.train, tokenizer, form)
-    others = tokenise_text(task.evaluation, tokenizer, form)
-    causal = config.task == "causal"
-    collator = Collator.of(tokenizer, "right" if causal else None)
-    pack_length = None
-    if config.packing:
-        pack_length = config.pack_length or _longest(form)
-        m = model.prompt.config.num_virtual_tokens
-        check_packing(model.backbone, model.profile, m + _longest(form))
-    if not rows.num_label_tokens:
+    rows = adapter.tokenised(task.train)
+    pack_length = _pack_length(config, adapter) if config.packing else None
+    if adapter.form is not None and not rows.num_label_tokens:
         raise ValueError(
             f"max_length: expected room for a token to learn, got {config.max_length}, which every "
             f"text's first token fills"
         )
-    beams = config.num_beams
-    longest = form.max_length if targets else (form.max_length + 1) // 2
-    tokens = new_tokens(model, form, config.max_new_tokens, longest)
-    asked = spread(task.evaluation, config.eval_generate) if config.eval_generate else None
-    evaluation = TextEvaluation(
-        others,
-        collator,
-        config.eval_batch_size,
-        asked,
-        form,
-        Writer(tokenizer, config.eval_batch_size, tokens, beams, bf16),
-        bf16,
-    )
-    return _Work(
-        model,
+    batches = train_batches(config, rows, 0, pack_length)
+    trainer = PromptTrainer(
+        adapter.model,
+        config,
         rows,
-        PackingCollator(collator) if config.packing else collator,
-        evaluation,
-        bf16,
-        pack_length,
-        {
-            "evaluation_cut": others.num_cut,
-            "max_length": form.max_length,
-            "targets": targets,
-            "train_targets_cut": rows.num_targets_cut,
-            "evaluation_targets_cut": others.num_targets_cut,
-        },
-        {"form": dataclasses.asdict(form), "num_beams": beams},
+        adapter.collator,
+        adapter.evaluation(
+            task.evaluation,
+            config.eval_batch_size,
+            eval_generate=config.eval_generate,
+            max_new_tokens=config.max_new_tokens,
+            bf16=bf16,
+        ),
+        max_steps=config.max_steps or batches.steps_of(config.epochs),
+        folder=Path(config.output) / "checkpoints",
+        bf16=bf16,
+        progress=progress and parallel.is_main(),
+        pack_length=pack_length,
     )
+    return adapter, trainer
 
 
-def _longest(form: TextForm) -> int:
-    """Tokens of a causal model's longest row."""
-    return form.max_length + (form.max_target_length if form.targets else 0)
+def _new_adapter(config: TrainConfig, rows: Rows) -> Adapter:
+    from ept_fast.transformers.backbone import load_tokenizer
 
-
-def _build(config: TrainConfig, labels: LabelSet | None) -> EPTModel:
-    from ept_fast.training.tasks import WRAPPER_TASKS
-    from ept_fast.transformers.backbone import Profile, embedding_width, load_backbone
-    from ept_fast.transformers.tasks import get_ept_model
-
-    task = WRAPPER_TASKS[config.task]
-    backbone = load_backbone(config.model, task, trust_remote_code=config.trust_remote_code)
-    tokens = config.prompt_length if config.method == "pt" else config.num_virtual_tokens
-    most = Profile.of(backbone).text_limit(tokens)
-    wanted = config.max_length + (config.max_target_length if config.task == "causal" else 0)
-    length = wanted if most is None else max(min(wanted, most), 1)
-    folder = Path(config.model)
-    head: dict[str, Any] = {}
-    if labels is not None:
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    if config.task == "classification":
+        labels = LabelSet.of(rows, config.num_labels)
         head = {
             "labels": labels.names,
             "pooling": config.pooling,
             "head_dropout": config.head_dropout,
         }
+        return Adapter(_build(config, **head), tokenizer, labels, rows.pairs is not None)
+    targets = rows.targets is not None
+    if config.metric in GENERATED_METRICS and not targets:
+        raise ValueError(
+            f"metric: expected one of token_accuracy, loss for rows without targets, "
+            f"got {config.metric!r}"
+        )
+    sizes = (config.max_length, config.max_target_length)
+    model, wanted = _build(config), TextForm(config.task, *sizes, config.separator, targets)
+    form = fitted(wanted, model, tokenizer)
+    return Adapter(model, tokenizer, form=form, num_beams=config.num_beams)
+
+
+def _pack_length(config: TrainConfig, adapter: Adapter) -> int:
+    """Text tokens of a packed row; ValueError if this model's rows cannot be packed."""
+    from ept_fast.transformers.packing import check_packing
+
+    form, model = adapter.form, adapter.model
+    assert form is not None  # of every adapter of a text task
+    longest = form.max_length + (form.max_target_length if form.targets else 0)
+    virtual = model.prompt.config.num_virtual_tokens
+    check_packing(model.backbone, model.profile, virtual + longest)
+    return config.pack_length or longest
+
+
+def _build(config: TrainConfig, **head: Any) -> EPTModel:
+    from ept_fast.transformers.backbone import Profile, embedding_width, load_backbone
+    from ept_fast.transformers.tasks import get_ept_model
+
+    task = WRAPPER_TASKS[config.task]
+    backbone = load_backbone(config.model, task, trust_remote_code=config.trust_remote_code)
+    most = Profile.of(backbone).text_limit(config.prompt_tokens)
+    wanted = config.max_length + (config.max_target_length if config.task == "causal" else 0)
+    length = wanted if most is None else max(min(wanted, most), 1)
+    folder = Path(config.model)
     return get_ept_model(
         backbone,
         config.prompt_config(embedding_width(backbone), length),
@@ -472,10 +389,29 @@ def _build(config: TrainConfig, labels: LabelSet | None) -> EPTModel:
     )
 
 
-def _facts(config: TrainConfig, work: _Work, trainer: PromptTrainer) -> dict[str, Any]:
+def _row_facts(adapter: Adapter, trainer: PromptTrainer, task: TaskData) -> dict[str, Any]:
+    rows, others = trainer.rows, trainer.evaluation.rows
+    facts = {
+        "train": len(rows),
+        "train_cut": rows.num_cut,
+        "evaluation": len(others),
+        "evaluation_source": task.evaluation.source,
+        "evaluation_cut": others.num_cut,
+        "max_length": adapter.max_length,
+    }
+    if adapter.form is not None:
+        facts |= {
+            "targets": adapter.form.targets,
+            "train_targets_cut": rows.num_targets_cut,
+            "evaluation_targets_cut": others.num_targets_cut,
+        }
+    return facts
+
+
+def _facts(config: TrainConfig, adapter: Adapter, trainer: PromptTrainer) -> dict[str, Any]:
     import transformers
 
-    model = work.model
+    model = adapter.model
     prompt: Any = model.prompt
     kind = model.device.type
     on_gpu = kind == "cuda"
@@ -487,16 +423,14 @@ def _facts(config: TrainConfig, work: _Work, trainer: PromptTrainer) -> dict[str
         "positions": parallel.total(trainer.positions),
         "parameters": model.parameter_counts(),
         "prompt": model.prompt.config.to_dict(),
-        "gate_weights": prompt.gate_weights().cpu().tolist()
-        if getattr(prompt.config, "num_spaces", 0)
-        else None,
+        "gate_weights": prompt.gate_weights().cpu().tolist() if prompt.has_gate else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_memory(),
         "device": torch.cuda.get_device_name()
         if on_gpu
         else f"{platform.machine()} {kind.upper()}",
         "threads": torch.get_num_threads(),
         "processes": parallel.world_size(),
-        "bf16": work.bf16,
+        "bf16": trainer.bf16,
         "labels": list(model.labels),
         "metric": config.judged_by,
         "seed": config.seed,
@@ -514,19 +448,3 @@ def peak_memory() -> int:
     """The process's largest resident size so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _draw(output: Path, metrics: dict[str, Any]) -> None:
-    from ept_fast.training.report import draw_gate_weights, draw_learning_curves, write_samples
-
-    curves = metrics["curves"]
-    draw_learning_curves(
-        curves["loss"],
-        curves["evaluation"],
-        output / "learning_curves.png",
-        metric=metrics["metric"],
-    )
-    if metrics["gate_weights"] is not None:
-        draw_gate_weights(metrics["gate_weights"], output / "gate_weights.png")
-    if metrics["samples"]:
-        write_samples(metrics["samples"], output / "samples.md")

@@ -128,7 +128,7 @@ class PromptTrainer(Trainer):
         model: the model.
         config: the run.
         train_rows: its data.
-        collator: makes the batches.
+        collator: makes the batches of single rows.
         evaluation: judges the model.
         max_steps: optimizer steps of the run.
         folder: where checkpoints go.
@@ -142,7 +142,7 @@ class PromptTrainer(Trainer):
         model: EPTModel,
         config: TrainConfig,
         train_rows: Tokenised,
-        collator: Collator | PackingCollator,
+        collator: Collator,
         evaluation: Evaluation,
         *,
         max_steps: int,
@@ -178,7 +178,8 @@ class PromptTrainer(Trainer):
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over every visible GPU
         self.run_config = config
-        self.collator = collator
+        self.rows = train_rows
+        self.collator = collator if pack_length is None else PackingCollator(collator)
         self.evaluation = evaluation
         self.pack_length = pack_length
         self.losses: list[float] = []
@@ -193,7 +194,7 @@ class PromptTrainer(Trainer):
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=train_rows,  # asked for, and never read: `evaluation` has its own rows
-            data_collator=collator,
+            data_collator=self.collator,
             compute_loss_func=_class_loss if config.task == "classification" else None,
             callbacks=[_Clock(self.seconds), *([_Progress(self)] if progress else [])],
         )
@@ -216,8 +217,8 @@ class PromptTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's batches of the whole run; to the base class it is one epoch."""
-        rows: Any = self.train_dataset
-        batches = train_batches(self.run_config, rows, self.args.max_steps, self.pack_length)
+        batches = train_batches(self.run_config, self.rows, self.args.max_steps, self.pack_length)
+        rows: Any = self.rows
         return DataLoader(rows, batch_sampler=batches, collate_fn=self.collator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

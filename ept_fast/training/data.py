@@ -35,8 +35,15 @@ __all__ = [
 ]
 
 SUFFIXES = (".jsonl", ".csv", ".tsv")
-# What a row has beside its text; "optional target": in all rows of a file or in none.
-ANSWERS = ("label", "target", "optional target", "none")
+# What a row has beside its text, by the answer: what it must have, and what all rows of a file have
+# or none. A target belongs to one text, so that no second one is read beside it.
+_COLUMNS = {
+    "label": (("label",), ("text_pair",)),
+    "target": (("target",), ()),
+    "optional target": ((), ("target",)),
+    "none": ((), ("text_pair",)),
+}
+ANSWERS = tuple(_COLUMNS)
 
 
 class DataError(ValueError):
@@ -190,28 +197,17 @@ class _Builder:
     """Collects checked rows of one file."""
 
     def __init__(self, source: str, fields: Fields, answer: str) -> None:
-        self.source, self.fields, self.answer = source, fields, answer
-        self.texts: list[str] = []
-        self.pairs: list[str] = []
-        self.labels: list[Any] = []
-        self.targets: list[str] = []
+        must, self.may_have = _COLUMNS[answer]
+        self.source, self.fields = source, fields
+        self.must_have = ("text", *must)
+        # Whether the rows are to be answered: then every line counts, and an empty text too.
+        self.asked = answer == "none"
+        self.columns: dict[str, list[Any]] = {n: [] for n in (*self.must_have, *self.may_have)}
         self.lines: list[int] = []
 
-    @property
-    def paired(self) -> bool:
-        """Whether second texts are read: a target belongs to one text."""
-        return self.answer in ("label", "none")
-
-    @property
-    def needed(self) -> list[str]:
-        """The fields that every row must have."""
-        answers = {"label": [self.fields.label], "target": [self.fields.target]}
-        return [self.fields.text, *answers.get(self.answer, [])]
-
-    @property
-    def asked(self) -> bool:
-        """Whether the rows are to be answered: then every line counts, and an empty text too."""
-        return self.answer == "none"
+    def name(self, column: str) -> str:
+        """What a column is called in the file."""
+        return str(getattr(self.fields, column))
 
     def fail(self, line: int, name: str, expected: str, got: str) -> DataError:
         return DataError(f"{self.source}, line {line}: {name}: expected {expected}, got {got}")
@@ -228,8 +224,7 @@ class _Builder:
             raise self.fail(line, name, "Unicode text", got) from None
         return value
 
-    def label(self, line: int, value: object) -> int | str:
-        name = self.fields.label
+    def label(self, line: int, name: str, value: object) -> int | str:
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise self.fail(line, name, "an integer >= 0 or a name", _show(value))
         if isinstance(value, int) and not 0 <= value < MOST["num_labels"]:
@@ -237,58 +232,41 @@ class _Builder:
             raise self.fail(line, name, expected, _show(value))
         if isinstance(value, str):
             self.text(line, name, value)
-        if self.labels and type(value) is not type(self.labels[0]):
-            kind = "an integer" if isinstance(self.labels[0], int) else "a name"
+        first = next(iter(self.columns["label"]), value)
+        if type(value) is not type(first):
+            kind = "an integer" if isinstance(first, int) else "a name"
             raise self.fail(line, name, f"{kind} as in the rows before", _show(value))
         return value
 
-    def optional(
-        self, line: int, name: str, what: str, row: Mapping[str, object], before: list[str]
-    ) -> str | None:
-        """The text in a field that all rows have or none; None stands for a missing one."""
-        found = row.get(name) is not None
-        if self.texts and found != bool(before):
-            had, got = (f"a {what}", "none") if before else ("none", "one")
-            raise self.fail(line, name, f"{had} as in the rows before", got)
-        return self.text(line, name, row[name]) if found else None
-
     def add(self, line: int, row: Mapping[str, object]) -> None:
-        f = self.fields
-        for name in self.needed:
-            if name not in row:
+        for column, values in self.columns.items():
+            name = self.name(column)
+            if column in self.must_have and name not in row:
                 got = f"only {', '.join(map(str, row)) or 'none'}"
                 raise self.fail(line, name, "the field", got)
-        text = self.text(line, f.text, row[f.text])
-        pair = target = label = None
-        if self.paired:
-            pair = self.optional(line, f.text_pair, "second text", row, self.pairs)
-        if self.answer == "label":
-            label = self.label(line, row[f.label])
-        elif self.answer == "target":
-            target = self.text(line, f.target, row[f.target])
-        elif self.answer == "optional target":
-            target = self.optional(line, f.target, "target", row, self.targets)
-        self.texts.append(text)
+            value = row.get(name)
+            if column in self.may_have:
+                if self.lines and bool(values) != (value is not None):
+                    what = "a target" if column == "target" else "a second text"
+                    had, got = (what, "none") if values else ("none", "one")
+                    raise self.fail(line, name, f"{had} as in the rows before", got)
+                if value is None:
+                    continue
+            check = self.label if column == "label" else self.text
+            values.append(check(line, name, value))
         self.lines.append(line)
-        columns: list[tuple[list[Any], Any]] = [
-            (self.pairs, pair),
-            (self.labels, label),
-            (self.targets, target),
-        ]
-        for column, value in columns:
-            if value is not None:
-                column.append(value)
 
     def rows(self) -> Rows:
-        if not self.texts:
+        if not self.lines:
             raise DataError(f"{self.source}: expected at least one row, got none")
+        found = {column: tuple(values) or None for column, values in self.columns.items()}
         return Rows(
-            texts=tuple(self.texts),
-            pairs=tuple(self.pairs) if self.pairs else None,
-            labels=tuple(self.labels) if self.answer == "label" else None,
+            texts=found["text"] or (),
+            pairs=found.get("text_pair"),
+            labels=found.get("label"),
             source=self.source,
             lines=tuple(self.lines),
-            targets=tuple(self.targets) if self.targets else None,
+            targets=found.get("target"),
         )
 
 
@@ -374,26 +352,19 @@ def _lines(text: str, every: bool) -> Iterator[tuple[int, str]]:
 
 def _read_jsonl(text: str, builder: _Builder) -> None:
     for number, line in _lines(text, builder.asked):
-        if not line.strip():
-            raise DataError(
-                f"{builder.source}, line {number}: expected a JSON object, got a blank line"
-            )
         try:
             row = load_json(line)
+            got = _show(row)
         except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{builder.source}, line {number}: expected a JSON object, got bad JSON ({error})"
-            ) from None
+            row, got = None, f"bad JSON ({error})" if line.strip() else "a blank line"
         if not isinstance(row, dict):
-            raise DataError(
-                f"{builder.source}, line {number}: expected a JSON object, got {_show(row)}"
-            )
+            raise DataError(f"{builder.source}, line {number}: expected a JSON object, got {got}")
         builder.add(number, row)
 
 
 def _read_text(text: str, builder: _Builder) -> None:
     for number, line in _lines(text, builder.asked):
-        builder.add(number, {builder.fields.text: line})
+        builder.add(number, {builder.name("text"): line})
 
 
 def _read_csv(text: str, builder: _Builder) -> None:
@@ -424,26 +395,26 @@ def _read_tsv(text: str, builder: _Builder) -> None:
 
 def _add_records(records: Iterator[tuple[int, list[str]]], builder: _Builder) -> None:
     line, header = next(records, (1, []))
-    for name in builder.needed:
+    for name in map(builder.name, builder.must_have):
         if name not in header:
             raise builder.fail(line, name, "a column in the header", ", ".join(header) or "none")
     if len(set(header)) < len(header):
         raise builder.fail(line, "header", "different names", ", ".join(header))
-    kept = list(records)
-    label = builder.fields.label if builder.answer == "label" else None
-    integers = label is not None and all(
-        len(r) == len(header) and _is_integer(r[header.index(label)]) for _, r in kept[:1]
-    )
-    for line, record in kept:
+    label = builder.name("label") if "label" in builder.columns else None
+    integers: bool | None = None  # whether the labels are, as the first row says
+    for line, record in records:
         if len(record) != len(header):
             got = str(len(record) or "a blank line")
             raise builder.fail(line, "row", f"{len(header)} columns", got)
         row: dict[str, object] = dict(zip(header, record, strict=True))
-        if label is not None and integers and _is_integer(str(row[label])):
-            try:
-                row[label] = int(str(row[label]))
-            except ValueError:  # two signs, or too many digits
-                raise builder.fail(line, label, "an integer >= 0", _show(row[label])) from None
+        if label is not None:
+            cell = str(row[label])
+            integers = _is_integer(cell) if integers is None else integers
+            if integers and _is_integer(cell):
+                try:
+                    row[label] = int(cell)
+                except ValueError:  # two signs, or too many digits
+                    raise builder.fail(line, label, "an integer >= 0", _show(cell)) from None
         builder.add(line, row)
 
 

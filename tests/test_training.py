@@ -420,7 +420,7 @@ def test_named_labels_pairs_and_held_out_rows(settings_of: Settings, tmp_path: P
     assert result["label"] in ("happy", "sad")
     single = write_rows(tmp_path / "single.jsonl", task_rows(4, 0))
     for call in (lambda: predict(output, read_rows(single)), lambda: evaluate(output, single)):
-        with pytest.raises(DataError, match=r"single\.jsonl: text_pair: expected a second text"):
+        with pytest.raises(DataError, match=r"single\.jsonl: text_pair: expected second texts as"):
             call()
 
 
@@ -540,7 +540,7 @@ def test_bf16_on_a_cpu_runs_if_asked_for(settings_of: Settings, tmp_path: Path) 
     ("case", "changes", "error", "message"),
     [
         ("classification", {"model": "{nothing}"}, ValueError, "model: expected a folder or hub"),
-        ("classification", {"eval_data": "{pairs}"}, DataError, r".*text_pair: expected the same"),
+        ("classification", {"eval_data": "{pairs}"}, DataError, r".*text_pair: expected no second"),
         ("causal", {"max_target_length": 60}, ValueError, "max_target_length: expected less than"),
         ("packed", {"pack_length": 8}, ValueError, "pack_length: expected at least the longest"),
         ("packed", {"gradient_accumulation_steps": 99}, ValueError, "gradient_accumulation_ste"),

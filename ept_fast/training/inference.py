@@ -37,7 +37,7 @@ __all__ = [
     "ANSWERS",
     "WRAPPER_TASKS",
     "Adapter",
-    "check_targets",
+    "check_alike",
     "evaluate",
     "fitted",
     "load_adapter",
@@ -78,10 +78,11 @@ def _token_limit(model: EPTModel, tokenizer: Any) -> int:
     return min(int(limit) for limit in limits if limit is not None)
 
 
-def check_targets(rows: Rows, targets: bool, name: str, like: str) -> None:
-    """Raise DataError unless the rows have targets, or have none, as others do."""
-    if (rows.targets is not None) != targets:
-        expected, got = ("targets", "none") if targets else ("no targets", "some")
+def check_alike(rows: Rows, column: str, wanted: bool, name: str, like: str) -> None:
+    """Raise DataError unless the rows have this column, ``pairs`` or ``targets``, as others do."""
+    what = {"pairs": "second texts", "targets": "targets"}[column]
+    if (getattr(rows, column) is not None) != wanted:
+        expected, got = (what, "none") if wanted else (f"no {what}", "some")
         raise DataError(f"{rows.source}: {name}: expected {expected} as in {like}, got {got}")
 
 
@@ -277,8 +278,6 @@ def evaluate(
     *,
     split: str = "test",
     batch_size: int = 64,
-    model: str | None = None,
-    device: str = "auto",
     fields: Fields | None = None,
     eval_generate: int | None = None,
     max_new_tokens: int | None = None,
@@ -291,8 +290,6 @@ def evaluate(
         data: as :class:`TrainConfig`'s ``data``, or rows.
         split: which split of it.
         batch_size: rows of a batch.
-        model: the frozen model, in place of the one saved with the adapter.
-        device: ``"auto"`` or ``"cpu"``.
         fields: the columns' names.
         eval_generate: for text tasks, the number of rows that texts are generated for, evenly
             spread; all rows where not given, 0 for none.
@@ -304,16 +301,16 @@ def evaluate(
         ``perplexity``, ``token_accuracy`` and, of what was generated, ``exact_match``, ``f1`` and
         ``rows_generated``. For all ``rows`` and ``rows_cut``; for text tasks ``targets_cut``.
     """
-    loaded = _loaded(adapter, model, device)
+    loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
     task = "classification" if loaded.form is None else loaded.form.task
     fields = fields or Fields()
     rows = data
     if not isinstance(rows, Rows):
         rows = read_split(rows, split, fields=fields, answer=ANSWERS[task])
     if loaded.form is None:
-        _check_pairs(loaded, rows)
+        check_alike(rows, "pairs", loaded.paired, fields.text_pair, "training")
     else:
-        check_targets(rows, loaded.form.targets, fields.target, "training")
+        check_alike(rows, "targets", loaded.form.targets, fields.target, "training")
     evaluation = loaded.evaluation(
         rows,
         batch_size,
@@ -335,8 +332,6 @@ def predict(
     rows: Rows,
     *,
     batch_size: int = 64,
-    model: str | None = None,
-    device: str = "auto",
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -346,8 +341,6 @@ def predict(
         adapter: folder of an adapter or of a run, or a loaded one.
         rows: texts; labels and targets are not looked at.
         batch_size: rows of a batch.
-        model: the frozen model, in place of the one saved with the adapter.
-        device: ``"auto"`` or ``"cpu"``.
         max_new_tokens, num_beams: for text tasks, how texts are generated; as in training where
             not given.
 
@@ -355,9 +348,9 @@ def predict(
         For classification dicts of ``label`` (of the type it had in training) and ``probabilities``
         (by name); for text tasks dicts of ``output``.
     """
-    loaded = _loaded(adapter, model, device)
+    loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
     if loaded.form is None:
-        _check_pairs(loaded, rows)
+        check_alike(rows, "pairs", loaded.paired, "text_pair", "training")
     tokens = loaded.tokenised(rows, answered=False)
     if loaded.form is not None:
         # A text that is continued may be of any length; generate sees to it.
@@ -373,15 +366,3 @@ def predict(
         probabilities = dict(zip(names, row.tolist(), strict=True))
         results.append({"label": label, "probabilities": probabilities})
     return results
-
-
-def _loaded(adapter: str | Path | Adapter, model: str | None, device: str) -> Adapter:
-    if isinstance(adapter, Adapter):
-        return adapter
-    return load_adapter(adapter, model=model, device=device)
-
-
-def _check_pairs(adapter: Adapter, rows: Rows) -> None:
-    if (rows.pairs is not None) != adapter.paired:
-        expected, got = ("a second text", "none") if adapter.paired else ("no second text", "one")
-        raise DataError(f"{rows.source}: text_pair: expected {expected} as in training, got {got}")

@@ -35,7 +35,7 @@ from ept_fast.training.inference import (
     ANSWERS,
     WRAPPER_TASKS,
     Adapter,
-    check_targets,
+    check_alike,
     evaluate,
     fitted,
     load_adapter,
@@ -78,7 +78,7 @@ class TaskData:
 def load_task(config: TrainConfig) -> TaskData:
     """The rows that a run trains on and is evaluated on.
 
-    A test split is evaluated on where there is no other and nothing is chosen by what comes out.
+    The test split is evaluated on if there is no other and nothing is chosen by what comes out.
 
     Raises:
         DataError: a missing file or split, or a malformed line.
@@ -95,18 +95,15 @@ def load_task(config: TrainConfig) -> TaskData:
     if evaluation is None:
         train_rows, evaluation = hold_out(train_rows, config.eval_fraction, config.seed)
         evaluation = dataclasses.replace(evaluation, source=f"{evaluation.source} (held out)")
-    if (train_rows.pairs is None) != (evaluation.pairs is None):
-        raise DataError(
-            f"{evaluation.source}: {config.pair_field}: expected the same texts as in "
-            f"{train_rows.source}, one has a second text and the other has none"
-        )
     targets = train_rows.targets is not None
     if not targets and config.target_field != Fields().target:
         raise DataError(
             f"{train_rows.source}: {config.target_field}: expected targets in the field that was "
             f"named, got none in any row"
         )
-    check_targets(evaluation, targets, config.target_field, train_rows.source)
+    pairs = train_rows.pairs is not None
+    check_alike(evaluation, "pairs", pairs, config.pair_field, train_rows.source)
+    check_alike(evaluation, "targets", targets, config.target_field, train_rows.source)
     return TaskData(train_rows, evaluation)
 
 

@@ -18,7 +18,6 @@ __all__ = [
     "session",
     "share",
     "total",
-    "wait",
     "world_size",
 ]
 
@@ -38,12 +37,6 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes files and speaks."""
     return rank() == 0
-
-
-def wait() -> None:
-    """Go on only when every process is here."""
-    if world_size() > 1:
-        dist.barrier()
 
 
 def share(items: Sequence[V]) -> Sequence[V]:

@@ -328,9 +328,8 @@ class PromptTrainer(Trainer):
         path = Path(resume_from_checkpoint) / PROGRESS_FILE
         progress = read_json(path)
         try:
-            self.losses[:] = progress["losses"]
-            self.evaluations[:] = progress["evaluations"]
-            self.seconds[:] = progress["seconds"]
+            for name in ("losses", "evaluations", "seconds"):
+                getattr(self, name)[:] = progress[name]
             # What all processes have seen is kept by one of them.
             self.tokens = progress["tokens"] * parallel.is_main()
             self.positions = progress["positions"] * parallel.is_main()

@@ -156,7 +156,7 @@ def train(resume: bool, overwrite: bool, quiet: bool, **settings: Any) -> None:
 
 
 def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
-    """What a finished run has to say, a line each."""
+    """What a finished run has to say, one line for each fact."""
     judged_by, before, after = metrics["metric"], metrics["before"], metrics["after"]
     counts = metrics["parameters"]
     trained, whole = counts["prompt"] + counts["head"], sum(counts.values())

@@ -66,11 +66,11 @@ class Rows:
 
     Attributes:
         texts: the first text of each row.
-        pairs: the second, or None where the task has one text only.
-        labels: integers from 0, or names; None where the rows have none.
+        pairs: the second, or None if the task has one text only.
+        labels: integers from 0, or names; None if the rows have none.
         source: where they come from, for messages.
         lines: the line of each row in its file, from 1.
-        targets: the text that is to follow each text, or None where the rows have none.
+        targets: the text that is to follow each text, or None if the rows have none.
     """
 
     texts: tuple[str, ...]
@@ -110,7 +110,7 @@ class LabelSet:
     """The classes of a task, in the order of the logits.
 
     Attributes:
-        names: the classes' names; ``"0"``, ``"1"``, ... where the data gives integers.
+        names: the classes' names; ``"0"``, ``"1"``, ... if the data gives integers.
         integers: whether the data gives integers.
     """
 
@@ -123,7 +123,7 @@ class LabelSet:
 
         Args:
             rows: labelled rows.
-            num_labels: C for integer labels, where some class may have no training row.
+            num_labels: C for integer labels, if a class may have no training row.
 
         Raises:
             DataError: one class only, a class without rows, a label beyond ``num_labels``, or more
@@ -284,12 +284,12 @@ def read_rows(
 ) -> Rows:
     """Read a JSONL, CSV, TSV or plain text file; the suffix says which.
 
-    JSONL: an object a line, other fields are ignored. CSV: a header, quoting as usual. TSV: a
-    header, no quoting, as in GLUE. ``.txt``: a text a line, never with an answer.
+    JSONL: one object per line, other fields are ignored. CSV: a header, quoting as usual. TSV: a
+    header, no quoting, as in GLUE. ``.txt``: one text per line, never with an answer.
 
-    Blank lines are skipped and empty texts refused, but not where the answer is ``"none"``: such
-    rows are to be answered, one for one. Every line of a ``.txt`` is then a text, an empty text
-    counts, and a line without a row is an error.
+    Blank lines are skipped and empty texts refused, unless the answer is ``"none"``: such rows are
+    to be answered, one for one. Every line of a ``.txt`` is then a text, an empty text counts, and
+    a line without a row is an error.
 
     Args:
         path: the file.
@@ -297,7 +297,7 @@ def read_rows(
         fields: the names of the columns.
         answer: what each row has beside its text: a ``"label"``, a ``"target"``, an ``"optional
             target"`` (in all rows or in none), or ``"none"``. Second texts are read beside labels
-            and where there is no answer.
+            and if there is no answer.
 
     Raises:
         DataError: a missing file, an unknown suffix or a malformed line, which the message names.

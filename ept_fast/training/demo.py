@@ -115,7 +115,7 @@ def run_demo(
 
     Args:
         output: an empty or missing folder, or that of an earlier demo.
-        steps: optimizer steps; :data:`DEFAULT_STEPS` where not given.
+        steps: optimizer steps; :data:`DEFAULT_STEPS` by default.
         seed: of everything random.
         progress: as in :func:`ept_fast.training.job.train`.
 

@@ -114,7 +114,7 @@ def text_metrics(
 
 
 def generated_metrics(samples: list[dict[str, Any]]) -> dict[str, float]:
-    """The means of ``exact_match`` and ``f1`` over samples; nothing where there are none."""
+    """The means of ``exact_match`` and ``f1`` over samples; nothing if there are none."""
     if not samples or "f1" not in samples[0]:
         return {}
     return {
@@ -194,7 +194,7 @@ class Evaluation:
         raise NotImplementedError
 
     def samples(self, model: Any) -> list[dict[str, Any]]:
-        """What the model writes for some of the rows; nothing where it does not write."""
+        """What the model writes for some of the rows; nothing if it does not write."""
         return []
 
 
@@ -222,7 +222,7 @@ class TextEvaluation(Evaluation):
     Attributes:
         rows: all rows, with labels.
         collator: makes their batches.
-        asked: the rows that texts are generated for; none where None.
+        asked: the rows that texts are generated for; none if None.
         form: how they become token ids.
         writer: how texts are generated, in batches of which size and type.
     """
@@ -234,7 +234,7 @@ class TextEvaluation(Evaluation):
     writer: Writer
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """The metrics; those of generated texts only where rows have targets."""
+        """The metrics; those of generated texts only if rows have targets."""
         size, bf16 = self.writer.batch_size, self.writer.bf16
         metrics = text_metrics(model, self.rows, self.collator, size, bf16=bf16)
         samples = self.samples(model) if self.form.targets else []

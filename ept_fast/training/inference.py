@@ -292,9 +292,9 @@ def evaluate(
         batch_size: rows of a batch.
         fields: the columns' names.
         eval_generate: for text tasks, the number of rows that texts are generated for, evenly
-            spread; all rows where not given, 0 for none.
-        max_new_tokens, num_beams: for text tasks, how they are generated; as in training where not
-            given.
+            spread; by default all rows, 0 for none.
+        max_new_tokens, num_beams: for text tasks, how they are generated; by default as in
+            training.
 
     Returns:
         For classification ``accuracy``, ``macro_f1`` and ``matthews``; for text tasks ``loss``,
@@ -341,8 +341,8 @@ def predict(
         adapter: folder of an adapter or of a run, or a loaded one.
         rows: texts; labels and targets are not looked at.
         batch_size: rows of a batch.
-        max_new_tokens, num_beams: for text tasks, how texts are generated; as in training where
-            not given.
+        max_new_tokens, num_beams: for text tasks, how texts are generated; by default as in
+            training.
 
     Returns:
         For classification dicts of ``label`` (of the type it had in training) and ``probabilities``

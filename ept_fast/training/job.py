@@ -118,7 +118,7 @@ def train(
     """Train an adapter and leave it in ``config.output``, with metrics and pictures.
 
     The folder then holds ``adapter/`` (safetensors and JSON), ``metrics.json``,
-    ``learning_curves.png``, ``gate_weights.png`` (where the prompt has subspaces), ``samples.md``
+    ``learning_curves.png``, ``gate_weights.png`` (if the prompt has subspaces), ``samples.md``
     (what the model writes, for text tasks), ``run.json`` and ``checkpoints/``. Nothing in it is
     touched before arguments, data and model are found good. While it lasts, a run holds a lock on
     the folder, which ends with the process; no other run can use the folder then.
@@ -130,7 +130,7 @@ def train(
         config: the run.
         resume: go on from the newest complete checkpoint of the same run whose files are those
             that were written, with a warning for each one that is passed over; from the start
-            where none is complete yet. A finished run gives its metrics again.
+            if none is complete yet. A finished run gives its metrics again.
         overwrite: replace the results of an earlier run in the folder; other files stay.
         progress: whether to say on standard error how far it is: a bar on a terminal, else lines.
         data: the rows, in place of ``config.data`` and ``config.eval_data``.
@@ -194,7 +194,7 @@ def _train(
 
 @contextlib.contextmanager
 def _held(output: Path) -> Iterator[None]:
-    """Keep other runs out of the folder. Where nothing was put into it, it goes again."""
+    """Keep other runs out of the folder. If nothing was put into it, it goes again."""
     from filelock import FileLock, Timeout
 
     if output.exists() and not output.is_dir():
@@ -271,7 +271,7 @@ def _check_same_run(path: Path, run: dict[str, Any]) -> None:
     saved = read_json(path)
     try:
         old, new = saved["config"], run["config"]
-        # Where the folder lies may change, and who trusts it; what decides the weights may not.
+        # The folder may move, and trust may change; what decides the weights may not.
         free = ("output", "trust_remote_code")
         changed = [n for n in new if n not in free and old.get(n, None) != new[n]]
         same_rows = saved["data"] == run["data"]

@@ -1,4 +1,4 @@
-"""The processes of a run started by ``torchrun``; where there is only one, nothing happens here."""
+"""The processes of a run started by ``torchrun``; if there is only one, nothing happens here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def total(number: int) -> int:
 def agreed(call: Callable[[], V]) -> V:
     """What a call gives on this process, once it has succeeded on every one.
 
-    Where it fails, every process raises the error of the first that failed, and none waits for
+    If it fails, every process raises the error of the first that failed, and none waits for
     another in vain. The copies have an attribute ``told_by``, the number of that process, so that
     it alone need say it.
     """

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -27,8 +26,7 @@ _BLUE, _ORANGE, _GREY = "#2b6cb0", "#c05621", "#a0aec0"
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, atomically and without any global state."""
     buffer = io.BytesIO()
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.print_png(buffer)
+    figure.savefig(buffer, format="png")
     write_bytes(Path(path), buffer.getvalue())
 
 
@@ -140,7 +138,7 @@ def write_samples(samples: Sequence[Mapping[str, Any]], path: str | Path) -> Non
     """Write generated texts as Markdown: of each row the text, the target and the output.
 
     Args:
-        samples: dicts of ``text`` and ``output`` and, where rows have targets, ``target``,
+        samples: dicts of ``text`` and ``output`` and, if rows have targets, ``target``,
             ``exact_match`` and ``f1``, else ``rest``.
         path: the file.
     """

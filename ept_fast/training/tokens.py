@@ -31,7 +31,7 @@ class TextForm:
         task: ``"seq2seq"`` or ``"causal"``.
         max_length: tokens of a text that are read.
         max_target_length: tokens of a target that are learnt, its end token among them.
-        separator: put behind the text where a target follows it; for ``"causal"``.
+        separator: put behind the text if a target follows it; for ``"causal"``.
         targets: whether rows have targets; else the texts themselves are learnt.
     """
 
@@ -55,8 +55,8 @@ class Tokenised:
     """Token ids of a split; indexing gives the features of a row, or of each of a list of rows.
 
     Attributes:
-        features: per row ``input_ids`` and, where the tokenizer gives them, ``token_type_ids``;
-            for text tasks also ``labels``, -100 where nothing is to be predicted.
+        features: per row ``input_ids`` and, if the tokenizer gives them, ``token_type_ids``;
+            for text tasks also ``labels``, -100 for what is not to be predicted.
         labels: class indices, or None.
         num_cut: rows whose text was longer than the limit and lost a part.
         num_targets_cut: rows whose target was, and lost its end.
@@ -127,7 +127,7 @@ def tokenise(
 
 
 def _check_room(name: str, limit: int, others: int, what: str, wanted: int = 1) -> None:
-    """Raise where ``others``, tokens that stand in every row, leave no room for those wanted."""
+    """Raise if ``others``, tokens that stand in every row, leave no room for those wanted."""
     if limit < others + wanted:
         raise ValueError(
             f"{name}: expected at least {others + wanted}, for a token of {what} beside {others} "
@@ -136,7 +136,7 @@ def _check_room(name: str, limit: int, others: int, what: str, wanted: int = 1) 
 
 
 def _check_read(rows: Rows, features: Sequence[Mapping[str, Any]]) -> None:
-    """Raise DataError where a text has no token, special ones included, for the model to read."""
+    """Raise DataError if a text has no token, special ones included, for the model to read."""
     for line, text, row in zip(rows.lines, rows.texts, features, strict=True):
         if not row["input_ids"]:
             raise DataError(
@@ -149,7 +149,7 @@ def end_token(tokenizer: Any) -> int:
     """The id of the tokenizer's end token.
 
     Raises:
-        ValueError: it has none, so that a model could not be taught where to stop.
+        ValueError: it has none, so that a model could not be taught to stop.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -162,8 +162,8 @@ def end_token(tokenizer: Any) -> int:
 def tokenise_inputs(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
     """What the model reads of each row before it generates.
 
-    For ``"seq2seq"`` the text as the tokenizer gives it, with its end cut off where it is too long.
-    For ``"causal"`` the text and the separator, without an end token; where it is too long, its
+    For ``"seq2seq"`` the text as the tokenizer gives it, with its end cut off if it is too long.
+    For ``"causal"`` the text and the separator, without an end token; if it is too long, its
     beginning is cut off, since what stands next to the target matters most.
 
     Raises:

@@ -64,12 +64,12 @@ class NonFiniteLossError(RuntimeError):
 
 
 def _write(folder: Path, save: Callable[[], None]) -> None:
-    """Save files into a folder; WriteError where that fails."""
+    """Save files into a folder; WriteError if that fails."""
     with writing(folder):
         try:
             save()
         except RuntimeError:
-            # torch's writer does not say why it failed. Where nothing can be written, this does.
+            # torch's writer does not say why it failed. If nothing can be written, this does.
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(bytes(1 << 16))
                 file.flush()
@@ -78,7 +78,7 @@ def _write(folder: Path, save: Callable[[], None]) -> None:
 
 
 def _copy(adapter: Path, folder: Path) -> None:
-    """Replace a folder with a copy of an adapter's; CheckpointError where that is damaged."""
+    """Replace a folder with a copy of an adapter's; CheckpointError if that is damaged."""
     read_adapter(adapter)
     shutil.rmtree(folder, ignore_errors=True)
     write_files({folder / path.name: path.read_bytes() for path in adapter.iterdir()})
@@ -93,7 +93,7 @@ def train_batches(
         config: the run.
         rows: its training rows.
         num_steps: optimizer steps.
-        pack_length: text tokens of a packed row; None where rows are not packed.
+        pack_length: text tokens of a packed row; None if rows are not packed.
 
     Raises:
         ValueError: too few rows for the parts of a step, or one too long to be packed.
@@ -134,7 +134,7 @@ class PromptTrainer(Trainer):
         folder: where checkpoints go.
         bf16: whether to run under bfloat16 autocast.
         progress: whether to say how far it is, on standard error.
-        pack_length: text tokens of a packed row; None where rows are not packed.
+        pack_length: text tokens of a packed row; None if rows are not packed.
     """
 
     def __init__(
@@ -357,7 +357,7 @@ class _Clock(TrainerCallback):
 class _Progress(TrainerCallback):
     """The loss and the newest evaluation on standard error: a bar on a terminal, lines elsewhere.
 
-    A line comes at an evaluation, where ten seconds or a tenth of the run lie behind the last one.
+    A line comes at an evaluation, if ten seconds or a tenth of the run lie behind the last one.
     """
 
     def __init__(self, trainer: PromptTrainer) -> None:

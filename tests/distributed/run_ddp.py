@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed import run_trainer
+from tests.distributed import trainers
 from tests.distributed.tasks import (
     OVER_TOKENS,
     TASKS,
@@ -98,7 +98,7 @@ def main() -> None:
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts()))
     run = folder / "run"
     run.mkdir(exist_ok=True)
-    save_file(run_trainer.train(run, dist.get_world_size()), run / f"end-{rank}.safetensors")
+    save_file(trainers.train(run, dist.get_world_size()), run / f"end-{rank}.safetensors")
     dist.destroy_process_group()
 
 

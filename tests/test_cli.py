@@ -52,36 +52,65 @@ class Workplace:
     said: str
 
 
+def made(model: Path, data: Path, output: Path, *words: str, **settings: Any) -> Workplace:
+    """A run made by the command line, and what it said."""
+    run = small_run(model, data, output, max_steps=6, eval_steps=3, **settings)
+    result = call("train", *options(run), *words, "--quiet")
+    assert result.exit_code == 0, result.output
+    return Workplace(model, data, output, result.stdout)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A run made by the command line, and what it said."""
     folder = tmp_path_factory.mktemp("cli")
     model, data = save_model(folder / "model"), save_task(folder / "data")
-    settings = small_run(model, data, folder / "out", max_length=10, max_steps=6, eval_steps=3)
-    result = call("train", *options(settings), "--quiet")
-    assert result.exit_code == 0, result.output
-    return Workplace(model, data, folder / "out", result.stdout)
+    return made(model, data, folder / "out", max_length=10)
 
 
-def test_train_says_what_came_out(trained: Workplace) -> None:
-    metrics = json.loads((trained.output / "metrics.json").read_text())
-    lines = dict(line.split(": ", 1) for line in trained.said.splitlines())
-    before, after = metrics["before"]["accuracy"], metrics["after"]["accuracy"]
-    assert lines["accuracy"] == f"{before:.4f} before, {after:.4f} after 6 steps (40 rows)"
-    assert lines["evaluated on"] == str(trained.data / "validation.jsonl")
+@pytest.fixture(scope="module")
+def writing(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A run of a text task."""
+    folder = tmp_path_factory.mktemp("writing")
+    model = save_llama(folder / "model", steps=20)
+    data = save_task(folder / "data", answer_rows)
+    return made(
+        model, data, folder / "out", "--packing",
+        task="causal", max_target_length=3, prompt_length=48,
+        eval_generate=5, gradient_accumulation_steps=2, separator=" :",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["trained", "writing"])
+def test_train_says_what_came_out(task: str, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(task)
+    metrics = json.loads((run.output / "metrics.json").read_text())
+    lines = dict(line.split(": ", 1) for line in run.said.splitlines())
+    rows = {"accuracy": 40}
+    if task == "writing":
+        rows = {"token_accuracy": 40, "loss": 40, "exact_match": 5, "f1": 5}
+    for name, count in rows.items():
+        before, after = metrics["before"][name], metrics["after"][name]
+        expected = f"{before:.4f} before, {after:.4f} after 6 steps ({count} rows)"
+        assert lines[name.replace("_", " ")] == expected
+    assert lines["evaluated on"] == str(run.data / "validation.jsonl")
     assert lines["time per step"].endswith(" ms (median)")
-    counts = metrics["parameters"]
+    counts, head = metrics["parameters"], 66 if task == "trained" else 0
     assert lines["parameters trained"].startswith(
-        f"{counts['prompt'] + counts['head']:,} (prompt {counts['prompt']:,}, head 66), "
+        f"{counts['prompt'] + head:,} (prompt {counts['prompt']:,}, head {head}), "
     )
-    cut = metrics["rows"]["train_cut"] + metrics["rows"]["evaluation_cut"]
-    assert lines["rows cut to 10 tokens"] == f"{cut} of 136"
-    assert cut > 0
     for name in ("adapter", "metrics"):
         assert Path(lines[name]).exists()
     for picture in lines["pictures"].split(", "):
         assert Path(picture).read_bytes()[:4] == b"\x89PNG"
-    assert metrics["config"]["prompt_lr"] == 0.02
+    if task == "trained":
+        cut = metrics["rows"]["train_cut"] + metrics["rows"]["evaluation_cut"]
+        assert lines["rows cut to 10 tokens"] == f"{cut} of 136"
+        assert cut > 0
+        assert metrics["config"]["prompt_lr"] == 0.02
+    else:
+        assert lines["targets cut"] == "68 of 136"  # a target of three words and an end
+        assert Path(lines["samples"]).read_text().count("\n## ") == 5
+        assert metrics["config"]["packing"] is True
 
 
 def test_no_subspaces_are_said_and_not_drawn(trained: Workplace, tmp_path: Path) -> None:
@@ -93,15 +122,23 @@ def test_no_subspaces_are_said_and_not_drawn(trained: Workplace, tmp_path: Path)
     assert not (tmp_path / "out" / "gate_weights.png").exists()
 
 
-def test_evaluate_prints_json(trained: Workplace) -> None:
-    result = call(
-        "evaluate", "--adapter", trained.output, "--data", trained.data, "--split", "validation"
-    )
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        ("trained", ["accuracy", "macro_f1", "matthews"]),
+        ("writing", ["loss", "token_accuracy", "exact_match", "f1"]),
+    ],
+)
+def test_evaluate_prints_json(task: str, names: list[str], request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(task)
+    words = ("--adapter", run.output, "--data", run.data, "--split", "validation")
+    result = call("evaluate", *words, "--eval-generate", "5")
     assert result.exit_code == 0, result.output
-    metrics = json.loads(result.stdout)
-    expected = json.loads((trained.output / "metrics.json").read_text())["after"]
-    assert metrics["accuracy"] == expected["accuracy"]
-    assert metrics["rows"] == 40
+    found = json.loads(result.stdout)
+    after = json.loads((run.output / "metrics.json").read_text())["after"]
+    for name in names:
+        assert found[name] == pytest.approx(after[name], rel=1e-5)
+    assert (found["rows"], found.get("rows_generated", 5)) == (40, 5)
 
 
 # Options, standard input, and the texts in it; an empty one has its place.
@@ -145,46 +182,7 @@ def test_predict_writes_a_line_for_each_text(
     assert target.read_text() == piped.stdout
 
 
-@pytest.fixture(scope="module")
-def writing(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A run of a text task made by the command line, and what it said."""
-    folder = tmp_path_factory.mktemp("writing")
-    model = save_llama(folder / "model", steps=20)
-    data = save_task(folder / "data", answer_rows)
-    settings = small_run(
-        model, data, folder / "out",
-        task="causal", max_target_length=3, prompt_length=48, max_steps=6, eval_steps=3,
-        eval_generate=5, gradient_accumulation_steps=2, separator=" :",
-    )  # fmt: skip
-    result = call("train", *options(settings), "--packing", "--quiet")
-    assert result.exit_code == 0, result.output
-    return Workplace(model, data, folder / "out", result.stdout)
-
-
-def test_a_text_task_says_what_came_out(writing: Workplace) -> None:
-    metrics = json.loads((writing.output / "metrics.json").read_text())
-    lines = dict(line.split(": ", 1) for line in writing.said.splitlines())
-    for name, rows in (("token_accuracy", 40), ("loss", 40), ("exact_match", 5), ("f1", 5)):
-        before, after = metrics["before"][name], metrics["after"][name]
-        expected = f"{before:.4f} before, {after:.4f} after 6 steps ({rows} rows)"
-        assert lines[name.replace("_", " ")] == expected
-    assert "head 0" in lines["parameters trained"]
-    cut = metrics["rows"]["train_targets_cut"] + metrics["rows"]["evaluation_targets_cut"]
-    assert lines["targets cut"] == f"{cut} of 136"  # a target of three words and an end
-    assert cut == 68
-    assert Path(lines["samples"]).read_text().count("\n## ") == 5
-    assert metrics["config"]["packing"] is True
-
-
-def test_a_text_task_is_evaluated_and_predicts(writing: Workplace) -> None:
-    words = ("--adapter", writing.output, "--data", writing.data, "--split", "validation")
-    result = call("evaluate", *words, "--eval-generate", "5")
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    after = json.loads((writing.output / "metrics.json").read_text())["after"]
-    for name in ("loss", "token_accuracy", "exact_match", "f1"):
-        assert found[name] == pytest.approx(after[name], rel=1e-5)
-    assert (found["rows"], found["rows_generated"]) == (40, 5)
+def test_texts_are_written_as_asked(writing: Workplace) -> None:
     words = ("--adapter", writing.output, "--max-new-tokens", "2", "--num-beams", "2")
     result = call("predict", *words, stdin="the play was fine\na dull song\n")
     assert result.exit_code == 0, result.output

@@ -144,13 +144,14 @@ def train(resume: bool, overwrite: bool, quiet: bool, **settings: Any) -> None:
     Leaves adapter/, metrics.json, learning_curves.png, gate_weights.png and, for texts, samples.md
     in --output.
     """
-    from ept_fast.training.job import describe_run
     from ept_fast.training.job import train as run
 
     config = TrainConfig(**settings)
     metrics = run(config, resume=resume, overwrite=overwrite, progress=not quiet)
     if os.environ.get("RANK", "0") != "0":  # one of torchrun's processes speaks for all
         return
+    from ept_fast.training.report import describe_run
+
     for line in describe_run(metrics, Path(config.output)):
         _say(line)
 

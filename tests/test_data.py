@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import sys
@@ -486,12 +485,3 @@ def test_fingerprint_sees_every_column() -> None:
     assert len(prints) == 1 + len(changes)
     moved = dataclasses.replace(rows, source="y", lines=(3, 4))
     assert moved.fingerprint() == rows.fingerprint()
-
-
-def test_shared_data_reads(shared_data: Path) -> None:
-    rows = read_split(shared_data / "rte", "validation")
-    with (shared_data / "rte" / "validation.jsonl").open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    assert rows.texts == tuple(line["text"] for line in lines)
-    assert rows.pairs == tuple(line["text_pair"] for line in lines)
-    assert rows.labels == tuple(line["label"] for line in lines)

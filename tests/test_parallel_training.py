@@ -38,7 +38,8 @@ from filelock import FileLock
 torch.set_num_threads(1)
 from ept_fast.storage import files
 from ept_fast.training.config import TrainConfig
-from ept_fast.training.job import LOCK_FILE, train
+from ept_fast.training.folder import LOCK_FILE
+from ept_fast.training.job import train
 from ept_fast.training.trainer import PromptTrainer
 
 folder = Path(sys.argv[1])

@@ -33,7 +33,8 @@ from ept_fast.training.checkpoints import (
 )
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError
-from ept_fast.training.job import LOCK_FILE, train
+from ept_fast.training.folder import LOCK_FILE
+from ept_fast.training.job import train
 from ept_fast.training.trainer import PromptTrainer
 from ept_fast.transformers.adapter import HEAD_FILE
 from tests.tiny import (

@@ -46,10 +46,6 @@ def rows_of(*pairs: tuple[str, str | None]) -> Rows:
     return Rows(texts, None, None, "d", lines, None if targets[0] is None else targets)
 
 
-def test_words_have_the_ids_of_these_tests(starting: Any) -> None:
-    assert starting(" ".join(ID))["input_ids"] == [1, *ID.values()]
-
-
 def test_seq2seq_rows(ending: Any) -> None:
     rows = rows_of(("the play", "yes"), ("the song a walk", "good good good"))
     tokens = tokenise_text(rows, ending, TextForm("seq2seq", 4, 3))

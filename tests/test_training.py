@@ -24,9 +24,10 @@ from ept_fast.training.checkpoints import mark_complete, newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, Rows, read_rows
 from ept_fast.training.evaluation import TextEvaluation, Writer, spread
-from ept_fast.training.job import describe_run, evaluate, load_adapter, load_task, predict
+from ept_fast.training.job import evaluate, load_adapter, load_task, predict
 from ept_fast.training.job import train as train_config
 from ept_fast.training.metrics import classification_metrics
+from ept_fast.training.report import describe_run
 from ept_fast.training.tokens import TextForm, tokenise_inputs
 from ept_fast.training.trainer import NonFiniteLossError, PromptTrainer
 from ept_fast.transformers.backbone import load_backbone, load_tokenizer

@@ -156,7 +156,9 @@ class GroupedBatches:
         while left:
             for batch in self._steps(generator)[:left]:
                 left -= 1
-                shares = _shares(batch, self.pieces)
+                # Parts that follow each other, of equal size give or take one.
+                cuts = [len(batch) * i // self.pieces for i in range(self.pieces + 1)]
+                shares = [batch[a:b] for a, b in itertools.pairwise(cuts)]
                 yield from shares[self.rank :: self.world_size]
 
     def steps_of(self, epochs: float) -> int:
@@ -292,12 +294,6 @@ def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
         packs[place].append(index)
         room[place] -= length
     return packs
-
-
-def _shares(batch: list[Any], count: int) -> list[list[Any]]:
-    """The batch in ``count`` parts that follow each other, of equal size give or take one."""
-    cuts = [len(batch) * i // count for i in range(count + 1)]
-    return [batch[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -85,18 +85,11 @@ class Rows:
 
     def take(self, indices: Sequence[int]) -> Rows:
         """The rows with these indices, in this order."""
-
-        def pick(column: Any) -> Any:
-            return None if column is None else tuple(column[i] for i in indices)
-
-        return dataclasses.replace(
-            self,
-            texts=pick(self.texts),
-            pairs=pick(self.pairs),
-            labels=pick(self.labels),
-            lines=pick(self.lines),
-            targets=pick(self.targets),
-        )
+        picked: dict[str, Any] = {}
+        for name in ("texts", "pairs", "labels", "lines", "targets"):
+            column = getattr(self, name)
+            picked[name] = None if column is None else tuple(column[i] for i in indices)
+        return dataclasses.replace(self, **picked)
 
     def fingerprint(self) -> str:
         """A hash of texts and answers, the same for the same rows in the same order."""

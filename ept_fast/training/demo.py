@@ -15,7 +15,7 @@ from ept_fast.config import check_count
 from ept_fast.storage.files import write_bytes
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import Rows
-from ept_fast.training.job import describe_run, evaluate, load_adapter, predict, require, train
+from ept_fast.training.job import evaluate, load_adapter, predict, require, train
 
 __all__ = [
     "DEFAULT_STEPS",
@@ -137,6 +137,8 @@ def run_demo(
     _check_output(output)
     encoder = find_encoder()  # before what it needs: its extra holds that too
     require("transformers", "accelerate", "matplotlib")
+    from ept_fast.training.report import describe_run
+
     task = write_demo_task(output / _TASK)
     config = TrainConfig(
         model=str(encoder),

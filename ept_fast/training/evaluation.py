@@ -184,22 +184,8 @@ def _stops(model: Any, end: int) -> list[int]:
     return sorted({end, *(int(i) for i in more if i is not None)})
 
 
-class Evaluation:
-    """What a training run asks of its evaluation rows."""
-
-    rows: Tokenised
-
-    def __call__(self, model: Any) -> dict[str, float]:
-        """``loss`` and the task's metrics; the model's mode is left as it is."""
-        raise NotImplementedError
-
-    def samples(self, model: Any) -> list[dict[str, Any]]:
-        """What the model writes for some of the rows; nothing if it does not write."""
-        return []
-
-
 @dataclass(frozen=True)
-class ClassEvaluation(Evaluation):
+class ClassEvaluation:
     """Cross-entropy, accuracy, macro F1 and Matthews correlation."""
 
     rows: Tokenised
@@ -214,9 +200,13 @@ class ClassEvaluation(Evaluation):
         metrics = classification_metrics(logits.argmax(-1), labels, len(model.labels))
         return {"loss": float(F.cross_entropy(logits, labels)), **metrics}
 
+    def samples(self, model: Any) -> list[dict[str, Any]]:
+        """Nothing: no text is written."""
+        return []
+
 
 @dataclass(frozen=True)
-class TextEvaluation(Evaluation):
+class TextEvaluation:
     """Loss, perplexity and token accuracy of all rows; exact match and F1 of what is generated.
 
     Attributes:
@@ -281,3 +271,6 @@ class TextEvaluation(Evaluation):
             )
             samples.append({"text": text, "rest": rest, "output": output})
         return samples
+
+
+Evaluation = ClassEvaluation | TextEvaluation

@@ -17,6 +17,7 @@ from ept_fast.training.config import TASKS, check_most
 from ept_fast.training.data import DataError, Fields, LabelSet, Rows, read_split
 from ept_fast.training.evaluation import (
     ClassEvaluation,
+    Evaluation,
     TextEvaluation,
     Writer,
     predict_logits,
@@ -141,7 +142,7 @@ class Adapter:
         max_new_tokens: int | None = None,
         num_beams: int | None = None,
         bf16: bool = False,
-    ) -> ClassEvaluation | TextEvaluation:
+    ) -> Evaluation:
         """What judges the model on these rows; arguments as for :func:`evaluate`."""
         tokens = self.tokenised(rows)
         if self.form is None:

@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import platform
 import resource
-import shutil
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,7 @@ import torch
 
 import ept_fast
 from ept_fast.libraries import MissingLibraryError, require
-from ept_fast.storage.files import CheckpointError, WriteError, read_json, write_json, writing
+from ept_fast.storage.files import write_json
 from ept_fast.training import parallel
 from ept_fast.training.checkpoints import sound_checkpoint
 from ept_fast.training.config import TrainConfig
@@ -31,6 +29,7 @@ from ept_fast.training.data import (
     hold_out,
     read_split,
 )
+from ept_fast.training.folder import METRICS_FILE, begin, check_output, held, metrics_of
 from ept_fast.training.inference import (
     ANSWERS,
     WRAPPER_TASKS,
@@ -41,7 +40,7 @@ from ept_fast.training.inference import (
     load_adapter,
     predict,
 )
-from ept_fast.training.metrics import GENERATED_METRICS, TEXT_METRICS
+from ept_fast.training.metrics import GENERATED_METRICS
 from ept_fast.training.tokens import TextForm
 
 if TYPE_CHECKING:
@@ -52,7 +51,6 @@ __all__ = [
     "Adapter",
     "MissingLibraryError",
     "TaskData",
-    "describe_run",
     "evaluate",
     "load_adapter",
     "load_task",
@@ -60,12 +58,6 @@ __all__ = [
     "require",
     "train",
 ]
-
-LOCK_FILE = ".ept-fast.lock"
-RUN_FILE = "run.json"
-METRICS_FILE = "metrics.json"
-_OUR_FOLDERS = ("adapter", "best", "checkpoints")
-_OUR_FILES = (RUN_FILE, METRICS_FILE, "learning_curves.png", "gate_weights.png", "samples.md")
 
 
 @dataclass(frozen=True)
@@ -150,7 +142,7 @@ def train(
     """
     require("transformers", "accelerate", "filelock", "matplotlib")
     with parallel.session(cpu=config.device == "cpu"), contextlib.ExitStack() as stack:
-        parallel.on_main(lambda: stack.enter_context(_held(Path(config.output))))
+        parallel.on_main(lambda: stack.enter_context(held(Path(config.output))))
         return _train(config, resume, overwrite, progress, data)
 
 
@@ -158,7 +150,7 @@ def _train(
     config: TrainConfig, resume: bool, overwrite: bool, progress: bool, data: TaskData | None
 ) -> dict[str, Any]:
     output = Path(config.output)
-    parallel.on_main(lambda: _check_output(output, resume, overwrite))
+    parallel.on_main(lambda: check_output(output, resume, overwrite))
     task = parallel.agreed(lambda: data or load_task(config))
     run = {
         "config": config.to_dict(),
@@ -167,12 +159,12 @@ def _train(
     }
     checkpoint = None
     if resume:
-        finished = parallel.on_main(lambda: _metrics_of(output, run))
+        finished = parallel.on_main(lambda: metrics_of(output, run))
         if finished is not None:
             return finished
         checkpoint = parallel.on_main(lambda: sound_checkpoint(output / "checkpoints"))
     adapter, trainer = parallel.agreed(lambda: _prepare(config, task, progress))
-    parallel.on_main(lambda: _begin(output, run, overwrite))
+    parallel.on_main(lambda: begin(output, run, overwrite))
     if checkpoint is None and config.eval_before:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -193,46 +185,6 @@ def _train(
     return metrics
 
 
-@contextlib.contextmanager
-def _held(output: Path) -> Iterator[None]:
-    """Keep other runs out of the folder. If nothing was put into it, it goes again."""
-    from filelock import FileLock, Timeout
-
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output: expected a folder, got the file {output}")
-    made = [folder for folder in (output, *output.parents) if not folder.exists()]
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-    path = output / LOCK_FILE
-    lock = FileLock(path)  # of the operating system: it ends with the process, however that ends
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FileExistsError(
-            f"output: expected a folder that no other run is using, got {output} "
-            f"(a run is going on there)"
-        ) from None
-    except OSError as error:
-        raise WriteError(path, error) from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # a folder with files in it stays
-            path.unlink()  # while it is held, so that it is nobody else's
-            for folder in made:
-                folder.rmdir()
-        lock.release()
-
-
-def _begin(output: Path, run: dict[str, Any], overwrite: bool) -> None:
-    if overwrite:
-        for name in _OUR_FILES:
-            (output / name).unlink(missing_ok=True)
-        for name in _OUR_FOLDERS:
-            shutil.rmtree(output / name, ignore_errors=True)
-    write_json(output / RUN_FILE, run)
-
-
 def _finish(output: Path, adapter: Adapter, metrics: dict[str, Any]) -> None:
     from ept_fast.training.report import draw_gate_weights, draw_learning_curves, write_samples
 
@@ -244,52 +196,6 @@ def _finish(output: Path, adapter: Adapter, metrics: dict[str, Any]) -> None:
     if metrics["samples"]:
         write_samples(metrics["samples"], output / "samples.md")
     write_json(output / METRICS_FILE, metrics)  # last: a folder with it is a finished run
-
-
-def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise ValueError("resume, overwrite: expected one of them, got both")
-    files = {path.name for path in output.iterdir()} - {LOCK_FILE}
-    if files and not (resume or overwrite):
-        raise FileExistsError(
-            f"output: expected an empty folder, got {output} with files in it "
-            f"(resume the run, or overwrite it)"
-        )
-    if resume and files and RUN_FILE not in files:
-        raise FileExistsError(f"output: expected a run to resume, got {output} without {RUN_FILE}")
-
-
-def _metrics_of(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """What a finished run found, which must be this very run; None of one that is to go on."""
-    if not (output / RUN_FILE).exists():
-        return None
-    _check_same_run(output / RUN_FILE, run)
-    path = output / METRICS_FILE
-    return read_json(path) if path.exists() else None
-
-
-def _check_same_run(path: Path, run: dict[str, Any]) -> None:
-    saved = read_json(path)
-    try:
-        old, new = saved["config"], run["config"]
-        # The folder may move, and trust may change; what decides the weights may not.
-        free = ("output", "trust_remote_code")
-        changed = [n for n in new if n not in free and old.get(n, None) != new[n]]
-        same_rows = saved["data"] == run["data"]
-        processes = saved["processes"]
-    except (KeyError, AttributeError):
-        raise CheckpointError(f"{path}: expected the description of a run, got others") from None
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"{name}: expected {old.get(name)!r} as in the run to resume, got {new[name]!r}"
-        )
-    if not same_rows:
-        raise ValueError("data: expected the rows of the run to resume, got others")
-    if processes != run["processes"]:
-        raise ValueError(
-            f"WORLD_SIZE: expected {processes} as in the run to resume, got {run['processes']}"
-        )
 
 
 def _prepare(config: TrainConfig, task: TaskData, progress: bool) -> tuple[Adapter, PromptTrainer]:
@@ -446,51 +352,3 @@ def peak_memory() -> int:
     """The process's largest resident size so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
-    """What a finished run has to say, one line for each fact."""
-    judged_by, before, after = metrics["metric"], metrics["before"], metrics["after"]
-    counts = metrics["parameters"]
-    trained, whole = counts["prompt"] + counts["head"], sum(counts.values())
-    rows = metrics["rows"]
-    names = [judged_by]
-    if metrics["config"]["task"] != "classification":
-        names += [name for name in TEXT_METRICS if name in after and name != judged_by]
-    lines = []
-    for name in names:
-        start = "not measured" if before is None else f"{before[name]:.4f}"
-        count = len(metrics["samples"]) if name in GENERATED_METRICS else rows["evaluation"]
-        lines.append(
-            f"{name.replace('_', ' ')}: {start} before, {after[name]:.4f} after "
-            f"{after['step']} steps ({count} rows)"
-        )
-    if "train_targets_cut" in rows:
-        learnt = "targets" if rows["targets"] else "the texts themselves, as no row has a target"
-        lines.append(f"learnt: {learnt}")
-    lines += [
-        f"evaluated on: {rows['evaluation_source']}",
-        f"time per step: {1000 * metrics['seconds_per_step']:.0f} ms (median)",
-        f"parameters trained: {trained:,} (prompt {counts['prompt']:,}, head {counts['head']:,}), "
-        f"{100 * trained / whole:.2f}% of {whole:,}",
-    ]
-    for name, what in (
-        ("cut", f"rows cut to {rows['max_length']} tokens"),
-        ("targets_cut", "targets cut"),
-    ):
-        cut = rows.get(f"train_{name}", 0) + rows.get(f"evaluation_{name}", 0)
-        if cut:
-            lines.append(f"{what}: {cut} of {rows['train'] + rows['evaluation']}")
-    pictures = str(output / "learning_curves.png")
-    if metrics["gate_weights"] is None:
-        pictures += " (no subspaces, so no gate weights to draw)"
-    else:
-        pictures += f", {output / 'gate_weights.png'}"
-    lines += [
-        f"adapter: {output / 'adapter'}",
-        f"metrics: {output / 'metrics.json'}",
-        f"pictures: {pictures}",
-    ]
-    if metrics["samples"]:
-        lines.append(f"samples: {output / 'samples.md'}")
-    return lines

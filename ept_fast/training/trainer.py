@@ -120,9 +120,9 @@ class PromptTrainer(Trainer):
 
     What differs from its base: four learning rates; batches whose order depends on the seed alone;
     checkpoints that hold no backbone and end with a marker file; a stop at the first non-finite
-    loss; evaluation by :class:`Evaluation`. The loss of a step is the mean over all of its rows,
-    for text tasks over all of its label tokens, however they are divided among the batches of
-    gradient accumulation and among processes.
+    loss; an evaluation of its own. The loss of a step is the mean over all of its rows, for text
+    tasks over all of its label tokens, however they are divided among the batches of gradient
+    accumulation and among processes.
 
     Args:
         model: the model.

@@ -1,13 +1,19 @@
-"""Starts two processes that work together."""
+"""Starts two processes that work together, and what each of them begins and ends with."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
-__all__ = ["ROOT", "torchrun"]
+import torch
+import torch.distributed as dist
+
+__all__ = ["ROOT", "share", "together", "torchrun"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,3 +36,17 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=300,
     )
+
+
+@contextmanager
+def together() -> Iterator[tuple[Path, int]]:
+    """In one of the processes: the folder that it writes to, and its rank."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield Path(sys.argv[1]), dist.get_rank()
+    dist.destroy_process_group()
+
+
+def share() -> slice:
+    """This process's rows of a batch of 8; not as many as the other's."""
+    return slice(5, 8) if dist.get_rank() else slice(0, 5)

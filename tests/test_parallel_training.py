@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import ROOT, torchrun
 from tests.tiny import (
     answer_rows,
     options,
@@ -25,66 +26,6 @@ from tests.tiny import (
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
-# Trains the runs of a JSON file one after another, and writes what each process got of each. If
-# told to, rank 1 dies or comes late, another run holds the folder, or the main process cannot write
-# a file.
-CHILD = """
-import json, os, random, signal, sys, time
-from datetime import timedelta
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from filelock import FileLock
-torch.set_num_threads(1)
-from ept_fast.storage import files
-from ept_fast.training.config import TrainConfig
-from ept_fast.training.folder import LOCK_FILE
-from ept_fast.training.job import train
-from ept_fast.training.trainer import PromptTrainer
-
-folder = Path(sys.argv[1])
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-rank = dist.get_rank()
-step, mkstemp = PromptTrainer.training_step, files.tempfile.mkstemp
-outcomes = []
-
-def dying(self, *args, **kwargs):
-    if self.state.global_step == 5 and rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *args, **kwargs)
-
-def without_room_for(name):
-    def full(*args, prefix, **kwargs):
-        if prefix == f".{name}.":
-            raise OSError(28, "No space left on device")
-        return mkstemp(*args, prefix=prefix, **kwargs)
-    return full
-
-for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
-    settings = {name: v[rank] if isinstance(v, list) else v for name, v in job["run"].items()}
-    output = Path(settings["output"])
-    if job.get("late") and rank == 1:
-        end = time.monotonic() + 3  # if the other one does not wait, its folder is there by then
-        while not output.exists() and time.monotonic() < end:
-            time.sleep(0.01)
-    if job.get("uneven"):
-        time.sleep(random.Random(2 * number + rank).uniform(0, 0.2))
-    other = FileLock(output / LOCK_FILE)
-    if job.get("held") and rank == 0:
-        other.acquire()
-    PromptTrainer.training_step = dying if job.get("dies") else step
-    files.tempfile.mkstemp = without_room_for(job["full"]) if "full" in job else mkstemp
-    try:
-        metrics = train(TrainConfig(**settings), progress=False, **job.get("how", {}))
-        assert metrics["processes"] == 2
-        outcomes.append(["metrics", metrics["after"]["loss"]])
-    except Exception as error:
-        outcomes.append([type(error).__name__, str(error)])
-    other.release()
-    (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
-dist.destroy_process_group()
-"""
-
 CASES: dict[str, dict[str, Any]] = {
     "classification": {},
     "seq2seq": {"task": "seq2seq", "gradient_accumulation_steps": 2},
@@ -92,11 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def launch(folder: Path, jobs: list[dict[str, Any]]) -> Any:
+def launch(folder: Path, jobs: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
     """Do the jobs: dicts of ``run``, maybe ``how``, and what goes wrong."""
-    (folder / "child.py").write_text(CHILD)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    return torchrun(str(folder / "child.py"), str(folder))
+    return torchrun(str(ROOT / "tests" / "distributed" / "run_job.py"), str(folder))
 
 
 def outcomes(folder: Path) -> list[list[list[Any]]]:

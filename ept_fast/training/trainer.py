@@ -98,12 +98,12 @@ def train_batches(
     Raises:
         ValueError: too few rows for the parts of a step, or one too long to be packed.
     """
+    size, seed = config.batch_size, config.seed
     parts = {
         "parts": config.gradient_accumulation_steps,
         "rank": parallel.rank(),
         "world_size": parallel.world_size(),
     }
-    size, seed = config.batch_size, config.seed
     if pack_length is not None:
         return PackedBatches(rows.lengths, size, num_steps, seed, pack_length, **parts)
     return GroupedBatches(rows.lengths, size, num_steps, seed, config.group_by_length, **parts)
@@ -177,6 +177,7 @@ class PromptTrainer(Trainer):
             ddp_find_unused_parameters=False,
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over every visible GPU
+        self.trained = model
         self.run_config = config
         self.rows = train_rows
         self.collator = collator if pack_length is None else PackingCollator(collator)
@@ -225,8 +226,7 @@ class PromptTrainer(Trainer):
         """AdamW with the learning rates of prompt, offset, spaces and head."""
         if self.optimizer is None:
             c = self.run_config
-            trained: Any = self.model
-            groups = trained.parameter_groups(c.prompt_lr, c.offset_lr, c.space_lr, c.head_lr)
+            groups = self.trained.parameter_groups(c.prompt_lr, c.offset_lr, c.space_lr, c.head_lr)
             self.optimizer = torch.optim.AdamW(groups, weight_decay=c.weight_decay)
         return self.optimizer
 
@@ -236,8 +236,7 @@ class PromptTrainer(Trainer):
         """One forward and backward; a non-finite loss stops the run before any weight changes."""
         self.tokens += int(inputs["attention_mask"].sum())
         rows, width = inputs.get("pack_index", inputs["input_ids"]).shape
-        trained: Any = self.model
-        self.positions += rows * (trained.prompt.config.num_virtual_tokens + width)
+        self.positions += rows * (self.trained.prompt.config.num_virtual_tokens + width)
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(value):
@@ -257,8 +256,9 @@ class PromptTrainer(Trainer):
         if not math.isfinite(metrics["loss"]):
             self._stop("the evaluation loss", step)
         self.evaluations.append({"step": step, **metrics})
-        if self.run_config.keep == "best":
-            self._keep_best(step)
+        if self.has_best and self.best() is self.evaluations[-1]:
+            folder, extra = self.best_folder, {"step": step}
+            parallel.on_main(lambda: self.trained.save_pretrained(folder, extra=extra))
         named = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
         # The base class clears its request to evaluate here; else it would evaluate again.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
@@ -268,11 +268,6 @@ class PromptTrainer(Trainer):
         """The best evaluation so far, the first of equals."""
         metric = self.run_config.judged_by
         return max(self.evaluations, key=lambda e: goodness(metric, e[metric]))
-
-    def _keep_best(self, step: int) -> None:
-        if self.best() is self.evaluations[-1]:
-            model: Any = self.model
-            parallel.on_main(lambda: model.save_pretrained(self.best_folder, extra={"step": step}))
 
     def _stop(self, what: str, step: int) -> NoReturn:
         """Raise NonFiniteLossError; every process has found the same."""
@@ -285,8 +280,7 @@ class PromptTrainer(Trainer):
         raise AssertionError("not reached")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        trained: Any = self.model
-        for name, parameter in trained.named_parameters():
+        for name, parameter in self.trained.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 self._stop(f"the weight {name}", self.state.global_step)
         folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
@@ -317,14 +311,12 @@ class PromptTrainer(Trainer):
             remove_checkpoint(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        model: Any = self.model
-        model.save_pretrained(output_dir or self.checkpoints)
+        self.trained.save_pretrained(output_dir or self.checkpoints)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        trained: Any = self.model
-        trained.load_pretrained(resume_from_checkpoint)
+        self.trained.load_pretrained(resume_from_checkpoint)
         path = Path(resume_from_checkpoint) / PROGRESS_FILE
         progress = read_json(path)
         try:

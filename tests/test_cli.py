@@ -11,7 +11,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -441,18 +440,6 @@ def test_info_lists_every_backend() -> None:
         assert reason in line
     for name in ("torch", "triton", "transformers"):
         assert f"{name:<13}{facts[name] or 'not installed'}" in result.stdout
-
-
-def test_demo_is_found_only_when_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = types.ModuleType("ept_fast.training.demo")
-    calls: list[dict[str, Any]] = []
-    module.run_demo = lambda **given: calls.append(given)
-    monkeypatch.setitem(sys.modules, "ept_fast.training.demo", module)
-    assert call("demo", "--help").exit_code == 0
-    assert calls == []
-    result = call("demo", "--output", tmp_path / "d", "--steps", "3", "--seed", "4")
-    assert (result.exit_code, result.output) == (0, "")
-    assert calls == [{"output": tmp_path / "d", "steps": 3, "seed": 4}]
 
 
 def test_module_prints_info_without_loading_the_training_libraries(root: Path) -> None:

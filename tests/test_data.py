@@ -220,7 +220,7 @@ def test_no_line_is_left_out_of_what_is_asked(case: str, tmp_path: Path) -> None
         ("d.txt", "", "expected at least one row, got none"),
     ],
 )
-def test_a_line_without_a_row_is_an_error_where_answers_are_asked(
+def test_a_line_without_a_row_is_an_error_if_answers_are_asked(
     name: str, content: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(content)
@@ -229,8 +229,8 @@ def test_a_line_without_a_row_is_an_error_where_answers_are_asked(
 
 
 def test_a_text_without_a_token_names_its_line() -> None:
-    def tokenizer(texts: list[str], pairs: None, **how: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[1] * len(text) for text in texts]}
+    def tokenizer(text: list[str], **how: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1] * len(each) for each in text]}
 
     tokenizer.num_special_tokens_to_add = lambda pair: 0  # type: ignore[attr-defined]
     rows = Rows(("ab", "", "c"), None, None, "d.txt", (1, 2, 3))

@@ -55,7 +55,7 @@ def test_seq2seq_rows(ending: Any) -> None:
     assert tokens.lengths == [3, 4]
 
 
-def test_a_target_gets_an_end_where_the_tokenizer_gives_none(starting: Any) -> None:
+def test_a_target_gets_an_end_if_the_tokenizer_gives_none(starting: Any) -> None:
     tokens = tokenise_text(rows_of(("the play", "yes")), starting, TextForm("seq2seq", 8, 8))
     assert tokens[0] == {"input_ids": [1, 14, 16], "labels": [1, 25, 2]}
 
@@ -132,7 +132,7 @@ def test_a_limit_without_room_for_a_token_is_an_error(
             tokenise_text(rows, tokenizer, TextForm(**form, **{**limits, field: limit}))
 
 
-def test_an_empty_text_is_read_where_it_has_a_token(starting: Any, ending: Any) -> None:
+def test_an_empty_text_is_read_if_it_has_a_token(starting: Any, ending: Any) -> None:
     rows = rows_of(("the play", None), ("", None))
     causal = TextForm("causal", 4, 2, separator="")
     assert tokenise_inputs(rows, ending, TextForm("seq2seq", 4, 2))[1] == {"input_ids": [2]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -83,7 +83,6 @@ class PackingCollator:
 
     def __call__(self, packs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Tensor]:
         batch = self.collator([segment for pack in packs for segment in pack])
-        width = max(sum(len(segment["input_ids"]) for segment in pack) for pack in packs)
         length = batch["input_ids"].shape[1]
         start = 0
         rows = []
@@ -92,10 +91,11 @@ class PackingCollator:
             for segment in pack:
                 row += range(start, start + len(segment["input_ids"]))
                 start += length
-            rows.append(row + [-1] * (width - len(row)))
-        return {**batch, "pack_index": torch.tensor(rows)}
+            rows.append(torch.tensor(row))
+        return {**batch, "pack_index": pad_sequence(rows, True, -1)}
 
 
+@dataclass(eq=False)
 class GroupedBatches:
     """The batches of a whole run, as a batch sampler: a pure function of the seed.
 
@@ -108,7 +108,7 @@ class GroupedBatches:
     ``parts`` of them follow each other (gradient accumulation), and each of those has a share for
     every process. Which rows a step sees depends on ``batch_size * parts * world_size`` alone.
 
-    Args:
+    Attributes:
         lengths: tokens of each row.
         batch_size: rows of a part; one step of an epoch may have fewer.
         num_batches: optimizer steps of the whole run.
@@ -121,23 +121,19 @@ class GroupedBatches:
         ValueError: fewer rows than parts and processes.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        num_batches: int,
-        seed: int,
-        group: bool = True,
-        *,
-        parts: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.lengths, self.num_batches = lengths, num_batches
-        self.seed, self.group = seed, group
-        self.parts, self.rank, self.world_size = parts, rank, world_size
-        self.pieces = parts * world_size
-        self.batch_size = batch_size * self.pieces
+    lengths: Sequence[int]
+    batch_size: int
+    num_batches: int
+    seed: int
+    _: KW_ONLY
+    group: bool = True
+    parts: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.pieces = self.parts * self.world_size
+        self.step_size = self.batch_size * self.pieces  # rows
         self._check()
 
     def _check(self) -> None:
@@ -188,7 +184,7 @@ class GroupedBatches:
 
     def _epoch(self, generator: torch.Generator) -> list[list[Any]]:
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        size = self.batch_size
+        size = self.step_size
         if not self.group:
             return [order[i : i + size] for i in range(0, len(order), size)]
         batches = []
@@ -202,35 +198,22 @@ class GroupedBatches:
         return batches
 
 
+@dataclass(eq=False)
 class PackedBatches(GroupedBatches):
     """Batches of packed rows: each row a list of segments of at most ``budget`` tokens together.
 
     Every epoch is a fresh permutation of the segments, cut into runs of up to 1,024 that are sorted
     by length and packed by :func:`first_fit`; the rows of all runs are then shuffled.
 
-    Args:
-        lengths: tokens of each segment.
-        batch_size: rows of a part of an optimizer step.
-        num_batches: optimizer steps of the whole run.
-        seed: of the order.
-        budget: tokens of a row, W at most.
-        **parts: ``parts``, ``rank`` and ``world_size`` of :class:`GroupedBatches`.
+    Attributes:
+        budget: tokens of a row, W at most; all others as in :class:`GroupedBatches`, for which a
+            row is a segment here.
 
     Raises:
         ValueError: a segment of more tokens than the budget, or fewer rows than parts.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        num_batches: int,
-        seed: int,
-        budget: int,
-        **parts: int,
-    ) -> None:
-        self.budget = budget
-        super().__init__(lengths, batch_size, num_batches, seed, True, **parts)
+    budget: int
 
     def _check(self) -> None:
         longest = max(self.lengths)
@@ -274,7 +257,7 @@ class PackedBatches(GroupedBatches):
             packs = first_fit([self.lengths[i] for i in part], self.budget)
             rows += [[part[i] for i in pack] for pack in packs]
         shuffle = torch.randperm(len(rows), generator=generator).tolist()
-        size = self.batch_size
+        size = self.step_size
         return [[rows[i] for i in shuffle[j : j + size]] for j in range(0, len(rows), size)]
 
 

@@ -104,23 +104,12 @@ def tokenise(
     what = "each text" if paired else "the text"
     _check_room("max_length", max_length, special, what, 1 + paired)
 
-    def encode(part: Rows, cut: bool) -> list[dict[str, Any]]:
-        limit = {"truncation": True, "max_length": max_length} if cut else {"truncation": False}
-        encoded = tokenizer(
-            list(part.texts),
-            None if part.pairs is None else list(part.pairs),
-            padding=False,
-            return_attention_mask=False,
-            verbose=False,
-            **limit,
-        )
-        names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
-        return [{name: encoded[name][i] for name in names} for i in range(len(part))]
-
-    features = encode(rows, cut=False)
+    features = _encode(tokenizer, rows.texts, rows.pairs)
     long = [i for i, row in enumerate(features) if len(row["input_ids"]) > max_length]
     if long:
-        for i, row in zip(long, encode(rows.take(long), cut=True), strict=True):
+        part = rows.take(long)
+        cut = _encode(tokenizer, part.texts, part.pairs, truncation=True, max_length=max_length)
+        for i, row in zip(long, cut, strict=True):
             features[i] = row
     _check_read(rows, features)
     return Tokenised(tuple(features), ids, len(long))
@@ -177,7 +166,7 @@ def tokenise_inputs(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
     separator = form.separator if form.targets else ""
     features = []
     cut = 0
-    empty, *texts = _encode(tokenizer, [text + separator for text in ("", *rows.texts)], True)
+    empty, *texts = _ids(tokenizer, [text + separator for text in ("", *rows.texts)])
     _check_room("max_length", form.max_length, len(empty) - (empty[-1:] == [end]), "the text")
     for ids in texts:
         if ids[-1:] == [end]:
@@ -210,7 +199,8 @@ def tokenise_text(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
     whole = form.task == "seq2seq"  # a decoder's text may start and end with tokens of its own
     features = []
     cut = 0
-    empty, *targets = _encode(tokenizer, ("", *(rows.targets or ())), whole, target=True)
+    how = {"name": "text_target", "add_special_tokens": whole}
+    empty, *targets = _ids(tokenizer, ("", *(rows.targets or ())), **how)
     first = len(empty) - (empty[-1:] == [end])
     _check_room("max_target_length", form.max_target_length, first, "the target")
     for row, ids in zip(inputs.features, targets, strict=True):
@@ -229,7 +219,7 @@ def tokenise_text(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
 def _tokenise_plain(rows: Rows, tokenizer: Any, max_length: int, end: int) -> Tokenised:
     features = []
     cut = 0
-    for ids in _encode(tokenizer, rows.texts, True):
+    for ids in _ids(tokenizer, rows.texts):
         if ids[-1:] != [end]:
             ids = [*ids, end]
         cut += len(ids) > max_length
@@ -239,17 +229,22 @@ def _tokenise_plain(rows: Rows, tokenizer: Any, max_length: int, end: int) -> To
     return Tokenised(tuple(features), None, cut)
 
 
+def _ids(tokenizer: Any, texts: Sequence[str], **how: Any) -> list[list[int]]:
+    """The token ids of :func:`_encode` alone."""
+    return [list(row["input_ids"]) for row in _encode(tokenizer, texts, **how)]
+
+
 def _encode(
-    tokenizer: Any, texts: Sequence[str], special: bool, target: bool = False
-) -> list[list[int]]:
-    """Token ids of each text, uncut, with or without the tokenizer's own special tokens."""
-    name = "text_target" if target else "text"
-    encoded = tokenizer(
-        **{name: list(texts)},
-        add_special_tokens=special,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    return [list(ids) for ids in encoded["input_ids"]]
+    tokenizer: Any,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    *,
+    name: str = "text",
+    **how: Any,
+) -> list[dict[str, Any]]:
+    """``input_ids`` of each text and, if the tokenizer gives them, ``token_type_ids``; uncut."""
+    given = {name: list(texts), "text_pair": None if pairs is None else list(pairs)}
+    plain = {"padding": False, "truncation": False, "return_attention_mask": False}
+    encoded = tokenizer(**given, verbose=False, **{**plain, **how})
+    names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
+    return [{name: encoded[name][i] for name in names} for i in range(len(texts))]

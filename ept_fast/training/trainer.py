@@ -99,14 +99,15 @@ def train_batches(
         ValueError: too few rows for the parts of a step, or one too long to be packed.
     """
     size, seed = config.batch_size, config.seed
-    parts = {
+    parts: dict[str, Any] = {
         "parts": config.gradient_accumulation_steps,
         "rank": parallel.rank(),
         "world_size": parallel.world_size(),
     }
     if pack_length is not None:
         return PackedBatches(rows.lengths, size, num_steps, seed, pack_length, **parts)
-    return GroupedBatches(rows.lengths, size, num_steps, seed, config.group_by_length, **parts)
+    group = config.group_by_length
+    return GroupedBatches(rows.lengths, size, num_steps, seed, group=group, **parts)
 
 
 def _class_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

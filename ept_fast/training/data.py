@@ -123,22 +123,15 @@ class LabelSet:
                 classes than a head can be meant to have.
             ValueError: ``num_labels`` of more classes than that.
         """
-        if rows.labels is None:
-            raise DataError(f"{rows.source}: label: expected a label in every row, got none")
         check_most("num_labels", num_labels)
-        found: list[Any] = sorted(set(rows.labels))
-        if isinstance(found[0], str):
-            names = tuple(str(name) for name in found)
-            if num_labels not in (None, len(names)):
-                raise DataError(
-                    f"{rows.source}: label: expected num_labels {num_labels} names, "
-                    f"got {len(names)}"
-                )
-        else:
-            last = int(found[-1])
-            limit = num_labels or MOST["num_labels"]
+        given = _labels(rows)
+        found, expected = sorted(set(given)), f"{rows.source}: label: expected"
+        integers = not isinstance(found[0], str)
+        names = tuple(map(str, found))
+        if integers:
+            last, limit = found[-1], num_labels or MOST["num_labels"]
             if last >= limit:
-                line = rows.lines[rows.labels.index(last)]
+                line = rows.lines[given.index(last)]
                 below = limit if num_labels is None else f"num_labels {limit}"
                 raise DataError(
                     f"{rows.source}, line {line}: label: expected an integer below {below}, "
@@ -147,18 +140,17 @@ class LabelSet:
             if num_labels is None and len(found) <= last:
                 missing = next(i for i, label in enumerate(found) if label != i)
                 raise DataError(
-                    f"{rows.source}: label: expected every class from 0 to {last}, got no row of "
-                    f"class {missing} (num_labels allows that)"
+                    f"{expected} every class from 0 to {last}, got no row of class {missing} "
+                    f"(num_labels allows that)"
                 )
-            names = tuple(str(i) for i in range(num_labels or last + 1))
+            names = tuple(map(str, range(num_labels or last + 1)))
+        elif num_labels not in (None, len(names)):
+            raise DataError(f"{expected} num_labels {num_labels} names, got {len(names)}")
         if len(names) < 2:
-            raise DataError(f"{rows.source}: label: expected at least 2 classes, got {len(names)}")
+            raise DataError(f"{expected} at least 2 classes, got {len(names)}")
         if len(names) > MOST["num_labels"]:
-            raise DataError(
-                f"{rows.source}: label: expected at most {MOST['num_labels']} classes, "
-                f"got {len(names)}"
-            )
-        return cls(names, not isinstance(found[0], str))
+            raise DataError(f"{expected} at most {MOST['num_labels']} classes, got {len(names)}")
+        return cls(names, integers)
 
     def ids(self, rows: Rows) -> tuple[int, ...]:
         """The class index of each row.
@@ -166,24 +158,24 @@ class LabelSet:
         Raises:
             DataError: a label that is not in the set, with its line.
         """
-        if rows.labels is None:
-            raise DataError(f"{rows.source}: label: expected a label in every row, got none")
-        known: Mapping[Any, int] = {
+        known: dict[Any, int] = {
             (i if self.integers else name): i for i, name in enumerate(self.names)
         }
-        ids = []
-        for line, label in zip(rows.lines, rows.labels, strict=True):
+        labels, last = _labels(rows), len(self.names) - 1
+        for line, label in zip(rows.lines, labels, strict=True):
             if label not in known:
-                expected = (
-                    f"an integer from 0 to {len(self.names) - 1}"
-                    if self.integers
-                    else f"one of {', '.join(self.names)}"
-                )
+                names = f"one of {', '.join(self.names)}"
+                expected = f"an integer from 0 to {last}" if self.integers else names
                 raise DataError(
                     f"{rows.source}, line {line}: label: expected {expected}, got {label!r}"
                 )
-            ids.append(known[label])
-        return tuple(ids)
+        return tuple(known[label] for label in labels)
+
+
+def _labels(rows: Rows) -> tuple[Any, ...]:
+    if rows.labels is None:
+        raise DataError(f"{rows.source}: label: expected a label in every row, got none")
+    return rows.labels
 
 
 class _Builder:

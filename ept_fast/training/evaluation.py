@@ -115,12 +115,8 @@ def text_metrics(
 
 def generated_metrics(samples: list[dict[str, Any]]) -> dict[str, float]:
     """The means of ``exact_match`` and ``f1`` over samples; nothing if there are none."""
-    if not samples or "f1" not in samples[0]:
-        return {}
-    return {
-        "exact_match": sum(s["exact_match"] for s in samples) / len(samples),
-        "f1": sum(s["f1"] for s in samples) / len(samples),
-    }
+    names = ("exact_match", "f1") if samples and "f1" in samples[0] else ()
+    return {name: sum(s[name] for s in samples) / len(samples) for name in names}
 
 
 def spread(rows: Rows, count: int) -> Rows:

@@ -256,21 +256,16 @@ def load_adapter(
         labels = LabelSet(tuple(values["labels"]), bool(extra.get("integer_labels", False)))
         return Adapter(trained, tokenizer, labels, bool(extra.get("text_pair", False)))
     try:
-        form = _form(trained, tokenizer, extra.get("form"))
-        beams = extra.get("num_beams", 1)
+        form = extra.get("form")
+        if form is None:  # of an adapter that a user saved: texts as they are
+            task = {wrapped: name for name, wrapped in WRAPPER_TASKS.items()}[values["task"]]
+            sizes = {"max_target_length": _MAX_NEW_TOKENS, "separator": ""}
+            form = {"task": task, "max_length": _token_limit(trained, tokenizer), **sizes}
+        text_form, beams = TextForm(**form), extra.get("num_beams", 1)
         check_count("num_beams", beams, 1)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{saved.path}: extra: {error}") from None
-    return Adapter(trained, tokenizer, form=form, num_beams=beams)
-
-
-def _form(model: EPTModel, tokenizer: Any, saved: dict[str, Any] | None) -> TextForm:
-    """The form kept with the adapter; of one that a user saved, texts as they are."""
-    if saved is not None:
-        return TextForm(**saved)
-    names = {wrapped: name for name, wrapped in WRAPPER_TASKS.items()}
-    limit = _token_limit(model, tokenizer)
-    return TextForm(names[model.task], limit, _MAX_NEW_TOKENS, separator="")
+    return Adapter(trained, tokenizer, form=text_form, num_beams=beams)
 
 
 def evaluate(

@@ -99,6 +99,11 @@ class PromptConfig:
         return self.num_virtual_tokens
 
     @classmethod
+    def tokens_of(cls, method: str, prompt_length: int, num_virtual_tokens: int) -> int:
+        """m of :meth:`for_method`, which a run needs before it knows ``max_length``."""
+        return num_virtual_tokens
+
+    @classmethod
     def for_method(
         cls, method: str, hidden_size: int, prompt_length: int, **settings: Any
     ) -> PromptConfig:
@@ -248,6 +253,11 @@ class EPTConfig(PromptConfig):
             return self.num_virtual_tokens
         budget = -(-self.num_parameters // self.hidden_size)
         return max(budget, self.num_virtual_tokens + self.rank)
+
+    @classmethod
+    def tokens_of(cls, method: str, prompt_length: int, num_virtual_tokens: int) -> int:
+        """The whole budget of ``"pt"``, else the short prompt."""
+        return prompt_length if method == "pt" else num_virtual_tokens
 
     @classmethod
     def for_method(

@@ -39,8 +39,8 @@ hypothesis.settings.load_profile("suite")
 
 
 _LONGEST = (
+    "test_training.py",
     "test_readme.py",
-    "test_text_training.py",
     "test_parity.py",
     "test_kernels.py",
 )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import collections
-import json
+import dataclasses
 import math
 import re
 import sys
@@ -20,106 +19,107 @@ from ept_fast.training.data import (
     Fields,
     LabelSet,
     Rows,
+    find_split,
     hold_out,
     read_rows,
     read_split,
 )
-from ept_fast.training.tokens import Tokenised, tokenise
+from ept_fast.training.tokens import tokenise
 from tests.tiny import save_model, save_task, write_rows
 
-GOOD_LINE = '{"text": "a", "label": 0}'
-LONG = "x" * 200_000
+LINE, TARGET = '{"text": "a", "label": 0}\n', '{"text": "a", "target": "b"}\n'
 
 # name: (file, content, what the message must hold beside the file's name)
-MALFORMED: dict[str, tuple[str, bytes, list[str]]] = {
-    "bad JSON": ("d.jsonl", f"{GOOD_LINE}\n{{oops\n".encode(), ["line 2", "JSON object"]),
+Case = tuple[str, str | bytes, list[str]]
+MALFORMED: dict[str, Case] = {
+    "bad JSON": ("d.jsonl", LINE + "{oops\n", ["line 2", "JSON object"]),
     "a number beyond reading": (
-        "d.jsonl",
-        f'{GOOD_LINE}\n{{"label": {"9" * 5000}}}\n'.encode(),
+        "d.jsonl", f'{LINE}{{"label": {"9" * 5000}}}',
         ["line 2", "JSON object", "an integer of 5000 digits"],
     ),
     "a key twice": (
-        "d.jsonl",
-        f'{GOOD_LINE}\n{{"text": "a", "text": "b", "label": 0}}\n'.encode(),
+        "d.jsonl", LINE + '{"text": "a", "text": "b", "label": 0}',
         ["line 2", "JSON object", "the key 'text' twice"],
     ),
-    "not an object": ("d.jsonl", b'["a", 0]\n', ["line 1", "JSON object", "list"]),
-    "deep JSON": ("d.jsonl", b"[" * 200_000 + b"\n", ["line 1", "JSON"]),
-    "no text": ("d.jsonl", b'{"label": 0}\n', ["line 1", "text", "only label"]),
-    "number as text": ("d.jsonl", b'{"text": 3, "label": 0}\n', ["line 1", "text", "int 3"]),
-    "null text": ("d.jsonl", b'{"text": null, "label": 0}\n', ["line 1", "text", "NoneType"]),
-    "empty text": ("d.jsonl", b'{"text": "", "label": 0}\n', ["line 1", "text", "empty"]),
-    "only spaces": ("d.jsonl", b'{"text": " \\t", "label": 0}\n', ["line 1", "only spaces"]),
+    "not an object": ("d.jsonl", '["a", 0]', ["line 1", "JSON object", "list"]),
+    "deep JSON": ("d.jsonl", "[" * 200_000, ["line 1", "JSON"]),
+    "no text": ("d.jsonl", '{"label": 0}', ["line 1", "text", "only label"]),
+    "number as text": ("d.jsonl", '{"text": 3, "label": 0}', ["line 1", "text", "int 3"]),
+    "null text": ("d.jsonl", '{"text": null, "label": 0}', ["line 1", "text", "NoneType"]),
+    "empty text": ("d.jsonl", '{"text": "", "label": 0}', ["line 1", "text", "empty"]),
+    "only spaces": ("d.jsonl", '{"text": " \\t", "label": 0}', ["line 1", "only spaces"]),
     "lone surrogate": (
-        "d.jsonl",
-        b'{"text": "\\ud800", "label": 0}\n',
-        ["line 1", "text", "surrogate"],
+        "d.jsonl", '{"text": "\\ud800", "label": 0}', ["line 1", "text", "surrogate"],
     ),
-    "no label": ("d.jsonl", f"{GOOD_LINE}\n{GOOD_LINE[:-13]}}}".encode(), ["line 2", "label"]),
-    "float label": ("d.jsonl", b'{"text": "a", "label": 1.0}\n', ["line 1", "label", "float 1.0"]),
-    "bool label": ("d.jsonl", b'{"text": "a", "label": true}\n', ["line 1", "label", "bool True"]),
-    "negative label": ("d.jsonl", b'{"text": "a", "label": -1}\n', ["line 1", "label", ">= 0"]),
-    "list label": ("d.jsonl", b'{"text": "a", "label": [1]}\n', ["line 1", "label", "list"]),
+    "no label": ("d.jsonl", LINE + '{"text": "a"}', ["line 2", "label", "only text"]),
+    "float label": ("d.jsonl", '{"text": "a", "label": 1.0}', ["line 1", "label", "float 1.0"]),
+    "bool label": ("d.jsonl", '{"text": "a", "label": true}', ["line 1", "label", "bool True"]),
+    "negative label": ("d.jsonl", '{"text": "a", "label": -1}', ["line 1", "label", ">= 0"]),
     "mixed labels": (
-        "d.jsonl",
-        f'{GOOD_LINE}\n{{"text": "a", "label": "x"}}\n'.encode(),
+        "d.jsonl", LINE + '{"text": "a", "label": "x"}',
         ["line 2", "label", "an integer as in the rows before"],
     ),
     "pair comes late": (
-        "d.jsonl",
-        f'{GOOD_LINE}\n{{"text": "a", "text_pair": "b", "label": 0}}\n'.encode(),
+        "d.jsonl", LINE + '{"text": "a", "text_pair": "b", "label": 0}',
         ["line 2", "text_pair", "none as in the rows before", "got one"],
     ),
     "pair is lost": (
-        "d.jsonl",
-        f'{{"text": "a", "text_pair": "b", "label": 0}}\n{GOOD_LINE}\n'.encode(),
+        "d.jsonl", '{"text": "a", "text_pair": "b", "label": 0}\n' + LINE,
         ["line 2", "text_pair", "a second text as in the rows before", "got none"],
     ),
     "number as pair": (
-        "d.jsonl",
-        b'{"text": "a", "text_pair": 1, "label": 0}\n',
-        ["line 1", "text_pair", "int 1"],
+        "d.jsonl", '{"text": "a", "text_pair": 1, "label": 0}', ["line 1", "text_pair", "int 1"],
     ),
-    "not UTF-8": ("d.jsonl", f"{GOOD_LINE}\n".encode() + b"\xff\n", ["line 2", "UTF-8", "0xff"]),
-    "not UTF-8 in CSV": ("d.csv", b"text,label\na,0\n\xe9,1\n", ["line 3", "UTF-8", "0xe9"]),
-    "no rows": ("d.jsonl", b"\n \n", ["at least one row"]),
-    "empty CSV": ("d.csv", b"", ["line 1", "text", "column"]),
-    "header only": ("d.csv", b"text,label\n", ["at least one row"]),
-    "no text column": ("d.csv", b"sentence,label\na,0\n", ["line 1", "text", "sentence, label"]),
-    "no label column": ("d.tsv", b"text\na\n", ["line 1", "label"]),
-    "same name twice": ("d.csv", b"text,text,label\na,b,0\n", ["line 1", "different names"]),
-    "too many columns": ("d.csv", b"text,label\na,0\nb,c,1\n", ["line 3", "2 columns", "got 3"]),
-    "too few columns": ("d.tsv", b"text\tlabel\na\t0\nb\n", ["line 3", "2 columns", "got 1"]),
-    "open quote": ("d.csv", b'text,label\na,0\n"b,1\n', ["line 3", "quoting"]),
-    "oversized field": ("d.csv", f"text,label\n{LONG},0\n".encode(), ["line 2", "oversized"]),
-    "name among integers": ("d.csv", b"text,label\na,0\nb,x\n", ["line 3", "label", "integer"]),
-    "negative in CSV": ("d.csv", b"text,label\na,-1\n", ["line 2", "label", ">= 0", "-1"]),
-    "two signs in CSV": ("d.csv", b"text,label\na,--1\n", ["line 2", "label", "integer", "--1"]),
-    "two signs in TSV": ("d.tsv", b"text\tlabel\na\t0\nb\t--1\n", ["line 3", "label", "--1"]),
-    "endless label in CSV": ("d.csv", f"text,label\na,{'9' * 5000}\n".encode(), ["line 2"]),
-    "label beyond any head": (
-        "d.jsonl",
-        b'{"text": "a", "label": 1000000000}\n',
-        ["line 1", "label", "below 100000", "1000000000"],
+    "not UTF-8": ("d.csv", b"text,label\na,0\n\xe9,1\n", ["line 3", "UTF-8", "0xe9"]),
+    "no rows": ("d.jsonl", "\n \n", ["at least one row"]),
+    "empty CSV": ("d.csv", "", ["line 1", "text", "column"]),
+    "no text column": ("d.csv", "sentence,label\na,0\n", ["line 1", "text", "sentence, label"]),
+    "no label column": ("d.tsv", "text\na\n", ["line 1", "label"]),
+    "same name twice": ("d.csv", "text,text,label\na,b,0\n", ["line 1", "different names"]),
+    "too many columns": ("d.csv", "text,label\na,0\nb,c,1\n", ["line 3", "2 columns", "got 3"]),
+    "too few columns": ("d.tsv", "text\tlabel\na\t0\nb\n", ["line 3", "2 columns", "got 1"]),
+    "open quote": ("d.csv", 'text,label\na,0\n"b,1\n', ["line 3", "quoting"]),
+    "oversized field": (
+        "d.csv", f"text,label\n{'x' * 200_000},0\n", ["line 2", "oversized"],
     ),
-    "long label in TSV": (
-        "d.tsv",
-        f"text\tlabel\na\t{'9' * 4000}\n".encode(),
-        ["line 2", "label", "below 100000", "999..."],
+    "name among integers": ("d.csv", "text,label\na,0\nb,x\n", ["line 3", "label", "integer"]),
+    "two signs in CSV": ("d.csv", "text,label\na,--1\n", ["line 2", "label", "integer", "--1"]),
+    "endless label": ("d.csv", f"text,label\na,{'9' * 5000}\n", ["line 2", "label"]),
+    "long label": (
+        "d.tsv", f"text\tlabel\na\t{'9' * 4000}\n", ["line 2", "below 100000", "999..."],
     ),
-    "empty label in CSV": ("d.csv", b"text,label\na,x\nb,\n", ["line 3", "label", "empty"]),
-    "unknown suffix": ("d.parquet", b"PAR1", [".jsonl, .csv, .tsv", ".parquet"]),
-    "text without labels": ("d.txt", b"a\n", [".jsonl", ".txt"]),
-}
+    "empty label": ("d.csv", "text,label\na,x\nb,\n", ["line 3", "label", "empty"]),
+    "unknown suffix": ("d.parquet", "PAR1", [".jsonl, .csv, .tsv", ".parquet"]),
+    "text without labels": ("d.txt", "a\n", [".jsonl", ".txt"]),
+}  # fmt: skip
+# The same of rows with targets; those with a "?" may all have none.
+MALFORMED_TARGETS: dict[str, Case] = {
+    "no target": ("d.jsonl", LINE, ["line 1", "only text, label"]),
+    "null target": ("d.jsonl", '{"text": "a", "target": null}', ["target", "NoneType"]),
+    "empty target": ("d.tsv", "text\ttarget\na\tb\nc\t\n", ["line 3", "target", "empty"]),
+    "no column": ("d.csv", "text,label\na,b\n", ["line 1", "target", "text, label"]),
+    "texts alone": ("d.txt", "a\n", [".jsonl, .csv, .tsv, got '.txt'"]),
+    "? comes late": (
+        "d.jsonl", '{"text": "a"}\n' + TARGET,
+        ["line 2", "target", "none as in the rows before", "got one"],
+    ),
+    "? is lost": (
+        "d.jsonl", TARGET + '{"text": "a"}',
+        ["line 2", "target", "a target as in the rows before", "got none"],
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", MALFORMED)
+@pytest.mark.parametrize("case", [*MALFORMED, *MALFORMED_TARGETS])
 def test_malformed_data_names_file_line_and_field(case: str, tmp_path: Path) -> None:
-    name, content, parts = MALFORMED[case]
+    answer = "optional target" if "?" in case else "target"
+    if case in MALFORMED:
+        answer = "label"
+    name, content, parts = {**MALFORMED, **MALFORMED_TARGETS}[case]
     path = tmp_path / name
-    path.write_bytes(content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError) as caught:
-        read_rows(path)
+        read_rows(path, answer=answer)
     message = str(caught.value)
     assert message.startswith(str(path)), message
     assert "\n" not in message
@@ -147,6 +147,43 @@ def test_formats_give_the_same_rows(name: str, tmp_path: Path) -> None:
     assert rows.texts == ("a, b", "d\u2028e")
     assert rows.pairs == ("c", "f")
     assert rows.labels == (1, 0)
+
+
+FILES = {
+    "d.jsonl": '{"text": "a, b", "target": "c", "text_pair": 5}\n{"target": "d", "text": "e"}\n',
+    "d.csv": 'target,text\nc,"a, b"\nd,e\n',
+    "d.tsv": "text\tother\ttarget\na, b\t1\tc\ne\t2\td\n",
+}
+
+
+@pytest.mark.parametrize("answer", ["target", "optional target"])
+@pytest.mark.parametrize("name", FILES)
+def test_formats_give_the_same_targets(name: str, answer: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(FILES[name])
+    rows = read_rows(tmp_path / name, answer=answer)
+    assert (rows.texts, rows.targets) == (("a, b", "e"), ("c", "d"))
+    assert rows.pairs is None
+    assert rows.labels is None
+    assert rows.take([1]).targets == ("d",)
+    assert hold_out(rows, 0.5, seed=0)[0].targets in (("c",), ("d",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("d.txt", "a\n\nb\n"), ("d.jsonl", '{"text": "a"}\n{"text": "b", "target": null}\n')],
+)
+def test_texts_alone(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    rows = read_rows(tmp_path / name, answer="optional target")
+    assert (rows.texts, rows.targets) == (("a", "b"), None)
+
+
+def test_other_columns_and_folders(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"q": "a", "a": "b"}])
+    rows = read_split(tmp_path, "train", fields=Fields(text="q", target="a"), answer="target")
+    assert (rows.texts, rows.targets) == (("a",), ("b",))
+    with pytest.raises(ValueError, match="answer: expected one of label, target, optional target"):
+        read_rows(tmp_path / "train.jsonl", answer="text")
 
 
 # every line or row of what is to be predicted: file, content, texts, the line of each
@@ -183,7 +220,7 @@ def test_no_line_is_left_out_of_what_is_asked(case: str, tmp_path: Path) -> None
         ("d.txt", "", "expected at least one row, got none"),
     ],
 )
-def test_a_line_without_a_row_is_an_error_where_answers_are_asked(
+def test_a_line_without_a_row_is_an_error_if_answers_are_asked(
     name: str, content: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(content)
@@ -192,8 +229,8 @@ def test_a_line_without_a_row_is_an_error_where_answers_are_asked(
 
 
 def test_a_text_without_a_token_names_its_line() -> None:
-    def tokenizer(texts: list[str], pairs: None, **how: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[1] * len(text) for text in texts]}
+    def tokenizer(text: list[str], **how: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1] * len(each) for each in text]}
 
     tokenizer.num_special_tokens_to_add = lambda pair: 0  # type: ignore[attr-defined]
     rows = Rows(("ab", "", "c"), None, None, "d.txt", (1, 2, 3))
@@ -221,13 +258,14 @@ def test_other_column_names_and_unlabelled_rows(tmp_path: Path) -> None:
 def test_splits_of_a_folder(tmp_path: Path) -> None:
     save_task(tmp_path)
     rows = read_split(tmp_path, "validation")
-    assert rows is not None
     assert len(rows) == 40
-    assert read_split(tmp_path, "dev", optional=True) is None
-    with pytest.raises(DataError, match=r"split dev\.jsonl, got test, train, validation"):
+    assert find_split(tmp_path, "dev") is None
+    with pytest.raises(DataError, match=r"split dev, got test, train, validation"):
         read_split(tmp_path, "dev")
     (tmp_path / "train.csv").write_text("text,label\n")
-    with pytest.raises(DataError, match=r"one file a split, got train\.csv and train\.jsonl"):
+    with pytest.raises(
+        DataError, match=r"one file for each split, got train\.csv and train\.jsonl"
+    ):
         read_split(tmp_path, "train")
 
 
@@ -252,7 +290,7 @@ def test_hub_name_with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"glue:sst2\[train\], line 2: sentence: .* empty"):
         read_split("glue:sst2", "train", fields=Fields(text="sentence"))
     assert asked == [("glue", "sst2")]
-    assert read_split("glue:sst2", "dev", optional=True) is None
+    assert find_split("glue:sst2", "dev") is None
     with pytest.raises(DataError, match="expected a split dev, got train"):
         read_split("glue:sst2", "dev")
     with pytest.raises(DataError, match=r"'gone' \(no such set\)$"):
@@ -434,27 +472,16 @@ def test_evaluation_batches_are_sorted_and_whole() -> None:
 
 
 def test_fingerprint_sees_every_column() -> None:
-    rows = Rows(("a", "b"), ("c", "d"), (0, 1), "x", (1, 2))
-    others = [
-        Rows(("a", "B"), ("c", "d"), (0, 1), "x", (1, 2)),
-        Rows(("a", "b"), ("c", "D"), (0, 1), "x", (1, 2)),
-        Rows(("a", "b"), None, (0, 1), "x", (1, 2)),
-        Rows(("a", "b"), ("c", "d"), (1, 0), "x", (1, 2)),
+    rows = Rows(("a", "b"), ("c", "d"), (0, 1), "x", (1, 2), ("e", "f"))
+    changes: list[dict[str, Any]] = [
+        {"texts": ("a", "B")},
+        {"pairs": ("c", "D")},
+        {"pairs": None},
+        {"labels": (1, 0)},
+        {"targets": ("e", "F")},
+        {"targets": None},
     ]
-    prints = collections.Counter(r.fingerprint() for r in (rows, *others))
-    assert max(prints.values()) == 1
-    assert Rows(("a", "b"), ("c", "d"), (0, 1), "y", (3, 4)).fingerprint() == rows.fingerprint()
-
-
-def test_shared_data_reads(shared_data: Path) -> None:
-    rows = read_split(shared_data / "rte", "validation")
-    assert rows is not None
-    with (shared_data / "rte" / "validation.jsonl").open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    assert rows.texts == tuple(line["text"] for line in lines)
-    assert rows.pairs == tuple(line["text_pair"] for line in lines)
-    assert rows.labels == tuple(line["label"] for line in lines)
-
-
-def test_tokenised_lengths() -> None:
-    assert Tokenised(({"input_ids": [1, 2]}, {"input_ids": [3]}), None, 0).lengths == [2, 1]
+    prints = {dataclasses.replace(rows, **change).fingerprint() for change in ({}, *changes)}
+    assert len(prints) == 1 + len(changes)
+    moved = dataclasses.replace(rows, source="y", lines=(3, 4))
+    assert moved.fingerprint() == rows.fingerprint()

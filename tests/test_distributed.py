@@ -1,26 +1,20 @@
-"""Two processes over gloo: DDP, FSDP2, and a run of the Trainer that is killed and resumed."""
+"""Two processes over gloo: DDP, FSDP2, and a run of the Trainer."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ept_fast import EPTModel
-from tests.distributed import run_fsdp, run_trainer
+from tests.distributed import run_fsdp, trainers
 from tests.distributed.checks import assert_close, assert_equal, assert_within, cells
+from tests.distributed.launch import ROOT, torchrun
 from tests.distributed.tasks import (
     batch_of,
     gradients_of,
@@ -29,67 +23,16 @@ from tests.distributed.tasks import (
     trained,
     values_of,
 )
-from tests.distributed.trainers import fresh_accelerate
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = 2
-SECONDS = 150  # how long a launch may take before it counts as hanging
 
 
-def kill(launched: subprocess.Popen[str]) -> None:
-    """SIGKILL the launcher and every process that it started."""
-    try:
-        launcher = psutil.Process(launched.pid)
-        family = [*launcher.children(recursive=True), launcher]
-    except psutil.NoSuchProcess:
-        return
-    for process in family:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    launched.wait()
-    psutil.wait_procs(family, timeout=10)
-
-
-@contextmanager
-def started(script: str, *arguments: str, log: Path) -> Iterator[subprocess.Popen[str]]:
-    """``torchrun`` with two processes, on a port that it finds free; none outlives the block."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={PROCESSES}", str(ROOT / "tests" / "distributed" / script)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-    }
-    with log.open("w") as output:
-        launched = subprocess.Popen(
-            [*command, *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            yield launched
-        finally:
-            kill(launched)
-
-
-def run(script: str, folder: Path, *arguments: str) -> Path:
-    """Run a script to its end; the folder that it wrote to."""
-    log = folder / f"{script}.log"
-    with started(script, str(folder), *arguments, log=log) as launched:
-        try:
-            status = launched.wait(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            status = f"none in {SECONDS} seconds"
-    assert status == 0, f"{script}: exit status {status}\n{log.read_text()[-2500:]}"
+def run(script: str, folder: Path) -> Path:
+    """Run a script to its end in two processes; the folder that it wrote to."""
+    done = torchrun(str(ROOT / "tests" / "distributed" / script), str(folder))
+    assert done.returncode == 0, f"{script}: {done.stdout[-2500:]}{done.stderr[-2500:]}"
     return folder
 
 
@@ -119,41 +62,18 @@ def test_ddp_sends_what_is_trained(ddp: Path) -> None:
         assert not [name for name in facts["trained"] if "other" in name]
 
 
-@pytest.mark.support(row="DDP", column=run_trainer.TASK)
-@pytest.mark.support(row="Trainer", column=run_trainer.TASK)
+@pytest.mark.support(row="DDP", column=trainers.TASK)
+@pytest.mark.support(row="Trainer", column=trainers.TASK)
 def test_trainer_in_two_processes(ddp: Path, tmp_path: Path) -> None:
     """The weights of one process with batches of the same rows, and the same in both."""
     first, second = (load_file(ddp / "run" / f"end-{rank}.safetensors") for rank in range(2))
     assert_equal(second, first)
-    start = values_of(make_model(run_trainer.TASK))
-    with fresh_accelerate():
-        alone = run_trainer.train(tmp_path, 1)
+    start = values_of(make_model(trainers.TASK))
+    with trainers.fresh_accelerate():
+        alone = trainers.train(tmp_path, 1)
     for name, value in alone.items():
         moved = (value - start[name]).norm()
         assert (first[name] - value).norm() < 1e-3 * moved, name
-
-
-@pytest.mark.support(row="DDP", column=run_trainer.TASK)
-@pytest.mark.support(row="Trainer", column=run_trainer.TASK)
-def test_killed_run(ddp: Path, tmp_path: Path) -> None:
-    """Both processes killed between two checkpoints: resumed, they end with the same bits."""
-    marks = [tmp_path / f"paused-{rank}" for rank in range(PROCESSES)]
-    log = tmp_path / "killed.log"
-    with started("run_trainer.py", str(tmp_path), "--pause", "5", log=log) as launched:
-        end = time.monotonic() + SECONDS
-        while not all(mark.exists() for mark in marks):
-            assert launched.poll() is None, log.read_text()[-2500:]
-            assert time.monotonic() < end, log.read_text()[-2500:]
-            time.sleep(0.1)
-        kill(launched)
-    assert launched.returncode == -9
-    found = {path.name for path in tmp_path.glob("checkpoint-*")}
-    assert found == {"checkpoint-2", "checkpoint-4"}
-    assert not list(tmp_path.glob("end-*"))
-    run("run_trainer.py", tmp_path, "--resume")
-    for rank in range(PROCESSES):
-        got = load_file(tmp_path / f"end-{rank}.safetensors")
-        assert_equal(got, load_file(ddp / "run" / f"end-{rank}.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +140,7 @@ def test_fsdp_generates(fsdp: Path) -> None:
 
 
 def test_fsdp_refusals(fsdp: Path) -> None:
-    """Where a process has a part of a tensor only, an error says so; no wrong value comes out."""
+    """If a process has a part of a tensor only, an error says so; no wrong value comes out."""
     sharded = r"ValueError: {}: expected a whole tensor, got one sharded by FSDP2: call the sharded"
     for rank in range(PROCESSES):
         found = facts_of(fsdp, rank)["refusals"]

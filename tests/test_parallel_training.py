@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from ept_fast.training.checkpoints import newest_checkpoint
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import train
+from tests.distributed.launch import ROOT, torchrun
 from tests.tiny import (
     answer_rows,
     options,
@@ -27,65 +26,6 @@ from tests.tiny import (
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
-# Trains the runs of a JSON file one after another, and writes what each process got of each. Where
-# told to, rank 1 dies or comes late, another run holds the folder, or the main process cannot write
-# a file.
-CHILD = """
-import json, os, random, signal, sys, time
-from datetime import timedelta
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from filelock import FileLock
-torch.set_num_threads(1)
-from ept_fast.storage import files
-from ept_fast.training.config import TrainConfig
-from ept_fast.training.job import LOCK_FILE, train
-from ept_fast.training.trainer import PromptTrainer
-
-folder = Path(sys.argv[1])
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-rank = dist.get_rank()
-step, mkstemp = PromptTrainer.training_step, files.tempfile.mkstemp
-outcomes = []
-
-def dying(self, *args, **kwargs):
-    if self.state.global_step == 5 and rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *args, **kwargs)
-
-def without_room_for(name):
-    def full(*args, prefix, **kwargs):
-        if prefix == f".{name}.":
-            raise OSError(28, "No space left on device")
-        return mkstemp(*args, prefix=prefix, **kwargs)
-    return full
-
-for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
-    settings = {name: v[rank] if isinstance(v, list) else v for name, v in job["run"].items()}
-    output = Path(settings["output"])
-    if job.get("late") and rank == 1:
-        end = time.monotonic() + 3  # where the other one does not wait its folder is there by then
-        while not output.exists() and time.monotonic() < end:
-            time.sleep(0.01)
-    if job.get("uneven"):
-        time.sleep(random.Random(2 * number + rank).uniform(0, 0.2))
-    other = FileLock(output / LOCK_FILE)
-    if job.get("held") and rank == 0:
-        other.acquire()
-    PromptTrainer.training_step = dying if job.get("dies") else step
-    files.tempfile.mkstemp = without_room_for(job["full"]) if "full" in job else mkstemp
-    try:
-        metrics = train(TrainConfig(**settings), progress=False, **job.get("how", {}))
-        assert metrics["processes"] == 2
-        outcomes.append(["metrics", metrics["after"]["loss"]])
-    except Exception as error:
-        outcomes.append([type(error).__name__, str(error)])
-    other.release()
-    (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
-dist.destroy_process_group()
-"""
-
 CASES: dict[str, dict[str, Any]] = {
     "classification": {},
     "seq2seq": {"task": "seq2seq", "gradient_accumulation_steps": 2},
@@ -93,25 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-TORCHRUN = ("--standalone", "--nproc-per-node", "2")
-
-
-def torchrun(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *TORCHRUN, *words],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-
-
-def launch(root: Path, folder: Path, jobs: list[dict[str, Any]]) -> Any:
+def launch(folder: Path, jobs: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
     """Do the jobs: dicts of ``run``, maybe ``how``, and what goes wrong."""
-    (folder / "child.py").write_text(CHILD)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    return torchrun(root, str(folder / "child.py"), str(folder))
+    return torchrun(str(ROOT / "tests" / "distributed" / "run_job.py"), str(folder))
 
 
 def outcomes(folder: Path) -> list[list[list[Any]]]:
@@ -120,7 +45,7 @@ def outcomes(folder: Path) -> list[list[list[Any]]]:
 
 
 @pytest.fixture(scope="module")
-def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The settings of a run of each case that two processes made, and of one that was killed."""
     folder = tmp_path_factory.mktemp("parallel")
     models = {
@@ -139,7 +64,7 @@ def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
         settings[case] = run
     settings["killed"] = {**settings["packed"], "output": str(folder / "killed")}
     jobs = [{"run": run, "dies": case == "killed"} for case, run in settings.items()]
-    result = launch(root, folder, jobs)
+    result = launch(folder, jobs)
     assert result.returncode != 0
     assert "Signal 9 (SIGKILL)" in result.stderr, result.stderr
     return settings
@@ -166,7 +91,7 @@ def test_two_processes_train_as_one(
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(
-    root: Path, runs: dict[str, dict[str, Any]], tmp_path: Path
+    runs: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     output = Path(runs["killed"]["output"])
     assert not (output / "metrics.json").exists()
@@ -179,7 +104,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     }
     with pytest.raises(ValueError, match="WORLD_SIZE: expected 2 as in the run to resume, got 1"):
         train(TrainConfig(**runs["killed"]), resume=True, progress=False)
-    result = launch(root, tmp_path, [{"run": runs["killed"], "how": {"resume": True}}])
+    result = launch(tmp_path, [{"run": runs["killed"], "how": {"resume": True}}])
     assert result.returncode == 0, result.stderr
     assert [[kind for kind, _ in found] for found in outcomes(tmp_path)] == [["metrics"]] * 2
     whole = Path(runs["packed"]["output"])
@@ -217,7 +142,7 @@ DECISIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one process cannot read the data": (
         {"run": {"data": ["{data}", "{data}/gone.jsonl"]}, "how": {"overwrite": True}},
-        "DataError: {data}/gone.jsonl: expected a readable file, got no such file",
+        "DataError: {data}/gone.jsonl: expected a readable file, got No such file",
     ),
     "one process cannot read the model": (
         {"run": {"model": ["{model}", "{data}"]}, "how": {"overwrite": True}},
@@ -238,7 +163,7 @@ DECISIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def test_what_one_process_decides_or_fails_at_reaches_both(
-    root: Path, tiny: dict[str, Any], tmp_path: Path
+    tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     def filled(value: Any) -> Any:
         if isinstance(value, list):
@@ -249,7 +174,7 @@ def test_what_one_process_decides_or_fails_at_reaches_both(
     for job, _ in DECISIONS.values():
         changes = {name: filled(value) for name, value in job.get("run", {}).items()}
         jobs.append({**job, "run": {**tiny, "output": str(tmp_path / "out"), **changes}})
-    result = launch(root, tmp_path, jobs)
+    result = launch(tmp_path, jobs)
     assert result.returncode == 0, result.stderr
     main, other = outcomes(tmp_path)
     for case, got in zip(DECISIONS, main, strict=True):
@@ -257,25 +182,21 @@ def test_what_one_process_decides_or_fails_at_reaches_both(
     assert main == other
 
 
-def test_twenty_runs_of_two_processes_all_succeed(
-    root: Path, tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_twenty_runs_of_two_processes_all_succeed(tiny: dict[str, Any], tmp_path: Path) -> None:
     jobs = [
         {"uneven": True, "run": {**tiny, "output": str(tmp_path / f"out-{number}")}}
         for number in range(20)
     ]
-    result = launch(root, tmp_path, jobs)
+    result = launch(tmp_path, jobs)
     assert result.returncode == 0, result.stderr
     for found in outcomes(tmp_path):
         assert [kind for kind, _ in found] == ["metrics"] * 20
 
 
-def test_a_mistake_is_said_once_on_the_command_line(
-    root: Path, tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_mistake_is_said_once_on_the_command_line(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     words = options({**tiny, "output": tmp_path})
-    result = torchrun(root, "-m", "ept_fast", "train", *words)
+    result = torchrun("-m", "ept_fast", "train", *words)
     assert result.returncode != 0
     assert result.stdout == ""
     said = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]

@@ -33,7 +33,8 @@ from ept_fast.training.checkpoints import (
 )
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError
-from ept_fast.training.job import LOCK_FILE, train
+from ept_fast.training.folder import LOCK_FILE
+from ept_fast.training.job import train
 from ept_fast.training.trainer import PromptTrainer
 from ept_fast.transformers.adapter import HEAD_FILE
 from tests.tiny import (
@@ -107,7 +108,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def settings_of(inputs: tuple[Path, Path], output: Path, **changes: Any) -> dict[str, Any]:
     # With dropout the random state decides too, so that it has to come back with the rest.
-    return small_run(*inputs, output, max_steps=40, head_dropout=0.2, keep="best", **changes)
+    run = small_run(*inputs, output, max_steps=40, head_dropout=0.2, keep="best")
+    return {**run, **changes}
+
+
+def start(settings: dict[str, Any], **how: Any) -> dict[str, Any]:
+    return train(TrainConfig(**settings), progress=False, **how)
 
 
 def outcome(output: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -127,12 +133,12 @@ def finished(
     """The run that nobody kills, made inside the first test that asks, by its algorithms."""
     if not _FINISHED:
         output = tmp_path_factory.mktemp("finished") / "out"
-        train(TrainConfig(**settings_of(inputs, output)), progress=False)
+        start(settings_of(inputs, output))
         _FINISHED.append(output)
     return _FINISHED[0]
 
 
-def command_line(root: Path, words: list[str], **how: Any) -> subprocess.Popen[str]:
+def command_line(root: Path, words: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *words],
@@ -140,7 +146,6 @@ def command_line(root: Path, words: list[str], **how: Any) -> subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        **how,
     )
 
 
@@ -160,7 +165,7 @@ def test_killed_run_resumes_to_the_same_weights(
             expected = f"^output: expected a folder that no other run is using, got {output} "
             for how in ({}, {"resume": True}, {"overwrite": True}):
                 with pytest.raises(FileExistsError, match=expected):
-                    train(TrainConfig(**settings), progress=False, **how)
+                    start(settings, **how)
             assert files_of(output) == before
         finally:
             os.kill(child.pid, signal.SIGKILL)
@@ -171,7 +176,7 @@ def test_killed_run_resumes_to_the_same_weights(
     assert (output / LOCK_FILE).exists()
     complete = complete_checkpoints(output / "checkpoints")
     assert [path.name for path in complete] == [f"checkpoint-{steps}" for steps in PLACES[place]]
-    train(TrainConfig(**settings), resume=True, progress=False)
+    start(settings, resume=True)
     assert outcome(output) == outcome(finished)
     assert not (output / LOCK_FILE).exists()
 
@@ -179,8 +184,8 @@ def test_killed_run_resumes_to_the_same_weights(
 def test_finished_run_gives_its_metrics_again(inputs: tuple[Path, Path], finished: Path) -> None:
     path = finished / "metrics.json"
     stamp = path.stat().st_mtime_ns
-    config = TrainConfig(**settings_of(inputs, finished))
-    assert train(config, resume=True, progress=False) == json.loads(path.read_text())
+    found = start(settings_of(inputs, finished), resume=True)
+    assert found == json.loads(path.read_text())
     assert path.stat().st_mtime_ns == stamp
 
 
@@ -188,8 +193,6 @@ def test_finished_run_gives_its_metrics_again(inputs: tuple[Path, Path], finishe
     ("changes", "message"),
     [
         ({"seed": 1}, "seed: expected 0 as in the run to resume, got 1"),
-        ({"head_lr": 0.5}, "head_lr: expected 0.03 as in the run to resume, got 0.5"),
-        ({"max_length": 12}, "max_length: expected 16 as in the run to resume, got 12"),
         ({}, "data: expected the rows of the run to resume, got others"),
     ],
 )
@@ -197,14 +200,14 @@ def test_another_run_is_not_resumed(
     changes: dict[str, Any], message: str, inputs: tuple[Path, Path], finished: Path, tmp_path: Path
 ) -> None:
     output, _, _ = copy_of(finished, tmp_path)
-    settings = {**settings_of(inputs, output), **changes}
+    settings = settings_of(inputs, output, **changes)
     rows = Path(settings["data"]) / "train.jsonl"
     written, before = rows.read_bytes(), files_of(output)
     try:
         if not changes:
             write_rows(rows, task_rows(96, seed=9))
         with pytest.raises(ValueError, match=message):
-            train(TrainConfig(**settings), resume=True, progress=False)
+            start(settings, resume=True)
     finally:
         rows.write_bytes(written)
     assert files_of(output) == before
@@ -236,18 +239,14 @@ def leave_the_folder(path: Path) -> None:
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "missing": os.unlink,
-    "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(b"garbage"),
     "one bit": flip_a_bit,
     "elsewhere": leave_the_folder,
 }
 MARKERS = {
     "empty": (b"", "expected a JSON object, got "),
-    "not JSON": (b"garbage", "expected a JSON object, got "),
     "a list": (b"[]", "expected a JSON object, got list"),
     "of an earlier version": (b'{"step": 40}', "sha256: expected the digests of the"),
-    "without digests": (b'{"sha256": {}}', "sha256: expected the digests of the"),
-    "digests of another type": (b'{"sha256": ["optimizer.pt"]}', "sha256: expected the digests"),
     "digests that are no text": (b'{"sha256": {"optimizer.pt": 1}}', "['optimizer.pt']"),
     "a file outside": (b'{"sha256": {"../checkpoint-30/optimizer.pt": ""}}', "'../checkpoint-30/"),
 }
@@ -263,6 +262,7 @@ def test_a_damaged_file_makes_a_checkpoint_unsound(
     names = {path.relative_to(newer).as_posix() for path in files}
     expected = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     assert names > {*expected, "progress.json", TENSOR_FILE, HEAD_FILE, f"best/{HEAD_FILE}"}
+    (newer / "notes.txt").write_text("not in the marker")
     check_complete(newer)
     for path in files:
         data = path.read_bytes()
@@ -312,7 +312,7 @@ def test_best_weights_that_are_damaged_meanwhile_get_into_no_checkpoint(
     inputs: tuple[Path, Path], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    config = TrainConfig(**settings_of(inputs, output))
+    settings = settings_of(inputs, output)
     save = PromptTrainer._save_checkpoint
 
     def saving(self: PromptTrainer, *args: Any) -> None:
@@ -323,18 +323,10 @@ def test_best_weights_that_are_damaged_meanwhile_get_into_no_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(PromptTrainer, "_save_checkpoint", saving)
         with pytest.raises(CheckpointError, match=rf"best/adapter.json: sha256: .*{HEAD_FILE}"):
-            train(config, progress=False)
+            start(settings)
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["checkpoint-10"]
-    train(config, resume=True, progress=False)
+    start(settings, resume=True)
     assert outcome(output) == outcome(finished)
-
-
-def test_a_file_that_the_marker_does_not_name_does_not_matter(
-    finished: Path, tmp_path: Path
-) -> None:
-    _, _, newer = copy_of(finished, tmp_path)
-    (newer / "notes.txt").write_text("mine")
-    check_complete(newer)
 
 
 def damaged(finished: Path, folder: Path, name: str) -> tuple[Path, list[str]]:
@@ -361,7 +353,7 @@ def test_a_run_goes_on_from_the_newest_sound_checkpoint(
 ) -> None:
     """To the weights of the unbroken run, and writes the damaged checkpoint anew."""
     output, said = damaged(finished, tmp_path, name)
-    train(TrainConfig(**settings_of(inputs, output)), resume=True, progress=False)
+    start(settings_of(inputs, output), resume=True)
     assert [r.getMessage() for r in caplog.records if r.name == "ept_fast"] == said
     assert outcome(output) == outcome(finished)
     complete = complete_checkpoints(output / "checkpoints")
@@ -399,7 +391,7 @@ def test_damaged_checkpoints_only_are_a_clear_error(
         rf"{older}/complete.json: expected a JSON object, got "
     )
     with pytest.raises(CheckpointError, match=expected):
-        train(TrainConfig(**settings_of(inputs, output)), resume=True, progress=False)
+        start(settings_of(inputs, output), resume=True)
     assert files_of(output) == before
 
 
@@ -418,38 +410,6 @@ def test_newest_counts_steps_and_wants_the_marker(tmp_path: Path) -> None:
     assert sound_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
-# Waits for a line before it starts.
-TOGETHER = """
-import sys
-from ept_fast.training import trainer
-from ept_fast.cli import main
-print("ready", flush=True)
-sys.stdin.readline()
-main()
-"""
-
-
-@pytest.mark.slow
-def test_of_runs_that_start_together_one_runs(
-    inputs: tuple[Path, Path], finished: Path, root: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "new" / "out"
-    words = ["-c", TOGETHER, "train", "--quiet", *options(settings_of(inputs, output))]
-    runs = [command_line(root, words, stdin=subprocess.PIPE) for _ in range(2)]
-    for run in runs:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "ready\n"
-    for run in runs:
-        assert run.stdin is not None
-        run.stdin.write("\n")
-        run.stdin.flush()
-    errors = [run.communicate()[1] for run in runs]
-    assert sorted(run.returncode for run in runs) == [0, 2], errors
-    # Or "expected an empty folder", where the one had ended before the other came that far.
-    assert max(errors).startswith("Error: output: expected "), errors
-    assert outcome(output) == outcome(finished)
-
-
 def test_the_folder_is_looked_at_under_the_lock(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,20 +423,8 @@ def test_the_folder_is_looked_at_under_the_lock(
 
     monkeypatch.setattr(FileLock, "acquire", late)
     with pytest.raises(FileExistsError, match="output: expected an empty folder"):
-        train(TrainConfig(**settings_of(inputs, output)), progress=False)
+        start(settings_of(inputs, output))
     assert files_of(output) == {output / "metrics.json": b"theirs"}
-
-
-@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=str)
-def test_the_lock_file_of_a_dead_run_hinders_nothing(
-    how: dict[str, Any], inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / LOCK_FILE).write_text("")
-    settings = {**settings_of(inputs, output), "max_steps": 1, "eval_before": False}
-    train(TrainConfig(**settings), progress=False, **how)
-    assert not (output / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -489,19 +437,19 @@ def test_a_link_in_place_of_the_lock_file_is_not_followed(
         target.write_text("mine")
     (output / LOCK_FILE).symlink_to(target)
     with pytest.raises(WriteError, match=rf"{LOCK_FILE}: expected a writable file, got "):
-        train(TrainConfig(**settings_of(inputs, output)), progress=False)
+        start(settings_of(inputs, output))
     assert files_of(tmp_path) == ({output / LOCK_FILE: b"mine", target: b"mine"} if there else {})
     assert (output / LOCK_FILE).is_symlink()
 
 
 def test_a_start_that_fails_leaves_no_folder(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     output = tmp_path / "a" / "b" / "out"
-    settings = {**settings_of(inputs, output), "data": str(tmp_path / "gone.jsonl")}
+    settings = settings_of(inputs, output, data=str(tmp_path / "gone.jsonl"))
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(DataError):
-            train(TrainConfig(**settings), progress=False, **how)
+            start(settings, **how)
         assert not (tmp_path / "a").exists()
     (tmp_path / "a").mkdir()
     with pytest.raises(DataError):
-        train(TrainConfig(**settings), progress=False)
+        start(settings)
     assert not list((tmp_path / "a").iterdir())

@@ -1,4 +1,4 @@
-"""Rows with target texts: reading, tokenising, batches, and the metrics of what is written."""
+"""Rows with target texts: tokenising, batches, and the metrics of what is written."""
 
 from __future__ import annotations
 
@@ -11,101 +11,11 @@ import pytest
 import torch
 
 from ept_fast.training.batches import Collator, GroupedBatches
-from ept_fast.training.data import DataError, Fields, Rows, hold_out, read_rows, read_split
+from ept_fast.training.data import DataError, Rows
 from ept_fast.training.metrics import exact_match, goodness, perplexity, token_f1
 from ept_fast.training.report import write_samples
 from ept_fast.training.tokens import TextForm, end_token, tokenise_inputs, tokenise_text
-from tests.tiny import save_word_tokenizer, write_rows
-
-GOOD_LINE = '{"text": "a", "target": "b"}'
-
-# name: (answer, file, content, what the message must hold beside the file's name)
-MALFORMED: dict[str, tuple[str, str, str, list[str]]] = {
-    "no target": ("target", "d.jsonl", '{"text": "a", "label": 1}', ["line 1", "only text, label"]),
-    "number as target": ("target", "d.jsonl", '{"text": "a", "target": 3}', ["target", "int 3"]),
-    "null target": ("target", "d.jsonl", '{"text": "a", "target": null}', ["target", "NoneType"]),
-    "empty target": (
-        "target", "d.jsonl", f'{GOOD_LINE}\n{{"text": "a", "target": ""}}', ["line 2", "target: "],
-    ),
-    "only spaces": ("target", "d.jsonl", '{"text": "a", "target": " "}', ["target", "only spaces"]),
-    "lone surrogate": (
-        "target", "d.jsonl", '{"text": "a", "target": "\\ud800"}', ["target", "surrogate"],
-    ),
-    "no column": ("target", "d.csv", "text,label\na,b\n", ["line 1", "target", "text, label"]),
-    "empty cell": ("target", "d.tsv", "text\ttarget\na\tb\nc\t\n", ["line 3", "target", "empty"]),
-    "target comes late": (
-        "optional target", "d.jsonl", f'{{"text": "a"}}\n{GOOD_LINE}',
-        ["line 2", "target", "none as in the rows before", "got one"],
-    ),
-    "target is lost": (
-        "optional target", "d.jsonl", f'{GOOD_LINE}\n{{"text": "a"}}',
-        ["line 2", "target", "a target as in the rows before", "got none"],
-    ),
-    "texts alone": ("target", "d.txt", "a\n", [".jsonl, .csv, .tsv, got '.txt'"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_rows_name_file_line_and_field(case: str, tmp_path: Path) -> None:
-    answer, name, content, parts = MALFORMED[case]
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError) as caught:
-        read_rows(tmp_path / name, answer=answer)
-    message = str(caught.value)
-    assert message.startswith(str(tmp_path / name)), message
-    missing = [part for part in parts if part not in message]
-    assert not missing, message
-
-
-FILES = {
-    "d.jsonl": '{"text": "a, b", "target": "c", "text_pair": 5}\n{"target": "d", "text": "e"}\n',
-    "d.csv": 'target,text\nc,"a, b"\nd,e\n',
-    "d.tsv": "text\tother\ttarget\na, b\t1\tc\ne\t2\td\n",
-}
-
-
-@pytest.mark.parametrize("answer", ["target", "optional target"])
-@pytest.mark.parametrize("name", FILES)
-def test_formats_give_the_same_rows(name: str, answer: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(FILES[name])
-    rows = read_rows(tmp_path / name, answer=answer)
-    assert (rows.texts, rows.targets) == (("a, b", "e"), ("c", "d"))
-    assert rows.pairs is None
-    assert rows.labels is None
-    assert rows.take([1]).targets == ("d",)
-    assert hold_out(rows, 0.5, seed=0)[0].targets in (("c",), ("d",))
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("d.txt", "a\n\nb\n"), ("d.jsonl", '{"text": "a"}\n{"text": "b", "target": null}\n')],
-)
-def test_texts_alone(name: str, content: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    rows = read_rows(tmp_path / name, answer="optional target")
-    assert (rows.texts, rows.targets) == (("a", "b"), None)
-
-
-def test_other_columns_and_folders(tmp_path: Path) -> None:
-    write_rows(tmp_path / "train.jsonl", [{"q": "a", "a": "b"}])
-    rows = read_split(tmp_path, "train", fields=Fields(text="q", target="a"), answer="target")
-    assert rows is not None
-    assert (rows.texts, rows.targets) == (("a",), ("b",))
-    with pytest.raises(ValueError, match="answer: expected one of label, target, optional target"):
-        read_rows(tmp_path / "train.jsonl", answer="text")
-
-
-def test_fingerprint_sees_the_target() -> None:
-    rows = Rows(("a", "b"), None, None, "x", (1, 2), ("c", "d"))
-    prints = {
-        rows.fingerprint(),
-        Rows(("a", "b"), None, None, "x", (1, 2), ("c", "e")).fingerprint(),
-        Rows(("a", "b"), None, None, "x", (1, 2)).fingerprint(),
-    }
-    assert len(prints) == 3
-
-
-# Token ids ------------------------------------------------------------------------------------
+from tests.tiny import save_word_tokenizer
 
 # ids of the words in the tests below; <s> is 1 and </s> is 2
 ID = {"the": 14, "a": 15, "play": 16, "song": 17, "walk": 18, "soup": 19, "yes": 25, "good": 26}
@@ -136,10 +46,6 @@ def rows_of(*pairs: tuple[str, str | None]) -> Rows:
     return Rows(texts, None, None, "d", lines, None if targets[0] is None else targets)
 
 
-def test_words_have_the_ids_of_these_tests(starting: Any) -> None:
-    assert starting(" ".join(ID))["input_ids"] == [1, *ID.values()]
-
-
 def test_seq2seq_rows(ending: Any) -> None:
     rows = rows_of(("the play", "yes"), ("the song a walk", "good good good"))
     tokens = tokenise_text(rows, ending, TextForm("seq2seq", 4, 3))
@@ -149,7 +55,7 @@ def test_seq2seq_rows(ending: Any) -> None:
     assert tokens.lengths == [3, 4]
 
 
-def test_a_target_gets_an_end_where_the_tokenizer_gives_none(starting: Any) -> None:
+def test_a_target_gets_an_end_if_the_tokenizer_gives_none(starting: Any) -> None:
     tokens = tokenise_text(rows_of(("the play", "yes")), starting, TextForm("seq2seq", 8, 8))
     assert tokens[0] == {"input_ids": [1, 14, 16], "labels": [1, 25, 2]}
 
@@ -226,7 +132,7 @@ def test_a_limit_without_room_for_a_token_is_an_error(
             tokenise_text(rows, tokenizer, TextForm(**form, **{**limits, field: limit}))
 
 
-def test_an_empty_text_is_read_where_it_has_a_token(starting: Any, ending: Any) -> None:
+def test_an_empty_text_is_read_if_it_has_a_token(starting: Any, ending: Any) -> None:
     rows = rows_of(("the play", None), ("", None))
     causal = TextForm("causal", 4, 2, separator="")
     assert tokenise_inputs(rows, ending, TextForm("seq2seq", 4, 2))[1] == {"input_ids": [2]}

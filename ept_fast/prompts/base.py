@@ -211,6 +211,7 @@ class Prompt(SplicedPrompt):
 
     config_class: ClassVar[type[PromptConfig]]
     groups: ClassVar[Mapping[str, tuple[str, ...]]]
+    has_gate = False  # whether there are ``gate_weights()`` to look at
     num_tasks: int | None
 
     def __init__(

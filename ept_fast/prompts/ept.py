@@ -114,6 +114,11 @@ class FusedEPTPrompt(Prompt):
             backend=self.backend,
         )
 
+    @property
+    def has_gate(self) -> bool:  # type: ignore[override]
+        """Whether the prompt has subspaces, and so a gate."""
+        return self.gate_weight is not None
+
     @torch.no_grad()
     def gate_weights(self) -> Tensor:
         """The gate's weight of every subspace for every prompt token, ``[(T,) m, K]``.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ept_fast.training.config import MOST
 from ept_fast.training.tokens import IGNORED
@@ -50,24 +51,22 @@ class Collator:
         return cls(int(pad), padding_side or tokenizer.padding_side)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
 
-        def pad(values: list[int], filler: int) -> list[int]:
-            gap = [filler] * (longest - len(values))
-            return gap + values if self.padding_side == "left" else values + gap
+        def padded(name: str, filler: int, side: str) -> Tensor:
+            ids = [torch.tensor(row[name]) for row in rows]
+            return pad_sequence(ids, True, padding_value=filler, padding_side=side)
 
+        fillers = {"input_ids": self.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
         batch = {
-            "input_ids": torch.tensor([pad(r["input_ids"], self.pad_token_id) for r in rows]),
-            "attention_mask": torch.tensor([pad([1] * len(r["input_ids"]), 0) for r in rows]),
+            name: padded(name, filler, self.padding_side)
+            for name, filler in fillers.items()
+            if name in rows[0]
         }
-        if "token_type_ids" in rows[0]:
-            batch["token_type_ids"] = torch.tensor([pad(r["token_type_ids"], 0) for r in rows])
-        if "labels" in rows[0]:
-            labels = [row["labels"] for row in rows]
-            if isinstance(labels[0], list):
-                most = max(len(ids) for ids in labels)
-                labels = [ids + [IGNORED] * (most - len(ids)) for ids in labels]
-            batch["labels"] = torch.tensor(labels)
+        labels = [row["labels"] for row in rows if "labels" in row]
+        if labels:
+            lists = isinstance(labels[0], list)
+            batch["labels"] = padded("labels", IGNORED, "right") if lists else torch.tensor(labels)
         return batch
 
 
@@ -84,7 +83,6 @@ class PackingCollator:
 
     def __call__(self, packs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Tensor]:
         batch = self.collator([segment for pack in packs for segment in pack])
-        width = max(sum(len(segment["input_ids"]) for segment in pack) for pack in packs)
         length = batch["input_ids"].shape[1]
         start = 0
         rows = []
@@ -93,10 +91,11 @@ class PackingCollator:
             for segment in pack:
                 row += range(start, start + len(segment["input_ids"]))
                 start += length
-            rows.append(row + [-1] * (width - len(row)))
-        return {**batch, "pack_index": torch.tensor(rows)}
+            rows.append(torch.tensor(row))
+        return {**batch, "pack_index": pad_sequence(rows, True, -1)}
 
 
+@dataclass(eq=False)
 class GroupedBatches:
     """The batches of a whole run, as a batch sampler: a pure function of the seed.
 
@@ -109,7 +108,7 @@ class GroupedBatches:
     ``parts`` of them follow each other (gradient accumulation), and each of those has a share for
     every process. Which rows a step sees depends on ``batch_size * parts * world_size`` alone.
 
-    Args:
+    Attributes:
         lengths: tokens of each row.
         batch_size: rows of a part; one step of an epoch may have fewer.
         num_batches: optimizer steps of the whole run.
@@ -122,23 +121,19 @@ class GroupedBatches:
         ValueError: fewer rows than parts and processes.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        num_batches: int,
-        seed: int,
-        group: bool = True,
-        *,
-        parts: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.lengths, self.num_batches = lengths, num_batches
-        self.seed, self.group = seed, group
-        self.parts, self.rank, self.world_size = parts, rank, world_size
-        self.pieces = parts * world_size
-        self.batch_size = batch_size * self.pieces
+    lengths: Sequence[int]
+    batch_size: int
+    num_batches: int
+    seed: int
+    _: KW_ONLY
+    group: bool = True
+    parts: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.pieces = self.parts * self.world_size
+        self.step_size = self.batch_size * self.pieces  # rows
         self._check()
 
     def _check(self) -> None:
@@ -157,7 +152,9 @@ class GroupedBatches:
         while left:
             for batch in self._steps(generator)[:left]:
                 left -= 1
-                shares = _shares(batch, self.pieces)
+                # Parts that follow each other, of equal size give or take one.
+                cuts = [len(batch) * i // self.pieces for i in range(self.pieces + 1)]
+                shares = [batch[a:b] for a, b in itertools.pairwise(cuts)]
                 yield from shares[self.rank :: self.world_size]
 
     def steps_of(self, epochs: float) -> int:
@@ -167,7 +164,7 @@ class GroupedBatches:
             ValueError: more steps than a run can have.
         """
         part, whole = math.modf(epochs)
-        each = len(self._steps(torch.Generator().manual_seed(self.seed)))  # in whatever order
+        each = len(self._steps(torch.Generator().manual_seed(self.seed)))  # of any order
         steps = int(whole) * each + math.ceil(part * each)
         if steps > MOST["max_steps"]:
             raise ValueError(
@@ -187,7 +184,7 @@ class GroupedBatches:
 
     def _epoch(self, generator: torch.Generator) -> list[list[Any]]:
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        size = self.batch_size
+        size = self.step_size
         if not self.group:
             return [order[i : i + size] for i in range(0, len(order), size)]
         batches = []
@@ -201,46 +198,22 @@ class GroupedBatches:
         return batches
 
 
+@dataclass(eq=False)
 class PackedBatches(GroupedBatches):
     """Batches of packed rows: each row a list of segments of at most ``budget`` tokens together.
 
     Every epoch is a fresh permutation of the segments, cut into runs of up to 1,024 that are sorted
     by length and packed by :func:`first_fit`; the rows of all runs are then shuffled.
 
-    Args:
-        lengths: tokens of each segment.
-        batch_size: rows of a part of an optimizer step.
-        num_batches: optimizer steps of the whole run.
-        seed: of the order.
-        budget: tokens of a row, W at most.
-        parts, rank, world_size: as in :class:`GroupedBatches`.
+    Attributes:
+        budget: tokens of a row, W at most; all others as in :class:`GroupedBatches`, for which a
+            row is a segment here.
 
     Raises:
         ValueError: a segment of more tokens than the budget, or fewer rows than parts.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        num_batches: int,
-        seed: int,
-        budget: int,
-        *,
-        parts: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.budget = budget
-        super().__init__(
-            lengths,
-            batch_size,
-            num_batches,
-            seed,
-            parts=parts,
-            rank=rank,
-            world_size=world_size,
-        )
+    budget: int
 
     def _check(self) -> None:
         longest = max(self.lengths)
@@ -284,7 +257,7 @@ class PackedBatches(GroupedBatches):
             packs = first_fit([self.lengths[i] for i in part], self.budget)
             rows += [[part[i] for i in pack] for pack in packs]
         shuffle = torch.randperm(len(rows), generator=generator).tolist()
-        size = self.batch_size
+        size = self.step_size
         return [[rows[i] for i in shuffle[j : j + size]] for j in range(0, len(rows), size)]
 
 
@@ -304,12 +277,6 @@ def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
         packs[place].append(index)
         room[place] -= length
     return packs
-
-
-def _shares(batch: list[Any], count: int) -> list[list[Any]]:
-    """The batch in ``count`` parts that follow each other, of equal size give or take one."""
-    cuts = [len(batch) * i // count for i in range(count + 1)]
-    return [batch[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -90,7 +90,7 @@ def newest_checkpoint(folder: Path, most: float = math.inf) -> Path | None:
 def sound_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint whose files are those that were written.
 
-    Newer ones that are damaged are named in a warning each, and stay as they are. None where no
+    Newer ones that are damaged are named in one warning each, and stay as they are. None if no
     checkpoint is complete.
 
     Raises:
@@ -115,6 +115,6 @@ def sound_checkpoint(folder: Path) -> Path | None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, or what is left of one; nothing happens where there is none."""
+    """Remove a checkpoint, or what is left of one; nothing happens if there is none."""
     (folder / COMPLETE_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

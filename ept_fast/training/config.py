@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass
+from typing import Any, get_args, get_type_hints
 
 from ept_fast.config import (
+    GATES,
     EPTConfig,
     PromptConfig,
     check_choice,
@@ -14,15 +18,14 @@ from ept_fast.config import (
     check_flag,
     check_number,
 )
+from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.prompts.base import prompt_methods
 from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
 from ept_fast.transformers import POOLINGS
 
-__all__ = ["DEVICES", "INITS", "KEEPS", "MOST", "TASKS", "TrainConfig", "check_most"]
+__all__ = ["DEVICES", "MOST", "TASKS", "TrainConfig", "check_most", "choices_of", "kinds"]
 
 TASKS = ("classification", "seq2seq", "causal")
-INITS = ("vocab", "random")
-KEEPS = ("last", "best")
 DEVICES = ("auto", "cpu")
 # Counts beyond these cannot be meant: time or memory would run out before any other error.
 MOST = {
@@ -37,9 +40,57 @@ MOST = {
 
 
 def check_most(name: str, value: int | None) -> None:
-    """Raise where ``value`` is beyond what can be meant."""
-    if value is not None and value > MOST[name]:
+    """Raise ValueError if ``value`` is beyond what can be meant."""
+    if value is not None and value > MOST.get(name, value):
         raise ValueError(f"{name}: expected an integer <= {MOST[name]}, got {value}")
+
+
+def _setting(
+    default: Any,
+    text: str,
+    *,
+    choices: Iterable[str] | Callable[[], Iterable[str]] = (),
+    **range_: Any,
+) -> Any:
+    """A field of :class:`TrainConfig`.
+
+    Args:
+        default: its default; MISSING if it has none.
+        text: what it is.
+        choices: the values that it may have, if they are names.
+        **range_: the range of a number: ``least`` (included; of a string the fewest characters),
+            ``below`` (excluded), ``positive``.
+    """
+    metadata = {"help": text, "choices": choices, "range": range_}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """The values that a field of :class:`TrainConfig` may have, if they are names; else none."""
+    choices = field.metadata["choices"]
+    return tuple(choices() if callable(choices) else choices)
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    name, limits, kind = field.name, field.metadata["range"], kinds()[field.name]
+    if choices := choices_of(field):
+        check_choice(name, value, choices)
+    elif kind is bool:
+        check_flag(name, value)
+    elif kind is int:
+        check_count(name, value, limits["least"])
+        check_most(name, value)
+    elif kind is float:
+        check_number(name, value, positive=limits.get("positive", False))
+        least, below = limits.get("least", value), limits.get("below", math.inf)
+        if not least <= value < below:
+            low = "0 <" if "positive" in limits else "0 <="
+            expected = f"{low} {name} < {below}" if "below" in limits else f"a number >= {least}"
+            raise ValueError(f"{name}: expected {expected}, got {value}")
+    elif not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {type(value).__name__}")
+    elif len(value) < limits.get("least", 1):
+        raise ValueError(f"{name}: expected a non-empty string, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -50,173 +101,157 @@ class TrainConfig:
     (prompt tuning) on a plain prompt of that length, ``"dept"`` on a short prompt and an offset,
     ``"ept"`` on both and on subspaces, with fusion. The default sizes and rates are this project's.
 
-    Attributes:
-        model: folder or hub id of the frozen model.
-        data: a folder of ``<split>.jsonl`` (``.csv``, ``.tsv``), a file of training rows, or the
-            name of a data set of the ``datasets`` library.
-        output: folder for the adapter, the metrics and the pictures.
-        task: ``"classification"`` (an encoder with a linear head), ``"seq2seq"`` (an
-            encoder-decoder that writes a target for a text) or ``"causal"`` (a decoder that
-            continues a text with a target; without targets it learns the texts themselves).
-        method: ``"ept"``, ``"dept"`` or ``"pt"``, or another registered method.
-        eval_data: a file of evaluation rows; else the split ``validation`` of ``data`` (or
-            ``test``, to keep the last step), else ``eval_fraction`` of the training rows, held out.
-        eval_fraction: that fraction.
-        text_field, pair_field, label_field, target_field: the columns' names.
-        num_labels: number of classes, where integer labels may miss some; else found in the data.
-        prompt_length: l; the budget is l·d trainable prompt parameters.
-        num_virtual_tokens: m, for ``"ept"`` and ``"dept"``.
-        max_length: text tokens that are read; longer text is cut. It is n, but for ``"causal"``,
-            where the offset covers the target as well.
-        max_target_length: tokens of a target that are learnt, for text tasks.
-        separator: put behind the text where a target follows it, for ``"causal"``.
-        num_spaces: K, for ``"ept"``.
-        space_dim: h, for ``"ept"``.
-        alpha, activation, gate, temperature: as in :class:`ept_fast.EPTConfig`.
-        fusion: prompt fusion, for ``"ept"``.
-        init: ``"vocab"`` or ``"random"``.
-        pooling: what the head of ``"classification"`` sees: the ``"mean"`` over the text's real
-            tokens, the ``"first"`` or the ``"last"`` of them, or the ``"model"``'s own.
-        head_dropout: dropout probability before the head.
-        prompt_lr, offset_lr, space_lr, head_lr: peak learning rates.
-        weight_decay: AdamW's, on every trained tensor.
-        warmup_ratio: fraction of the steps with a rising rate; then it falls linearly to 0.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
-        batch_size, eval_batch_size: rows of a batch; with ``packing`` packed rows.
-        gradient_accumulation_steps: batches of an optimizer step, which then counts as one batch of
-            all their rows: every row (for text tasks every label token) weighs the same.
-        max_steps: optimizer steps; or else ``epochs``.
-        epochs: passes over the training rows.
-        eval_steps: steps between evaluations and checkpoints; a tenth of the run where not given.
-        eval_before: whether to evaluate before the first step too.
-        keep: whether the adapter is that of the ``"last"`` step or of the ``"best"`` evaluation.
-        metric: what ``"best"`` goes by. For ``"classification"`` one of ``"accuracy"`` (the
-            default), ``"macro_f1"`` and ``"matthews"``; for text tasks one of
-            ``"token_accuracy"`` (the default), ``"exact_match"``, ``"f1"`` and ``"loss"``.
-        eval_generate: evaluation rows, evenly spread, for which text tasks generate a text at each
-            evaluation, for exact match and F1; 0 for none.
-        max_new_tokens: tokens to generate at most; ``max_target_length`` where not given.
-        num_beams: beams to generate with; 1 is greedy.
-        group_by_length: batches of rows of similar length.
-        packing: several texts in one row behind one prompt, for ``"causal"``.
-        pack_length: text tokens of a packed row at most; where not given, as many as the longest
-            single row may have.
-        seed: of everything random. On a CPU the same seed gives the same weights to the bit.
-        bf16: bfloat16 autocast; where not given, on a GPU that supports it.
-        device: ``"auto"`` (a GPU where there is one) or ``"cpu"``.
-        trust_remote_code: whether to run the code that a model of an architecture of its own
-            brings.
+    Every field is also an option of ``ept-fast train``. The ``help`` in a field's metadata says
+    what it is; ``ept-fast train --help`` lists them all.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of its range, by name.
     """
 
-    model: str
-    data: str
-    output: str
-    task: str = "classification"
-    method: str = "ept"
-    eval_data: str | None = None
-    eval_fraction: float = 0.1
-    text_field: str = "text"
-    pair_field: str = "text_pair"
-    label_field: str = "label"
-    target_field: str = "target"
-    num_labels: int | None = None
-    prompt_length: int = 100
-    num_virtual_tokens: int = EPTConfig.num_virtual_tokens
-    max_length: int = 128
-    max_target_length: int = 64
-    separator: str = "\n"
-    num_spaces: int = EPTConfig.num_spaces
-    space_dim: int = EPTConfig.space_dim
-    alpha: float = EPTConfig.alpha
-    activation: str = EPTConfig.activation
-    gate: str = EPTConfig.gate
-    temperature: float = EPTConfig.temperature
-    fusion: bool = EPTConfig.fusion
-    init: str = "vocab"
-    pooling: str = "mean"
-    head_dropout: float = 0.0
-    prompt_lr: float = 1e-2
-    offset_lr: float = 1e-3
-    space_lr: float = 1e-3
-    head_lr: float = 5e-3
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.06
-    max_grad_norm: float = 1.0
-    batch_size: int = 16
-    eval_batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    max_steps: int | None = None
-    epochs: float = 3.0
-    eval_steps: int | None = None
-    eval_before: bool = True
-    keep: str = "last"
-    metric: str | None = None
-    eval_generate: int = 64
-    max_new_tokens: int | None = None
-    num_beams: int = 1
-    group_by_length: bool = True
-    packing: bool = False
-    pack_length: int | None = None
-    seed: int = 0
-    bf16: bool | None = None
-    device: str = "auto"
-    trust_remote_code: bool = False
+    model: str = _setting(MISSING, "Folder or hub id of the frozen model.")
+    data: str = _setting(
+        MISSING,
+        "Folder of <split>.jsonl (.csv, .tsv) files, a file of training rows, or the name of a "
+        "data set of the datasets library.",
+    )
+    output: str = _setting(MISSING, "Folder for the adapter, the metrics and the pictures.")
+    task: str = _setting(
+        "classification",
+        "Labels (an encoder with a linear head), or target texts to write (seq2seq: an "
+        "encoder-decoder; causal: a decoder, which learns the texts themselves if there are no "
+        "targets).",
+        choices=TASKS,
+    )
+    method: str = _setting(
+        "ept", "How the prompt is made; a registered method.", choices=prompt_methods
+    )
+    eval_data: str | None = _setting(
+        None, "File of evaluation rows; else the split validation (or test, to --keep last)."
+    )
+    eval_fraction: float = _setting(
+        0.1, "Training rows held out if there are no evaluation rows.", positive=True, below=1
+    )
+    text_field: str = _setting("text", "Column of the text.")
+    pair_field: str = _setting("text_pair", "Column of the second text.")
+    label_field: str = _setting("label", "Column of the label.")
+    target_field: str = _setting("target", "Column of the target text (seq2seq, causal).")
+    num_labels: int | None = _setting(
+        None, "Number of classes, if integer labels of the training rows miss some.", least=2
+    )
+    prompt_length: int = _setting(100, "The budget, in tokens of a plain prompt.", least=1)
+    num_virtual_tokens: int = _setting(
+        EPTConfig.num_virtual_tokens, "m, length of the short prompt (ept, dept).", least=1
+    )
+    max_length: int = _setting(
+        128,
+        "Tokens of a text that are read; longer text is cut. For causal, the offset covers the "
+        "target as well.",
+        least=1,
+    )
+    max_target_length: int = _setting(
+        64, "Tokens of a target that are learnt (seq2seq, causal).", least=1
+    )
+    separator: str = _setting(
+        "\n", "Put between text and target (causal); by default a line end.", least=0
+    )
+    num_spaces: int = _setting(
+        EPTConfig.num_spaces, "K, number of subspaces (ept); 0 for none.", least=0
+    )
+    space_dim: int = _setting(EPTConfig.space_dim, "h, width of a subspace (ept).", least=1)
+    alpha: float = _setting(EPTConfig.alpha, "The offset is scaled by alpha / sqrt(rank).")
+    activation: str = _setting(
+        EPTConfig.activation, "Within the subspaces (ept).", choices=ACTIVATIONS
+    )
+    gate: str = _setting(
+        EPTConfig.gate, "A gate for each token, or one for the whole prompt (ept).", choices=GATES
+    )
+    temperature: float = _setting(
+        EPTConfig.temperature, "Divides the gate's logits (ept).", positive=True
+    )
+    fusion: bool = _setting(EPTConfig.fusion, "Prompt fusion (ept).")
+    init: str = _setting(
+        "vocab", "Rows that the prompt starts from: sampled or random.", choices=("vocab", "random")
+    )
+    pooling: str = _setting(
+        "mean",
+        "What the head sees (classification): the mean, the first or the last of the text's real "
+        "tokens, or what the model itself pools.",
+        choices=POOLINGS,
+    )
+    head_dropout: float = _setting(
+        0.0, "Dropout probability before the head (classification).", least=0, below=1
+    )
+    prompt_lr: float = _setting(1e-2, "Peak learning rate of the short prompt.", positive=True)
+    offset_lr: float = _setting(1e-3, "Peak learning rate of the offset.", positive=True)
+    space_lr: float = _setting(1e-3, "Peak learning rate of subspaces and gate.", positive=True)
+    head_lr: float = _setting(5e-3, "Peak learning rate of the head.", positive=True)
+    weight_decay: float = _setting(0.0, "AdamW's, on every trained tensor.", least=0)
+    warmup_ratio: float = _setting(
+        0.06,
+        "Fraction of the steps with a rising rate; then it falls linearly to 0.",
+        least=0,
+        below=1,
+    )
+    max_grad_norm: float = _setting(
+        1.0, "Gradients are scaled down to this norm; 0 leaves them alone.", least=0
+    )
+    batch_size: int = _setting(16, "Rows of a batch; with --packing, packed rows.", least=1)
+    eval_batch_size: int = _setting(64, "Rows of an evaluation's batch.", least=1)
+    gradient_accumulation_steps: int = _setting(
+        1,
+        "Batches of an optimizer step, which counts as one batch of all their rows: every row "
+        "(seq2seq, causal: every label token) weighs the same.",
+        least=1,
+    )
+    max_steps: int | None = _setting(None, "Optimizer steps, in place of --epochs.", least=1)
+    epochs: float = _setting(3.0, "Passes over the training rows.", positive=True)
+    eval_steps: int | None = _setting(
+        None, "Steps between evaluations and checkpoints; by default a tenth of the run.", least=1
+    )
+    eval_before: bool = _setting(True, "Evaluate before the first step, too.")
+    keep: str = _setting("last", "Which evaluation's weights to keep.", choices=("last", "best"))
+    metric: str | None = _setting(
+        None,
+        "What --keep best goes by. For classification accuracy (the default), macro_f1 or "
+        "matthews; else token_accuracy (the default), exact_match, f1 or loss.",
+        choices=METRICS + TEXT_METRICS,
+    )
+    eval_generate: int = _setting(
+        64,
+        "Evaluation rows, evenly spread, to write texts for at each evaluation (seq2seq, causal); "
+        "0 for none.",
+        least=0,
+    )
+    max_new_tokens: int | None = _setting(
+        None, "Tokens of a written text at most; by default --max-target-length.", least=1
+    )
+    num_beams: int = _setting(1, "Beams to write with (seq2seq, causal); 1 is greedy.", least=1)
+    group_by_length: bool = _setting(True, "Batches of rows of similar length.")
+    packing: bool = _setting(False, "Several texts in a row behind one prompt (causal).")
+    pack_length: int | None = _setting(
+        None,
+        "Text tokens of a packed row at most; by default as many as the longest row may have.",
+        least=1,
+    )
+    seed: int = _setting(
+        0,
+        "Of everything random. On a CPU the same seed gives the same weights to the bit.",
+        least=0,
+    )
+    bf16: bool | None = _setting(None, "bfloat16 autocast; by default on a GPU that supports it.")
+    device: str = _setting("auto", "auto: a GPU if there is one.", choices=DEVICES)
+    trust_remote_code: bool = _setting(
+        False, "Run the code that a --model of an architecture of its own brings."
+    )
 
     def __post_init__(self) -> None:
-        fields = ("text_field", "pair_field", "label_field", "target_field")
-        for name in ("model", "data", "output", *fields):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value:
-                raise ValueError(f"{name}: expected a non-empty string, got {value!r}")
-        if not isinstance(self.separator, str):
-            raise TypeError(f"separator: expected a string, got {type(self.separator).__name__}")
-        check_choice("task", self.task, TASKS)
-        check_choice("method", self.method, tuple(prompt_methods()))
-        check_choice("init", self.init, INITS)
-        check_choice("pooling", self.pooling, POOLINGS)
-        check_choice("keep", self.keep, KEEPS)
-        check_choice("device", self.device, DEVICES)
-        for name in ("fusion", "eval_before", "group_by_length", "packing", "trust_remote_code"):
-            check_flag(name, getattr(self, name))
-        if self.bf16 is not None:
-            check_flag("bf16", self.bf16)
-        for name in ("batch_size", "eval_batch_size", "prompt_length", "max_length"):
-            check_count(name, getattr(self, name), 1)
-        for name in ("num_virtual_tokens", "space_dim", "max_target_length", "num_beams"):
-            check_count(name, getattr(self, name), 1)
-        check_count("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
-        for name in ("num_spaces", "seed", "eval_generate"):
-            check_count(name, getattr(self, name), 0)
-        optional = {"max_steps": 1, "eval_steps": 1, "num_labels": 2, "max_new_tokens": 1}
-        for name, least in {**optional, "pack_length": 1}.items():
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), least)
-        for name in MOST:
-            check_most(name, getattr(self, name))
-        self._check_task()
-        for name in ("prompt_lr", "offset_lr", "space_lr", "head_lr", "epochs", "temperature"):
-            check_number(name, getattr(self, name), positive=True)
-        for name in ("alpha", "weight_decay", "warmup_ratio", "max_grad_norm", "head_dropout"):
-            check_number(name, getattr(self, name))
-        for name in ("weight_decay", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
-        for name in ("warmup_ratio", "head_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
-        check_number("eval_fraction", self.eval_fraction)
-        if not 0 < self.eval_fraction < 1:
-            raise ValueError(
-                f"eval_fraction: expected a fraction between 0 and 1, got {self.eval_fraction}"
-            )
-
-    def _check_task(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                _check(field, value)
+        default = METRICS if self.task == "classification" else TEXT_METRICS
         if self.metric is not None:
-            known = METRICS if self.task == "classification" else TEXT_METRICS
-            check_choice("metric", self.metric, known)
+            check_choice("metric", self.metric, default)
         if self.metric in GENERATED_METRICS and not self.eval_generate:
             raise ValueError(
                 f"eval_generate: expected an integer >= 1 for the metric {self.metric}, got 0"
@@ -236,16 +271,21 @@ class TrainConfig:
         default = METRICS[0] if self.task == "classification" else TEXT_METRICS[0]
         return self.metric or default
 
+    @property
+    def prompt_tokens(self) -> int:
+        """m, the tokens of the method's prompt."""
+        config = prompt_methods()[self.method].config_class
+        return config.tokens_of(self.method, self.prompt_length, self.num_virtual_tokens)
+
     def prompt_config(self, hidden_size: int, max_length: int | None = None) -> PromptConfig:
         """The prompt's sizes for embeddings of width ``hidden_size``, solved from the budget.
 
         Args:
             hidden_size: d.
-            max_length: n, where the backbone allows less than the field of that name.
+            max_length: n, if the backbone allows less than the field of that name.
 
         Raises:
-            ValueError: the sizes cost more than the budget, or leave a rank of 0 where the method
-                has an offset.
+            ValueError: the sizes cost more than the budget, or leave a rank of 0 for an offset.
         """
         names = {field.name for field in dataclasses.fields(EPTConfig)} & set(vars(self))
         settings = {name: getattr(self, name) for name in names}
@@ -256,3 +296,10 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""
         return dataclasses.asdict(self)
+
+
+@functools.cache
+def kinds() -> dict[str, type]:
+    """The type of each field of :class:`TrainConfig`; of one that may be None, the other type."""
+    hints = get_type_hints(TrainConfig)
+    return {name: next(iter(get_args(hint)), hint) for name, hint in hints.items()}

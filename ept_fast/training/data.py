@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,23 @@ __all__ = [
     "Fields",
     "LabelSet",
     "Rows",
+    "find_split",
     "hold_out",
     "parse_rows",
     "read_rows",
     "read_split",
-    "splits_of",
 ]
 
 SUFFIXES = (".jsonl", ".csv", ".tsv")
-# What a row has beside its text; "optional target": in all rows of a file or in none.
-ANSWERS = ("label", "target", "optional target", "none")
+# What a row has beside its text, by the answer: what it must have, and what all rows of a file have
+# or none. A target belongs to one text, so that no second one is read beside it.
+_COLUMNS = {
+    "label": (("label",), ("text_pair",)),
+    "target": (("target",), ()),
+    "optional target": ((), ("target",)),
+    "none": ((), ("text_pair",)),
+}
+ANSWERS = tuple(_COLUMNS)
 
 
 class DataError(ValueError):
@@ -58,11 +66,11 @@ class Rows:
 
     Attributes:
         texts: the first text of each row.
-        pairs: the second, or None where the task has one text only.
-        labels: integers from 0, or names; None where the rows have none.
+        pairs: the second, or None if the task has one text only.
+        labels: integers from 0, or names; None if the rows have none.
         source: where they come from, for messages.
         lines: the line of each row in its file, from 1.
-        targets: the text that is to follow each text, or None where the rows have none.
+        targets: the text that is to follow each text, or None if the rows have none.
     """
 
     texts: tuple[str, ...]
@@ -77,18 +85,11 @@ class Rows:
 
     def take(self, indices: Sequence[int]) -> Rows:
         """The rows with these indices, in this order."""
-
-        def pick(column: Any) -> Any:
-            return None if column is None else tuple(column[i] for i in indices)
-
-        return dataclasses.replace(
-            self,
-            texts=pick(self.texts),
-            pairs=pick(self.pairs),
-            labels=pick(self.labels),
-            lines=pick(self.lines),
-            targets=pick(self.targets),
-        )
+        picked: dict[str, Any] = {}
+        for name in ("texts", "pairs", "labels", "lines", "targets"):
+            column = getattr(self, name)
+            picked[name] = None if column is None else tuple(column[i] for i in indices)
+        return dataclasses.replace(self, **picked)
 
     def fingerprint(self) -> str:
         """A hash of texts and answers, the same for the same rows in the same order."""
@@ -102,7 +103,7 @@ class LabelSet:
     """The classes of a task, in the order of the logits.
 
     Attributes:
-        names: the classes' names; ``"0"``, ``"1"``, ... where the data gives integers.
+        names: the classes' names; ``"0"``, ``"1"``, ... if the data gives integers.
         integers: whether the data gives integers.
     """
 
@@ -115,29 +116,22 @@ class LabelSet:
 
         Args:
             rows: labelled rows.
-            num_labels: C for integer labels, where some class may have no training row.
+            num_labels: C for integer labels, if a class may have no training row.
 
         Raises:
             DataError: one class only, a class without rows, a label beyond ``num_labels``, or more
                 classes than a head can be meant to have.
             ValueError: ``num_labels`` of more classes than that.
         """
-        if rows.labels is None:
-            raise DataError(f"{rows.source}: label: expected a label in every row, got none")
         check_most("num_labels", num_labels)
-        found: list[Any] = sorted(set(rows.labels))
-        if isinstance(found[0], str):
-            names = tuple(str(name) for name in found)
-            if num_labels not in (None, len(names)):
-                raise DataError(
-                    f"{rows.source}: label: expected num_labels {num_labels} names, "
-                    f"got {len(names)}"
-                )
-        else:
-            last = int(found[-1])
-            limit = num_labels or MOST["num_labels"]
+        given = _labels(rows)
+        found, expected = sorted(set(given)), f"{rows.source}: label: expected"
+        integers = not isinstance(found[0], str)
+        names = tuple(map(str, found))
+        if integers:
+            last, limit = found[-1], num_labels or MOST["num_labels"]
             if last >= limit:
-                line = rows.lines[rows.labels.index(last)]
+                line = rows.lines[given.index(last)]
                 below = limit if num_labels is None else f"num_labels {limit}"
                 raise DataError(
                     f"{rows.source}, line {line}: label: expected an integer below {below}, "
@@ -146,18 +140,17 @@ class LabelSet:
             if num_labels is None and len(found) <= last:
                 missing = next(i for i, label in enumerate(found) if label != i)
                 raise DataError(
-                    f"{rows.source}: label: expected every class from 0 to {last}, got no row of "
-                    f"class {missing} (num_labels allows that)"
+                    f"{expected} every class from 0 to {last}, got no row of class {missing} "
+                    f"(num_labels allows that)"
                 )
-            names = tuple(str(i) for i in range(num_labels or last + 1))
+            names = tuple(map(str, range(num_labels or last + 1)))
+        elif num_labels not in (None, len(names)):
+            raise DataError(f"{expected} num_labels {num_labels} names, got {len(names)}")
         if len(names) < 2:
-            raise DataError(f"{rows.source}: label: expected at least 2 classes, got {len(names)}")
+            raise DataError(f"{expected} at least 2 classes, got {len(names)}")
         if len(names) > MOST["num_labels"]:
-            raise DataError(
-                f"{rows.source}: label: expected at most {MOST['num_labels']} classes, "
-                f"got {len(names)}"
-            )
-        return cls(names, not isinstance(found[0], str))
+            raise DataError(f"{expected} at most {MOST['num_labels']} classes, got {len(names)}")
+        return cls(names, integers)
 
     def ids(self, rows: Rows) -> tuple[int, ...]:
         """The class index of each row.
@@ -165,52 +158,41 @@ class LabelSet:
         Raises:
             DataError: a label that is not in the set, with its line.
         """
-        if rows.labels is None:
-            raise DataError(f"{rows.source}: label: expected a label in every row, got none")
-        known: Mapping[Any, int] = {
+        known: dict[Any, int] = {
             (i if self.integers else name): i for i, name in enumerate(self.names)
         }
-        ids = []
-        for line, label in zip(rows.lines, rows.labels, strict=True):
+        labels, last = _labels(rows), len(self.names) - 1
+        for line, label in zip(rows.lines, labels, strict=True):
             if label not in known:
-                expected = (
-                    f"an integer from 0 to {len(self.names) - 1}"
-                    if self.integers
-                    else f"one of {', '.join(self.names)}"
-                )
+                names = f"one of {', '.join(self.names)}"
+                expected = f"an integer from 0 to {last}" if self.integers else names
                 raise DataError(
                     f"{rows.source}, line {line}: label: expected {expected}, got {label!r}"
                 )
-            ids.append(known[label])
-        return tuple(ids)
+        return tuple(known[label] for label in labels)
+
+
+def _labels(rows: Rows) -> tuple[Any, ...]:
+    if rows.labels is None:
+        raise DataError(f"{rows.source}: label: expected a label in every row, got none")
+    return rows.labels
 
 
 class _Builder:
     """Collects checked rows of one file."""
 
     def __init__(self, source: str, fields: Fields, answer: str) -> None:
-        self.source, self.fields, self.answer = source, fields, answer
-        self.texts: list[str] = []
-        self.pairs: list[str] = []
-        self.labels: list[Any] = []
-        self.targets: list[str] = []
+        must, self.may_have = _COLUMNS[answer]
+        self.source, self.fields = source, fields
+        self.must_have = ("text", *must)
+        # Whether the rows are to be answered: then every line counts, and an empty text too.
+        self.asked = answer == "none"
+        self.columns: dict[str, list[Any]] = {n: [] for n in (*self.must_have, *self.may_have)}
         self.lines: list[int] = []
 
-    @property
-    def paired(self) -> bool:
-        """Whether second texts are read: a target belongs to one text."""
-        return self.answer in ("label", "none")
-
-    @property
-    def needed(self) -> list[str]:
-        """The fields that every row must have."""
-        answers = {"label": [self.fields.label], "target": [self.fields.target]}
-        return [self.fields.text, *answers.get(self.answer, [])]
-
-    @property
-    def asked(self) -> bool:
-        """Whether the rows are to be answered: then every line counts, and an empty text too."""
-        return self.answer == "none"
+    def name(self, column: str) -> str:
+        """What a column is called in the file."""
+        return str(getattr(self.fields, column))
 
     def fail(self, line: int, name: str, expected: str, got: str) -> DataError:
         return DataError(f"{self.source}, line {line}: {name}: expected {expected}, got {got}")
@@ -227,8 +209,7 @@ class _Builder:
             raise self.fail(line, name, "Unicode text", got) from None
         return value
 
-    def label(self, line: int, value: object) -> int | str:
-        name = self.fields.label
+    def label(self, line: int, name: str, value: object) -> int | str:
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise self.fail(line, name, "an integer >= 0 or a name", _show(value))
         if isinstance(value, int) and not 0 <= value < MOST["num_labels"]:
@@ -236,58 +217,41 @@ class _Builder:
             raise self.fail(line, name, expected, _show(value))
         if isinstance(value, str):
             self.text(line, name, value)
-        if self.labels and type(value) is not type(self.labels[0]):
-            kind = "an integer" if isinstance(self.labels[0], int) else "a name"
+        first = next(iter(self.columns["label"]), value)
+        if type(value) is not type(first):
+            kind = "an integer" if isinstance(first, int) else "a name"
             raise self.fail(line, name, f"{kind} as in the rows before", _show(value))
         return value
 
-    def optional(
-        self, line: int, name: str, what: str, row: Mapping[str, object], before: list[str]
-    ) -> str | None:
-        """The text in a field that all rows have or none; None stands for a missing one."""
-        found = row.get(name) is not None
-        if self.texts and found != bool(before):
-            had, got = (f"a {what}", "none") if before else ("none", "one")
-            raise self.fail(line, name, f"{had} as in the rows before", got)
-        return self.text(line, name, row[name]) if found else None
-
     def add(self, line: int, row: Mapping[str, object]) -> None:
-        f = self.fields
-        for name in self.needed:
-            if name not in row:
+        for column, values in self.columns.items():
+            name = self.name(column)
+            if column in self.must_have and name not in row:
                 got = f"only {', '.join(map(str, row)) or 'none'}"
                 raise self.fail(line, name, "the field", got)
-        text = self.text(line, f.text, row[f.text])
-        pair = target = label = None
-        if self.paired:
-            pair = self.optional(line, f.text_pair, "second text", row, self.pairs)
-        if self.answer == "label":
-            label = self.label(line, row[f.label])
-        elif self.answer == "target":
-            target = self.text(line, f.target, row[f.target])
-        elif self.answer == "optional target":
-            target = self.optional(line, f.target, "target", row, self.targets)
-        self.texts.append(text)
+            value = row.get(name)
+            if column in self.may_have:
+                if self.lines and bool(values) != (value is not None):
+                    what = "a target" if column == "target" else "a second text"
+                    had, got = (what, "none") if values else ("none", "one")
+                    raise self.fail(line, name, f"{had} as in the rows before", got)
+                if value is None:
+                    continue
+            check = self.label if column == "label" else self.text
+            values.append(check(line, name, value))
         self.lines.append(line)
-        columns: list[tuple[list[Any], Any]] = [
-            (self.pairs, pair),
-            (self.labels, label),
-            (self.targets, target),
-        ]
-        for column, value in columns:
-            if value is not None:
-                column.append(value)
 
     def rows(self) -> Rows:
-        if not self.texts:
+        if not self.lines:
             raise DataError(f"{self.source}: expected at least one row, got none")
+        found = {column: tuple(values) or None for column, values in self.columns.items()}
         return Rows(
-            texts=tuple(self.texts),
-            pairs=tuple(self.pairs) if self.pairs else None,
-            labels=tuple(self.labels) if self.answer == "label" else None,
+            texts=found["text"] or (),
+            pairs=found.get("text_pair"),
+            labels=found.get("label"),
             source=self.source,
             lines=tuple(self.lines),
-            targets=tuple(self.targets) if self.targets else None,
+            targets=found.get("target"),
         )
 
 
@@ -296,22 +260,29 @@ def _show(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def read_rows(path: str | Path, *, fields: Fields | None = None, answer: str = "label") -> Rows:
+def read_rows(
+    path: str | Path,
+    *,
+    suffix: str | None = None,
+    fields: Fields | None = None,
+    answer: str = "label",
+) -> Rows:
     """Read a JSONL, CSV, TSV or plain text file; the suffix says which.
 
-    JSONL: an object a line, other fields are ignored. CSV: a header, quoting as usual. TSV: a
-    header, no quoting, as in GLUE. ``.txt``: a text a line, never with an answer.
+    JSONL: one object per line, other fields are ignored. CSV: a header, quoting as usual. TSV: a
+    header, no quoting, as in GLUE. ``.txt``: one text per line, never with an answer.
 
-    Blank lines are skipped and empty texts refused, but not where the answer is ``"none"``: such
-    rows are to be answered, one for one. Every line of a ``.txt`` is then a text, an empty text
-    counts, and a line without a row is an error.
+    Blank lines are skipped and empty texts refused, unless the answer is ``"none"``: such rows are
+    to be answered, one for one. Every line of a ``.txt`` is then a text, an empty text counts, and
+    a line without a row is an error.
 
     Args:
         path: the file.
+        suffix: the one to read it by, in place of its own.
         fields: the names of the columns.
         answer: what each row has beside its text: a ``"label"``, a ``"target"``, an ``"optional
             target"`` (in all rows or in none), or ``"none"``. Second texts are read beside labels
-            and where there is no answer.
+            and if there is no answer.
 
     Raises:
         DataError: a missing file, an unknown suffix or a malformed line, which the message names.
@@ -322,7 +293,7 @@ def read_rows(path: str | Path, *, fields: Fields | None = None, answer: str = "
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{path}: expected a readable file, got {reason}") from None
-    return parse_rows(data, path.suffix, str(path), fields=fields, answer=answer)
+    return parse_rows(data, suffix or path.suffix, str(path), fields=fields, answer=answer)
 
 
 def parse_rows(
@@ -366,26 +337,19 @@ def _lines(text: str, every: bool) -> Iterator[tuple[int, str]]:
 
 def _read_jsonl(text: str, builder: _Builder) -> None:
     for number, line in _lines(text, builder.asked):
-        if not line.strip():
-            raise DataError(
-                f"{builder.source}, line {number}: expected a JSON object, got a blank line"
-            )
         try:
             row = load_json(line)
+            got = _show(row)
         except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{builder.source}, line {number}: expected a JSON object, got bad JSON ({error})"
-            ) from None
+            row, got = None, f"bad JSON ({error})" if line.strip() else "a blank line"
         if not isinstance(row, dict):
-            raise DataError(
-                f"{builder.source}, line {number}: expected a JSON object, got {_show(row)}"
-            )
+            raise DataError(f"{builder.source}, line {number}: expected a JSON object, got {got}")
         builder.add(number, row)
 
 
 def _read_text(text: str, builder: _Builder) -> None:
     for number, line in _lines(text, builder.asked):
-        builder.add(number, {builder.fields.text: line})
+        builder.add(number, {builder.name("text"): line})
 
 
 def _read_csv(text: str, builder: _Builder) -> None:
@@ -416,26 +380,26 @@ def _read_tsv(text: str, builder: _Builder) -> None:
 
 def _add_records(records: Iterator[tuple[int, list[str]]], builder: _Builder) -> None:
     line, header = next(records, (1, []))
-    for name in builder.needed:
+    for name in map(builder.name, builder.must_have):
         if name not in header:
             raise builder.fail(line, name, "a column in the header", ", ".join(header) or "none")
     if len(set(header)) < len(header):
         raise builder.fail(line, "header", "different names", ", ".join(header))
-    kept = list(records)
-    label = builder.fields.label if builder.answer == "label" else None
-    integers = label is not None and all(
-        len(r) == len(header) and _is_integer(r[header.index(label)]) for _, r in kept[:1]
-    )
-    for line, record in kept:
+    label = builder.name("label") if "label" in builder.columns else None
+    integers: bool | None = None  # whether the labels are, as the first row says
+    for line, record in records:
         if len(record) != len(header):
             got = str(len(record) or "a blank line")
             raise builder.fail(line, "row", f"{len(header)} columns", got)
         row: dict[str, object] = dict(zip(header, record, strict=True))
-        if label is not None and integers and _is_integer(str(row[label])):
-            try:
-                row[label] = int(str(row[label]))
-            except ValueError:  # two signs, or too many digits
-                raise builder.fail(line, label, "an integer >= 0", _show(row[label])) from None
+        if label is not None:
+            cell = str(row[label])
+            integers = _is_integer(cell) if integers is None else integers
+            if integers and _is_integer(cell):
+                try:
+                    row[label] = int(cell)
+                except ValueError:  # two signs, or too many digits
+                    raise builder.fail(line, label, "an integer >= 0", _show(cell)) from None
         builder.add(line, row)
 
 
@@ -443,65 +407,68 @@ def _is_integer(cell: str) -> bool:
     return cell.strip().lstrip("-").isdecimal() and cell.strip().isascii()
 
 
-def splits_of(folder: str | Path) -> dict[str, Path]:
-    """The splits of a folder of ``<split>.jsonl`` (or ``.csv``, ``.tsv``) files.
-
-    Raises:
-        DataError: two files of the same split.
-    """
-    found: dict[str, Path] = {}
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in SUFFIXES and path.is_file():
-            if path.stem in found:
-                raise DataError(
-                    f"{folder}: expected one file a split, "
-                    f"got {found[path.stem].name} and {path.name}"
-                )
-            found[path.stem] = path
-    return found
-
-
-def read_split(
-    source: str | Path,
-    split: str,
-    *,
-    fields: Fields | None = None,
-    answer: str = "label",
-    optional: bool = False,
+def find_split(
+    source: str | Path, split: str, *, fields: Fields | None = None, answer: str = "label"
 ) -> Rows | None:
-    """One split of a folder, of a data set of the ``datasets`` library, or a file itself.
+    """One split of a folder or of a data set of the ``datasets`` library; None if there is none.
 
     Args:
-        source: a folder of ``<split>.jsonl`` files; a file, which is its own only split ``"train"``
-            (any other is None where optional, else the file); or ``name`` or ``name:config`` of a
-            data set, where the ``datasets`` library is installed.
+        source: a folder of ``<split>.jsonl`` (or ``.csv``, ``.tsv``) files; a file, which is a
+            split ``"train"``; or ``name`` or ``name:config`` of a data set.
         split: its name.
         fields: the names of the columns.
         answer: as in :func:`read_rows`.
-        optional: whether None stands for a missing split.
 
     Raises:
-        DataError: no such source or split, or a malformed line.
+        DataError: no such source, two files of one split, or a malformed line.
     """
+    splits = _splits(source, fields or Fields(), answer)
+    return splits[split]() if split in splits else None
+
+
+def read_split(
+    source: str | Path, split: str, *, fields: Fields | None = None, answer: str = "label"
+) -> Rows:
+    """As :func:`find_split`; a file is whatever split is asked for.
+
+    Raises:
+        DataError: as there, or no such split.
+    """
+    if _is_file(Path(source)):
+        return read_rows(source, fields=fields, answer=answer)
+    splits = _splits(source, fields or Fields(), answer)
+    if split not in splits:
+        names = ", ".join(splits) or "none"
+        raise DataError(f"{source}: expected a split {split}, got {names}")
+    return splits[split]()
+
+
+def _splits(source: str | Path, fields: Fields, answer: str) -> dict[str, Callable[[], Rows]]:
+    """What reads each split of a source."""
     path = Path(source)
-    if path.is_dir():
-        found = splits_of(path)
-        if split in found:
-            return read_rows(found[split], fields=fields, answer=answer)
-        if optional:
-            return None
-        names = ", ".join(found) or "none"
-        raise DataError(f"{path}: expected a split {split}.jsonl, got {names}")
-    if path.exists():
-        if optional and split != "train":
-            return None
-        return read_rows(path, fields=fields, answer=answer)
-    if path.suffix.lower() in (*SUFFIXES, ".txt"):
-        raise DataError(f"{path}: expected a readable file, got no such file")
-    return _read_hub(str(source), split, fields or Fields(), answer, optional)
+    if _is_file(path):
+        return {"train": partial(read_rows, path, fields=fields, answer=answer)}
+    if not path.is_dir():
+        return _hub_splits(str(source), fields, answer)
+    found: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix in SUFFIXES and file.is_file():
+            other = found.setdefault(file.stem, file)
+            if other != file:
+                raise DataError(
+                    f"{path}: expected one file for each split, got {other.name} and {file.name}"
+                )
+    return {
+        name: partial(read_rows, file, fields=fields, answer=answer) for name, file in found.items()
+    }
 
 
-def _read_hub(name: str, split: str, fields: Fields, answer: str, optional: bool) -> Rows | None:
+def _is_file(path: Path) -> bool:
+    named = path.suffix.lower() in (*SUFFIXES, ".txt")
+    return path.is_file() or (named and not path.is_dir())
+
+
+def _hub_splits(name: str, fields: Fields, answer: str) -> dict[str, Callable[[], Rows]]:
     try:
         datasets = importlib.import_module("datasets")
     except ModuleNotFoundError:
@@ -515,14 +482,14 @@ def _read_hub(name: str, split: str, fields: Fields, answer: str, optional: bool
     except Exception as error:  # the library raises its own and its transports' many kinds
         reason = str(error).partition("\n")[0]
         raise DataError(f"data: expected a data set that loads, got {name!r} ({reason})") from error
-    if split not in found:
-        if optional:
-            return None
-        raise DataError(f"data: {name}: expected a split {split}, got {', '.join(found)}")
-    builder = _Builder(f"{name}[{split}]", fields, answer)
-    for number, row in enumerate(found[split], 1):
-        builder.add(number, row)
-    return builder.rows()
+
+    def read(split: str) -> Rows:
+        builder = _Builder(f"{name}[{split}]", fields, answer)
+        for number, row in enumerate(found[split], 1):
+            builder.add(number, row)
+        return builder.rows()
+
+    return {split: partial(read, split) for split in found}
 
 
 def hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:

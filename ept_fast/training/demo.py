@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import click
 from ept_fast.config import check_count
 from ept_fast.storage.files import write_bytes
 from ept_fast.training.config import TrainConfig
-from ept_fast.training.data import Rows, read_split
+from ept_fast.training.data import Rows
 from ept_fast.training.job import evaluate, load_adapter, predict, require, train
 
 __all__ = [
@@ -115,14 +114,14 @@ def run_demo(
 
     Args:
         output: an empty or missing folder, or that of an earlier demo.
-        steps: optimizer steps; :data:`DEFAULT_STEPS` where not given.
+        steps: optimizer steps; :data:`DEFAULT_STEPS` by default.
         seed: of everything random.
         progress: as in :func:`ept_fast.training.job.train`.
 
     Returns:
-        ``accuracy_before``, ``accuracy_after`` and ``accuracy_reloaded`` on the test messages,
-        ``seconds_per_step``, ``parameters`` (``prompt``, ``head``, ``frozen``), ``adapter``,
-        ``pictures`` and ``predictions`` (pairs of message and intent).
+        What :func:`ept_fast.training.job.train` returns, and of the adapter that was loaded again
+        ``reloaded``, its metrics on the test messages, and ``predictions``, pairs of message and
+        intent.
 
     Raises:
         DemoError: as :func:`find_encoder`.
@@ -138,6 +137,8 @@ def run_demo(
     _check_output(output)
     encoder = find_encoder()  # before what it needs: its extra holds that too
     require("transformers", "accelerate", "matplotlib")
+    from ept_fast.training.report import describe_run
+
     task = write_demo_task(output / _TASK)
     config = TrainConfig(
         model=str(encoder),
@@ -152,26 +153,24 @@ def run_demo(
         seed=seed,
     )
     click.echo(f"Frozen encoder: all-MiniLM-L6-v2 ({ENCODER_PACKAGE} {ENCODER_VERSION}, verified)")
-    click.echo(f"Task: {len(INTENTS)} kinds of messages to a library's help desk, in {task}")
+    click.echo(
+        f"Task: {len(INTENTS)} kinds of messages to a library's help desk, in {task} "
+        f"(accuracy by chance: {1 / len(INTENTS):.4f})\n"
+    )
     metrics = train(config, overwrite=True, progress=progress)
     adapter = load_adapter(output / _RUN, device=config.device)
-    test = read_split(task, "test")
-    assert test is not None  # only None where optional
+    reloaded = evaluate(adapter, task)
     new = Rows(NEW_MESSAGES, None, None, "new messages", tuple(range(1, len(NEW_MESSAGES) + 1)))
-    predicted = [str(p["label"]) for p in predict(adapter, new)]
-    results = {
-        "accuracy_before": metrics["before"]["accuracy"],
-        "accuracy_after": metrics["after"]["accuracy"],
-        "accuracy_reloaded": evaluate(adapter, test)["accuracy"],
-        "seconds_per_step": metrics["seconds_per_step"],
-        "parameters": metrics["parameters"],
-        "adapter": output / _RUN / "adapter",
-        "pictures": [output / _RUN / f"{name}.png" for name in ("learning_curves", "gate_weights")],
-        "predictions": list(zip(NEW_MESSAGES, predicted, strict=True)),
-    }
-    _tell(results, steps)
-    click.echo(f"Done in {time.perf_counter() - started:.0f} s.")
-    return results
+    predictions = [
+        (m, str(p["label"])) for m, p in zip(new.texts, predict(adapter, new), strict=True)
+    ]
+    for line in describe_run(metrics, output / _RUN):
+        click.echo(line)
+    click.echo(f"accuracy once loaded again: {reloaded['accuracy']:.4f}\n\nNew messages:")
+    for message, label in predictions:
+        click.echo(f"  {label:<8} {message}")
+    click.echo(f"\nDone in {time.perf_counter() - started:.0f} s.")
+    return {**metrics, "reloaded": reloaded, "predictions": predictions}
 
 
 def _check_output(output: Path) -> None:
@@ -184,26 +183,3 @@ def _check_output(output: Path) -> None:
                 f"output: expected an empty folder or an earlier demo's, got {output} with "
                 f"{others[0]} in it"
             )
-
-
-def _tell(results: Mapping[str, Any], steps: int) -> None:
-    counts = results["parameters"]
-    trained = counts["prompt"] + counts["head"]
-    share = trained / counts["frozen"]
-    curves, gate = results["pictures"]
-    click.echo(
-        f"\nAccuracy on unseen messages: {results['accuracy_before']:.1%} before training, "
-        f"{results['accuracy_after']:.1%} after {steps} steps (chance is {1 / len(INTENTS):.1%})\n"
-        f"Time per step: {results['seconds_per_step'] * 1000:.0f} ms\n"
-        f"Parameters trained: {trained:,} ({counts['prompt']:,} prompt, {counts['head']:,} head), "
-        f"{share:.2%} of the encoder's {counts['frozen']:,}\n"
-        f"Loaded again from its files: {results['accuracy_reloaded']:.1%}\n"
-        f"\nNew messages:"
-    )
-    for message, label in results["predictions"]:
-        click.echo(f"  {label:<8} {message}")
-    click.echo(
-        f"\nAdapter:         {results['adapter']}\n"
-        f"Learning curves: {curves}\n"
-        f"Gate weights:    {gate}"
-    )

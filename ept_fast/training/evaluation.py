@@ -1,7 +1,8 @@
-"""What a model is worth on evaluation rows: loss and metrics of a task, and generated samples."""
+"""What a model is worth on evaluation rows: loss and metrics of a task, and what it writes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from ept_fast.training import parallel
 from ept_fast.training.batches import Collator, length_batches
 from ept_fast.training.data import Rows
-from ept_fast.training.generation import Writer
 from ept_fast.training.metrics import (
     classification_metrics,
     exact_match,
@@ -20,12 +20,13 @@ from ept_fast.training.metrics import (
     perplexity,
     token_f1,
 )
-from ept_fast.training.tokens import IGNORED, TextForm, Tokenised, tokenise_inputs
+from ept_fast.training.tokens import IGNORED, TextForm, Tokenised, end_token, tokenise_inputs
 
 __all__ = [
     "ClassEvaluation",
     "Evaluation",
     "TextEvaluation",
+    "Writer",
     "generated_metrics",
     "predict_logits",
     "spread",
@@ -34,28 +35,53 @@ __all__ = [
 
 
 @torch.no_grad()
+def _in_batches(
+    model: Any,
+    rows: Tokenised,
+    collator: Collator,
+    batch_size: int,
+    bf16: bool,
+    call: Callable[[dict[str, Tensor]], Any],
+) -> list[tuple[list[int], Any]]:
+    """The rows' numbers and what a call gives, of each batch; the model is in evaluation mode.
+
+    Rows of similar length share a batch; several processes divide the batches among them.
+    """
+    device, training = model.device, model.training
+    model.eval()
+    found = {}
+    batches = list(enumerate(length_batches(rows.lengths, batch_size)))
+    for number, indices in parallel.share(batches):
+        batch = collator([rows[i] for i in indices])
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            result = call({name: value.to(device) for name, value in batch.items()})
+        found[number] = (indices, result)
+    model.train(training)
+    return list(parallel.gather(found).values())
+
+
+def _by_row(found: list[tuple[list[int], Any]]) -> list[Any]:
+    """What was found of each row, in the order of the rows."""
+    rows = {i: row for indices, batch in found for i, row in zip(indices, batch, strict=True)}
+    return [rows[i] for i in range(len(rows))]
+
+
 def predict_logits(
     model: Any, rows: Tokenised, collator: Collator, batch_size: int, *, bf16: bool = False
 ) -> Tensor:
     """Logits ``[N, C]`` float32 on the CPU, in the order of the rows; in evaluation mode.
 
-    Rows of similar length share a batch; several processes divide the batches among them. No random
-    state is touched.
+    No random state is touched.
     """
-    device, training = model.device, model.training
-    model.eval()
-    found: dict[int, Tensor] = {}
-    for indices in parallel.share(length_batches(rows.lengths, batch_size)):
-        batch = collator([rows[i] for i in indices])
+
+    def logits(batch: dict[str, Tensor]) -> Tensor:
         batch.pop("labels", None)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = model(**{name: value.to(device) for name, value in batch.items()})
-        found |= zip(indices, output.logits.float().cpu(), strict=True)
-    model.train(training)
-    return torch.stack(list(parallel.gather(found).values()))
+        output: Tensor = model(**batch).logits
+        return output.float().cpu()
+
+    return torch.stack(_by_row(_in_batches(model, rows, collator, batch_size, bf16, logits)))
 
 
-@torch.no_grad()
 def text_metrics(
     model: Any, rows: Tokenised, collator: Collator, batch_size: int, *, bf16: bool = False
 ) -> dict[str, float]:
@@ -66,42 +92,31 @@ def text_metrics(
     gives the highest probability; a causal model's first token of a text, which no token of the
     text predicts, is left out of it.
     """
-    device, training = model.device, model.training
-    model.eval()
-    causal = model.task == "CAUSAL_LM"
-    found: dict[int, tuple[float, int, int, int]] = {}
-    batches = list(enumerate(length_batches(rows.lengths, batch_size)))
-    for number, indices in parallel.share(batches):
-        batch = collator([rows[i] for i in indices])
-        labels = batch["labels"]
+
+    def sums(batch: dict[str, Tensor]) -> tuple[float, int, int, int]:
+        output = model(**batch, num_items_in_batch=1)  # the sum of the losses
+        best, labels = output.logits.argmax(-1), batch["labels"]
         count = int((labels != IGNORED).sum())
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            output = model(**inputs, num_items_in_batch=1)  # the sum of the losses
-        best = output.logits.argmax(-1).cpu()
-        if causal:
+        if model.task == "CAUSAL_LM":
             best, labels = best[:, :-1], labels[:, 1:]
         asked = labels != IGNORED
         right = int(((best == labels) & asked).sum())
-        found[number] = (float(output.loss), count, right, int(asked.sum()))
-    model.train(training)
-    total, count, right, asked_for = map(sum, zip(*parallel.gather(found).values(), strict=True))
+        return float(output.loss), count, right, int(asked.sum())
+
+    found = _in_batches(model, rows, collator, batch_size, bf16, sums)
+    total, count, right, asked = map(sum, zip(*(batch for _, batch in found), strict=True))
     loss = total / max(count, 1)
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
-        "token_accuracy": right / max(asked_for, 1),
+        "token_accuracy": right / max(asked, 1),
     }
 
 
 def generated_metrics(samples: list[dict[str, Any]]) -> dict[str, float]:
-    """The means of ``exact_match`` and ``f1`` over samples; nothing where there are none."""
-    if not samples or "f1" not in samples[0]:
-        return {}
-    return {
-        "exact_match": sum(s["exact_match"] for s in samples) / len(samples),
-        "f1": sum(s["f1"] for s in samples) / len(samples),
-    }
+    """The means of ``exact_match`` and ``f1`` over samples; nothing if there are none."""
+    names = ("exact_match", "f1") if samples and "f1" in samples[0] else ()
+    return {name: sum(s[name] for s in samples) / len(samples) for name in names}
 
 
 def spread(rows: Rows, count: int) -> Rows:
@@ -110,20 +125,63 @@ def spread(rows: Rows, count: int) -> Rows:
     return rows.take([i * len(rows) // count for i in range(count)])
 
 
-class Evaluation:
-    """What a training run asks of its evaluation rows."""
+@dataclass(frozen=True)
+class Writer:
+    """How texts are generated: always the same way, without sampling and without a least length,
+    whatever the model's generation config says.
 
-    def __call__(self, model: Any) -> dict[str, float]:
-        """``loss`` and the task's metrics; the model's mode is left as it is."""
-        raise NotImplementedError
+    Attributes:
+        tokenizer: of the model.
+        batch_size: texts of a batch.
+        max_new_tokens: tokens to generate at most.
+        num_beams: beams; 1 is greedy.
+        bf16: whether to run under bfloat16 autocast.
+    """
 
-    def samples(self, model: Any) -> list[dict[str, Any]]:
-        """What the model writes for some of the rows; nothing where it does not write."""
-        return []
+    tokenizer: Any
+    batch_size: int
+    max_new_tokens: int
+    num_beams: int = 1
+    bf16: bool = False
+
+    def __call__(self, model: Any, inputs: Tokenised) -> list[str]:
+        """The text that the model writes for each row, in the order of the rows."""
+        causal = model.task == "CAUSAL_LM"
+        collator = Collator.of(self.tokenizer, "left" if causal else None)
+        stops = _stops(model, end_token(self.tokenizer))
+
+        def write(batch: dict[str, Tensor]) -> list[str]:
+            output = model.generate(
+                **batch,
+                max_new_tokens=self.max_new_tokens,
+                num_beams=self.num_beams,
+                do_sample=False,
+                num_return_sequences=1,
+                min_length=0,
+                min_new_tokens=0,
+                eos_token_id=stops,
+                pad_token_id=collator.pad_token_id,
+            )
+            # Behind the text; a decoder's first token of its own only starts it.
+            start = batch["input_ids"].shape[1] if causal else 1
+            return [self._text(ids, stops) for ids in output[:, start:].tolist()]
+
+        return _by_row(_in_batches(model, inputs, collator, self.batch_size, self.bf16, write))
+
+    def _text(self, ids: list[int], stops: list[int]) -> str:
+        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+
+
+def _stops(model: Any, end: int) -> list[int]:
+    """The token that training ends targets with, and those that the model stops at by itself."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    more = own if isinstance(own, list) else [own]
+    return sorted({end, *(int(i) for i in more if i is not None)})
 
 
 @dataclass(frozen=True)
-class ClassEvaluation(Evaluation):
+class ClassEvaluation:
     """Cross-entropy, accuracy, macro F1 and Matthews correlation."""
 
     rows: Tokenised
@@ -138,32 +196,33 @@ class ClassEvaluation(Evaluation):
         metrics = classification_metrics(logits.argmax(-1), labels, len(model.labels))
         return {"loss": float(F.cross_entropy(logits, labels)), **metrics}
 
+    def samples(self, model: Any) -> list[dict[str, Any]]:
+        """Nothing: no text is written."""
+        return []
+
 
 @dataclass(frozen=True)
-class TextEvaluation(Evaluation):
+class TextEvaluation:
     """Loss, perplexity and token accuracy of all rows; exact match and F1 of what is generated.
 
     Attributes:
         rows: all rows, with labels.
         collator: makes their batches.
-        batch_size: rows of a batch.
-        asked: the rows that texts are generated for; none where None.
+        asked: the rows that texts are generated for; none if None.
         form: how they become token ids.
-        writer: how texts are generated.
-        bf16: whether to run under bfloat16 autocast.
+        writer: how texts are generated, in batches of which size and type.
     """
 
     rows: Tokenised
     collator: Collator
-    batch_size: int
     asked: Rows | None
     form: TextForm
     writer: Writer
-    bf16: bool = False
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """The metrics; those of generated texts only where rows have targets."""
-        metrics = text_metrics(model, self.rows, self.collator, self.batch_size, bf16=self.bf16)
+        """The metrics; those of generated texts only if rows have targets."""
+        size, bf16 = self.writer.batch_size, self.writer.bf16
+        metrics = text_metrics(model, self.rows, self.collator, size, bf16=bf16)
         samples = self.samples(model) if self.form.targets else []
         return {**metrics, **generated_metrics(samples)}
 
@@ -208,3 +267,6 @@ class TextEvaluation(Evaluation):
             )
             samples.append({"text": text, "rest": rest, "output": output})
         return samples
+
+
+Evaluation = ClassEvaluation | TextEvaluation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,17 +12,79 @@ import torch
 from ept_fast.config import check_count
 from ept_fast.libraries import require
 from ept_fast.storage.files import CheckpointError
-from ept_fast.training.config import check_most
+from ept_fast.training.batches import Collator
+from ept_fast.training.config import TASKS, check_most
 from ept_fast.training.data import DataError, Fields, LabelSet, Rows, read_split
-from ept_fast.training.metrics import classification_metrics
+from ept_fast.training.evaluation import (
+    ClassEvaluation,
+    Evaluation,
+    TextEvaluation,
+    Writer,
+    predict_logits,
+    spread,
+)
+from ept_fast.training.tokens import (
+    TextForm,
+    Tokenised,
+    tokenise,
+    tokenise_inputs,
+    tokenise_text,
+)
 
 if TYPE_CHECKING:
-    from ept_fast.training.tokens import TextForm
     from ept_fast.transformers.tasks import EPTModel
 
-__all__ = ["Adapter", "evaluate", "load_adapter", "predict"]
+__all__ = [
+    "ANSWERS",
+    "WRAPPER_TASKS",
+    "Adapter",
+    "check_alike",
+    "evaluate",
+    "fitted",
+    "load_adapter",
+    "predict",
+]
 
 _MAX_NEW_TOKENS = 64  # for an adapter that does not say how long its targets were
+
+WRAPPER_TASKS = dict(zip(TASKS, ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM"), strict=True))
+# What a row has beside its text, as `ept_fast.training.data.ANSWERS` has it.
+ANSWERS = dict(zip(TASKS, ("label", "target", "optional target"), strict=True))
+
+
+def fitted(form: TextForm, model: EPTModel, tokenizer: Any) -> TextForm:
+    """The form within what the model and the tokenizer allow.
+
+    Raises:
+        ValueError: no room for a text before the longest target.
+    """
+    limit, target = _token_limit(model, tokenizer), form.max_target_length
+    if form.task == "causal":
+        room = limit - target if form.targets else limit
+        if room < 1:
+            raise ValueError(
+                f"max_target_length: expected less than the {limit} positions that text and target "
+                f"share, got {target}"
+            )
+        limit = min(room, form.max_length)
+    else:
+        decoder = model.profile.text_limit(0)
+        target = target if decoder is None else min(target, decoder)
+    return dataclasses.replace(form, max_length=limit, max_target_length=target)
+
+
+def _token_limit(model: EPTModel, tokenizer: Any) -> int:
+    """The longest text, in tokens, that prompt, tokenizer and backbone all allow."""
+    limits = [model.prompt.config.max_length, tokenizer.model_max_length, model.text_limit]
+    return min(int(limit) for limit in limits if limit is not None)
+
+
+def check_alike(rows: Rows, column: str, wanted: bool, name: str, like: str) -> None:
+    """Raise DataError unless the rows have this column, ``pairs`` or ``targets``, as others do."""
+    what = {"pairs": "second texts", "targets": "targets"}[column]
+    if (getattr(rows, column) is not None) != wanted:
+        expected, got = (what, "none") if wanted else (f"no {what}", "some")
+        raise DataError(f"{rows.source}: {name}: expected {expected} as in {like}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -43,6 +106,91 @@ class Adapter:
     paired: bool = False
     form: TextForm | None = None
     num_beams: int = 1
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What is kept with the adapter's files, for :func:`load_adapter`."""
+        if self.form is not None:
+            return {"form": dataclasses.asdict(self.form), "num_beams": self.num_beams}
+        integers = self.labels is not None and self.labels.integers
+        return {"integer_labels": integers, "text_pair": self.paired}
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a text that are read."""
+        return self.form.max_length if self.form else _token_limit(self.model, self.tokenizer)
+
+    @property
+    def collator(self) -> Collator:
+        """Makes batches of rows with labels."""
+        causal = self.form is not None and self.form.task == "causal"
+        return Collator.of(self.tokenizer, "right" if causal else None)
+
+    def tokenised(self, rows: Rows, *, answered: bool = True) -> Tokenised:
+        """Token ids of rows: with labels if they are answered, else what the model is to answer."""
+        if self.form is not None:
+            as_ids = tokenise_text if answered else tokenise_inputs
+            return as_ids(rows, self.tokenizer, self.form)
+        return tokenise(rows, self.tokenizer, self.max_length, self.labels if answered else None)
+
+    def evaluation(
+        self,
+        rows: Rows,
+        batch_size: int,
+        *,
+        eval_generate: int,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+        bf16: bool = False,
+    ) -> Evaluation:
+        """What judges the model on these rows; arguments as for :func:`evaluate`."""
+        tokens = self.tokenised(rows)
+        if self.form is None:
+            return ClassEvaluation(tokens, self.collator, batch_size, bf16)
+        half = (self.form.max_length + 1) // 2  # is continued if there are no targets
+        longest = self.form.max_length if self.form.targets else half
+        writer = self.writer(batch_size, longest, max_new_tokens, num_beams, bf16)
+        asked = spread(rows, eval_generate) if eval_generate else None
+        return TextEvaluation(tokens, self.collator, asked, self.form, writer)
+
+    def writer(
+        self,
+        batch_size: int,
+        longest: int,
+        max_new_tokens: int | None,
+        num_beams: int | None,
+        bf16: bool = False,
+    ) -> Writer:
+        """What writes texts.
+
+        Args:
+            batch_size: texts of a batch.
+            longest: tokens of the longest text that is given.
+            max_new_tokens, num_beams: as for :func:`predict`.
+            bf16: whether to run under bfloat16 autocast.
+
+        Raises:
+            ValueError: the model has no positions for as many tokens as were asked for.
+        """
+        for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
+            if value is not None:
+                check_count(name, value, 1)
+                check_most(name, value)
+        assert self.form is not None  # of every adapter of a text task
+        causal, tokens = self.form.task == "causal", self.form.max_target_length
+        virtual = self.model.prompt.config.num_virtual_tokens
+        most = self.model.profile.table_limit(virtual if causal else 0)
+        if most is not None:
+            # The last new token is not fed; a decoder's start takes its place.
+            most += 1 - longest if causal else 0
+            if max_new_tokens is not None and max_new_tokens > most:
+                raise ValueError(
+                    f"max_new_tokens: expected at most {most}, for which the model has positions, "
+                    f"got {max_new_tokens}"
+                )
+            tokens = min(tokens, most)
+        beams = num_beams or self.num_beams
+        return Writer(self.tokenizer, batch_size, max_new_tokens or tokens, beams, bf16)
 
 
 def load_adapter(
@@ -68,7 +216,6 @@ def load_adapter(
         MissingLibraryError: the ``train`` extra is not installed.
     """
     require("transformers")
-    from ept_fast.training.tasks import WRAPPER_TASKS
     from ept_fast.transformers.adapter import read_adapter
     from ept_fast.transformers.backbone import load_tokenizer, names_it
     from ept_fast.transformers.tasks import EPTModel
@@ -109,24 +256,16 @@ def load_adapter(
         labels = LabelSet(tuple(values["labels"]), bool(extra.get("integer_labels", False)))
         return Adapter(trained, tokenizer, labels, bool(extra.get("text_pair", False)))
     try:
-        form = _form(trained, tokenizer, extra.get("form"))
-        beams = extra.get("num_beams", 1)
+        form = extra.get("form")
+        if form is None:  # of an adapter that a user saved: texts as they are
+            task = {wrapped: name for name, wrapped in WRAPPER_TASKS.items()}[values["task"]]
+            sizes = {"max_target_length": _MAX_NEW_TOKENS, "separator": ""}
+            form = {"task": task, "max_length": _token_limit(trained, tokenizer), **sizes}
+        text_form, beams = TextForm(**form), extra.get("num_beams", 1)
         check_count("num_beams", beams, 1)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{saved.path}: extra: {error}") from None
-    return Adapter(trained, tokenizer, form=form, num_beams=beams)
-
-
-def _form(model: EPTModel, tokenizer: Any, saved: dict[str, Any] | None) -> TextForm:
-    """The form kept with the adapter; of one that a user saved, texts as they are."""
-    from ept_fast.training.tasks import WRAPPER_TASKS, token_limit
-    from ept_fast.training.tokens import TextForm
-
-    if saved is not None:
-        return TextForm(**saved)
-    names = {wrapped: name for name, wrapped in WRAPPER_TASKS.items()}
-    limit = token_limit(model, tokenizer)
-    return TextForm(names[model.task], limit, _MAX_NEW_TOKENS, separator="")
+    return Adapter(trained, tokenizer, form=text_form, num_beams=beams)
 
 
 def evaluate(
@@ -135,8 +274,6 @@ def evaluate(
     *,
     split: str = "test",
     batch_size: int = 64,
-    model: str | None = None,
-    device: str = "auto",
     fields: Fields | None = None,
     eval_generate: int | None = None,
     max_new_tokens: int | None = None,
@@ -149,66 +286,41 @@ def evaluate(
         data: as :class:`TrainConfig`'s ``data``, or rows.
         split: which split of it.
         batch_size: rows of a batch.
-        model: the frozen model, in place of the one saved with the adapter.
-        device: ``"auto"`` or ``"cpu"``.
         fields: the columns' names.
         eval_generate: for text tasks, the number of rows that texts are generated for, evenly
-            spread; all rows where not given, 0 for none.
-        max_new_tokens, num_beams: for text tasks, how they are generated; as in training where not
-            given.
+            spread; by default all rows, 0 for none.
+        max_new_tokens, num_beams: for text tasks, how they are generated; by default as in
+            training.
 
     Returns:
         For classification ``accuracy``, ``macro_f1`` and ``matthews``; for text tasks ``loss``,
         ``perplexity``, ``token_accuracy`` and, of what was generated, ``exact_match``, ``f1`` and
         ``rows_generated``. For all ``rows`` and ``rows_cut``; for text tasks ``targets_cut``.
     """
-    from ept_fast.training.tasks import ANSWERS, check_targets
-
-    loaded = _loaded(adapter, model, device)
+    loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
     task = "classification" if loaded.form is None else loaded.form.task
     fields = fields or Fields()
     rows = data
     if not isinstance(rows, Rows):
-        found = read_split(rows, split, fields=fields, answer=ANSWERS[task])
-        assert found is not None  # only None where optional
-        rows = found
+        rows = read_split(rows, split, fields=fields, answer=ANSWERS[task])
     if loaded.form is None:
-        assert loaded.labels is not None  # of every adapter without a form
-        logits, cut = _logits(loaded, rows, batch_size)
-        labels = loaded.labels.ids(rows)
-        metrics = classification_metrics(logits.argmax(-1), labels, len(loaded.labels.names))
-        return {**metrics, "rows": len(rows), "rows_cut": cut}
-    check_targets(rows, loaded.form.targets, fields.target, "training")
-    return _text_evaluation(loaded, rows, batch_size, eval_generate, max_new_tokens, num_beams)
-
-
-def _text_evaluation(
-    adapter: Adapter,
-    rows: Rows,
-    batch_size: int,
-    eval_generate: int | None,
-    max_new_tokens: int | None,
-    num_beams: int | None,
-) -> dict[str, Any]:
-    from ept_fast.training.batches import Collator
-    from ept_fast.training.evaluation import TextEvaluation, spread
-    from ept_fast.training.tokens import tokenise_text
-
-    assert adapter.form is not None  # of every adapter of a text task
-    tokens = tokenise_text(rows, adapter.tokenizer, adapter.form)
-    count = len(rows) if eval_generate is None else min(eval_generate, len(rows))
-    asked = spread(rows, count) if count and adapter.form.targets else None
-    writer = _writer(adapter, batch_size, max_new_tokens, num_beams)
-    side = "right" if adapter.form.task == "causal" else None
-    collator = Collator.of(adapter.tokenizer, side)
-    evaluation = TextEvaluation(tokens, collator, batch_size, asked, adapter.form, writer)
-    return {
-        **evaluation(adapter.model),
-        "rows": len(rows),
-        "rows_cut": tokens.num_cut,
-        "targets_cut": tokens.num_targets_cut,
-        "rows_generated": 0 if asked is None else len(asked),
-    }
+        check_alike(rows, "pairs", loaded.paired, fields.text_pair, "training")
+    else:
+        check_alike(rows, "targets", loaded.form.targets, fields.target, "training")
+    evaluation = loaded.evaluation(
+        rows,
+        batch_size,
+        eval_generate=len(rows) if eval_generate is None else eval_generate,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+    )
+    tokens = evaluation.rows
+    found = {**evaluation(loaded.model), "rows": len(rows), "rows_cut": tokens.num_cut}
+    if isinstance(evaluation, ClassEvaluation):
+        del found["loss"]
+        return found
+    generated = len(evaluation.asked or ()) if evaluation.form.targets else 0
+    return {**found, "targets_cut": tokens.num_targets_cut, "rows_generated": generated}
 
 
 def predict(
@@ -216,8 +328,6 @@ def predict(
     rows: Rows,
     *,
     batch_size: int = 64,
-    model: str | None = None,
-    device: str = "auto",
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -227,67 +337,28 @@ def predict(
         adapter: folder of an adapter or of a run, or a loaded one.
         rows: texts; labels and targets are not looked at.
         batch_size: rows of a batch.
-        model: the frozen model, in place of the one saved with the adapter.
-        device: ``"auto"`` or ``"cpu"``.
-        max_new_tokens, num_beams: for text tasks, how texts are generated; as in training where
-            not given.
+        max_new_tokens, num_beams: for text tasks, how texts are generated; by default as in
+            training.
 
     Returns:
         For classification dicts of ``label`` (of the type it had in training) and ``probabilities``
         (by name); for text tasks dicts of ``output``.
     """
-    loaded = _loaded(adapter, model, device)
+    loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+    if loaded.form is None:
+        check_alike(rows, "pairs", loaded.paired, "text_pair", "training")
+    tokens = loaded.tokenised(rows, answered=False)
     if loaded.form is not None:
-        from ept_fast.training.tokens import tokenise_inputs
-
-        writer = _writer(loaded, batch_size, max_new_tokens, num_beams)
-        inputs = tokenise_inputs(rows, loaded.tokenizer, loaded.form)
-        return [{"output": output} for output in writer(loaded.model, inputs)]
+        # A text that is continued may be of any length; generate sees to it.
+        longest = loaded.form.max_length if loaded.form.targets else 1
+        writer = loaded.writer(batch_size, longest, max_new_tokens, num_beams)
+        return [{"output": output} for output in writer(loaded.model, tokens)]
     assert loaded.labels is not None  # of every adapter without a form
-    logits, _ = _logits(loaded, rows, batch_size)
     names = loaded.labels.names
     results = []
-    for row in logits.softmax(-1):
+    for row in predict_logits(loaded.model, tokens, loaded.collator, batch_size).softmax(-1):
         best = int(row.argmax())
         label = best if loaded.labels.integers else names[best]
         probabilities = dict(zip(names, row.tolist(), strict=True))
         results.append({"label": label, "probabilities": probabilities})
     return results
-
-
-def _loaded(adapter: str | Path | Adapter, model: str | None, device: str) -> Adapter:
-    if isinstance(adapter, Adapter):
-        return adapter
-    return load_adapter(adapter, model=model, device=device)
-
-
-def _writer(
-    adapter: Adapter, batch_size: int, max_new_tokens: int | None, num_beams: int | None
-) -> Any:
-    from ept_fast.training.generation import Writer
-    from ept_fast.training.tasks import new_tokens
-
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
-        if value is not None:
-            check_count(name, value, 1)
-            check_most(name, value)
-    form = adapter.form
-    assert form is not None  # of every adapter of a text task
-    # A text that is continued may be of any length; generate sees to it.
-    longest = form.max_length if form.targets else 1
-    tokens = new_tokens(adapter.model, form, max_new_tokens, longest)
-    return Writer(adapter.tokenizer, batch_size, tokens, num_beams or adapter.num_beams)
-
-
-def _logits(adapter: Adapter, rows: Rows, batch_size: int) -> tuple[torch.Tensor, int]:
-    from ept_fast.training.batches import Collator
-    from ept_fast.training.evaluation import predict_logits
-    from ept_fast.training.tasks import token_limit
-    from ept_fast.training.tokens import tokenise
-
-    if (rows.pairs is not None) != adapter.paired:
-        expected, got = ("a second text", "none") if adapter.paired else ("no second text", "one")
-        raise DataError(f"{rows.source}: text_pair: expected {expected} as in training, got {got}")
-    tokens = tokenise(rows, adapter.tokenizer, token_limit(adapter.model, adapter.tokenizer))
-    collator = Collator.of(adapter.tokenizer)
-    return predict_logits(adapter.model, tokens, collator, batch_size), tokens.num_cut

@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import platform
 import resource
-import shutil
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +16,34 @@ import torch
 
 import ept_fast
 from ept_fast.libraries import MissingLibraryError, require
-from ept_fast.storage.files import CheckpointError, WriteError, read_json, write_json, writing
+from ept_fast.storage.files import write_json
 from ept_fast.training import parallel
 from ept_fast.training.checkpoints import sound_checkpoint
 from ept_fast.training.config import TrainConfig
-from ept_fast.training.data import DataError, Fields, LabelSet, Rows, hold_out, read_split
-from ept_fast.training.inference import Adapter, evaluate, load_adapter, predict
+from ept_fast.training.data import (
+    DataError,
+    Fields,
+    LabelSet,
+    Rows,
+    find_split,
+    hold_out,
+    read_split,
+)
+from ept_fast.training.folder import METRICS_FILE, begin, check_output, held, metrics_of
+from ept_fast.training.inference import (
+    ANSWERS,
+    WRAPPER_TASKS,
+    Adapter,
+    check_alike,
+    evaluate,
+    fitted,
+    load_adapter,
+    predict,
+)
 from ept_fast.training.metrics import GENERATED_METRICS
+from ept_fast.training.tokens import TextForm
 
 if TYPE_CHECKING:
-    from ept_fast.training.evaluation import Evaluation
-    from ept_fast.training.tokens import TextForm, Tokenised
     from ept_fast.training.trainer import PromptTrainer
     from ept_fast.transformers.tasks import EPTModel
 
@@ -44,12 +59,6 @@ __all__ = [
     "train",
 ]
 
-LOCK_FILE = ".ept-fast.lock"
-RUN_FILE = "run.json"
-METRICS_FILE = "metrics.json"
-_OURS = ("adapter", "best", "checkpoints")
-_OUR_FILES = (RUN_FILE, METRICS_FILE, "learning_curves.png", "gate_weights.png", "samples.md")
-
 
 @dataclass(frozen=True)
 class TaskData:
@@ -62,38 +71,32 @@ class TaskData:
 def load_task(config: TrainConfig) -> TaskData:
     """The rows that a run trains on and is evaluated on.
 
-    A test split is evaluated on where there is no other and nothing is chosen by what comes out.
+    The test split is evaluated on if there is no other and nothing is chosen by what comes out.
 
     Raises:
         DataError: a missing file or split, or a malformed line.
     """
-    from ept_fast.training.tasks import ANSWERS, check_targets
-
     names = (config.text_field, config.pair_field, config.label_field, config.target_field)
     how: dict[str, Any] = {"fields": Fields(*names), "answer": ANSWERS[config.task]}
     train_rows = read_split(config.data, "train", **how)
+    evaluation = None
     if config.eval_data is not None:
         evaluation = read_split(config.eval_data, "validation", **how)
     else:
-        evaluation = None
         for split in ("validation", "test") if config.keep == "last" else ("validation",):
-            evaluation = evaluation or read_split(config.data, split, optional=True, **how)
-    assert train_rows is not None  # only None where optional
+            evaluation = evaluation or find_split(config.data, split, **how)
     if evaluation is None:
         train_rows, evaluation = hold_out(train_rows, config.eval_fraction, config.seed)
         evaluation = dataclasses.replace(evaluation, source=f"{evaluation.source} (held out)")
-    if (train_rows.pairs is None) != (evaluation.pairs is None):
-        raise DataError(
-            f"{evaluation.source}: {config.pair_field}: expected the same texts as in "
-            f"{train_rows.source}, one has a second text and the other has none"
-        )
     targets = train_rows.targets is not None
     if not targets and config.target_field != Fields().target:
         raise DataError(
             f"{train_rows.source}: {config.target_field}: expected targets in the field that was "
             f"named, got none in any row"
         )
-    check_targets(evaluation, targets, config.target_field, train_rows.source)
+    pairs = train_rows.pairs is not None
+    check_alike(evaluation, "pairs", pairs, config.pair_field, train_rows.source)
+    check_alike(evaluation, "targets", targets, config.target_field, train_rows.source)
     return TaskData(train_rows, evaluation)
 
 
@@ -108,7 +111,7 @@ def train(
     """Train an adapter and leave it in ``config.output``, with metrics and pictures.
 
     The folder then holds ``adapter/`` (safetensors and JSON), ``metrics.json``,
-    ``learning_curves.png``, ``gate_weights.png`` (where the prompt has subspaces), ``samples.md``
+    ``learning_curves.png``, ``gate_weights.png`` (if the prompt has subspaces), ``samples.md``
     (what the model writes, for text tasks), ``run.json`` and ``checkpoints/``. Nothing in it is
     touched before arguments, data and model are found good. While it lasts, a run holds a lock on
     the folder, which ends with the process; no other run can use the folder then.
@@ -120,7 +123,7 @@ def train(
         config: the run.
         resume: go on from the newest complete checkpoint of the same run whose files are those
             that were written, with a warning for each one that is passed over; from the start
-            where none is complete yet. A finished run gives its metrics again.
+            if none is complete yet. A finished run gives its metrics again.
         overwrite: replace the results of an earlier run in the folder; other files stay.
         progress: whether to say on standard error how far it is: a bar on a terminal, else lines.
         data: the rows, in place of ``config.data`` and ``config.eval_data``.
@@ -139,7 +142,7 @@ def train(
     """
     require("transformers", "accelerate", "filelock", "matplotlib")
     with parallel.session(cpu=config.device == "cpu"), contextlib.ExitStack() as stack:
-        parallel.on_main(lambda: stack.enter_context(_held(Path(config.output))))
+        parallel.on_main(lambda: stack.enter_context(held(Path(config.output))))
         return _train(config, resume, overwrite, progress, data)
 
 
@@ -147,7 +150,7 @@ def _train(
     config: TrainConfig, resume: bool, overwrite: bool, progress: bool, data: TaskData | None
 ) -> dict[str, Any]:
     output = Path(config.output)
-    parallel.on_main(lambda: _check_output(output, resume, overwrite))
+    parallel.on_main(lambda: check_output(output, resume, overwrite))
     task = parallel.agreed(lambda: data or load_task(config))
     run = {
         "config": config.to_dict(),
@@ -156,12 +159,12 @@ def _train(
     }
     checkpoint = None
     if resume:
-        finished = parallel.on_main(lambda: _metrics_of(output, run))
+        finished = parallel.on_main(lambda: metrics_of(output, run))
         if finished is not None:
             return finished
         checkpoint = parallel.on_main(lambda: sound_checkpoint(output / "checkpoints"))
-    work, trainer = parallel.agreed(lambda: _prepare_trainer(config, task, output, progress))
-    parallel.on_main(lambda: _begin(output, run, overwrite))
+    adapter, trainer = parallel.agreed(lambda: _prepare(config, task, progress))
+    parallel.on_main(lambda: begin(output, run, overwrite))
     if checkpoint is None and config.eval_before:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -169,298 +172,116 @@ def _train(
         trainer.evaluate()
     best = trainer.best()
     if config.keep == "best":
-        parallel.agreed(lambda: work.model.load_pretrained(trainer.best_folder))
+        parallel.agreed(lambda: adapter.model.load_pretrained(trainer.best_folder))
     metrics = {
         "before": trainer.evaluations[0] if config.eval_before else None,
         "after": best if config.keep == "best" else trainer.evaluations[-1],
         "best": best,
-        **_facts(config, work, trainer),
-        "rows": {
-            "train": len(work.rows),
-            "train_cut": work.rows.num_cut,
-            "evaluation": len(task.evaluation),
-            "evaluation_source": task.evaluation.source,
-            **work.cut,
-        },
-        "samples": work.evaluation.samples(work.model),
+        **_facts(config, adapter, trainer),
+        "rows": _row_facts(adapter, trainer, task),
+        "samples": trainer.evaluation.samples(adapter.model),
     }
-    parallel.on_main(lambda: _finish(output, work, metrics))
+    parallel.on_main(lambda: _finish(output, adapter, metrics))
     return metrics
 
 
-@contextlib.contextmanager
-def _held(output: Path) -> Iterator[None]:
-    """Keep other runs out of the folder. Where nothing was put into it, it goes again."""
-    from filelock import FileLock, Timeout
+def _finish(output: Path, adapter: Adapter, metrics: dict[str, Any]) -> None:
+    from ept_fast.training.report import draw_gate_weights, draw_learning_curves, write_samples
 
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output: expected a folder, got the file {output}")
-    made = [folder for folder in (output, *output.parents) if not folder.exists()]
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-    path = output / LOCK_FILE
-    lock = FileLock(path)  # of the operating system: it ends with the process, however that ends
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FileExistsError(
-            f"output: expected a folder that no other run is using, got {output} "
-            f"(a run is going on there)"
-        ) from None
-    except OSError as error:
-        raise WriteError(path, error) from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # a folder with files in it stays
-            path.unlink()  # while it is held, so that it is nobody else's
-            for folder in made:
-                folder.rmdir()
-        lock.release()
-
-
-def _begin(output: Path, run: dict[str, Any], overwrite: bool) -> None:
-    if overwrite:
-        _clear(output)
-    write_json(output / RUN_FILE, run)
-
-
-def _finish(output: Path, work: _Work, metrics: dict[str, Any]) -> None:
-    work.model.save_pretrained(output / "adapter", extra=work.extra)
-    _draw(output, metrics)
+    adapter.model.save_pretrained(output / "adapter", extra=adapter.extra)
+    curves, picture = metrics["curves"], output / "learning_curves.png"
+    draw_learning_curves(curves["loss"], curves["evaluation"], picture, metric=metrics["metric"])
+    if metrics["gate_weights"] is not None:
+        draw_gate_weights(metrics["gate_weights"], output / "gate_weights.png")
+    if metrics["samples"]:
+        write_samples(metrics["samples"], output / "samples.md")
     write_json(output / METRICS_FILE, metrics)  # last: a folder with it is a finished run
 
 
-def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise ValueError("resume, overwrite: expected one of them, got both")
-    files = {path.name for path in output.iterdir()} - {LOCK_FILE}
-    if files and not (resume or overwrite):
-        raise FileExistsError(
-            f"output: expected an empty folder, got {output} with files in it "
-            f"(resume the run, or overwrite it)"
-        )
-    if resume and files and RUN_FILE not in files:
-        raise FileExistsError(f"output: expected a run to resume, got {output} without {RUN_FILE}")
-
-
-def _metrics_of(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """What a finished run found, which must be this very run; None of one that is to go on."""
-    if not (output / RUN_FILE).exists():
-        return None
-    _check_same_run(output / RUN_FILE, run)
-    path = output / METRICS_FILE
-    return read_json(path) if path.exists() else None
-
-
-def _check_same_run(path: Path, run: dict[str, Any]) -> None:
-    saved = read_json(path)
-    try:
-        old, new = saved["config"], run["config"]
-        # Where the folder lies may change, and who trusts it; what decides the weights may not.
-        free = ("output", "trust_remote_code")
-        changed = [n for n in new if n not in free and old.get(n, None) != new[n]]
-        same_rows = saved["data"] == run["data"]
-        processes = saved["processes"]
-    except (KeyError, AttributeError):
-        raise CheckpointError(f"{path}: expected the description of a run, got others") from None
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"{name}: expected {old.get(name)!r} as in the run to resume, got {new[name]!r}"
-        )
-    if not same_rows:
-        raise ValueError("data: expected the rows of the run to resume, got others")
-    if processes != run["processes"]:
-        raise ValueError(
-            f"WORLD_SIZE: expected {processes} as in the run to resume, got {run['processes']}"
-        )
-
-
-def _clear(output: Path) -> None:
-    for name in _OUR_FILES:
-        (output / name).unlink(missing_ok=True)
-    for name in _OURS:
-        shutil.rmtree(output / name, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a run is done with.
-
-    Attributes:
-        model: the model.
-        rows: the training rows.
-        collator: makes their batches.
-        evaluation: judges the model.
-        bf16: whether to run under bfloat16 autocast.
-        pack_length: text tokens of a packed row; None where rows are not packed.
-        cut: numbers of rows that lost tokens, beside those of ``rows``, and the limit.
-        extra: what is kept with the adapter.
-    """
-
-    model: EPTModel
-    rows: Tokenised
-    collator: Any
-    evaluation: Evaluation
-    bf16: bool
-    pack_length: int | None
-    cut: dict[str, int]
-    extra: dict[str, Any]
-
-
-def _prepare_trainer(
-    config: TrainConfig, task: TaskData, output: Path, progress: bool
-) -> tuple[_Work, PromptTrainer]:
+def _prepare(config: TrainConfig, task: TaskData, progress: bool) -> tuple[Adapter, PromptTrainer]:
+    """The adapter to be trained, and what trains it."""
     from ept_fast.training.trainer import PromptTrainer, train_batches
 
-    work = _prepare(config, task)
-    batches = train_batches(config, work.rows, 0, work.pack_length)
-    trainer = PromptTrainer(
-        work.model,
-        config,
-        work.rows,
-        work.collator,
-        work.evaluation,
-        max_steps=config.max_steps or batches.steps_of(config.epochs),
-        folder=output / "checkpoints",
-        bf16=work.bf16,
-        progress=progress and parallel.is_main(),
-        pack_length=work.pack_length,
-    )
-    return work, trainer
-
-
-def _prepare(config: TrainConfig, task: TaskData) -> _Work:
-    from ept_fast.transformers.backbone import load_tokenizer
-
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    labels = LabelSet.of(task.train, config.num_labels) if config.task == "classification" else None
-    model = _build(config, labels)
+    adapter = _new_adapter(config, task.train)
     bf16 = config.bf16
     if bf16 is None:
         on_gpu = config.device == "auto" and torch.cuda.is_available()
         bf16 = on_gpu and torch.cuda.is_bf16_supported()
-    if labels is not None:
-        return _prepare_classes(config, task, model, tokenizer, labels, bf16)
-    return _prepare_texts(config, task, model, tokenizer, bf16)
-
-
-def _prepare_classes(
-    config: TrainConfig,
-    task: TaskData,
-    model: EPTModel,
-    tokenizer: Any,
-    labels: LabelSet,
-    bf16: bool,
-) -> _Work:
-    from ept_fast.training.batches import Collator
-    from ept_fast.training.evaluation import ClassEvaluation
-    from ept_fast.training.tasks import token_limit
-    from ept_fast.training.tokens import tokenise
-
-    limit = token_limit(model, tokenizer)
-    rows = tokenise(task.train, tokenizer, limit, labels)
-    others = tokenise(task.evaluation, tokenizer, limit, labels)
-    collator = Collator.of(tokenizer)
-    return _Work(
-        model,
-        rows,
-        collator,
-        ClassEvaluation(others, collator, config.eval_batch_size, bf16),
-        bf16,
-        None,
-        {"evaluation_cut": others.num_cut, "max_length": limit},
-        {"integer_labels": labels.integers, "text_pair": task.train.pairs is not None},
-    )
-
-
-def _prepare_texts(
-    config: TrainConfig, task: TaskData, model: EPTModel, tokenizer: Any, bf16: bool
-) -> _Work:
-    from ept_fast.training.batches import Collator, PackingCollator
-    from ept_fast.training.evaluation import TextEvaluation, spread
-    from ept_fast.training.generation import Writer
-    from ept_fast.training.tasks import new_tokens, text_form
-    from ept_fast.training.tokens import tokenise_text
-    from ept_fast.transformers.packing import check_packing
-
-    targets = task.train.targets is not None
-    if config.metric in GENERATED_METRICS and not targets:
-        raise ValueError(
-            f"metric: expected one of token_accuracy, loss for rows without targets, "
-            f"got {config.metric!r}"
-        )
-    form = text_form(model, tokenizer, config, targets)
-    rows = tokenise_text(task.train, tokenizer, form)
-    others = tokenise_text(task.evaluation, tokenizer, form)
-    causal = config.task == "causal"
-    collator = Collator.of(tokenizer, "right" if causal else None)
-    pack_length = None
-    if config.packing:
-        pack_length = config.pack_length or _longest(form)
-        m = model.prompt.config.num_virtual_tokens
-        check_packing(model.backbone, model.profile, m + _longest(form))
-    if not rows.num_label_tokens:
+    rows = adapter.tokenised(task.train)
+    pack_length = _pack_length(config, adapter) if config.packing else None
+    if adapter.form is not None and not rows.num_label_tokens:
         raise ValueError(
             f"max_length: expected room for a token to learn, got {config.max_length}, which every "
             f"text's first token fills"
         )
-    beams = config.num_beams
-    longest = form.max_length if targets else (form.max_length + 1) // 2
-    tokens = new_tokens(model, form, config.max_new_tokens, longest)
-    asked = spread(task.evaluation, config.eval_generate) if config.eval_generate else None
-    evaluation = TextEvaluation(
-        others,
-        collator,
-        config.eval_batch_size,
-        asked,
-        form,
-        Writer(tokenizer, config.eval_batch_size, tokens, beams, bf16),
-        bf16,
-    )
-    return _Work(
-        model,
+    batches = train_batches(config, rows, 0, pack_length)
+    trainer = PromptTrainer(
+        adapter.model,
+        config,
         rows,
-        PackingCollator(collator) if config.packing else collator,
-        evaluation,
-        bf16,
-        pack_length,
-        {
-            "evaluation_cut": others.num_cut,
-            "max_length": form.max_length,
-            "targets": targets,
-            "train_targets_cut": rows.num_targets_cut,
-            "evaluation_targets_cut": others.num_targets_cut,
-        },
-        {"form": dataclasses.asdict(form), "num_beams": beams},
+        adapter.collator,
+        adapter.evaluation(
+            task.evaluation,
+            config.eval_batch_size,
+            eval_generate=config.eval_generate,
+            max_new_tokens=config.max_new_tokens,
+            bf16=bf16,
+        ),
+        max_steps=config.max_steps or batches.steps_of(config.epochs),
+        folder=Path(config.output) / "checkpoints",
+        bf16=bf16,
+        progress=progress and parallel.is_main(),
+        pack_length=pack_length,
     )
+    return adapter, trainer
 
 
-def _longest(form: TextForm) -> int:
-    """Tokens of a causal model's longest row."""
-    return form.max_length + (form.max_target_length if form.targets else 0)
+def _new_adapter(config: TrainConfig, rows: Rows) -> Adapter:
+    from ept_fast.transformers.backbone import load_tokenizer
 
-
-def _build(config: TrainConfig, labels: LabelSet | None) -> EPTModel:
-    from ept_fast.training.tasks import WRAPPER_TASKS
-    from ept_fast.transformers.backbone import Profile, embedding_width, load_backbone
-    from ept_fast.transformers.tasks import get_ept_model
-
-    task = WRAPPER_TASKS[config.task]
-    backbone = load_backbone(config.model, task, trust_remote_code=config.trust_remote_code)
-    tokens = config.prompt_length if config.method == "pt" else config.num_virtual_tokens
-    most = Profile.of(backbone).text_limit(tokens)
-    wanted = config.max_length + (config.max_target_length if config.task == "causal" else 0)
-    length = wanted if most is None else max(min(wanted, most), 1)
-    folder = Path(config.model)
-    head: dict[str, Any] = {}
-    if labels is not None:
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    if config.task == "classification":
+        labels = LabelSet.of(rows, config.num_labels)
         head = {
             "labels": labels.names,
             "pooling": config.pooling,
             "head_dropout": config.head_dropout,
         }
+        return Adapter(_build(config, **head), tokenizer, labels, rows.pairs is not None)
+    targets = rows.targets is not None
+    if config.metric in GENERATED_METRICS and not targets:
+        raise ValueError(
+            f"metric: expected one of token_accuracy, loss for rows without targets, "
+            f"got {config.metric!r}"
+        )
+    sizes = (config.max_length, config.max_target_length)
+    model, wanted = _build(config), TextForm(config.task, *sizes, config.separator, targets)
+    form = fitted(wanted, model, tokenizer)
+    return Adapter(model, tokenizer, form=form, num_beams=config.num_beams)
+
+
+def _pack_length(config: TrainConfig, adapter: Adapter) -> int:
+    """Text tokens of a packed row; ValueError if this model's rows cannot be packed."""
+    from ept_fast.transformers.packing import check_packing
+
+    form, model = adapter.form, adapter.model
+    assert form is not None  # of every adapter of a text task
+    longest = form.max_length + (form.max_target_length if form.targets else 0)
+    virtual = model.prompt.config.num_virtual_tokens
+    check_packing(model.backbone, model.profile, virtual + longest)
+    return config.pack_length or longest
+
+
+def _build(config: TrainConfig, **head: Any) -> EPTModel:
+    from ept_fast.transformers.backbone import Profile, embedding_width, load_backbone
+    from ept_fast.transformers.tasks import get_ept_model
+
+    task = WRAPPER_TASKS[config.task]
+    backbone = load_backbone(config.model, task, trust_remote_code=config.trust_remote_code)
+    most = Profile.of(backbone).text_limit(config.prompt_tokens)
+    wanted = config.max_length + (config.max_target_length if config.task == "causal" else 0)
+    length = wanted if most is None else max(min(wanted, most), 1)
+    folder = Path(config.model)
     return get_ept_model(
         backbone,
         config.prompt_config(embedding_width(backbone), length),
@@ -472,10 +293,29 @@ def _build(config: TrainConfig, labels: LabelSet | None) -> EPTModel:
     )
 
 
-def _facts(config: TrainConfig, work: _Work, trainer: PromptTrainer) -> dict[str, Any]:
+def _row_facts(adapter: Adapter, trainer: PromptTrainer, task: TaskData) -> dict[str, Any]:
+    rows, others = trainer.rows, trainer.evaluation.rows
+    facts = {
+        "train": len(rows),
+        "train_cut": rows.num_cut,
+        "evaluation": len(others),
+        "evaluation_source": task.evaluation.source,
+        "evaluation_cut": others.num_cut,
+        "max_length": adapter.max_length,
+    }
+    if adapter.form is not None:
+        facts |= {
+            "targets": adapter.form.targets,
+            "train_targets_cut": rows.num_targets_cut,
+            "evaluation_targets_cut": others.num_targets_cut,
+        }
+    return facts
+
+
+def _facts(config: TrainConfig, adapter: Adapter, trainer: PromptTrainer) -> dict[str, Any]:
     import transformers
 
-    model = work.model
+    model = adapter.model
     prompt: Any = model.prompt
     kind = model.device.type
     on_gpu = kind == "cuda"
@@ -487,16 +327,14 @@ def _facts(config: TrainConfig, work: _Work, trainer: PromptTrainer) -> dict[str
         "positions": parallel.total(trainer.positions),
         "parameters": model.parameter_counts(),
         "prompt": model.prompt.config.to_dict(),
-        "gate_weights": prompt.gate_weights().cpu().tolist()
-        if getattr(prompt.config, "num_spaces", 0)
-        else None,
+        "gate_weights": prompt.gate_weights().cpu().tolist() if prompt.has_gate else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_memory(),
         "device": torch.cuda.get_device_name()
         if on_gpu
         else f"{platform.machine()} {kind.upper()}",
         "threads": torch.get_num_threads(),
         "processes": parallel.world_size(),
-        "bf16": work.bf16,
+        "bf16": trainer.bf16,
         "labels": list(model.labels),
         "metric": config.judged_by,
         "seed": config.seed,
@@ -514,19 +352,3 @@ def peak_memory() -> int:
     """The process's largest resident size so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _draw(output: Path, metrics: dict[str, Any]) -> None:
-    from ept_fast.training.report import draw_gate_weights, draw_learning_curves, write_samples
-
-    curves = metrics["curves"]
-    draw_learning_curves(
-        curves["loss"],
-        curves["evaluation"],
-        output / "learning_curves.png",
-        metric=metrics["metric"],
-    )
-    if metrics["gate_weights"] is not None:
-        draw_gate_weights(metrics["gate_weights"], output / "gate_weights.png")
-    if metrics["samples"]:
-        write_samples(metrics["samples"], output / "samples.md")

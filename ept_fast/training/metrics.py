@@ -32,7 +32,7 @@ def classification_metrics(
     """Accuracy, macro F1 and Matthews correlation.
 
     Macro F1 is the plain mean over the classes that occur among labels or predictions. Matthews
-    correlation is the multi-class R_K of Gorodkin (2004), 0 where it is undefined.
+    correlation is the multi-class R_K of Gorodkin (2004), 0 if it is undefined.
     """
     given = torch.as_tensor(predictions, dtype=torch.int64)
     asked = torch.as_tensor(labels, dtype=torch.int64)
@@ -59,7 +59,7 @@ def classification_metrics(
 
 
 def goodness(metric: str, value: float) -> float:
-    """The value of a metric, turned round where less is better."""
+    """The value of a metric, negated if less is better."""
     return -value if metric == "loss" else value
 
 

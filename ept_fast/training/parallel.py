@@ -1,4 +1,4 @@
-"""The processes of a run started by ``torchrun``; where there is only one, nothing happens here."""
+"""The processes of a run started by ``torchrun``; if there is only one, nothing happens here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ __all__ = [
     "session",
     "share",
     "total",
-    "wait",
     "world_size",
 ]
 
@@ -38,12 +37,6 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes files and speaks."""
     return rank() == 0
-
-
-def wait() -> None:
-    """Go on only when every process is here."""
-    if world_size() > 1:
-        dist.barrier()
 
 
 def share(items: Sequence[V]) -> Sequence[V]:
@@ -69,7 +62,7 @@ def total(number: int) -> int:
 def agreed(call: Callable[[], V]) -> V:
     """What a call gives on this process, once it has succeeded on every one.
 
-    Where it fails, every process raises the error of the first that failed, and none waits for
+    If it fails, every process raises the error of the first that failed, and none waits for
     another in vain. The copies have an attribute ``told_by``, the number of that process, so that
     it alone need say it.
     """

@@ -1,4 +1,4 @@
-"""The report of a run: its learning curves, its gate's weights, and what it writes."""
+"""The report of a run: its figures, learning curves, gate weights, and what it writes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ept_fast.storage.files import write_bytes
+from ept_fast.training.metrics import GENERATED_METRICS, TEXT_METRICS
 
 __all__ = [
+    "describe_run",
     "draw_gate_weights",
     "draw_learning_curves",
     "save_figure",
@@ -27,8 +28,7 @@ _BLUE, _ORANGE, _GREY = "#2b6cb0", "#c05621", "#a0aec0"
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, atomically and without any global state."""
     buffer = io.BytesIO()
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.print_png(buffer)
+    figure.savefig(buffer, format="png")
     write_bytes(Path(path), buffer.getvalue())
 
 
@@ -140,7 +140,7 @@ def write_samples(samples: Sequence[Mapping[str, Any]], path: str | Path) -> Non
     """Write generated texts as Markdown: of each row the text, the target and the output.
 
     Args:
-        samples: dicts of ``text`` and ``output`` and, where rows have targets, ``target``,
+        samples: dicts of ``text`` and ``output`` and, if rows have targets, ``target``,
             ``exact_match`` and ``f1``, else ``rest``.
         path: the file.
     """
@@ -161,3 +161,51 @@ def write_samples(samples: Sequence[Mapping[str, Any]], path: str | Path) -> Non
                 block = str(sample[name]).splitlines() or [""]
                 lines += [f"{name}:", "", *(f"    {line}" for line in block), ""]
     write_bytes(Path(path), "\n".join(lines).encode())
+
+
+def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
+    """What a finished run has to say, one line for each fact."""
+    judged_by, before, after = metrics["metric"], metrics["before"], metrics["after"]
+    counts = metrics["parameters"]
+    trained, whole = counts["prompt"] + counts["head"], sum(counts.values())
+    rows = metrics["rows"]
+    names = [judged_by]
+    if metrics["config"]["task"] != "classification":
+        names += [name for name in TEXT_METRICS if name in after and name != judged_by]
+    lines = []
+    for name in names:
+        start = "not measured" if before is None else f"{before[name]:.4f}"
+        count = len(metrics["samples"]) if name in GENERATED_METRICS else rows["evaluation"]
+        lines.append(
+            f"{name.replace('_', ' ')}: {start} before, {after[name]:.4f} after "
+            f"{after['step']} steps ({count} rows)"
+        )
+    if "train_targets_cut" in rows:
+        learnt = "targets" if rows["targets"] else "the texts themselves, as no row has a target"
+        lines.append(f"learnt: {learnt}")
+    lines += [
+        f"evaluated on: {rows['evaluation_source']}",
+        f"time per step: {1000 * metrics['seconds_per_step']:.0f} ms (median)",
+        f"parameters trained: {trained:,} (prompt {counts['prompt']:,}, head {counts['head']:,}), "
+        f"{100 * trained / whole:.2f}% of {whole:,}",
+    ]
+    for name, what in (
+        ("cut", f"rows cut to {rows['max_length']} tokens"),
+        ("targets_cut", "targets cut"),
+    ):
+        cut = rows.get(f"train_{name}", 0) + rows.get(f"evaluation_{name}", 0)
+        if cut:
+            lines.append(f"{what}: {cut} of {rows['train'] + rows['evaluation']}")
+    pictures = str(output / "learning_curves.png")
+    if metrics["gate_weights"] is None:
+        pictures += " (no subspaces, so no gate weights to draw)"
+    else:
+        pictures += f", {output / 'gate_weights.png'}"
+    lines += [
+        f"adapter: {output / 'adapter'}",
+        f"metrics: {output / 'metrics.json'}",
+        f"pictures: {pictures}",
+    ]
+    if metrics["samples"]:
+        lines.append(f"samples: {output / 'samples.md'}")
+    return lines

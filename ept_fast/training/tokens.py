@@ -31,7 +31,7 @@ class TextForm:
         task: ``"seq2seq"`` or ``"causal"``.
         max_length: tokens of a text that are read.
         max_target_length: tokens of a target that are learnt, its end token among them.
-        separator: put behind the text where a target follows it; for ``"causal"``.
+        separator: put behind the text if a target follows it; for ``"causal"``.
         targets: whether rows have targets; else the texts themselves are learnt.
     """
 
@@ -55,8 +55,8 @@ class Tokenised:
     """Token ids of a split; indexing gives the features of a row, or of each of a list of rows.
 
     Attributes:
-        features: per row ``input_ids`` and, where the tokenizer gives them, ``token_type_ids``;
-            for text tasks also ``labels``, -100 where nothing is to be predicted.
+        features: per row ``input_ids`` and, if the tokenizer gives them, ``token_type_ids``;
+            for text tasks also ``labels``, -100 for what is not to be predicted.
         labels: class indices, or None.
         num_cut: rows whose text was longer than the limit and lost a part.
         num_targets_cut: rows whose target was, and lost its end.
@@ -104,30 +104,19 @@ def tokenise(
     what = "each text" if paired else "the text"
     _check_room("max_length", max_length, special, what, 1 + paired)
 
-    def encode(part: Rows, cut: bool) -> list[dict[str, Any]]:
-        limit = {"truncation": True, "max_length": max_length} if cut else {"truncation": False}
-        encoded = tokenizer(
-            list(part.texts),
-            None if part.pairs is None else list(part.pairs),
-            padding=False,
-            return_attention_mask=False,
-            verbose=False,
-            **limit,
-        )
-        names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
-        return [{name: encoded[name][i] for name in names} for i in range(len(part))]
-
-    features = encode(rows, cut=False)
+    features = _encode(tokenizer, rows.texts, rows.pairs)
     long = [i for i, row in enumerate(features) if len(row["input_ids"]) > max_length]
     if long:
-        for i, row in zip(long, encode(rows.take(long), cut=True), strict=True):
+        part = rows.take(long)
+        cut = _encode(tokenizer, part.texts, part.pairs, truncation=True, max_length=max_length)
+        for i, row in zip(long, cut, strict=True):
             features[i] = row
     _check_read(rows, features)
     return Tokenised(tuple(features), ids, len(long))
 
 
 def _check_room(name: str, limit: int, others: int, what: str, wanted: int = 1) -> None:
-    """Raise where ``others``, tokens that stand in every row, leave no room for those wanted."""
+    """Raise if ``others``, tokens that stand in every row, leave no room for those wanted."""
     if limit < others + wanted:
         raise ValueError(
             f"{name}: expected at least {others + wanted}, for a token of {what} beside {others} "
@@ -136,7 +125,7 @@ def _check_room(name: str, limit: int, others: int, what: str, wanted: int = 1) 
 
 
 def _check_read(rows: Rows, features: Sequence[Mapping[str, Any]]) -> None:
-    """Raise DataError where a text has no token, special ones included, for the model to read."""
+    """Raise DataError if a text has no token, special ones included, for the model to read."""
     for line, text, row in zip(rows.lines, rows.texts, features, strict=True):
         if not row["input_ids"]:
             raise DataError(
@@ -149,7 +138,7 @@ def end_token(tokenizer: Any) -> int:
     """The id of the tokenizer's end token.
 
     Raises:
-        ValueError: it has none, so that a model could not be taught where to stop.
+        ValueError: it has none, so that a model could not be taught to stop.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -162,8 +151,8 @@ def end_token(tokenizer: Any) -> int:
 def tokenise_inputs(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
     """What the model reads of each row before it generates.
 
-    For ``"seq2seq"`` the text as the tokenizer gives it, with its end cut off where it is too long.
-    For ``"causal"`` the text and the separator, without an end token; where it is too long, its
+    For ``"seq2seq"`` the text as the tokenizer gives it, with its end cut off if it is too long.
+    For ``"causal"`` the text and the separator, without an end token; if it is too long, its
     beginning is cut off, since what stands next to the target matters most.
 
     Raises:
@@ -177,7 +166,7 @@ def tokenise_inputs(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
     separator = form.separator if form.targets else ""
     features = []
     cut = 0
-    empty, *texts = _encode(tokenizer, [text + separator for text in ("", *rows.texts)], True)
+    empty, *texts = _ids(tokenizer, [text + separator for text in ("", *rows.texts)])
     _check_room("max_length", form.max_length, len(empty) - (empty[-1:] == [end]), "the text")
     for ids in texts:
         if ids[-1:] == [end]:
@@ -210,7 +199,8 @@ def tokenise_text(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
     whole = form.task == "seq2seq"  # a decoder's text may start and end with tokens of its own
     features = []
     cut = 0
-    empty, *targets = _encode(tokenizer, ("", *(rows.targets or ())), whole, target=True)
+    how = {"name": "text_target", "add_special_tokens": whole}
+    empty, *targets = _ids(tokenizer, ("", *(rows.targets or ())), **how)
     first = len(empty) - (empty[-1:] == [end])
     _check_room("max_target_length", form.max_target_length, first, "the target")
     for row, ids in zip(inputs.features, targets, strict=True):
@@ -229,7 +219,7 @@ def tokenise_text(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
 def _tokenise_plain(rows: Rows, tokenizer: Any, max_length: int, end: int) -> Tokenised:
     features = []
     cut = 0
-    for ids in _encode(tokenizer, rows.texts, True):
+    for ids in _ids(tokenizer, rows.texts):
         if ids[-1:] != [end]:
             ids = [*ids, end]
         cut += len(ids) > max_length
@@ -239,17 +229,22 @@ def _tokenise_plain(rows: Rows, tokenizer: Any, max_length: int, end: int) -> To
     return Tokenised(tuple(features), None, cut)
 
 
+def _ids(tokenizer: Any, texts: Sequence[str], **how: Any) -> list[list[int]]:
+    """The token ids of :func:`_encode` alone."""
+    return [list(row["input_ids"]) for row in _encode(tokenizer, texts, **how)]
+
+
 def _encode(
-    tokenizer: Any, texts: Sequence[str], special: bool, target: bool = False
-) -> list[list[int]]:
-    """Token ids of each text, uncut, with or without the tokenizer's own special tokens."""
-    name = "text_target" if target else "text"
-    encoded = tokenizer(
-        **{name: list(texts)},
-        add_special_tokens=special,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    return [list(ids) for ids in encoded["input_ids"]]
+    tokenizer: Any,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    *,
+    name: str = "text",
+    **how: Any,
+) -> list[dict[str, Any]]:
+    """``input_ids`` of each text and, if the tokenizer gives them, ``token_type_ids``; uncut."""
+    given = {name: list(texts), "text_pair": None if pairs is None else list(pairs)}
+    plain = {"padding": False, "truncation": False, "return_attention_mask": False}
+    encoded = tokenizer(**given, verbose=False, **{**plain, **how})
+    names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
+    return [{name: encoded[name][i] for name in names} for i in range(len(texts))]

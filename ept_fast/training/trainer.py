@@ -64,12 +64,12 @@ class NonFiniteLossError(RuntimeError):
 
 
 def _write(folder: Path, save: Callable[[], None]) -> None:
-    """Save files into a folder; WriteError where that fails."""
+    """Save files into a folder; WriteError if that fails."""
     with writing(folder):
         try:
             save()
         except RuntimeError:
-            # torch's writer does not say why it failed. Where nothing can be written, this does.
+            # torch's writer does not say why it failed. If nothing can be written, this does.
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(bytes(1 << 16))
                 file.flush()
@@ -78,7 +78,7 @@ def _write(folder: Path, save: Callable[[], None]) -> None:
 
 
 def _copy(adapter: Path, folder: Path) -> None:
-    """Replace a folder with a copy of an adapter's; CheckpointError where that is damaged."""
+    """Replace a folder with a copy of an adapter's; CheckpointError if that is damaged."""
     read_adapter(adapter)
     shutil.rmtree(folder, ignore_errors=True)
     write_files({folder / path.name: path.read_bytes() for path in adapter.iterdir()})
@@ -93,20 +93,21 @@ def train_batches(
         config: the run.
         rows: its training rows.
         num_steps: optimizer steps.
-        pack_length: text tokens of a packed row; None where rows are not packed.
+        pack_length: text tokens of a packed row; None if rows are not packed.
 
     Raises:
         ValueError: too few rows for the parts of a step, or one too long to be packed.
     """
-    parts = {
+    size, seed = config.batch_size, config.seed
+    parts: dict[str, Any] = {
         "parts": config.gradient_accumulation_steps,
         "rank": parallel.rank(),
         "world_size": parallel.world_size(),
     }
-    size, seed = config.batch_size, config.seed
     if pack_length is not None:
         return PackedBatches(rows.lengths, size, num_steps, seed, pack_length, **parts)
-    return GroupedBatches(rows.lengths, size, num_steps, seed, config.group_by_length, **parts)
+    group = config.group_by_length
+    return GroupedBatches(rows.lengths, size, num_steps, seed, group=group, **parts)
 
 
 def _class_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -120,21 +121,21 @@ class PromptTrainer(Trainer):
 
     What differs from its base: four learning rates; batches whose order depends on the seed alone;
     checkpoints that hold no backbone and end with a marker file; a stop at the first non-finite
-    loss; evaluation by :class:`Evaluation`. The loss of a step is the mean over all of its rows,
-    for text tasks over all of its label tokens, however they are divided among the batches of
-    gradient accumulation and among processes.
+    loss; an evaluation of its own. The loss of a step is the mean over all of its rows, for text
+    tasks over all of its label tokens, however they are divided among the batches of gradient
+    accumulation and among processes.
 
     Args:
         model: the model.
         config: the run.
         train_rows: its data.
-        collator: makes the batches.
+        collator: makes the batches of single rows.
         evaluation: judges the model.
         max_steps: optimizer steps of the run.
         folder: where checkpoints go.
         bf16: whether to run under bfloat16 autocast.
         progress: whether to say how far it is, on standard error.
-        pack_length: text tokens of a packed row; None where rows are not packed.
+        pack_length: text tokens of a packed row; None if rows are not packed.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class PromptTrainer(Trainer):
         model: EPTModel,
         config: TrainConfig,
         train_rows: Tokenised,
-        collator: Collator | PackingCollator,
+        collator: Collator,
         evaluation: Evaluation,
         *,
         max_steps: int,
@@ -177,8 +178,10 @@ class PromptTrainer(Trainer):
             ddp_find_unused_parameters=False,
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over every visible GPU
+        self.trained = model
         self.run_config = config
-        self.collator = collator
+        self.rows = train_rows
+        self.collator = collator if pack_length is None else PackingCollator(collator)
         self.evaluation = evaluation
         self.pack_length = pack_length
         self.losses: list[float] = []
@@ -193,7 +196,7 @@ class PromptTrainer(Trainer):
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=train_rows,  # asked for, and never read: `evaluation` has its own rows
-            data_collator=collator,
+            data_collator=self.collator,
             compute_loss_func=_class_loss if config.task == "classification" else None,
             callbacks=[_Clock(self.seconds), *([_Progress(self)] if progress else [])],
         )
@@ -216,16 +219,15 @@ class PromptTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's batches of the whole run; to the base class it is one epoch."""
-        rows: Any = self.train_dataset
-        batches = train_batches(self.run_config, rows, self.args.max_steps, self.pack_length)
+        batches = train_batches(self.run_config, self.rows, self.args.max_steps, self.pack_length)
+        rows: Any = self.rows
         return DataLoader(rows, batch_sampler=batches, collate_fn=self.collator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the learning rates of prompt, offset, spaces and head."""
         if self.optimizer is None:
             c = self.run_config
-            trained: Any = self.model
-            groups = trained.parameter_groups(c.prompt_lr, c.offset_lr, c.space_lr, c.head_lr)
+            groups = self.trained.parameter_groups(c.prompt_lr, c.offset_lr, c.space_lr, c.head_lr)
             self.optimizer = torch.optim.AdamW(groups, weight_decay=c.weight_decay)
         return self.optimizer
 
@@ -235,8 +237,7 @@ class PromptTrainer(Trainer):
         """One forward and backward; a non-finite loss stops the run before any weight changes."""
         self.tokens += int(inputs["attention_mask"].sum())
         rows, width = inputs.get("pack_index", inputs["input_ids"]).shape
-        trained: Any = self.model
-        self.positions += rows * (trained.prompt.config.num_virtual_tokens + width)
+        self.positions += rows * (self.trained.prompt.config.num_virtual_tokens + width)
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(value):
@@ -256,8 +257,9 @@ class PromptTrainer(Trainer):
         if not math.isfinite(metrics["loss"]):
             self._stop("the evaluation loss", step)
         self.evaluations.append({"step": step, **metrics})
-        if self.run_config.keep == "best":
-            self._keep_best(step)
+        if self.has_best and self.best() is self.evaluations[-1]:
+            folder, extra = self.best_folder, {"step": step}
+            parallel.on_main(lambda: self.trained.save_pretrained(folder, extra=extra))
         named = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
         # The base class clears its request to evaluate here; else it would evaluate again.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
@@ -267,11 +269,6 @@ class PromptTrainer(Trainer):
         """The best evaluation so far, the first of equals."""
         metric = self.run_config.judged_by
         return max(self.evaluations, key=lambda e: goodness(metric, e[metric]))
-
-    def _keep_best(self, step: int) -> None:
-        if self.best() is self.evaluations[-1]:
-            model: Any = self.model
-            parallel.on_main(lambda: model.save_pretrained(self.best_folder, extra={"step": step}))
 
     def _stop(self, what: str, step: int) -> NoReturn:
         """Raise NonFiniteLossError; every process has found the same."""
@@ -284,8 +281,7 @@ class PromptTrainer(Trainer):
         raise AssertionError("not reached")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        trained: Any = self.model
-        for name, parameter in trained.named_parameters():
+        for name, parameter in self.trained.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 self._stop(f"the weight {name}", self.state.global_step)
         folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
@@ -316,20 +312,17 @@ class PromptTrainer(Trainer):
             remove_checkpoint(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        model: Any = self.model
-        model.save_pretrained(output_dir or self.checkpoints)
+        self.trained.save_pretrained(output_dir or self.checkpoints)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        trained: Any = self.model
-        trained.load_pretrained(resume_from_checkpoint)
+        self.trained.load_pretrained(resume_from_checkpoint)
         path = Path(resume_from_checkpoint) / PROGRESS_FILE
         progress = read_json(path)
         try:
-            self.losses[:] = progress["losses"]
-            self.evaluations[:] = progress["evaluations"]
-            self.seconds[:] = progress["seconds"]
+            for name in ("losses", "evaluations", "seconds"):
+                getattr(self, name)[:] = progress[name]
             # What all processes have seen is kept by one of them.
             self.tokens = progress["tokens"] * parallel.is_main()
             self.positions = progress["positions"] * parallel.is_main()
@@ -357,7 +350,7 @@ class _Clock(TrainerCallback):
 class _Progress(TrainerCallback):
     """The loss and the newest evaluation on standard error: a bar on a terminal, lines elsewhere.
 
-    A line comes at an evaluation, where ten seconds or a tenth of the run lie behind the last one.
+    A line comes at an evaluation, if ten seconds or a tenth of the run lie behind the last one.
     """
 
     def __init__(self, trainer: PromptTrainer) -> None:

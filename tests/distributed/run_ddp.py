@@ -6,9 +6,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed import run_trainer
+from tests.distributed import trainers
+from tests.distributed.launch import share, together
 from tests.distributed.tasks import (
     OVER_TOKENS,
     TASKS,
@@ -30,13 +28,13 @@ from tests.distributed.tasks import (
 )
 
 
-def backward(task: str, model: Any, batch: dict[str, torch.Tensor], share: slice) -> None:
+def backward(task: str, model: Any, batch: dict[str, torch.Tensor], of: slice) -> None:
     """The part of the gradient of the batch's mean loss that belongs to these rows.
 
     DDP takes the mean over processes, so losses over tokens, whose numbers differ between the
     processes, are divided by the number of all and multiplied by that of the processes.
     """
-    rows = part(batch, share)
+    rows = part(batch, of)
     if task in OVER_TOKENS:
         items = torch.tensor(count_of(task, batch))
         loss = model(**rows, num_items_in_batch=items).loss * dist.get_world_size()
@@ -63,9 +61,7 @@ def gradients_of(task: str, *, recompute: bool, accumulate: bool) -> Any:
             backward(task, wrapped, batch, slice(first, first + 2))
         backward(task, wrapped, batch, slice(first + 2, first + 4))
     else:
-        # Shares of different sizes.
-        share = slice(5, 8) if dist.get_rank() else slice(0, 5)
-        backward(task, wrapped, batch, share)
+        backward(task, wrapped, batch, share())
     return gradients(model)
 
 
@@ -84,22 +80,19 @@ def facts() -> dict[str, Any]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    for task in TASKS:
-        for name, choices in {
-            "whole": {"recompute": False, "accumulate": False},
-            "parts": {"recompute": False, "accumulate": True},
-            "recomputed": {"recompute": True, "accumulate": False},
-        }.items():
-            save_file(gradients_of(task, **choices), folder / f"{task}-{name}-{rank}.safetensors")
-    (folder / f"facts-{rank}.json").write_text(json.dumps(facts()))
-    run = folder / "run"
-    run.mkdir(exist_ok=True)
-    save_file(run_trainer.train(run, dist.get_world_size()), run / f"end-{rank}.safetensors")
-    dist.destroy_process_group()
+    with together() as (folder, rank):
+        for task in TASKS:
+            for name, choices in {
+                "whole": {"recompute": False, "accumulate": False},
+                "parts": {"recompute": False, "accumulate": True},
+                "recomputed": {"recompute": True, "accumulate": False},
+            }.items():
+                found = gradients_of(task, **choices)
+                save_file(found, folder / f"{task}-{name}-{rank}.safetensors")
+        (folder / f"facts-{rank}.json").write_text(json.dumps(facts()))
+        run = folder / "run"
+        run.mkdir(exist_ok=True)
+        save_file(trainers.train(run, dist.get_world_size()), run / f"end-{rank}.safetensors")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ adapters to ``FOLDER/TASK``, and facts to ``FOLDER/facts-RANK.json``.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +26,7 @@ from torch.distributed.fsdp import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import ept_fast.storage.files
+from tests.distributed.launch import share, together
 from tests.distributed.run_ddp import backward
 from tests.distributed.tasks import TASKS, batch_of, gradients, make_model, part, trained
 
@@ -50,11 +49,6 @@ def shard(model: Any, **choices: Any) -> Any:
 def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
     assert all(type(tensor).__name__ == "DTensor" for tensor in tensors.values())
     return {name: tensor.full_tensor() for name, tensor in tensors.items()}
-
-
-def share() -> slice:
-    """This process's rows; not as many as the other's."""
-    return slice(5, 8) if dist.get_rank() else slice(0, 5)
 
 
 def gradients_of(task: str, model: Any) -> dict[str, Tensor]:
@@ -153,16 +147,12 @@ def refusals(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    facts: dict[str, Any] = {task: train(task, folder) for task in TASKS}
-    other_ways(folder)
-    generated(folder)
-    facts["refusals"] = refusals(folder)
-    (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
-    dist.destroy_process_group()
+    with together() as (folder, rank):
+        facts: dict[str, Any] = {task: train(task, folder) for task in TASKS}
+        other_ways(folder)
+        generated(folder)
+        facts["refusals"] = refusals(folder)
+        (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def make_model(task: str, backbone: Any = None, *, moved: bool = True, **choices
 
     Args:
         task: one of ``TASKS``.
-        backbone: the task's tiny model in float32 where it is not given.
+        backbone: the task's tiny model in float32 by default.
         moved: whether the adapter is away from where it starts, at which most gradients are zero.
         **choices: of :func:`ept_fast.get_ept_model`.
     """

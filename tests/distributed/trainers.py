@@ -12,9 +12,9 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 
-from tests.distributed.tasks import batch_of
+from tests.distributed.tasks import batch_of, make_model, values_of
 
-__all__ = ["Rows", "fresh_accelerate", "make_trainer"]
+__all__ = ["TASK", "Rows", "fresh_accelerate", "make_trainer", "train"]
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -64,6 +64,19 @@ def make_trainer(
         eval_dataset=Rows(batch_of(task, 8, seed=2)),
         callbacks=callbacks,
     )
+
+
+TASK = "CAUSAL_LM"
+
+
+def train(folder: Path, processes: int) -> dict[str, Tensor]:
+    """The trained values at the end of a run of batches of 8 rows, over all processes."""
+    model = make_model(TASK)
+    rows = 8 // processes
+    trainer = make_trainer(TASK, model, folder, max_steps=6, per_device_train_batch_size=rows)
+    assert trainer.args.world_size == processes
+    trainer.train()
+    return values_of(model)
 
 
 @contextmanager

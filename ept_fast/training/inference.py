@@ -268,12 +268,20 @@ def load_adapter(
     return Adapter(trained, tokenizer, form=text_form, num_beams=beams)
 
 
+def _loaded(adapter: str | Path | Adapter, model: str | None, device: str) -> Adapter:
+    if isinstance(adapter, Adapter):
+        return adapter
+    return load_adapter(adapter, model=model, device=device)
+
+
 def evaluate(
     adapter: str | Path | Adapter,
     data: str | Path | Rows,
     *,
     split: str = "test",
     batch_size: int = 64,
+    model: str | None = None,
+    device: str = "auto",
     fields: Fields | None = None,
     eval_generate: int | None = None,
     max_new_tokens: int | None = None,
@@ -286,6 +294,8 @@ def evaluate(
         data: as :class:`TrainConfig`'s ``data``, or rows.
         split: which split of it.
         batch_size: rows of a batch.
+        model: the frozen model, in place of the one saved with the adapter.
+        device: ``"auto"`` or ``"cpu"``.
         fields: the columns' names.
         eval_generate: for text tasks, the number of rows that texts are generated for, evenly
             spread; by default all rows, 0 for none.
@@ -297,7 +307,7 @@ def evaluate(
         ``perplexity``, ``token_accuracy`` and, of what was generated, ``exact_match``, ``f1`` and
         ``rows_generated``. For all ``rows`` and ``rows_cut``; for text tasks ``targets_cut``.
     """
-    loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+    loaded = _loaded(adapter, model, device)
     task = "classification" if loaded.form is None else loaded.form.task
     fields = fields or Fields()
     rows = data
@@ -328,6 +338,8 @@ def predict(
     rows: Rows,
     *,
     batch_size: int = 64,
+    model: str | None = None,
+    device: str = "auto",
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -337,6 +349,8 @@ def predict(
         adapter: folder of an adapter or of a run, or a loaded one.
         rows: texts; labels and targets are not looked at.
         batch_size: rows of a batch.
+        model: the frozen model, in place of the one saved with the adapter.
+        device: ``"auto"`` or ``"cpu"``.
         max_new_tokens, num_beams: for text tasks, how texts are generated; by default as in
             training.
 
@@ -344,7 +358,7 @@ def predict(
         For classification dicts of ``label`` (of the type it had in training) and ``probabilities``
         (by name); for text tasks dicts of ``output``.
     """
-    loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+    loaded = _loaded(adapter, model, device)
     if loaded.form is None:
         check_alike(rows, "pairs", loaded.paired, "text_pair", "training")
     tokens = loaded.tokenised(rows, answered=False)

@@ -321,7 +321,7 @@ def _ready(work: Work, case: Case, sets: int = 1) -> tuple[Any, list[Any]]:
             ]
         _held[case.shape, case.mask] = made
     inputs = _held[case.shape, case.mask]
-    peer = peers.make(case.operation, case.peer, shape, inputs[0])
+    peer = peers.make(case.operation, case.peer, inputs[0])
     parity.results(peer.forward, peer.leaves, inputs[0])
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -39,12 +39,12 @@ from unittest import mock
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import peers
 from bench.compare import Failure
 from bench.environment import origin_of
-from bench.inputs import SCALING, Inputs, cotangent, make_inputs
+from bench.inputs import Inputs, cotangent, make_inputs, make_prompt
 from bench.peers import REFERENCE
 from bench.rows import RESULTS, aligned, write_csv
 from bench.shapes import Shape
@@ -170,24 +170,6 @@ def stubbed() -> Iterator[Callable[[], int]]:
 # What is timed
 
 
-def _module(inputs: Inputs, backend: str) -> nn.Module:
-    from ept_fast import EPTConfig, FusedEPTPrompt
-
-    s = SHAPE
-    config = EPTConfig(
-        s.hidden_size,
-        num_virtual_tokens=s.num_virtual_tokens,
-        max_length=s.max_length,
-        rank=s.rank,
-        num_spaces=s.num_spaces,
-        space_dim=s.space_dim,
-        alpha=SCALING * s.rank**0.5,
-    )
-    table = nn.Embedding.from_pretrained(inputs.weight, freeze=True)
-    tensors = {name: tensor.detach().clone() for name, tensor in inputs.parameters.items()}
-    return FusedEPTPrompt.from_tensors(config, tensors, table, backend=backend)
-
-
 def module_by_definition(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """What a call of the module gives: the embeddings, their mask and their positions."""
     embeds = peers.operation_of("prompt path", REFERENCE)(inputs)
@@ -216,7 +198,7 @@ def make_forwards(path: str, inputs: Inputs, names: Iterable[str]) -> dict[str, 
         elif path == FUNCTIONS:
             found[name] = partial(peers.operation_of("prompt path", name), inputs), leaves
         else:
-            prompt = _module(inputs, name)
+            prompt = make_prompt(SHAPE, inputs.parameters, inputs.weight, name)
             found[name] = partial(prompt, **options), list(prompt.parameters())
     return found
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ from bench.environment import origin_of
 from bench.inputs import DTYPES, Inputs, cotangent, make_inputs
 from bench.rows import Book, Row
 from bench.shapes import Shape
-from bench.timing import Clock, Timing, Work, floor_works, quantiles
+from bench.timing import Clock, Work, floor_works, quantiles
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,6 @@ class Run:
         self.clock = Clock(device, settings.seconds, fewest, most)
         self.book = Book(settings.folder)
         self.deadline = time.perf_counter() + (settings.total or float("inf"))
-        self._floor: tuple[float, float] | None = None
         self._held: dict[Any, Any] = {}
         self._held_for: Any = None
 
@@ -97,45 +98,47 @@ class Run:
         if time.perf_counter() > self.deadline:
             pytest.skip("left out: the time of the run is over")
 
+    def checked(
+        self, case: str, name: str, check: Callable[[str], tuple[T, float, str]]
+    ) -> tuple[T, float]:
+        """What ``check`` makes of a name, and its error; made once for what the rows share.
+
+        Args:
+            case: the row, for the message.
+            check: gives what is timed, its error by what is allowed, and where that is.
+        """
+        if name not in self._held:
+            self._held[name] = check(name)
+        made, error, where = self._held[name]
+        parity.refuse_red(case, name, error, where)
+        return made, error
+
     # The floor
 
-    @property
+    @functools.cached_property
     def floor(self) -> tuple[float, float]:
         """Megabytes a millisecond of a copy, milliseconds of an empty launch, of this run."""
-        if self._floor is None:
-            size = 1 << 30 if self.on_gpu else 1 << 28
-            works = floor_works(self.device, 1 << 22 if self.settings.quick else size)
-            p50 = {}
-            for name, (work, moved) in works.items():
-                rounds = 3 if self.settings.quick else 15
-                times = quantiles(self.clock.alone_ms(work, rounds))
-                p50[name] = times[1]
-                self._add_floor(name, moved, times, rounds)
-            moved = works["copy"][1]
-            self._floor = moved / 1e6 / p50["copy"], p50["empty launch"]
-        return self._floor
-
-    def _add_floor(
-        self, name: str, moved: int, times: tuple[float, float, float], rounds: int
-    ) -> None:
-        empty = dict.fromkeys(Row.__dataclass_fields__)
-        columns: dict[str, Any] = {
-            **empty,
-            **self.origin,
-            "suite": "floor",
-            "operation": name,
-            "direction": "",
-            "shape": f"{moved // 2 >> 20} MiB" if moved else "",
-            "embeddings": "",
-            "parameters": "",
-            "peer": "torch" if moved or not self.on_gpu else "triton",
-            "ours": "",
-            "note": "",
-            "rounds": rounds,
-            "floor_mb": moved / 1e6 or None,
-            **dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True)),
-        }
-        self.book.add(Row(**columns))
+        quick = self.settings.quick
+        rounds = 3 if quick else 15
+        size = 1 << (22 if quick else 30 if self.on_gpu else 28)
+        works = floor_works(self.device, size)
+        p50 = {}
+        for name, (work, moved) in works.items():
+            p20, p50[name], p80 = quantiles(self.clock.alone_ms(work, rounds))
+            row = Row(
+                suite="floor",
+                operation=name,
+                shape=f"{moved // 2 >> 20} MiB" if moved else "",
+                peer="torch" if moved or not self.on_gpu else "triton",
+                rounds=rounds,
+                floor_mb=moved / 1e6 or None,
+                p20_ms=p20,
+                p50_ms=p50[name],
+                p80_ms=p80,
+                **self.origin,
+            )
+            self.book.add(row)
+        return works["copy"][1] / 1e6 / p50["copy"], p50["empty launch"]
 
     # Rows
 
@@ -165,18 +168,20 @@ class Run:
         if timing is None:
             return None
         floor_ms = None if floor_bytes is None else max(floor_bytes / 1e6 / speed, launch)
-        sizes = {k: v for k, v in asdict(shape).items() if k not in ("name", "shortest")}
+        columns = asdict(timing)
+        for end in ("", "_low", "_high"):
+            columns[f"ours_to_peer{end}"] = columns.pop(f"ratio{end}")
         row = Row(
             suite=suite,
             operation=operation,
             direction=direction,
             shape=shape.name,
-            **sizes,
+            **shape.columns,
             embeddings=embeddings,
             parameters=parameters,
             peer=peer,
             ours=ours,
-            **_columns(timing),
+            **columns,
             floor_mb=None if floor_bytes is None else floor_bytes / 1e6,
             floor_ms=floor_ms,
             of_floor=None if floor_ms is None else floor_ms / timing.p50_ms,
@@ -204,8 +209,18 @@ class Run:
                 case.shape, DTYPES[case.table], self.device, self.sets_of_inputs
             )
         sets: list[Inputs] = held["inputs"]
-        peer, error = self._checked(held, case, case.peer)
-        ours, _ = self._checked(held, case, peers.ours(self.device))
+
+        def checked(name: str) -> tuple[peers.Peer, float]:
+            peer = peers.make(case.operation, name, sets[0])
+            expected = held.get("expected") if peer.same_work else None
+            if expected is None:
+                expected = parity.expected_of(peer, sets[0])
+            if peer.same_work:
+                held["expected"] = expected
+            return peer, *parity.check(peer, sets[0], expected)
+
+        peer, error = self.checked(case.id, case.peer, checked)
+        ours, _ = self.checked(case.id, peers.ours(self.device), checked)
         return self.measure(
             benchmark,
             suite=case.suite,
@@ -222,29 +237,6 @@ class Run:
             else None,
             error=error,
         )
-
-    def _checked(self, held: dict[Any, Any], case: Case, name: str) -> tuple[peers.Peer, float]:
-        """The peer and its error; made and checked once a shape."""
-        if name not in held:
-            inputs = held["inputs"][0]
-            peer = peers.make(case.operation, name, case.shape, inputs)
-            kind = "expected" if peer.same_work else f"expected of {name}"
-            if kind not in held:
-                held[kind] = parity.expected_of(peer, inputs)
-            error, where = parity.check(peer, inputs, held[kind])
-            held[name] = (peer, error, where)
-            if not peer.same_work:
-                del held[kind]
-        peer, error, where = held[name]
-        parity.refuse_red(case.id, name, error, where)
-        return peer, error
-
-
-def _columns(timing: Timing) -> dict[str, Any]:
-    values = asdict(timing)
-    for suffix in ("", "_low", "_high"):
-        values[f"ours_to_peer{suffix}"] = values.pop(f"ratio{suffix}")
-    return values
 
 
 def work_of(direction: str, peer: peers.Peer, sets: list[Inputs]) -> Work:

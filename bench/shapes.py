@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Shape:
     vocabulary: int
     tasks: int = 0
     shortest: int = 0
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """The sizes as columns of a row."""
+        return {n: v for n, v in asdict(self).items() if n not in ("name", "shortest")}
 
 
 _T5 = Shape("t5-base", 32, 256, 768, 40, 256, 30, 4, 8, 32128, shortest=128)

@@ -15,7 +15,7 @@ import torch
 
 from bench import models, parity, peers
 from bench.inputs import DTYPES
-from bench.models import Backbone, Batch, Method
+from bench.models import Backbone, Method
 from bench.run import Run
 
 
@@ -66,10 +66,19 @@ def test_training_step(case: Case, run: Run, benchmark: Any) -> None:
     if "model" not in held:
         held["model"] = models.make_model(case.backbone, DTYPES[table], run.device)
         held["batch"] = models.make_batch(case.backbone, shape, run.device)
-    batch: Batch = held["batch"]
-    ours = _checked(held, case, peers.ours(run.device))
-    peer = _checked(held, case, case.peer)
-    notes = (case.backbone.note, peer.method.note)
+        held["exact model"] = models.exact_copy(held["model"])
+    model, batch = held["model"], held["batch"]
+
+    def checked(name: str) -> tuple[tuple[Method, Any], float, str]:
+        """The method and its loss as it is timed."""
+        method = models.make(name, model, case.backbone, batch)
+        expected = models.expected_of(method, model, held["exact model"], batch)
+        loss = torch.compile(method.loss, dynamic=False) if case.compiled else method.loss
+        found = models.results(method, loss, model, batch)
+        return (method, loss), *parity.compare(found, expected)
+
+    (ours, our_loss), _ = run.checked(case.id, peers.ours(run.device), checked)
+    (peer, loss), error = run.checked(case.id, case.peer, checked)
     run.measure(
         benchmark,
         suite="training_step",
@@ -77,37 +86,11 @@ def test_training_step(case: Case, run: Run, benchmark: Any) -> None:
         direction="both",
         shape=shape,
         embeddings=table,
-        peer=peer.method.name,
-        ours=ours.method.name,
-        work=models.step(peer.method, peer.loss, batch),
-        our_work=models.step(ours.method, ours.loss, batch),
+        peer=peer.name,
+        ours=ours.name,
+        work=models.step(peer, loss, batch),
+        our_work=models.step(ours, our_loss, batch),
         tokens=int(batch.attention_mask.sum()),
-        error=peer.error,
-        note="; ".join(note for note in notes if note),
+        error=error,
+        note="; ".join(filter(None, (case.backbone.note, peer.note))),
     )
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A method, its loss as it is timed, and what the check has found."""
-
-    method: Method
-    loss: Any
-    error: float
-    where: str
-
-
-def _checked(held: dict[Any, Any], case: Case, name: str) -> _Checked:
-    """The method by name; made and checked once a backbone and length."""
-    if name not in held:
-        model, batch = held["model"], held["batch"]
-        if "exact model" not in held:
-            held["exact model"] = models.exact_copy(model)
-        method = models.make(name, model, case.backbone, batch)
-        expected = models.expected_of(method, model, held["exact model"], batch)
-        loss = torch.compile(method.loss, dynamic=False) if case.compiled else method.loss
-        found = models.results(method, loss, model, batch)
-        held[name] = _Checked(method, loss, *parity.compare(found, expected))
-    checked: _Checked = held[name]
-    parity.refuse_red(case.id, name, checked.error, checked.where)
-    return checked

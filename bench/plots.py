@@ -6,7 +6,6 @@ measured. A suite without rows has no picture.
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 import statistics
@@ -324,7 +323,7 @@ def main(folder: Path) -> None:
     """Draw the CSV files of a folder, next to them."""
     try:
         paths = draw(folder)
-    except (OSError, ValueError, csv.Error, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise Failure(" ".join(str(error).split())) from error
     for path in paths:
         click.echo(path)

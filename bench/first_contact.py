@@ -54,6 +54,7 @@ _TABLE = "bfloat16"
 _CASE_SECONDS = 60
 _CRASHES = 3  # of a part, before the rest of it is given up
 _ROUNDS = 15
+_QUANTILES = ("p20_ms", "p50_ms", "p80_ms")
 # What a process is started by, before the description of its work.
 _CHILD = (sys.executable, "-m", "bench.first_contact", "--child")
 _LOST = 3  # its exit status: the context is dead, what happened is on record
@@ -95,26 +96,22 @@ def parity_cases(rehearse: bool) -> list[Case]:
     ]
 
 
+_WORKS = (
+    ("splice", "right"),
+    ("reconstruct", "none"),
+    ("prompt path", "right"),
+    ("splice", "none"),
+    ("splice", "holes"),
+)
+
+
 def time_cases(rehearse: bool) -> list[Case]:
-    """The whole path too, by all peers, those that are compared one after the other."""
-    if rehearse:
-        return [
-            Case(operation, peer, next(iter(shapes(rehearse))), mask)
-            for operation, mask in (("splice", "right"), ("reconstruct", "none"))
-            for peer in (KERNELS[0], DEFINITION)
-        ]
-    works = (
-        ("splice", "right"),
-        ("reconstruct", "none"),
-        ("prompt path", "right"),
-        ("splice", "none"),
-        ("splice", "holes"),
-    )
+    """The whole path too, by all peers; those that are compared are adjacent."""
     return [
         Case(operation, peer, shape, mask)
-        for operation, mask in works
-        for shape in shapes(rehearse)
-        for peer in (*KERNELS, DEFINITION, COMPILED)
+        for operation, mask in (_WORKS[:2] if rehearse else _WORKS)
+        for shape in list(shapes(rehearse))[: 1 if rehearse else None]
+        for peer in ((KERNELS[0], DEFINITION) if rehearse else (*KERNELS, DEFINITION, COMPILED))
     ]
 
 
@@ -181,13 +178,14 @@ def _environment(facts: Facts, work: Work) -> None:
         from ept_fast.backends.cuda import library
 
         begin = time.perf_counter()
+        loads = True
         try:
             library.load()
+            text = library.state().text
         except library.ExtensionError as error:
-            facts.add("environment", library=str(error)[:2000], loads=False)
-        else:
-            text, seconds = library.state().text, time.perf_counter() - begin
-            facts.add("environment", library=text, loads=True, seconds=round(seconds, 1))
+            loads, text = False, str(error)[:2000]
+        seconds = round(time.perf_counter() - begin, 1)
+        facts.add("environment", library=text, loads=loads, seconds=seconds)
     for name, works, why in dispatch.describe():
         facts.add("environment", backend=name, works=works, why=why)
 
@@ -203,11 +201,7 @@ def _compile(facts: Facts, work: Work) -> None:
         target = f"sm_{10 * torch.cuda.get_device_capability()[0]}"
     if missing := compiled.cuda_tools():
         facts.add("compile", problem=f"registers and spills are unknown: {missing}")
-    for s in shapes(work.rehearse).values():
-        sizes = compiled.Shape(
-            *(s.name, s.num_virtual_tokens, s.max_length, s.rank, s.num_spaces, s.space_dim),
-            *(s.hidden_size, s.batch, s.length, s.tasks or None),
-        )
+    for sizes in shapes(work.rehearse).values():
         types = ("bf16", "fp32")
         chosen: list[compiled.Case] = [compiled.Reconstruct(sizes, ("fp32",) * 3)]
         chosen += [compiled.Splice(sizes, types, mask=mask) for mask in (None, torch.int64)]
@@ -262,27 +256,24 @@ def _time(facts: Facts, work: Work) -> None:
     rounds = 3 if work.rehearse else _ROUNDS
     if work.start == 0:
         for name, (nothing, moved) in floor_works(device, size).items():
-            p20, p50, p80 = quantiles(clock.alone_ms(nothing, rounds))
-            speed = moved / 1e9 / p50 if moved else None
-            facts.add("floor", of=name, p20_ms=p20, p50_ms=p50, p80_ms=p80, tb_per_s=speed)
+            found = dict(zip(_QUANTILES, quantiles(clock.alone_ms(nothing, rounds)), strict=True))
+            speed = moved / 1e9 / found["p50_ms"] if moved else None
+            facts.add("floor", of=name, **found, tb_per_s=speed)
         torch.cuda.empty_cache()
     for case in work.each(facts):
         peer, sets = _ready(work, case, sets=3)
         shape = shapes(work.rehearse)[case.shape]
         for direction in directions(case.operation):
             timed = work_of(direction, peer, sets)
-            p20, p50, p80 = quantiles(clock.alone_ms(timed, rounds))
-            launches = [(_plain(name), us) for name, us in clock.launches(timed)]
+            found = dict(zip(_QUANTILES, quantiles(clock.alone_ms(timed, rounds)), strict=True))
             facts.add(
                 "time",
                 **asdict(case),
                 direction=direction,
-                p20_ms=p20,
-                p50_ms=p50,
-                p80_ms=p80,
+                **found,
                 host_us=1e6 * clock.host_seconds(timed),
                 floor_mb=floor_bytes(case.operation, direction, shape, sets[0]) / 1e6,
-                launches=launches,
+                launches=[(_plain(name), us) for name, us in clock.launches(timed)],
             )
 
 
@@ -313,12 +304,8 @@ def _ready(work: Work, case: Case, sets: int = 1) -> tuple[Any, list[Any]]:
         if case.mask == "holes":
             g = torch.Generator(device).manual_seed(2)
             size = (shape.batch, shape.length)
-            made = [
-                replace(
-                    i, attention_mask=(torch.rand(size, generator=g, device=device) < 0.75).long()
-                )
-                for i in made
-            ]
+            masks = [torch.rand(size, generator=g, device=device) < 0.75 for _ in made]
+            made = [replace(i, attention_mask=m.long()) for i, m in zip(made, masks, strict=True)]
         _held[case.shape, case.mask] = made
     inputs = _held[case.shape, case.mask]
     peer = peers.make(case.operation, case.peer, inputs[0])
@@ -344,10 +331,14 @@ class Work:
     step: str
     path: str
     cases: tuple[Case, ...]
-    device: str
     rehearse: bool
     start: int
     until: float
+
+    @property
+    def device(self) -> str:
+        """The type of the device."""
+        return "cpu" if self.rehearse else "cuda"
 
     def each(self, facts: Facts) -> Iterator[Case]:
         """The cases that are left, each announced; what goes wrong with one is a fact."""
@@ -408,15 +399,8 @@ class Run:
             if left < 1:
                 self.facts.add(step, problem="not run: no time left")
                 return False
-            work = Work(
-                step,
-                str(self.facts.path),
-                chosen,
-                "cpu" if self.rehearse else "cuda",
-                self.rehearse,
-                at,
-                self.deadline - 4,
-            )
+            path, until = str(self.facts.path), self.deadline - 4
+            work = Work(step, path, chosen, self.rehearse, at, until)
             status, process, words = self._process(work, environment, left)
             if status == 0:
                 known = [f for f in self.facts.read() if f["step"] == step and "left_out" in f]
@@ -485,22 +469,23 @@ def run(facts: Facts, rehearse: bool, seconds: float) -> None:
     def check(peer: str, operation: str) -> None:
         part("parity", [c for c in checks if (c.peer, c.operation) == (peer, operation)])
 
+    def wait_for(futures: list[Future[None]]) -> None:
+        for future in futures:
+            future.result()
+
     with ThreadPoolExecutor() as pool:
         first = [pool.submit(part, "environment"), pool.submit(part, "compile")]
         warm: list[Future[None]] = []
         if not rehearse:
             few = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-            compiled = [c for c in time_cases(rehearse) if c.peer == COMPILED and c.mask != "holes"]
-            for shape in shapes(rehearse):
-                for operation in ("splice", "reconstruct", "prompt path"):
-                    mine = [c for c in compiled if (c.shape, c.operation) == (shape, operation)]
-                    warm.append(pool.submit(part, "warm", mine, **few))
-        for future in first:
-            future.result()
-        for future in [pool.submit(check, *pair) for pair in pairs]:
-            future.result()
-        for future in warm:
-            future.result()
+            groups: dict[tuple[str, str], list[Case]] = {}
+            for case in time_cases(rehearse):
+                if case.peer == COMPILED and case.mask != "holes":
+                    groups.setdefault((case.shape, case.operation), []).append(case)
+            warm = [pool.submit(part, "warm", mine, **few) for mine in groups.values()]
+        wait_for(first)
+        wait_for([pool.submit(check, *pair) for pair in pairs])
+        wait_for(warm)
     part("time", time_cases(rehearse))
 
 
@@ -575,9 +560,8 @@ def table(facts: list[dict[str, Any]]) -> list[str]:
     times = _timed(facts)
     lines = []
     if copy and empty:
-        lines.append(
-            f"copy {copy['tb_per_s']:.2f} TB/s, an empty launch {1e3 * empty['p50_ms']:.1f} µs"
-        )
+        empty_us = 1e3 * empty["p50_ms"]
+        lines.append(f"copy {copy['tb_per_s']:.2f} TB/s, an empty launch {empty_us:.1f} µs")
     body = []
     for (case, direction), fact in times.items():
         if case.peer not in KERNELS:
@@ -607,45 +591,43 @@ def rows(facts: list[dict[str, Any]]) -> list[Row]:
     origin = next((f for f in facts if f["step"] == "environment" and "driver" in f), None)
     if origin is None:
         return []
-    empty: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__)
-    empty |= dict.fromkeys(("direction", "shape", "embeddings", "parameters", "ours", "note"), "")
-    empty |= {name: value for name, value in origin.items() if name in empty}
-    empty["rounds"] = _ROUNDS
-    found = []
+    common = {name: value for name, value in origin.items() if name != "step"}
+    common["rounds"] = _ROUNDS
     floor = {fact["of"]: fact for fact in facts if fact["step"] == "floor"}
-    quantiles = ("p20_ms", "p50_ms", "p80_ms")
+    found = []
     for name, fact in floor.items():
-        own: dict[str, Any] = {"suite": "floor", "operation": name, "peer": "torch"}
+        times = {name: fact[name] for name in _QUANTILES}
         if speed := fact["tb_per_s"]:
-            own |= {"floor_mb": 1e6 * speed * fact["p50_ms"] / 1e3, "shape": "1024 MiB"}
-        found.append(Row(**empty | own | {q: fact[q] for q in quantiles}))
-    times = _timed(facts)
+            times |= {"floor_mb": 1e3 * speed * fact["p50_ms"], "shape": "1024 MiB"}
+        found.append(Row(suite="floor", operation=name, peer="torch", **times, **common))
+    timed = _timed(facts)
     sizes = shapes(rehearse=False)
-    for (case, direction), fact in times.items():
-        shape = asdict(sizes[case.shape])
+    for (case, direction), fact in timed.items():
         spliced = case.operation != "reconstruct"
-        ours = times.get((replace(case, peer=KERNELS[0]), direction))
+        p50 = fact["p50_ms"]
+        ours = timed.get((replace(case, peer=KERNELS[0]), direction))
         floor_ms = _floor_ms(fact, floor)
-        own = {
-            "suite": case.operation.replace(" ", "_"),
-            "operation": case.operation,
-            "direction": direction,
-            **{name: value for name, value in shape.items() if name != "shortest"},
-            "shape": case.shape + (_SUFFIX[case.mask] if spliced else ""),
-            "embeddings": _TABLE if spliced else "",
-            "parameters": "float32",
-            "peer": case.peer,
-            "ours": KERNELS[0],
-            "host_ms": fact["host_us"] / 1e3,
-            "launches": len(fact["launches"]),
-            "floor_mb": fact["floor_mb"],
-            "floor_ms": floor_ms,
-            "of_floor": floor_ms / fact["p50_ms"] if floor_ms else None,
-            "ours_to_peer": ours["p50_ms"] / fact["p50_ms"] if ours and ours is not fact else None,
-            "note": "first contact: ratios of two medians",
-        }
-        del own["name"]
-        found.append(Row(**empty | own | {q: fact[q] for q in quantiles}))
+        row = Row(
+            suite=case.operation.replace(" ", "_"),
+            operation=case.operation,
+            direction=direction,
+            shape=case.shape + (_SUFFIX[case.mask] if spliced else ""),
+            **sizes[case.shape].columns,
+            embeddings=_TABLE if spliced else "",
+            parameters="float32",
+            peer=case.peer,
+            ours=KERNELS[0],
+            **{name: fact[name] for name in _QUANTILES},
+            host_ms=fact["host_us"] / 1e3,
+            launches=len(fact["launches"]),
+            floor_mb=fact["floor_mb"],
+            floor_ms=floor_ms,
+            of_floor=floor_ms / p50 if floor_ms else None,
+            ours_to_peer=ours["p50_ms"] / p50 if ours and ours is not fact else None,
+            note="first contact: ratios of two medians",
+            **common,
+        )
+        found.append(row)
     return found
 
 

@@ -16,8 +16,6 @@ from bench.rows import SUITES, Book, Row, read, write
 
 # Our backend paired with itself.
 DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(Row.__dataclass_fields__),
-    **dict.fromkeys((n for n, f in Row.__dataclass_fields__.items() if f.type == "str"), ""),
     "suite": "prompt_path",
     "operation": "prompt path",
     "direction": "both",

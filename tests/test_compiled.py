@@ -82,22 +82,18 @@ def test_code_keeps_the_rule(report: dict[str, Any], kernel: str, rule: str) -> 
 
 @needs_tools
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_type_and_target_is_compiled(report: dict[str, Any], kernel: str) -> None:
-    made = {(row["types"], row["target"]) for row in report["rows"] if row["kernel"] == kernel}
-    expected = {(types, target) for types in TYPES[KERNELS[kernel]] for target in TARGETS}
-    assert made == expected
-
-
-@needs_tools
-@pytest.mark.slow
-def test_the_committed_table_has_these_rows(report: dict[str, Any]) -> None:
+def test_every_kernel_type_and_target_is_compiled_and_on_record(report: dict[str, Any]) -> None:
+    made = {(row["kernel"], row["types"], row["target"]) for row in report["rows"]}
+    assert made == {
+        (kernel, types, target)
+        for kernel, file in KERNELS.items()
+        for types in TYPES[file]
+        for target in TARGETS
+    }
     version, budget = compiled.read_record()
     assert budget, "no table: run python -m bench.compiled --write"
-    if version != report["triton"]:
-        pytest.skip(f"the table is of Triton {version}, this is {report['triton']}")
-    made = {(row["kernel"], row["types"], row["target"]) for row in report["rows"]}
-    assert made == set(budget)
+    if version == report["triton"]:
+        assert made == set(budget)
 
 
 # The rules themselves
@@ -151,11 +147,11 @@ def test_each_figure_breaks_its_rule(code: Code, rule: str) -> None:
     assert set(broken(code, TARGETS["sm_90"], budget=128)) == {rule}
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
-def test_what_is_within_the_rules_breaks_none(target: compiled.Target) -> None:
-    assert broken(GOOD, target) == {}
-    assert broken(GOOD, target, budget=GOOD.registers - compiled.MARGIN) == {}
-    assert broken(replace(GOOD, scalar_spills=3, matrix={"HMMA": 2}), target) == {}
+def test_what_is_within_the_rules_breaks_none() -> None:
+    for target in TARGETS.values():
+        assert broken(GOOD, target) == {}
+        assert broken(GOOD, target, budget=GOOD.registers - compiled.MARGIN) == {}
+        assert broken(replace(GOOD, scalar_spills=3, matrix={"HMMA": 2}), target) == {}
 
 
 def test_amd_holds_a_fourth_of_a_block_in_each_unit() -> None:
@@ -204,10 +200,3 @@ def test_addresses_are_followed_to_what_they_are_made_of(
     lines: str, kind: str, narrow: bool
 ) -> None:
     assert bool(compiled.read_ttir(TTIR.format(lines, kind))["narrow"]) == narrow
-
-
-def test_every_combination_covers_the_usual_ones() -> None:
-    usual, everything = compiled.cases(), compiled.cases(everything=True)
-    assert len(usual) == len(set(usual))
-    assert len(everything) == len(set(everything))
-    assert set(usual) < set(everything)

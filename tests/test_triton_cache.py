@@ -126,10 +126,9 @@ def test_packing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 COMPILE = """
-from bench import compiled
+from bench import compiled, shapes
 
-sizes = compiled.Shape("tiny", 4, 12, 3, 2, 4, 32, 3, 9)
-case = compiled.Splice(sizes, ("bf16", "fp32"), mask=None)
+case = compiled.Splice(shapes.QUICK[0], ("bf16", "fp32"), mask=None)
 uses = compiled.launches([case], ["sm_90"])
 (launch,) = {use.launch for use in uses if use.launch.kernel == "_splice_forward_kernel"}
 print(compiled.problem(launch), end="")

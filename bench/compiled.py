@@ -24,10 +24,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -577,40 +577,21 @@ _ACTIVATION_TARGETS = ("sm_90", "gfx942")
 
 # The table
 
-
-@dataclass(frozen=True)
-class Row:
-    """A kernel at one type and target: the most of each figure over its variants."""
-
-    kernel: str
-    types: str
-    target: str
-    variants: int
-    num_warps: int
-    registers: int
-    accumulators: int
-    shared: int
-    scratch: int
-    spills: int
-    scalar_spills: int
-    instructions: int
-    matrix: str
-    largest: str  # the shape whose variant has the most registers
-
-
-_MOST = [f.name for f in fields(Row) if f.type == "int" and f.name != "variants"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A rule that a kernel breaks."""
-
-    kernel: str
-    types: str
-    target: str
-    rule: str
-    shape: str
-    text: str
+# A row: a kernel at one type and target, the most of each figure over its variants; `largest` is
+# the shape whose variant has the most registers.
+_KEY = ("kernel", "types", "target")
+_MOST = (
+    "num_warps",
+    "registers",
+    "accumulators",
+    "shared",
+    "scratch",
+    "spills",
+    "scalar_spills",
+    "instructions",
+)
+COLUMNS = (*_KEY, "variants", *_MOST, "matrix", "largest")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -620,6 +601,11 @@ class Use:
     types: str
     shape: str
     launch: Launch
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Of the row that the launch belongs to."""
+        return self.launch.kernel, self.types, self.launch.target
 
 
 def launches(chosen: Iterable[Case], targets: Iterable[str]) -> list[Use]:
@@ -638,12 +624,7 @@ def launches(chosen: Iterable[Case], targets: Iterable[str]) -> list[Use]:
     return uses
 
 
-def compile_all(
-    todo: list[Launch],
-    jobs: int,
-    tick: Callable[[int, int], None] = lambda done, of: None,
-    chunk: int = _CHUNK,
-) -> dict[Launch, Code]:
+def compile_all(todo: list[Launch], jobs: int, chunk: int = _CHUNK) -> dict[Launch, Code]:
     """Compile and read each launch, ``jobs`` at a time, ``chunk`` in a row by one of them.
 
     Where NVIDIA's code cannot be read here, a code says no more than that it compiles.
@@ -657,7 +638,8 @@ def compile_all(
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for some, read in zip(chunks, pool.map(compiled, chunks), strict=True):
             codes |= zip(some, read, strict=True)
-            tick(len(codes), len(todo))
+            if sys.stderr.isatty():
+                print(f"\r{len(codes)} of {len(todo)}", end="", file=sys.stderr)
     return codes
 
 
@@ -665,39 +647,34 @@ def tabulate(uses: list[Use], codes: dict[Launch, Code]) -> list[Row]:
     """One row for each kernel, type and target."""
     groups: dict[tuple[str, str, str], dict[Launch, str]] = {}
     for use in uses:
-        key = (use.launch.kernel, use.types, use.launch.target)
-        groups.setdefault(key, {}).setdefault(use.launch, use.shape)
+        groups.setdefault(use.key, {}).setdefault(use.launch, use.shape)
     rows = []
     order = list(TARGETS).index
-    for key, group in sorted(groups.items(), key=lambda g: (g[0][0], order(g[0][2]), g[0][1])):
-        found = [(codes[one], shape) for one, shape in group.items()]
+    for key in sorted(groups, key=lambda k: (k[0], order(k[2]), k[1])):
+        found = {launch: codes[launch] for launch in groups[key]}
         matrix: Counter[str] = Counter()
-        for code, _ in found:
+        for code in found.values():
             matrix |= Counter(code.matrix)  # the most of each
-        most = {name: max(getattr(code, name) for code, _ in found) for name in _MOST}
-        rows.append(
-            Row(
-                *key,
-                variants=len(found),
-                **most,
-                matrix=" ".join(f"{name}×{count}" for name, count in sorted(matrix.items())),
-                largest=max(found, key=lambda pair: pair[0].registers)[1],
-            )
-        )
+        row = dict(zip(_KEY, key, strict=True)) | {"variants": len(found)}
+        row |= {name: max(getattr(code, name) for code in found.values()) for name in _MOST}
+        row["matrix"] = " ".join(f"{name}×{count}" for name, count in sorted(matrix.items()))
+        row["largest"] = groups[key][max(found, key=lambda launch: found[launch].registers)]
+        rows.append(row)
     return rows
 
 
 def check(
     uses: list[Use], codes: dict[Launch, Code], record: dict[tuple[str, str, str], int]
-) -> list[Finding]:
+) -> list[dict[str, str]]:
     """The rules that are broken, each once for a kernel, type, target and shape."""
-    findings: dict[tuple[str, ...], Finding] = {}
+    found: dict[tuple[str, ...], dict[str, str]] = {}
     for use in uses:
-        one = use.launch
-        key = (one.kernel, use.types, one.target)
-        for rule, text in broken(codes[one], TARGETS[one.target], record.get(key)).items():
-            findings.setdefault((*key, rule, use.shape), Finding(*key, rule, use.shape, text))
-    return list(findings.values())
+        target = TARGETS[use.launch.target]
+        for rule, text in broken(codes[use.launch], target, record.get(use.key)).items():
+            one = dict(zip(_KEY, use.key, strict=True))
+            one |= {"rule": rule, "shape": use.shape, "text": text}
+            found.setdefault((*use.key, rule, use.shape), one)
+    return list(found.values())
 
 
 def kernels() -> dict[str, str]:
@@ -721,10 +698,8 @@ def versions() -> dict[str, str]:
     """The compilers that the figures depend on."""
     out = {"triton": triton.__version__}
     for name, tool in (("ptxas", "ptxas"), ("ptxas_sm_100", "ptxas-blackwell")):
-        path = _BINARIES / tool
-        if path.is_file():
-            match = re.search(r"V(\d[\d.]*)", _run(tool, "--version"))
-            out[name] = match[1] if match else "unknown"
+        if (_BINARIES / tool).is_file():
+            (out[name],) = re.findall(r"V(\d[\d.]*)", _run(tool, "--version"))
         else:
             out[name] = out["ptxas"]
     return out
@@ -738,13 +713,6 @@ def read_record(path: Path = RESULTS / "table.csv") -> tuple[str, dict[tuple[str
         rows = list(csv.DictReader(file))
     budget = {(r["kernel"], r["types"], r["target"]): int(r["registers"]) for r in rows}
     return (rows[0]["triton"] if rows else ""), budget
-
-
-def write(rows: list[Row], folder: Path = RESULTS) -> None:
-    """Record the table: a row of the CSV for each kernel, type and target."""
-    stamp = {**versions(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit()}
-    texts = [{**asdict(row), **stamp} for row in rows]
-    write_csv(folder / "table.csv", texts[0], texts)
 
 
 @click.command()
@@ -769,11 +737,7 @@ def main(
     uses = [use for use in uses if wanted in use.launch.kernel]
     todo = list(dict.fromkeys(use.launch for use in uses))
 
-    def tick(done: int, of: int) -> None:
-        if sys.stderr.isatty():
-            click.echo(f"\r{done} of {of}", nl=done == of, err=True)
-
-    codes = compile_all(todo, jobs, tick)
+    codes = compile_all(todo, jobs)
     rows = tabulate(uses, codes)
     version, budget = read_record()
     if version != triton.__version__ or record:
@@ -783,18 +747,17 @@ def main(
         content = {
             "compilations": len(todo),
             "triton": triton.__version__,
-            "recorded_triton": version,
-            "rows": [asdict(row) for row in rows],
-            "findings": [asdict(finding) for finding in findings],
+            "rows": rows,
+            "findings": findings,
         }
         target_json.write_text(json.dumps(content, indent=1))
-    columns = [f.name for f in fields(Row)]
-    click.echo("\n".join(aligned(columns, (asdict(row).values() for row in rows))))
+    click.echo("\n".join(aligned(COLUMNS, (row.values() for row in rows))))
     click.echo(f"{len(todo)} compilations, Triton {triton.__version__}")
     for f in findings:
-        click.echo(f"{f.kernel} {f.types} {f.target} {f.shape}: {f.rule}: {f.text}")
+        click.echo("{kernel} {types} {target} {shape}: {rule}: {text}".format(**f))
     if record and not findings:
-        write(rows)
+        stamp = {**versions(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit()}
+        write_csv(RESULTS / "table.csv", (*COLUMNS, *stamp), [row | stamp for row in rows])
     if findings:
         raise SystemExit(f"{len(findings)} findings")
 

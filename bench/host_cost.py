@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -39,10 +38,11 @@ from unittest import mock
 
 import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import peers
 from bench.compare import Failure
+from bench.compiled import cuda_tools
 from bench.environment import origin_of
 from bench.inputs import Inputs, cotangent, make_inputs, make_prompt
 from bench.peers import REFERENCE
@@ -76,15 +76,10 @@ def compile_stub(folder: Path) -> Path:
     Raises:
         Failure: there is no C compiler, or it fails.
     """
-    named = os.environ.get("CC")
-    found = [
-        path for name in ([named] if named else ["gcc", "clang"]) if (path := shutil.which(name))
-    ]
+    named = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    found = [path for name in named if (path := shutil.which(name))]
     if not found:
-        raise Failure(
-            "the stub of libcuda: expected a C compiler, gcc or clang on the PATH or CC, got "
-            + (f"CC={named!r}, which is not there" if named else "none")
-        )
+        raise Failure(f"the stub of libcuda: expected a C compiler, got no {' or '.join(named)}")
     library = folder / "libcuda.so.1"
     # By its name in the file the linker takes it for the libcuda that Triton's driver asks for.
     options = ["-shared", "-fPIC", "-O2", f"-Wl,-soname,{library.name}", "-o", str(library)]
@@ -92,20 +87,6 @@ def compile_stub(folder: Path) -> Path:
     if done.returncode:
         raise Failure(f"the stub of libcuda: {found[0]} failed: {done.stderr.strip()}")
     return library
-
-
-def _check_triton() -> None:
-    """Raise Failure unless Triton can compile for an NVIDIA GPU in this process."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        raise Failure("triton: expected a build for NVIDIA GPUs, got none: it is not installed")
-    backend = Path(spec.origin).parent / "backends" / "nvidia"
-    if not (backend / "bin" / "ptxas").is_file():
-        raise Failure(f"triton: expected a build for NVIDIA GPUs, got one without {backend}")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise Failure(
-            "TRITON_INTERPRET: expected it not to be set, got 1: nothing is compiled then"
-        )
 
 
 @contextmanager
@@ -117,7 +98,12 @@ def stubbed() -> Iterator[Callable[[], int]]:
     Raises:
         Failure: no C compiler, or no build of Triton that serves.
     """
-    _check_triton()
+    if missing := cuda_tools():
+        raise Failure(f"triton: expected a build for NVIDIA GPUs, got one without: {missing}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise Failure(
+            "TRITON_INTERPRET: expected it not to be set, got 1: nothing is compiled then"
+        )
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         library = ctypes.CDLL(str(compile_stub(Path(name))), mode=ctypes.RTLD_GLOBAL)
         count = ctypes.c_long.in_dll(library, "stub_launches")
@@ -173,12 +159,11 @@ def stubbed() -> Iterator[Callable[[], int]]:
 def module_by_definition(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """What a call of the module gives: the embeddings, their mask and their positions."""
     embeds = peers.operation_of("prompt path", REFERENCE)(inputs)
-    text = inputs.attention_mask
-    if text is None:
-        mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
-        return embeds, mask, torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-    head = text.new_ones(embeds.shape[0], embeds.shape[1] - text.shape[1])
-    mask = torch.cat([head, text], dim=1)
+    if inputs.attention_mask is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
+        return embeds, mask, torch.arange(mask.shape[1]).expand(mask.shape)
+    before = embeds.shape[1] - inputs.attention_mask.shape[1]
+    mask = nn.functional.pad(inputs.attention_mask, (before, 0), value=1)
     return embeds, mask, mask.cumsum(1) - 1
 
 
@@ -187,19 +172,20 @@ def make_forwards(path: str, inputs: Inputs, names: Iterable[str]) -> dict[str, 
     definition: Callable[[Inputs], Any] = module_by_definition
     if path == FUNCTIONS:
         definition = peers.operation_of("prompt path", REFERENCE)
-    options = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
     leaves = list(inputs.parameters.values())
+    options = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
     found: dict[str, Forward] = {}
     for name in names:
-        if name == REFERENCE:
-            found[name] = partial(definition, inputs), leaves
-        elif name == COMPILED:
-            found[name] = partial(torch.compile(definition, dynamic=False), inputs), leaves
-        elif path == FUNCTIONS:
-            found[name] = partial(peers.operation_of("prompt path", name), inputs), leaves
-        else:
+        if path == MODULE and name in (OURS, EAGER):
             prompt = make_prompt(SHAPE, inputs.parameters, inputs.weight, name)
             found[name] = partial(prompt, **options), list(prompt.parameters())
+            continue
+        forward = definition
+        if name == COMPILED:
+            forward = torch.compile(definition, dynamic=False)
+        elif name != REFERENCE:
+            forward = peers.operation_of("prompt path", name)
+        found[name] = partial(forward, inputs), leaves
     return found
 
 
@@ -351,11 +337,6 @@ def launch_rows(**how: Any) -> Iterator[Row]:
 # The command
 
 
-def texts(row: Row) -> Row:
-    """A row as the file has it: numbers to four digits."""
-    return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-
-
 @click.command()
 @click.option("--quick", is_flag=True, help="A smoke test: its times mean nothing.")
 @click.option("--no-compiled", is_flag=True, help="Leave torch.compile out.")
@@ -370,14 +351,16 @@ def main(quick: bool, no_compiled: bool, out: Path | None) -> None:
     how |= {"load": os.getloadavg()[0], **origin}
     names = tuple(n for n in (OURS, EAGER, REFERENCE, COMPILED) if n != COMPILED or not no_compiled)
     with stubbed() as launched:
-        rows = [texts(row) for row in path_rows(names, launched, **how)]
-        launches = [texts(row) for row in launch_rows(**how)]
+        tables = {PATHS: list(path_rows(names, launched, **how))}
+        tables[LAUNCHES] = list(launch_rows(**how))
     if out is None and not quick:
         out = FOLDER
-    if out is not None:
-        write_csv(out / PATHS, rows[0], rows)
-        write_csv(out / LAUNCHES, launches[0], launches)
-    for table in (rows, launches):
+    for file, found in tables.items():
+        table = [
+            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in found
+        ]
+        if out is not None:
+            write_csv(out / file, table[0], table)
         shown = [name for name in table[0] if name not in how]
         click.echo("\n".join(aligned(shown, ([row[name] for name in shown] for row in table))))
 

@@ -4,7 +4,6 @@ cannot be measured. Each run is a process of its own, since it replaces Triton's
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -12,9 +11,9 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -87,9 +86,7 @@ def test_every_row_is_whole(run: tuple[Rows, Rows]) -> None:
         expected = str(LAUNCHES[row["direction"]]) if row["peer"] == OURS else ""
         assert row["launches"] == expected
     assert len(launches) == LAUNCHES["both"]
-    forward = [row["kernel"] for row in launches if row["direction"] == "forward"]
-    assert len(forward) == LAUNCHES["forward"]
-    assert sum("splice" not in name for name in forward) <= 3
+    assert [row["direction"] for row in launches].count("forward") == LAUNCHES["forward"]
     for row in launches:
         assert float(row["front_us"]) > float(row["launcher_us"]) > 0
 
@@ -141,8 +138,8 @@ def test_tiny_sizes_are_launched_as_real_ones(root: Path) -> None:
 @pytest.mark.parametrize(
     ("compiler", "said"),
     [
-        ("", "expected a C compiler, gcc or clang on the PATH or CC, got none"),
-        ("no-such-compiler", "got CC='no-such-compiler', which is not there"),
+        ("", "expected a C compiler, got no gcc or clang"),
+        ("no-such-compiler", "got no no-such-compiler"),
         ("false", "the stub of libcuda: .*false failed"),
     ],
 )
@@ -156,18 +153,14 @@ def test_a_missing_compiler_is_named(
         host_cost.compile_stub(tmp_path)
 
 
-def test_another_build_of_triton_is_refused(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not _MISSING:
-        done = python(root, "-m", "bench.host_cost", "--quick", TRITON_INTERPRET="1")
-        assert done.returncode == 2
-        assert len(done.stderr.splitlines()) == 1
-        assert "TRITON_INTERPRET: expected it not to be set" in done.stderr
-    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(Failure, match="expected a build for NVIDIA GPUs, got one without"):
-        host_cost._check_triton()
+@pytest.mark.usefixtures("one_thread")
+def test_another_build_of_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for missing, said in ((None, "TRITON_INTERPRET: expected it not"), ("ptxas", "without: ptxas")):
+        monkeypatch.setattr(host_cost, "cuda_tools", lambda missing=missing: missing)
+        done = CliRunner().invoke(host_cost.main, ["--quick"])
+        assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+        assert said in done.stderr
 
 
 def test_launches_that_miss_the_stub_are_an_error() -> None:

@@ -1,8 +1,8 @@
 """Judge a run by an older one on the same machine: ``python -m bench.compare OLD NEW``.
 
 What is judged does not depend on how fast the machine was on that day: our time by a peer's in the
-same round, and our memory and launches. Ends with 1 where something became worse by more than the
-noise that the two runs measured, with 0 where nothing did, with 2 where nothing can be said.
+same round, and our memory and launches. Ends with 1 if something became worse by more than the
+noise that the two runs measured, with 0 if nothing did, with 2 if nothing can be said.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def work_name(row: Row) -> str:
 
 
 def _ratio_change(old: Row, new: Row, allowed: float) -> Change | None:
-    """Where the two intervals (the ratio itself, if a run kept none) are that far apart."""
+    """A change if the two intervals (the ratio itself, if a run kept none) are that far apart."""
     bounds, texts = [], []
     for row in (old, new):
         low, high = (
@@ -208,7 +208,7 @@ def _count(number: int, noun: str) -> str:
 def main(old: Path, new: Path) -> None:
     """Compare two runs on one device: folders of CSV files, or single files.
 
-    Judged are our time by a peer's in the same round, where the intervals are further apart than
+    Judged are our time by a peer's in the same round, if the intervals are further apart than
     the noise of the two runs added up, and our own peak memory (more than 1% and 1 MB) and
     launches. Exit code 1: something is worse; 2: the runs cannot be compared.
     """

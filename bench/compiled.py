@@ -292,7 +292,7 @@ def _narrow_addresses(ttir: str) -> list[str]:
     """Pointer offsets that are not 64 bits wide, and products that go into one but are not.
 
     Of those in 32 bits, every sum and product with an argument that is named a stride counts, and
-    every product of two values that the compiler does not know, where it is an offset and not the
+    every product of two values that the compiler does not know, if it is an offset and not the
     number of something that a size is yet to multiply.
     """
     found: list[str] = []
@@ -354,7 +354,7 @@ def read_ttir(ttir: str) -> dict[str, list[str]]:
 
 
 def _compile(launch: Launch) -> Any:
-    """The compiled kernel; the compiler's own words where it fails."""
+    """The compiled kernel; the compiler's error if it fails."""
     kernel: Any = importlib.import_module(launch.module)
     for part in launch.kernel.split("."):
         kernel = getattr(kernel, part)
@@ -550,7 +550,7 @@ Case = Reconstruct | Splice
 def cases() -> list[Case]:
     """The calls whose kernels are compiled.
 
-    Every type at the base shape, then each other shape and each flag at types where it is used.
+    Every type at the base shape, then each other shape and each flag at the types that use it.
     """
     reconstruct = Reconstruct(BASE, ("fp32",) * 3)
     splice = Splice(BASE, ("bf16", "fp32"))
@@ -627,7 +627,7 @@ def launches(chosen: Iterable[Case], targets: Iterable[str]) -> list[Use]:
 def compile_all(todo: list[Launch], jobs: int, chunk: int = _CHUNK) -> dict[Launch, Code]:
     """Compile and read each launch, ``jobs`` at a time, ``chunk`` in a row by one of them.
 
-    Where NVIDIA's code cannot be read here, a code says no more than that it compiles.
+    If NVIDIA's code cannot be read here, a code says no more than that it compiles.
     """
     codes: dict[Launch, Code] = {}
     chunks: list[list[Launch]] = []

@@ -1,8 +1,8 @@
 """What a GPU makes of the kernels, in under three minutes: ``python -m bench.first_contact``.
 
 Each step works in processes of its own, which append one line of JSON for each fact to
-``first_contact.jsonl`` as soon as it is known. Where a process crashes or hangs, what it was at is
-noted, and another goes on behind it: nothing else is lost. The steps:
+``first_contact.jsonl`` as soon as it is known. If a process crashes or hangs, its case is
+noted and another process goes on with the next case: nothing else is lost. The steps:
 
     environment   versions, the GPU, the CUDA library (loaded, or built)
     compile       every kernel that the next steps launch, in parallel; registers and spills
@@ -12,7 +12,7 @@ noted, and another goes on behind it: nothing else is lost. The steps:
                   beside the definition, plain and compiled
 
 A table comes last; the same figures are rows in the CSV files of the benchmarks. The compiled
-kernels are left in ``triton-cache.tgz``, and taken from it at the start where the checkout's folder
+kernels are left in ``triton-cache.tgz``, and taken from it at the start if the checkout's folder
 ``.gpu`` has it. ``--again FILE`` repeats only the parity checks that failed in an earlier file.
 ``--rehearse`` runs tiny sizes on a CPU, in Triton's interpreter.
 """
@@ -326,7 +326,7 @@ _STEPS: dict[str, Callable[[Facts, Work], None]] = {
 
 @dataclass(frozen=True)
 class Work:
-    """What a process is told: its step and cases, from which on, until when (epoch), where to."""
+    """What a process is told: what to do, from which case on, until when (epoch), and where."""
 
     step: str
     path: str
@@ -632,7 +632,7 @@ def rows(facts: list[dict[str, Any]]) -> list[Row]:
 
 
 def _floor_ms(fact: dict[str, Any], floor: dict[str, dict[str, Any]]) -> float | None:
-    """The time of what has to be moved, no less than an empty launch; none where those are lost."""
+    """The time of what has to be moved, no less than an empty launch; None if those are lost."""
     copy, empty = floor.get("copy"), floor.get("empty launch")
     if copy is None or empty is None:
         return None
@@ -640,7 +640,7 @@ def _floor_ms(fact: dict[str, Any], floor: dict[str, dict[str, Any]]) -> float |
 
 
 def main(arguments: list[str]) -> int:
-    """The command line: 0 where every check was made and passed, and all was measured."""
+    """The command line: 0 if every check was made and passed, and all was measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="folder of the JSON lines (a temporary one)")
     parser.add_argument("--seconds", type=float, default=165, help="for all steps")

@@ -137,7 +137,7 @@ def stubbed() -> Iterator[Callable[[], int]]:
         patch(launch, "_forced_target", f"sm_{_CAPABILITY[0]}{_CAPABILITY[1]}")
         # The backend serves a CPU if it is interpreted; the variable is still asked for.
         patch(backend, "_interpreted", lambda: os.environ.get("TRITON_INTERPRET") != "1")
-        # Values are looked at on a CPU; here, as on a GPU, only where the variable asks for it.
+        # Values are looked at on a CPU; here, as on a GPU, only if the variable asks for it.
         for module in (functional, splice):
             patch(
                 module,

@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set of tensors. ``prompt`` stands for a reconstructed one where only it is spliced."""
+    """One set of tensors. ``prompt`` stands for P′ if only the splice is measured."""
 
     parameters: dict[str, Tensor]
     prompt: Tensor

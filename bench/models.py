@@ -58,7 +58,7 @@ ON_GPU = (
     Backbone("gpt-2", "gpt2", 768, 3072, 12, 12, 12, 50257, 32),
     Backbone("llama-1b", "llama", 2048, 8192, 16, 32, 8, 128256, 32),
 )
-# Widths are real, layers are cut. Where every position has logits the vocabulary is cut as well, so
+# Widths are real, layers are cut. If every position has logits the vocabulary is cut as well, so
 # that the head's share of the work stays about that of the full model.
 ON_CPU = (
     replace(ON_GPU[0], layers=4, batch=8),
@@ -199,7 +199,7 @@ class Method:
 
     Attributes:
         trained: the tensors that a step changes.
-        groups: the optimizer's, or none where there is nothing to optimize.
+        groups: the optimizer's; none if there is nothing to optimize.
         loss: of a batch.
         seen: from tensors like ``trained``, a batch and an embedding table, what the backbone sees
             by definition.
@@ -305,7 +305,7 @@ def _dept(model: Any, backbone: Backbone) -> Method:
 
 
 def _peft(model: Any, backbone: Backbone) -> Method:
-    """The real library; its prompt goes before the encoder alone where there is a decoder."""
+    """The real library; its prompt goes before the encoder alone if there is a decoder."""
     import peft
 
     wrapped = peft.get_peft_model(
@@ -416,7 +416,7 @@ def expected_of(method: Method, model: Any, exact: Any, batch: Batch) -> Expecte
     and on the model as it is.
 
     A single number can be exact by luck, so plain PyTorch's error in the loss is taken to be that
-    in the loss of the row where it is largest.
+    in the loss of the worst row.
     """
     with Doubles():
         doubles = {n: t.detach().double().requires_grad_() for n, t in method.trained.items()}

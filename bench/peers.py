@@ -47,34 +47,29 @@ class Peer:
     same_work: bool = True
 
 
-# What the package has for a GPU, where one is listed and not run.
+# What the package has for a GPU.
 _FOR_A_GPU = ("triton", "cuda", "eager")
 
 
-def _only_listed(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.cuda.is_available()
+def backends(device: torch.device) -> list[str]:
+    """The package's backends that are measured on this device; first the one that a user gets."""
+    if device.type == "cuda" and not torch.cuda.is_available():  # its rows are only listed
+        return list(_FOR_A_GPU)
+    first = dispatch.select(None, Parameters(torch.empty(1, 1, 1, device=device)))
+    if device.type != "cuda" and first == "eager":
+        return [first]
+    working = [name for name, works, _ in dispatch.describe() if works]
+    return [first, *(n for n in working if n in _FOR_A_GPU and n != first)]
 
 
 def ours(device: torch.device) -> str:
     """The backend that a user gets on this device."""
-    if _only_listed(device):
-        return _FOR_A_GPU[0]
-    return dispatch.select(None, Parameters(torch.empty(1, 1, 1, device=device)))
-
-
-def others_of_ours(device: torch.device) -> list[str]:
-    """The package's further backends that work on this device."""
-    if _only_listed(device):
-        return list(_FOR_A_GPU[1:])
-    first = ours(device)
-    working = [name for name, works, _ in dispatch.describe() if works]
-    fit = _FOR_A_GPU if device.type == "cuda" or first != "eager" else ()
-    return [name for name in working if name in fit and name != first]
+    return backends(device)[0]
 
 
 def names(operation: str, device: torch.device) -> list[str]:
     """The peers of an operation, ours first."""
-    found = [ours(device), *others_of_ours(device), REFERENCE, "reference-compiled"]
+    found = [*backends(device), REFERENCE, "reference-compiled"]
     if device.type == "cuda":
         found.append("reference-max-autotune")
     if operation != "reconstruct":

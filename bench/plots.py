@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +39,7 @@ def peers(rows: Iterable[Row]) -> list[str]:
 
 
 def shape_namer(rows: Iterable[Row]) -> Callable[[Row], str]:
-    """How to name a row's shape: with its types where the rows are not all of the same."""
+    """How to name a row's shape: with its types if the rows differ in them."""
     rows = list(rows)
     kinds = {row.embeddings for row in rows}, {row.parameters for row in rows}
     several = [len(kind - {""}) > 1 for kind in kinds]
@@ -64,22 +63,15 @@ def work_of(row: Row) -> str:
 def swept(rows: Iterable[Row]) -> dict[str, dict[str, list[tuple[float, Row]]]]:
     """The sweeps as axis -> peer -> sizes with their rows, the sizes ascending.
 
-    An axis that was swept by several operations, directions or types is one entry for each of them,
-    with that in its name. Rows without a time or a positive size have no logarithm: they are left
-    out.
+    Rows without a time or a positive size have no logarithm: they are left out.
     """
     points = []
     for row in rows:
         axis, _, size = row.shape.partition("=")
         if row.suite == "sweeps" and row.p50_ms and re.fullmatch(r"\d*[1-9]\d*", size):
-            points.append((axis, float(size), row))
-    kinds = defaultdict(set)
-    for axis, _, row in points:
-        kinds[axis].add((work_of(row), row.embeddings, row.parameters))
+            points.append((float(size), axis, row))
     found: dict[str, dict[str, list[tuple[float, Row]]]] = {}
-    for axis, size, row in sorted(points, key=lambda point: point[1]):
-        if len(kinds[axis]) > 1:
-            axis = ", ".join(filter(None, (axis, work_of(row), row.embeddings, row.parameters)))
+    for size, axis, row in sorted(points, key=lambda point: point[0]):
         found.setdefault(axis, {}).setdefault(row.peer, []).append((size, row))
     return found
 
@@ -88,10 +80,10 @@ def fitted_exponents(rows: Iterable[Row]) -> dict[tuple[str, str], tuple[float, 
     """How the cost grows along each axis of the sweeps, for each peer.
 
     The exponent is the slope of the logarithm of the median time over that of the size, by least
-    squares: 1 where twice the size takes twice the time, near 0 where a fixed cost hides the work.
+    squares: 1 if twice the size takes twice the time, near 0 if a fixed cost hides the work.
 
     Returns:
-        (axis, peer) -> (exponent, R²), for those with at least three different sizes. R² is 1 where
+        (axis, peer) -> (exponent, R²), for those with at least three different sizes. R² is 1 if
         the time is the same at every size.
     """
     fits = {}

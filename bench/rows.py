@@ -15,7 +15,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# In the order of their worth: what is most wanted is measured first where time is short.
+# The most wanted first: time may be too short for all.
 SUITES = (
     "floor",
     "prompt_path",
@@ -125,7 +125,7 @@ def read(path: Path) -> list[Row]:
 
     Raises:
         FileNotFoundError: neither a file nor a folder with at least one suite's file.
-        ValueError: a file with other columns, or a value that is no number where one belongs.
+        ValueError: a file with other columns, or a value that should be a number and is not.
     """
     if path.is_dir():
         files = [path / f"{suite}.csv" for suite in SUITES if (path / f"{suite}.csv").is_file()]

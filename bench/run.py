@@ -94,7 +94,7 @@ class Run:
         return self._held
 
     def check_time(self) -> None:
-        """Skip where the run's time is over; what was measured so far is on the disk."""
+        """Skip if the run's time is over; what was measured so far is on the disk."""
         if time.perf_counter() > self.deadline:
             pytest.skip("left out: the time of the run is over")
 
@@ -145,51 +145,37 @@ class Run:
     def measure(
         self,
         benchmark: Any,
-        *,
-        suite: str,
-        operation: str,
-        direction: str,
         shape: Shape,
-        embeddings: str,
-        peer: str,
-        ours: str,
         work: Work,
         our_work: Work,
+        *,
         floor_bytes: int | None = None,
         tokens: int | None = None,
-        error: float | None = None,
-        parameters: str = "float32",
-        note: str = "",
+        **columns: Any,
     ) -> Row | None:
-        """Time a peer's work beside ours and keep the row; None where pytest-benchmark is off."""
+        """Time a peer's work beside ours and keep the row; None if pytest-benchmark is off.
+
+        Args:
+            floor_bytes: what has to be read and written once, if the peer does our work.
+            tokens: real text tokens of a call.
+            columns: of the row: what is done, by whom, its error.
+        """
         speed, launch = self.floor
-        benchmark.group = " ".join(x for x in (operation, direction, shape.name, embeddings) if x)
+        group = (columns["operation"], columns["direction"], shape.name, columns["embeddings"])
+        benchmark.group = " ".join(filter(None, group))
         timing = self.clock.pair(our_work, work, benchmark)
         if timing is None:
             return None
-        floor_ms = None if floor_bytes is None else max(floor_bytes / 1e6 / speed, launch)
-        columns = asdict(timing)
+        columns |= {"shape": shape.name, "parameters": "float32", **shape.columns, **asdict(timing)}
         for end in ("", "_low", "_high"):
             columns[f"ours_to_peer{end}"] = columns.pop(f"ratio{end}")
-        row = Row(
-            suite=suite,
-            operation=operation,
-            direction=direction,
-            shape=shape.name,
-            **shape.columns,
-            embeddings=embeddings,
-            parameters=parameters,
-            peer=peer,
-            ours=ours,
-            **columns,
-            floor_mb=None if floor_bytes is None else floor_bytes / 1e6,
-            floor_ms=floor_ms,
-            of_floor=None if floor_ms is None else floor_ms / timing.p50_ms,
-            tokens_per_s=None if tokens is None else 1e3 * tokens / timing.p50_ms,
-            error=error,
-            note=note,
-            **self.origin,
-        )
+        if floor_bytes is not None:
+            floor_ms = max(floor_bytes / 1e6 / speed, launch)
+            columns |= {"floor_mb": floor_bytes / 1e6, "floor_ms": floor_ms}
+            columns["of_floor"] = floor_ms / timing.p50_ms
+        if tokens is not None:
+            columns["tokens_per_s"] = 1e3 * tokens / timing.p50_ms
+        row = Row(**columns, **self.origin)
         self.book.add(row)
         benchmark.extra_info.update(
             ours_to_peer=row.ours_to_peer, peak_mb=row.peak_mb, of_floor=row.of_floor
@@ -221,20 +207,19 @@ class Run:
 
         peer, error = self.checked(case.id, case.peer, checked)
         ours, _ = self.checked(case.id, peers.ours(self.device), checked)
+        bytes_ = floor_bytes(case.operation, case.direction, case.shape, sets[0])
         return self.measure(
             benchmark,
+            case.shape,
+            work_of(case.direction, peer, sets),
+            work_of(case.direction, ours, sets),
+            floor_bytes=bytes_ if peer.same_work else None,
             suite=case.suite,
             operation=case.operation,
             direction=case.direction,
-            shape=case.shape,
             embeddings="" if case.operation == "reconstruct" else case.table,
             peer=peer.name,
             ours=ours.name,
-            work=work_of(case.direction, peer, sets),
-            our_work=work_of(case.direction, ours, sets),
-            floor_bytes=floor_bytes(case.operation, case.direction, case.shape, sets[0])
-            if peer.same_work
-            else None,
             error=error,
         )
 
@@ -262,20 +247,25 @@ def work_of(direction: str, peer: peers.Peer, sets: list[Inputs]) -> Work:
 
 def floor_bytes(operation: str, direction: str, shape: Shape, inputs: Inputs) -> int:
     """What has to be read and written once; parameters of tasks that no row has are not read."""
-    width = shape.hidden_size
+    itemsize = inputs.weight.itemsize
     parameters = _bytes(inputs.parameters.values())
-    out = shape.batch * (shape.num_virtual_tokens + shape.length) * width * inputs.weight.itemsize
-    used = 1.0 if inputs.task_ids is None else inputs.task_ids.unique().numel() / shape.tasks
-    small = _bytes([inputs.prompt, inputs.parameters["offset_a"], inputs.parameters["offset_b"]])
-    rows = inputs.input_ids.unique().numel() * width * inputs.weight.itemsize
-    integers = _bytes(
-        t for t in (inputs.input_ids, inputs.attention_mask, inputs.task_ids) if t is not None
-    )
+    offset = inputs.parameters["offset_a"], inputs.parameters["offset_b"]
+    small = _bytes([inputs.prompt, *offset])
+    used = small
+    integers = [inputs.input_ids]
+    if inputs.task_ids is not None:
+        used = small * inputs.task_ids.unique().numel() // shape.tasks
+        integers.append(inputs.task_ids)
+    if inputs.attention_mask is not None:
+        integers.append(inputs.attention_mask)
+    length = shape.num_virtual_tokens + shape.length
+    out = shape.batch * length * shape.hidden_size * itemsize
+    rows = inputs.input_ids.unique().numel() * shape.hidden_size * itemsize
     parts = {
         ("reconstruct", "forward"): parameters + inputs.prompt.nbytes,
         ("reconstruct", "backward"): 2 * parameters + inputs.prompt.nbytes,
-        ("splice", "forward"): out + rows + integers + int(used * small),
-        ("splice", "backward"): out + int(used * small) + small,
+        ("splice", "forward"): out + rows + _bytes(integers) + used,
+        ("splice", "backward"): out + used + small,
     }
     if operation == "prompt path":
         return sum(parts.values())

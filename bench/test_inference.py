@@ -85,15 +85,15 @@ def test_inference(case: Case, run: Run, benchmark: Any) -> None:
     peer, error = run.checked(case.id, case.peer, checked)
     run.measure(
         benchmark,
+        case.shape,
+        _work(peer, sets),
+        _work(ours, sets),
         suite="inference",
         operation=case.operation,
         direction="forward",
-        shape=case.shape,
         embeddings=table,
         peer=case.peer,
         ours=name,
-        work=_work(peer, sets),
-        our_work=_work(ours, sets),
         tokens=sum(int(inputs.attention_mask.sum()) for inputs in sets) // len(sets),
         error=error,
         note=peer.note,

@@ -31,7 +31,7 @@ _LENGTHS = "20-40"
 
 @dataclass(frozen=True)
 class Case:
-    """One row: an operation at a shape, of a backbone where it has one, by a peer."""
+    """One row: an operation at a shape, of a backbone if it has one, by a peer."""
 
     operation: str
     shape: Shape
@@ -77,15 +77,15 @@ def test_serving(case: Case, run: Run, benchmark: Any) -> None:
     peer, error = run.checked(case.id, case.peer, checked)
     run.measure(
         benchmark,
+        case.shape,
+        _work(peer),
+        _work(ours),
         suite="serving",
         operation=case.operation,
         direction="forward",
-        shape=case.shape,
         embeddings=table,
         peer=case.peer,
         ours=name,
-        work=_work(peer),
-        our_work=_work(ours),
         tokens=held["make"].tokens,
         error=error,
         note="; ".join(filter(None, (held["make"].note, peer.note))),

@@ -37,7 +37,7 @@ class Case:
 
 def cases(run: Run) -> list[Case]:
     """What shares a model side by side; torch.compile last, as it takes the longest to start."""
-    ours = [peers.ours(run.device), *peers.others_of_ours(run.device)]
+    ours = peers.backends(run.device)
     names = [*ours, peers.PEFT, peers.DEPT, models.BACKBONE]
     if run.settings.quick:
         found = [Case(b, "20-40", False, name) for b in models.QUICK for name in names]
@@ -81,15 +81,15 @@ def test_training_step(case: Case, run: Run, benchmark: Any) -> None:
     (peer, loss), error = run.checked(case.id, case.peer, checked)
     run.measure(
         benchmark,
+        shape,
+        models.step(peer, loss, batch),
+        models.step(ours, our_loss, batch),
         suite="training_step",
         operation="training step, compiled" if case.compiled else "training step",
         direction="both",
-        shape=shape,
         embeddings=table,
         peer=peer.name,
         ours=ours.name,
-        work=models.step(peer, loss, batch),
-        our_work=models.step(ours, our_loss, batch),
         tokens=int(batch.attention_mask.sum()),
         error=error,
         note="; ".join(filter(None, (case.backbone.note, peer.note))),

@@ -34,7 +34,7 @@ TYPES = {
 
 
 def _python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A process that compiles: Triton's interpreter, where this one uses it, stays here."""
+    """A process that compiles: without Triton's interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     return subprocess.run(

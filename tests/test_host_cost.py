@@ -1,4 +1,4 @@
-"""The host's time without a GPU: what is launched, the rows, and what is said where it
+"""The host's time without a GPU: what is launched, the rows, and what is said if it
 cannot be measured. Each run is a process of its own, since it replaces Triton's driver."""
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def test_tiny_sizes_are_launched_as_real_ones(root: Path) -> None:
     assert "CPU tensors" in error
 
 
-# Where it cannot be measured
+# What cannot be measured
 
 
 @pytest.mark.parametrize(

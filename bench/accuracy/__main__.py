@@ -27,12 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = ("run", "timing", "report", "pack", "memory")
     parser.add_argument("command", choices=commands)
     parser.add_argument("--data", type=Path, help="folder with sst2, trec and cola")
-    parser.add_argument("--model", help="folder or hub id; the embedded MiniLM where not given")
+    parser.add_argument("--model", help="folder or hub id; the embedded MiniLM if not given")
     parser.add_argument("--out", type=Path, default=Path("bench/results/accuracy"))
     parser.add_argument(
         "--device",
-        help="cpu (where not given) or cuda; for report a part of the name of the device that the "
-        "records are of, needed where they are of several",
+        help="cpu (if not given) or cuda; for report a part of the name of the device that the "
+        "records are of, needed if they are of several",
     )
     parser.add_argument("--minutes", type=float, help="limit of run")
     parser.add_argument("--tasks", default=",".join(TASKS))

@@ -136,7 +136,7 @@ class _Schedule:
         try:
             record = worker.pipe.recv()
         except (EOFError, OSError):
-            worker.process.join(10)  # its status is its own where it has ended itself
+            worker.process.join(10)  # its status is its own if it has ended itself
             worker.stop()
             self.workers.remove(worker)
             self.failed.add(run)

@@ -13,7 +13,6 @@ covers the sources, the arguments, the options and the compiler, so nothing stal
 
 from __future__ import annotations
 
-import ast
 import csv
 import importlib
 import itertools
@@ -49,7 +48,6 @@ from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 
 RESULTS = Path(__file__).parent / "results" / "compiled"
-KERNELS = Path(__file__).parent.parent / "kernels"
 # Registers a kernel may gain over its record: ptxas moves by a few on unrelated changes.
 MARGIN = 8
 # Kernels compiled in a row and then disassembled together.
@@ -677,31 +675,12 @@ def check(
     return list(found.values())
 
 
-def kernels() -> dict[str, str]:
-    """The kernels of both files and which file each is in: what no other kernel's code names."""
-    found: dict[str, str] = {}
-    for file in ("reconstruct", "splice"):
-        tree = ast.parse((KERNELS / f"{file}.py").read_text(encoding="utf-8"))
-        own: dict[str, set[str]] = {}
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and any(
-                "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
-            ):
-                inside = (n for part in node.body for n in ast.walk(part))
-                own[node.name] = {n.id for n in inside if isinstance(n, ast.Name)}
-        called = set().union(*own.values())
-        found |= dict.fromkeys((name for name in own if name not in called), file)
-    return found
-
-
 def versions() -> dict[str, str]:
     """The compilers that the figures depend on."""
     out = {"triton": triton.__version__}
     for name, tool in (("ptxas", "ptxas"), ("ptxas_sm_100", "ptxas-blackwell")):
-        if (_BINARIES / tool).is_file():
-            (out[name],) = re.findall(r"V(\d[\d.]*)", _run(tool, "--version"))
-        else:
-            out[name] = out["ptxas"]
+        there = tool if (_BINARIES / tool).is_file() else "ptxas"
+        (out[name],) = re.findall(r"V(\d[\d.]*)", _run(there, "--version"))
     return out
 
 

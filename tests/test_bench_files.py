@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -198,34 +199,16 @@ def sweep(axis: str, values: tuple[int, ...], exponent: float, **changes: Any) -
     ]
 
 
-def every_suite() -> list[Row]:
-    rows = sweep("length", (32, 64, 128), 1.0, floor_ms=0.1)
-    rows += sweep("length", (32, 64, 128), 0.9, peer="reference")
-    for suite in ("prompt_path", "splice", "reconstruct"):
-        for direction in ("forward", "backward"):
-            work = {"suite": suite, "operation": suite, "direction": direction}
-            rows += [make_row(**work), ratio(0.3, **work), ratio(1.0, "dept", **work)]
-    for operation in ("training step", "training step, compiled"):
-        work = {"suite": "training_step", "operation": operation, "shape": "t5-base 256"}
-        rows += [make_row(**work), ratio(0.9, "peft-100", **work), ratio(1.02, "backbone", **work)]
-    return rows
-
-
-@pytest.mark.parametrize(
-    ("suites", "expected"),
-    [
-        (("sweeps",), {"sweeps"}),
-        (("splice", "reconstruct"), {"ratios-splice", "ratios-reconstruct"}),
-        (("prompt_path",), {"ratios-prompt_path", "memory"}),
-        (("training_step",), {"training_step", "memory"}),
-    ],
-)
-def test_each_suite_is_drawn(tmp_path: Path, suites: tuple[str, ...], expected: set[str]) -> None:
-    save(tmp_path, [row for row in every_suite() if row.suite in suites])
+def test_what_is_on_record_is_read_and_drawn(root: Path, tmp_path: Path) -> None:
+    record = root / "bench" / "results" / "intel-xeon-processor-2-cores"
+    assert compared(record, record).exit_code == 0
+    for path in record.glob("*.csv"):
+        shutil.copy(path, tmp_path)
     result = CliRunner().invoke(plots.main, [str(tmp_path)])
-    assert result.exit_code == 0
-    assert {path.stem for path in tmp_path.glob("*.png")} == expected
-    assert {Path(line).stem for line in result.stdout.splitlines()} == expected
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    assert {Path(line).stem for line in result.stdout.splitlines()} == drawn
+    ratios = {f"ratios-{suite}" for suite in ("splice", "reconstruct", "prompt_path")}
+    assert drawn == {"sweeps", "training_step", "memory", *ratios}
     for path in tmp_path.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
 

@@ -29,7 +29,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -76,6 +76,9 @@ class Case:
     peer: str
     shape: str
     mask: str
+
+
+_NO_CASE = Case("", "", "", "")
 
 
 def shapes(rehearse: bool) -> dict[str, Shape]:
@@ -158,7 +161,7 @@ class Facts:
 # The work of a step, in a process of its own
 
 
-def _environment(facts: Facts, work: Work) -> None:
+def _environment(facts: Facts, work: Work, _: Case) -> None:
     import torch
 
     from bench.environment import origin_of
@@ -190,7 +193,7 @@ def _environment(facts: Facts, work: Work) -> None:
         facts.add("environment", backend=name, works=works, why=why)
 
 
-def _compile(facts: Facts, work: Work) -> None:
+def _compile(facts: Facts, work: Work, _: Case) -> None:
     import torch
 
     from bench import compiled
@@ -218,14 +221,13 @@ def _compile(facts: Facts, work: Work) -> None:
     facts.add("compile", compiled=len(codes), seconds=round(time.perf_counter() - begin, 1))
 
 
-def _warm(facts: Facts, work: Work) -> None:
-    for case in work.each(facts):
-        begin = time.perf_counter()
-        _ready(work, case)
-        facts.add("warm", **asdict(case), seconds=round(time.perf_counter() - begin, 1))
+def _warm(facts: Facts, work: Work, case: Case) -> None:
+    begin = time.perf_counter()
+    _ready(work, case)
+    facts.add("warm", **asdict(case), seconds=round(time.perf_counter() - begin, 1))
 
 
-def _parity(facts: Facts, work: Work) -> None:
+def _parity(facts: Facts, work: Work, case: Case) -> None:
     import torch
     import torch.utils.deterministic
 
@@ -234,47 +236,49 @@ def _parity(facts: Facts, work: Work) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     from bench import parity
 
-    for case in work.each(facts):
-        peer, sets = _ready(work, case, sets=1)
-        expected = parity.expected_of(peer, sets[0])
-        found, second = (parity.results(peer.forward, peer.leaves, sets[0]) for _ in range(2))
-        error, where = parity.compare(found, expected)
-        same = all(torch.equal(t, second[name]) for name, t in found.items())
-        ok = error <= 1 and same
-        facts.add("parity", **asdict(case), ok=ok, error=error, where=where, same_bits=same)
+    peer, sets = _ready(work, case, sets=1)
+    expected = parity.expected_of(peer, sets[0])
+    found, second = (parity.results(peer.forward, peer.leaves, sets[0]) for _ in range(2))
+    error, where = parity.compare(found, expected)
+    same = all(torch.equal(t, second[name]) for name, t in found.items())
+    ok = error <= 1 and same
+    facts.add("parity", **asdict(case), ok=ok, error=error, where=where, same_bits=same)
 
 
-def _time(facts: Facts, work: Work) -> None:
+def _time(facts: Facts, work: Work, case: Case) -> None:
     import torch
 
+    from bench import timing
     from bench.run import floor_bytes, work_of
-    from bench.timing import Clock, floor_works, quantiles
 
     device = torch.device(work.device)
-    clock = Clock(device, 0, 3, 3)
-    size = 1 << 22 if work.rehearse else 1 << 30
-    rounds = 3 if work.rehearse else _ROUNDS
-    if work.start == 0:
-        for name, (nothing, moved) in floor_works(device, size).items():
-            found = dict(zip(_QUANTILES, quantiles(clock.alone_ms(nothing, rounds)), strict=True))
+    clock = timing.Clock(device, 0, 3, 3)
+
+    def times(timed: timing.Work) -> dict[str, float]:
+        found = clock.alone_ms(timed, 3 if work.rehearse else _ROUNDS)
+        return dict(zip(_QUANTILES, timing.quantiles(found), strict=True))
+
+    if case == work.cases[0]:
+        floors = timing.floor_works(device, 1 << 22 if work.rehearse else 1 << 30)
+        for name, (nothing, moved) in floors.items():
+            found = times(nothing)
             speed = moved / 1e9 / found["p50_ms"] if moved else None
             facts.add("floor", of=name, **found, tb_per_s=speed)
+        del floors
         torch.cuda.empty_cache()
-    for case in work.each(facts):
-        peer, sets = _ready(work, case, sets=3)
-        shape = shapes(work.rehearse)[case.shape]
-        for direction in directions(case.operation):
-            timed = work_of(direction, peer, sets)
-            found = dict(zip(_QUANTILES, quantiles(clock.alone_ms(timed, rounds)), strict=True))
-            facts.add(
-                "time",
-                **asdict(case),
-                direction=direction,
-                **found,
-                host_us=1e6 * clock.host_seconds(timed),
-                floor_mb=floor_bytes(case.operation, direction, shape, sets[0]) / 1e6,
-                launches=[(_plain(name), us) for name, us in clock.launches(timed)],
-            )
+    peer, sets = _ready(work, case, sets=3)
+    shape = shapes(work.rehearse)[case.shape]
+    for direction in directions(case.operation):
+        timed = work_of(direction, peer, sets)
+        facts.add(
+            "time",
+            **asdict(case),
+            direction=direction,
+            **times(timed),
+            host_us=1e6 * clock.host_seconds(timed),
+            floor_mb=floor_bytes(case.operation, direction, shape, sets[0]) / 1e6,
+            launches=[(_plain(name), us) for name, us in clock.launches(timed)],
+        )
 
 
 def _plain(kernel: str) -> str:
@@ -315,7 +319,7 @@ def _ready(work: Work, case: Case, sets: int = 1) -> tuple[Any, list[Any]]:
     return peer, inputs
 
 
-_STEPS: dict[str, Callable[[Facts, Work], None]] = {
+_STEPS: dict[str, Callable[[Facts, Work, Case], None]] = {
     "environment": _environment,
     "compile": _compile,
     "warm": _warm,
@@ -340,39 +344,34 @@ class Work:
         """The type of the device."""
         return "cpu" if self.rehearse else "cuda"
 
-    def each(self, facts: Facts) -> Iterator[Case]:
-        """The cases that are left, each announced; what goes wrong with one is a fact."""
-        for i in range(self.start, len(self.cases)):
-            case = self.cases[i]
-            if time.time() > self.until:
-                facts.add(self.step, **asdict(case), left_out="no time left")
-                continue
-            facts.add("begin", of=self.step, case=i, process=os.getpid())
-            yield case
-            if self.device == "cuda":
-                import torch
-
-                torch.cuda.synchronize()
-
 
 def child(text: str) -> int:
-    """Do the work that ``text`` describes, in this process."""
+    """Do the work that ``text`` describes, in this process.
+
+    Each case is announced before it is begun; what goes wrong with one is a fact.
+    """
     told = json.loads(text)
     work = Work(**{**told, "cases": tuple(Case(**case) for case in told["cases"])})
     facts = Facts(Path(work.path))
-    at = work.start
-    while True:
+    for i, case in list(enumerate(work.cases or (_NO_CASE,)))[work.start :]:
+        of = asdict(case) if work.cases else {}
+        if time.time() > work.until and of:
+            facts.add(work.step, **of, left_out="no time left")
+            continue
+        if of:
+            facts.add("begin", of=work.step, case=i, process=os.getpid())
         try:
-            _STEPS[work.step](facts, replace(work, start=at))
-            return 0
+            _STEPS[work.step](facts, work, case)
+            if work.device == "cuda":
+                import torch
+
+                torch.cuda.synchronize()
         except Exception as error:
-            begun = facts.begun(os.getpid())
-            case = {} if begun is None else asdict(work.cases[begun])
             lines = f"{type(error).__name__}: {error}".strip().splitlines()
-            facts.add(work.step, **case, failed=" ".join(lines)[:2000])
-            if begun is None or _DEAD.search(str(error)):
+            facts.add(work.step, **of, failed=" ".join(lines)[:2000])
+            if not of or _DEAD.search(str(error)):
                 return _LOST
-            at = begun + 1
+    return 0
 
 
 # The processes

@@ -53,10 +53,9 @@ NAMED = (
 MANY_TASKS = tuple(
     replace(_T5, name=f"tasks-{tasks}", batch=64, tasks=tasks) for tasks in (1, 8, 64, 512)
 )
-_WITHOUT_PADDING = ", unpadded"
 # The same sizes without a mask.
 UNPADDED = tuple(
-    replace(shape, name=shape.name + _WITHOUT_PADDING, shortest=0)
+    replace(shape, name=f"{shape.name}, unpadded", shortest=0)
     for shape in (*NAMED, *MANY_TASKS)
     if shape is not _SENTENCES
 )
@@ -82,11 +81,6 @@ _AXES_ON_GPU = {
     "batch": ("batch", (8, 16, 32, 64, 128)),
     "length": ("length", (256, 512, 1024, 2048, 4096)),
 }
-
-
-def is_unpadded(name: str) -> bool:
-    """Whether a shape of this name is one of ``UNPADDED``: measured, but without a goal."""
-    return name.endswith(_WITHOUT_PADDING)
 
 
 def sweeps(on_gpu: bool) -> list[Shape]:

@@ -22,7 +22,6 @@ from bench import (
     test_serving,
     test_training_step,
 )
-from bench.inputs import make_inputs, with_mask
 from bench.models import BACKBONE, DEPT, PEFT, Backbone, Batch, Method
 from bench.rows import read
 from bench.run import Run
@@ -278,18 +277,6 @@ def test_what_is_wrong_is_not_timed(
     with pytest.raises(pytest.fail.Exception, match=r"parity: eager is not timed: .* is off by"):
         getattr(suite, suite.__name__.rpartition(".")[2])(case, run, Benchmark())
     assert not run.book.rows
-
-
-def test_rows_served_task_by_task_are_those_of_the_mixed_batch(run: Run) -> None:
-    mixed = [case for case in test_inference.cases(run) if case.operation == test_inference.MIXED]
-    (inputs,) = make_inputs(mixed[0].shape, torch.float32, CPU, 1)
-    inputs = replace(with_mask(inputs), task_ids=torch.tensor([1, 0, 1, 1, 0]))
-    found = {}
-    for case in mixed:
-        served = test_inference.make(case.peer, case.shape, [inputs])
-        found[case.peer] = served.embeds_of(served.call(inputs))
-    assert torch.equal(found["eager"], found[test_inference.TASK_BY_TASK])
-    assert not torch.equal(found["eager"], found[test_inference.ONE_TASK])
 
 
 def test_a_cold_start_leaves_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

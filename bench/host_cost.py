@@ -20,13 +20,12 @@ that of the compiled kernel's own launcher with the arguments that the JIT gives
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -48,11 +47,12 @@ from bench.inputs import Inputs, cotangent, make_inputs, make_prompt
 from bench.peers import REFERENCE
 from bench.rows import RESULTS, aligned, write_csv
 from bench.shapes import Shape
-from bench.timing import median_interval
+from bench.timing import median_interval, no_collection
 
 FOLDER = RESULTS / "host_cost"
 PATHS, LAUNCHES = "paths.csv", "launches.csv"
 OURS, EAGER, COMPILED = "triton", "eager", "reference-compiled"
+PEERS = (OURS, EAGER, REFERENCE, COMPILED)
 FUNCTIONS, MODULE = "two functions", "module"
 DIRECTIONS = ("both", "forward")
 SHAPE = Shape("host", 16, 4, 16, 3, 4, 2, 2, 2, 10, shortest=2)
@@ -167,7 +167,7 @@ def module_by_definition(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return embeds, mask, mask.cumsum(1) - 1
 
 
-def make_forwards(path: str, inputs: Inputs, names: Iterable[str]) -> dict[str, Forward]:
+def make_forwards(path: str, inputs: Inputs) -> dict[str, Forward]:
     """What each peer calls, and the tensors that it trains."""
     definition: Callable[[Inputs], Any] = module_by_definition
     if path == FUNCTIONS:
@@ -175,7 +175,7 @@ def make_forwards(path: str, inputs: Inputs, names: Iterable[str]) -> dict[str, 
     leaves = list(inputs.parameters.values())
     options = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
     found: dict[str, Forward] = {}
-    for name in names:
+    for name in PEERS:
         if path == MODULE and name in (OURS, EAGER):
             prompt = make_prompt(SHAPE, inputs.parameters, inputs.weight, name)
             found[name] = partial(prompt, **options), list(prompt.parameters())
@@ -217,9 +217,7 @@ def in_turns(calls: dict[str, Call], rounds: int, repeats: int) -> dict[str, lis
     for call in calls.values():
         for _ in range(repeats):
             call()
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         for i in range(rounds):
             first = i % len(names)
             for name in names[first:] + names[:first]:
@@ -228,12 +226,10 @@ def in_turns(calls: dict[str, Call], rounds: int, repeats: int) -> dict[str, lis
                 for _ in range(repeats):
                     call()
                 times[name].append((time.perf_counter() - begin) / repeats * 1e6)
-    finally:
-        gc.enable()
     return times
 
 
-def path_rows(names: tuple[str, ...], launched: Callable[[], int], **how: Any) -> Iterator[Row]:
+def path_rows(launched: Callable[[], int], **how: Any) -> Iterator[Row]:
     """Measure every path, mask and direction; ``how``: what the rows say of the run."""
     size = (SHAPE.batch, SHAPE.num_virtual_tokens + SHAPE.length, SHAPE.hidden_size)
     grad = cotangent(torch.Size(size), torch.bfloat16, _CPU)
@@ -241,12 +237,12 @@ def path_rows(names: tuple[str, ...], launched: Callable[[], int], **how: Any) -
         shape = SHAPE if mask == "yes" else replace(SHAPE, shortest=0)
         (inputs,) = make_inputs(shape, torch.bfloat16, _CPU, 1)
         torch.compiler.reset()
-        forwards = make_forwards(path, inputs, names)
+        forwards = make_forwards(path, inputs)
         for direction in DIRECTIONS:
-            calls = {name: _call(direction, *forwards[name], grad) for name in names}
+            calls = {name: _call(direction, *forwards[name], grad) for name in PEERS}
             counts = {name: _counts(name, call, launched) for name, call in calls.items()}
             times = in_turns(calls, how["rounds"], how["calls"])
-            for name in names:
+            for name in PEERS:
                 yield {
                     "path": path,
                     "direction": direction,
@@ -254,7 +250,7 @@ def path_rows(names: tuple[str, ...], launched: Callable[[], int], **how: Any) -
                     "peer": name,
                     "p50_us": median(times[name]),
                     **_ratios("by_reference", times[name], times[REFERENCE]),
-                    **_ratios("by_compiled", times[name], times.get(COMPILED)),
+                    **_ratios("by_compiled", times[name], times[COMPILED]),
                     **counts[name],
                     **how,
                 }
@@ -274,10 +270,8 @@ def _counts(name: str, call: Call, launched: Callable[[], int]) -> dict[str, Any
     return {"launches": launches, "allocations": allocations(call)}
 
 
-def _ratios(column: str, times: list[float], by: list[float] | None) -> dict[str, Any]:
-    found: tuple[float | None, ...] = (None, None, None)
-    if by is not None:
-        found = median_interval([a / b for a, b in zip(times, by, strict=True)])
+def _ratios(column: str, times: list[float], by: list[float]) -> dict[str, float]:
+    found = median_interval([a / b for a, b in zip(times, by, strict=True)])
     return {column + end: value for end, value in zip(("", "_low", "_high"), found, strict=True)}
 
 
@@ -339,19 +333,17 @@ def launch_rows(**how: Any) -> Iterator[Row]:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A smoke test: its times mean nothing.")
-@click.option("--no-compiled", is_flag=True, help="Leave torch.compile out.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help=f"Folder for the CSV files ({FOLDER.name})."
 )
-def main(quick: bool, no_compiled: bool, out: Path | None) -> None:
+def main(quick: bool, out: Path | None) -> None:
     """Time what the host does in our path, beside the definition; nothing needs a GPU."""
     torch.set_num_threads(1)
     origin = {k: v for k, v in origin_of(_CPU).items() if k in _ORIGIN}
     how: dict[str, Any] = {"rounds": 3 if quick else 150, "calls": 2 if quick else 10}
     how |= {"load": os.getloadavg()[0], **origin}
-    names = tuple(n for n in (OURS, EAGER, REFERENCE, COMPILED) if n != COMPILED or not no_compiled)
     with stubbed() as launched:
-        tables = {PATHS: list(path_rows(names, launched, **how))}
+        tables = {PATHS: list(path_rows(launched, **how))}
         tables[LAUNCHES] = list(launch_rows(**how))
     if out is None and not quick:
         out = FOLDER

@@ -68,7 +68,8 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 @contextmanager
-def _no_collection() -> Any:
+def no_collection() -> Any:
+    """Python collects no garbage within."""
     gc.collect()
     gc.disable()
     try:
@@ -113,7 +114,7 @@ class Clock:
                 work.call(work.prepare(i))
         if not benchmark.enabled:
             return None
-        with _no_collection():
+        with no_collection():
             if self.on_gpu:
                 return self._on_gpu(ours, peer, benchmark)
             return self._on_cpu(ours, peer, benchmark)

@@ -20,10 +20,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from bench import host_cost
 from bench.compare import Failure
 from bench.compiled import cuda_tools
-from bench.host_cost import COMPILED, DIRECTIONS, EAGER, FUNCTIONS, MODULE, OURS
+from bench.host_cost import COMPILED, DIRECTIONS, FUNCTIONS, MODULE, OURS, PEERS
 from bench.peers import REFERENCE
 
-PEERS = (OURS, EAGER, REFERENCE, COMPILED)
 LAUNCHES = {"forward": 4, "both": 9}
 
 _MISSING = cuda_tools() or (

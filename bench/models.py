@@ -427,9 +427,9 @@ def expected_of(method: Method, model: Any, exact: Any, batch: Batch) -> Expecte
     return Expected(exactly, {**_rounded(plain, model), "loss": plain["loss"]})
 
 
-def results(method: Method, loss: Callable[[Batch], Tensor], model: Any, batch: Batch) -> Tensors:
+def results(method: Method, model: Any, batch: Batch) -> Tensors:
     """Loss and gradients as the method computes them, for :func:`bench.parity.compare`."""
-    value = loss(batch)
+    value = method.loss(batch)
     grads = torch.autograd.grad(value, list(method.trained.values()))
     return _rounded({"loss": value.detach(), **_named(method, grads)}, model)
 
@@ -485,7 +485,7 @@ def _rounded(values: Tensors, model: Any) -> Tensors:
 # The step
 
 
-def step(method: Method, loss: Callable[[Batch], Tensor], batch: Batch) -> Work:
+def step(method: Method, batch: Batch) -> Work:
     """Loss, backward, AdamW and clearing of the gradients.
 
     The learning rate is 0: AdamW does all of its work and every step is that of the same values.
@@ -493,7 +493,7 @@ def step(method: Method, loss: Callable[[Batch], Tensor], batch: Batch) -> Work:
     optimizer = torch.optim.AdamW(method.groups, lr=0.0) if method.groups else None
 
     def call(batch: Batch) -> Tensor:
-        value = loss(batch)
+        value = method.loss(batch)
         value.backward()
         if optimizer is not None:
             optimizer.step()

@@ -45,6 +45,7 @@ class Peer:
     leaves: Leaves
     definition: Forward
     same_work: bool = True
+    note: str = ""
 
 
 # What the package has for a GPU.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +20,6 @@ from bench.inputs import DTYPES, Inputs, cotangent, make_inputs
 from bench.rows import Book, Row
 from bench.shapes import Shape
 from bench.timing import Clock, Work, floor_works, quantiles
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,21 +96,6 @@ class Run:
         if time.perf_counter() > self.deadline:
             pytest.skip("left out: the time of the run is over")
 
-    def checked(
-        self, case: str, name: str, check: Callable[[str], tuple[T, float, str]]
-    ) -> tuple[T, float]:
-        """What ``check`` makes of a name, and its error; made once for what the rows share.
-
-        Args:
-            case: the row, for the message.
-            check: gives what is timed, its error by what is allowed, and where that is.
-        """
-        if name not in self._held:
-            self._held[name] = check(name)
-        made, error, where = self._held[name]
-        parity.refuse_red(case, name, error, where)
-        return made, error
-
     # The floor
 
     @functools.cached_property
@@ -142,28 +125,46 @@ class Run:
 
     # Rows
 
-    def measure(
+    def row(
         self,
         benchmark: Any,
+        case: Any,
         shape: Shape,
-        work: Work,
-        our_work: Work,
+        check: Callable[[str], tuple[Any, float, str]],
+        work_of: Callable[[Any], Work],
         *,
         floor_bytes: int | None = None,
         tokens: int | None = None,
+        note: str = "",
         **columns: Any,
     ) -> Row | None:
-        """Time a peer's work beside ours and keep the row; None if pytest-benchmark is off.
+        """Check a peer and ours, time them in pairs and keep the row.
 
         Args:
+            case: with the row's ``id`` and its ``peer``.
+            check: makes a peer by its name, and gives its error by what is allowed, and where that
+                is. Rows that share what is held (``hold_for``) share this too.
+            work_of: what is timed of it.
             floor_bytes: what has to be read and written once, if the peer does our work.
             tokens: real text tokens of a call.
-            columns: of the row: what is done, by whom, its error.
+            columns: of the row: what is done.
+
+        Returns:
+            The row; None if pytest-benchmark is off.
+
+        Raises:
+            AssertionError: a check is red; nothing is timed then.
         """
+        names = peers.ours(self.device), case.peer
+        for name in names:
+            if name not in self._held:
+                self._held[name] = check(name)
+            parity.refuse_red(case.id, name, *self._held[name][1:])
+        (ours, _, _), (peer, error, _) = (self._held[name] for name in names)
         speed, launch = self.floor
         group = (columns["operation"], columns["direction"], shape.name, columns["embeddings"])
         benchmark.group = " ".join(filter(None, group))
-        timing = self.clock.pair(our_work, work, benchmark)
+        timing = self.clock.pair(work_of(ours), work_of(peer), benchmark)
         if timing is None:
             return None
         columns |= {"shape": shape.name, "parameters": "float32", **shape.columns, **asdict(timing)}
@@ -175,7 +176,8 @@ class Run:
             columns["of_floor"] = floor_ms / timing.p50_ms
         if tokens is not None:
             columns["tokens_per_s"] = 1e3 * tokens / timing.p50_ms
-        row = Row(**columns, **self.origin)
+        columns |= {"ours": names[0], "peer": names[1], "error": error}
+        row = Row(**columns, note="; ".join(filter(None, (note, peer.note))), **self.origin)
         self.book.add(row)
         benchmark.extra_info.update(
             ours_to_peer=row.ours_to_peer, peak_mb=row.peak_mb, of_floor=row.of_floor
@@ -183,11 +185,7 @@ class Run:
         return row
 
     def operation_row(self, case: Case, benchmark: Any) -> Row | None:
-        """Check a peer of an operation for parity, then measure it.
-
-        Raises:
-            AssertionError: the check is red; nothing is timed then.
-        """
+        """As :meth:`row`, of an operation of :mod:`bench.peers`."""
         self.check_time()
         held = self.hold_for((case.operation, case.shape, case.table))
         if "inputs" not in held:
@@ -196,7 +194,7 @@ class Run:
             )
         sets: list[Inputs] = held["inputs"]
 
-        def checked(name: str) -> tuple[peers.Peer, float]:
+        def check(name: str) -> tuple[peers.Peer, float, str]:
             peer = peers.make(case.operation, name, sets[0])
             expected = held.get("expected") if peer.same_work else None
             if expected is None:
@@ -205,22 +203,19 @@ class Run:
                 held["expected"] = expected
             return peer, *parity.check(peer, sets[0], expected)
 
-        peer, error = self.checked(case.id, case.peer, checked)
-        ours, _ = self.checked(case.id, peers.ours(self.device), checked)
-        bytes_ = floor_bytes(case.operation, case.direction, case.shape, sets[0])
-        return self.measure(
+        same_work = case.peer not in (peers.DEPT, peers.PEFT)
+        moved = floor_bytes(case.operation, case.direction, case.shape, sets[0])
+        return self.row(
             benchmark,
+            case,
             case.shape,
-            work_of(case.direction, peer, sets),
-            work_of(case.direction, ours, sets),
-            floor_bytes=bytes_ if peer.same_work else None,
+            check,
+            lambda peer: work_of(case.direction, peer, sets),
+            floor_bytes=moved if same_work else None,
             suite=case.suite,
             operation=case.operation,
             direction=case.direction,
             embeddings="" if case.operation == "reconstruct" else case.table,
-            peer=peer.name,
-            ours=ours.name,
-            error=error,
         )
 
 

@@ -70,7 +70,7 @@ def test_inference(case: Case, run: Run, benchmark: Any) -> None:
     sets = held["inputs"]
 
     @torch.no_grad()
-    def checked(name: str) -> tuple[Served, float, str]:
+    def check(name: str) -> tuple[Served, float, str]:
         served, inputs = make(name, case.shape, sets), sets[0]
         if served.definition not in held:
             held[served.definition] = parity.Expected(
@@ -80,23 +80,17 @@ def test_inference(case: Case, run: Run, benchmark: Any) -> None:
         found = {"embeds": served.embeds_of(served.call(inputs))}
         return served, *parity.compare(found, held[served.definition])
 
-    name = peers.ours(run.device)
-    ours, _ = run.checked(case.id, name, checked)
-    peer, error = run.checked(case.id, case.peer, checked)
-    run.measure(
+    run.row(
         benchmark,
+        case,
         case.shape,
-        _work(peer, sets),
-        _work(ours, sets),
+        check,
+        lambda peer: Work(lambda i: sets[i % len(sets)], torch.no_grad()(peer.call)),
+        tokens=sum(int(inputs.attention_mask.sum()) for inputs in sets) // len(sets),
         suite="inference",
         operation=case.operation,
         direction="forward",
         embeddings=table,
-        peer=case.peer,
-        ours=name,
-        tokens=sum(int(inputs.attention_mask.sum()) for inputs in sets) // len(sets),
-        error=error,
-        note=peer.note,
     )
 
 
@@ -199,7 +193,3 @@ def _task_by_task(shape: Shape, sets: list[Inputs]) -> Served:
         return torch.cat([out.inputs_embeds for out in outputs])[order.argsort()]
 
     return Served(call, in_order, note=f"{len(rows[id(sets[0])])} tasks in the batch")
-
-
-def _work(served: Served, sets: list[Inputs]) -> Work:
-    return Work(lambda i: sets[i % len(sets)], torch.no_grad()(served.call))

@@ -68,27 +68,26 @@ def test_serving(case: Case, run: Run, benchmark: Any) -> None:
         held["make"] = make(case, DTYPES[table], run.device)
 
     @torch.no_grad()
-    def checked(name: str) -> tuple[Served, float, str]:
+    def check(name: str) -> tuple[Served, float, str]:
         served: Served = held["make"].make(name)
         return served, *parity.compare({"output": served.call()}, served.expected)
 
-    name = peers.ours(run.device)
-    ours, _ = run.checked(case.id, name, checked)
-    peer, error = run.checked(case.id, case.peer, checked)
-    run.measure(
+    def work_of(served: Served) -> Work:
+        call = torch.no_grad()(served.call)
+        return Work(lambda i: None, lambda _: call())
+
+    run.row(
         benchmark,
+        case,
         case.shape,
-        _work(peer),
-        _work(ours),
+        check,
+        work_of,
+        tokens=held["make"].tokens,
+        note=held["make"].note,
         suite="serving",
         operation=case.operation,
         direction="forward",
         embeddings=table,
-        peer=case.peer,
-        ours=name,
-        tokens=held["make"].tokens,
-        error=error,
-        note="; ".join(filter(None, (held["make"].note, peer.note))),
     )
 
 
@@ -238,8 +237,3 @@ def _make_decoder(case: Case, dtype: torch.dtype, device: torch.device) -> Maker
 
 def _served(call: Callable[[], Tensor], exact: Tensor, plain: Tensor, note: str = "") -> Served:
     return Served(call, parity.Expected({"output": exact}, {"output": plain}), note)
-
-
-def _work(served: Served) -> Work:
-    call = torch.no_grad()(served.call)
-    return Work(lambda i: None, lambda _: call())

@@ -69,28 +69,23 @@ def test_training_step(case: Case, run: Run, benchmark: Any) -> None:
         held["exact model"] = models.exact_copy(held["model"])
     model, batch = held["model"], held["batch"]
 
-    def checked(name: str) -> tuple[tuple[Method, Any], float, str]:
-        """The method and its loss as it is timed."""
+    def check(name: str) -> tuple[Method, float, str]:
         method = models.make(name, model, case.backbone, batch)
         expected = models.expected_of(method, model, held["exact model"], batch)
-        loss = torch.compile(method.loss, dynamic=False) if case.compiled else method.loss
-        found = models.results(method, loss, model, batch)
-        return (method, loss), *parity.compare(found, expected)
+        if case.compiled:
+            method = replace(method, loss=torch.compile(method.loss, dynamic=False))
+        return method, *parity.compare(models.results(method, model, batch), expected)
 
-    (ours, our_loss), _ = run.checked(case.id, peers.ours(run.device), checked)
-    (peer, loss), error = run.checked(case.id, case.peer, checked)
-    run.measure(
+    run.row(
         benchmark,
+        case,
         shape,
-        models.step(peer, loss, batch),
-        models.step(ours, our_loss, batch),
+        check,
+        lambda method: models.step(method, batch),
+        tokens=int(batch.attention_mask.sum()),
+        note=case.backbone.note,
         suite="training_step",
         operation="training step, compiled" if case.compiled else "training step",
         direction="both",
         embeddings=table,
-        peer=peer.name,
-        ours=ours.name,
-        tokens=int(batch.attention_mask.sum()),
-        error=error,
-        note="; ".join(filter(None, (case.backbone.note, peer.note))),
     )

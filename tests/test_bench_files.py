@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from bench import compare, plots
 from bench.rows import SUITES, Book, Row, read, write
+from tests.processes import python
 
 # Our backend paired with itself.
 DEFAULTS: dict[str, Any] = {
@@ -237,9 +236,9 @@ def test_plots_show_what_was_measured_and_where() -> None:
     assert {"length", "K", "floor", "eager ^1.50", "eager"} <= found
 
 
-def test_importing_the_plots_needs_no_matplotlib(root: Path) -> None:
+def test_importing_the_plots_needs_no_matplotlib() -> None:
     code = "import sys, bench.plots; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+    assert python("-c", code).returncode == 0
 
 
 def test_exponents_are_fitted() -> None:

@@ -8,12 +8,8 @@ first.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +18,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench import compiled
 from bench.compiled import RULES, TARGETS, Code, broken, cuda_tools
+from tests.processes import ROOT, python
 
 _MISSING = cuda_tools()
 needs_tools = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
 
-ROOT = Path(__file__).parent.parent
 # What is launched, and its file.
 KERNELS = {
     name: file
@@ -42,34 +38,20 @@ TYPES = {
 }
 
 
-def _python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A process that compiles: without Triton's interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env=environment,
-        timeout=1800,
-    )
-
-
 @pytest.fixture(scope="session")
-def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `python -m bench.compiled` found."""
     file = tmp_path_factory.mktemp("compiled") / "report.json"
-    done = _python(root, "bench.compiled", "--json", str(file))
+    done = python("-m", "bench.compiled", "--json", str(file), timeout=1800, OMP_NUM_THREADS="1")
     assert file.is_file(), done.stdout[-4000:] + done.stderr[-4000:]
     result: dict[str, Any] = json.loads(file.read_text())
     return result
 
 
 @pytest.fixture(scope="session")
-def toys(root: Path) -> dict[str, Any]:
+def toys() -> dict[str, Any]:
     """The rules that the kernels of `compiled_toys` break."""
-    done = _python(root, "tests.compiled_toys")
+    done = python("-m", "tests.compiled_toys", timeout=1800, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-4000:]
     result: dict[str, Any] = json.loads(done.stdout)
     return result

@@ -7,8 +7,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from bench.compare import Failure
 from bench.compiled import cuda_tools
 from bench.host_cost import COMPILED, DIRECTIONS, FUNCTIONS, MODULE, OURS, PEERS
 from bench.peers import REFERENCE
+from tests.processes import python
 
 LAUNCHES = {"forward": 4, "both": 9}
 
@@ -35,28 +34,14 @@ needs_tools = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
 Rows = list[dict[str, str]]
 
 
-def python(root: Path, *arguments: str, **changes: str | None) -> subprocess.CompletedProcess[str]:
-    """A process in which kernels are compiled, not interpreted; ``changes``: of its environment."""
-    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    found = {**os.environ, "TRITON_INTERPRET": None, "PYTHONPATH": path, **changes}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env={name: value for name, value in found.items() if value is not None},
-        timeout=600,
-    )
-
-
 # A run
 
 
 @pytest.fixture(scope="session")
-def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, Rows]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, Rows]:
     """The rows of both files of a quick run."""
     folder = tmp_path_factory.mktemp("host")
-    done = python(root, "-m", "bench.host_cost", "--quick", "--out", str(folder))
+    done = python("-m", "bench.host_cost", "--quick", "--out", str(folder), timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     paths, launches = (
         list(csv.DictReader((folder / name).read_text(encoding="utf-8").splitlines()))
@@ -121,9 +106,9 @@ except RuntimeError as error:
 
 @needs_tools
 @pytest.mark.slow
-def test_tiny_sizes_are_launched_as_real_ones(root: Path) -> None:
+def test_tiny_sizes_are_launched_as_real_ones() -> None:
     """The same number of launches as at t5-base; afterwards the backend refuses a CPU again."""
-    done = python(root, "-c", _COUNT, OMP_NUM_THREADS="1")
+    done = python("-c", _COUNT, timeout=600, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     found, error = json.loads(done.stdout)
     expected = [LAUNCHES["forward"], LAUNCHES["both"] - LAUNCHES["forward"]]

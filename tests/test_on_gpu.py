@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from bench.rows import SUITES, read
+from tests.processes import python, run
 
 BARE = """
 import sys
@@ -28,45 +28,29 @@ sys.exit(pytest.main(sys.argv[1:]))
 OWN = ["-c", "tests/gpu/pytest.ini", "--rootdir", "tests/gpu", "--confcutdir", "tests/gpu"]
 
 
-def run(
-    root: Path, *command: str, timeout: float = 120, **changes: str | None
-) -> subprocess.CompletedProcess[str]:
-    """A process in the checkout; ``changes``: of its environment."""
-    environment = {**os.environ, "PYTHONPATH": str(root), **changes}
-    return subprocess.run(
-        command,
-        cwd=root,
-        env={name: value for name, value in environment.items() if value is not None},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
 def script(
-    root: Path, *arguments: str, python: str = sys.executable, out: Path | str = "", **how: Any
+    *arguments: str, python: str = sys.executable, out: Path | str = "", **how: Any
 ) -> subprocess.CompletedProcess[str]:
-    return run(root, "bash", "bench/on_gpu.sh", *arguments, PYTHON=python, OUT=str(out), **how)
+    return run("bash", "bench/on_gpu.sh", *arguments, PYTHON=python, OUT=str(out), **how)
 
 
 def stub(folder: Path, cases: str) -> str:
     """A python that does nothing but what the cases of its arguments say."""
-    python = folder / "python"
-    python.write_text(f'#!/bin/sh\ncase "$*" in {cases} esac\n')
-    python.chmod(0o755)
-    return str(python)
+    fake = folder / "python"
+    fake.write_text(f'#!/bin/sh\ncase "$*" in {cases} esac\n')
+    fake.chmod(0o755)
+    return str(fake)
 
 
-def listed(root: Path, *arguments: str) -> list[str]:
+def listed(*arguments: str) -> list[str]:
     """The rows that pytest lists for a GPU."""
-    command = (sys.executable, "-m", "pytest", "--device", "cuda", "--collect-only", "-q")
-    done = run(root, *command, *arguments)
+    done = python("-m", "pytest", "--device", "cuda", "--collect-only", "-q", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
 def test_a_dry_run_names_the_stages_in_order(root: Path) -> None:
-    done = script(root, "--dry-run", out="here")
+    done = script("--dry-run", out="here")
     assert done.returncode == 0, done.stderr
     stages = re.findall(r"^(\w+) +(\d+) s  (.*)$", done.stdout, re.MULTILINE)
     names = [name for name, _, _ in stages if name not in ("unpack", "again")]
@@ -82,18 +66,18 @@ def test_a_dry_run_names_the_stages_in_order(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_row_is_listed_and_measured_once(root: Path) -> None:
+def test_every_row_is_listed_and_measured_once() -> None:
     """The goals' rows first; what one benchmark stage chooses the other leaves out."""
-    every = listed(root, "bench/")
+    every = listed("bench/")
     assert len(every) == len(set(every)) > 500
     suites = {Path(line.partition("::")[0]).stem.removeprefix("test_") for line in every}
     assert suites == set(SUITES) - {"floor"}
     assert "t5-base" in every[0]
     for backend in ("triton", "cuda", "eager"):
         assert any(line.endswith(f"-{backend}]") for line in every)
-    done = script(root, "--dry-run", out="here")
+    done = script("--dry-run", out="here")
     goals, others = (
-        set(listed(root, *files.split(), "-k", chosen))
+        set(listed(*files.split(), "-k", chosen))
         for files, chosen in re.findall(r"--seconds \d+ (bench/.*?) -k (.*)$", done.stdout, re.M)
     )
     assert goals
@@ -101,9 +85,9 @@ def test_every_row_is_listed_and_measured_once(root: Path) -> None:
     assert goals | others == set(every)
 
 
-def test_the_benchmarks_can_have_all_of_the_time(root: Path, tmp_path: Path) -> None:
-    python = stub(tmp_path, "*device_name*) echo Fake GPU ;;")
-    done = script(root, "--bench", python=python, out=tmp_path / "out")
+def test_the_benchmarks_can_have_all_of_the_time(tmp_path: Path) -> None:
+    fake = stub(tmp_path, "*device_name*) echo Fake GPU ;;")
+    done = script("--bench", python=fake, out=tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     (stage,) = re.findall(r"^== benchmarks \(at most (\d+) s\): .*", done.stdout, re.MULTILINE)
     seconds = re.search(r"--seconds (\d+) bench/", done.stdout)
@@ -112,18 +96,18 @@ def test_the_benchmarks_can_have_all_of_the_time(root: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_what_cannot_run_says_so(root: Path, tmp_path: Path) -> None:
+def test_what_cannot_run_says_so(tmp_path: Path) -> None:
     for arguments, said in (((), "no CUDA device"), (("--fast",), "--dry-run")):
-        done = script(root, *arguments, out=tmp_path / "out")
+        done = script(*arguments, out=tmp_path / "out")
         assert done.returncode == 2
         assert said in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failing_stage_loses_no_later_one(root: Path, tmp_path: Path) -> None:
+def test_a_failing_stage_loses_no_later_one(tmp_path: Path) -> None:
     """The status is the worst of the stages', and the log tells of each."""
-    python = stub(tmp_path, "*test_parity*) exit 1 ;; *small_run*) exit 3 ;;")
-    done = script(root, "--rehearse", python=python, out=tmp_path / "out")
+    fake = stub(tmp_path, "*test_parity*) exit 1 ;; *small_run*) exit 3 ;;")
+    done = script("--rehearse", python=fake, out=tmp_path / "out")
     assert done.returncode == 3, done.stdout
     log = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
     for line in (
@@ -136,16 +120,16 @@ def test_a_failing_stage_loses_no_later_one(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_gpu_tests_need_only_torch_triton_numpy_and_pytest(root: Path) -> None:
-    command = (sys.executable, "-c", BARE, *OWN, "--collect-only", "-q", "tests/gpu")
-    done = run(root, *command, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+def test_the_gpu_tests_need_only_torch_triton_numpy_and_pytest() -> None:
+    chosen = ("--collect-only", "-q", "tests/gpu")
+    done = run(sys.executable, "-c", BARE, *OWN, *chosen, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.findall(r"(\d+) tests collected", done.stdout)[0]) > 200
 
 
 @pytest.mark.slow
-def test_a_rehearsal_leaves_a_log_rows_and_plots(root: Path, tmp_path: Path) -> None:
-    done = script(root, "--rehearse", out=tmp_path, timeout=420)
+def test_a_rehearsal_leaves_a_log_rows_and_plots(tmp_path: Path) -> None:
+    done = script("--rehearse", out=tmp_path, timeout=420)
     assert done.returncode == 0, done.stdout
     assert "results in" in (tmp_path / "log.txt").read_text(encoding="utf-8")
     # What is left after a failure on the way back: the end of what was printed.
@@ -175,27 +159,26 @@ def test_goes_on_elsewhere(number):
 
 
 @pytest.mark.slow
-def test_a_worker_whose_context_is_dead_is_replaced(root: Path, tmp_path: Path) -> None:
+def test_a_worker_whose_context_is_dead_is_replaced(tmp_path: Path) -> None:
     """The failure is reported, and no other test is lost."""
     (tmp_path / "test_dead.py").write_text(DEAD, encoding="utf-8")
     (tmp_path / "conftest.py").write_text(
         "from tests.gpu.conftest import pytest_runtest_logfinish, pytest_runtest_logreport\n"
     )
     own = ("-n", "1", "-v", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path))
-    done = run(root, sys.executable, "-m", "pytest", *own)
+    done = run(sys.executable, "-m", "pytest", *own)
     for said in ("assert 1 == 2", "replacing crashed worker", "4 passed"):
         assert said in done.stdout
 
 
 @pytest.mark.slow
-def test_launches_are_listed_and_compiled_elsewhere(root: Path, tmp_path: Path) -> None:
+def test_launches_are_listed_and_compiled_elsewhere(tmp_path: Path) -> None:
     """Those of the chosen tests, each once, without a path of this machine."""
     file = tmp_path / "launches.jsonl"
 
     def launches(*arguments: str) -> str:
-        own = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": None}
-        command = (sys.executable, "-m", "tests.gpu.launches", *arguments)
-        done = run(root, *command, timeout=300, **own)
+        own = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "timeout": 300}
+        done = python("-m", "tests.gpu.launches", *arguments, **own)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

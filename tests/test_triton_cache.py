@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from unittest.mock import Mock
@@ -15,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from bench import triton_cache
+from tests.processes import python
 
 
 def kernel(cache: Path, name: str, extensions: tuple[str, ...] = ("cubin", "json", "ptx")) -> Path:
@@ -128,20 +126,12 @@ print(compiled.problem(launch), end="")
 
 
 @pytest.mark.slow
-def test_triton_finds_a_kernel_of_an_archive(root: Path, tmp_path: Path) -> None:
+def test_triton_finds_a_kernel_of_an_archive(tmp_path: Path) -> None:
     """It would leave its intermediate code beside one that it compiles again."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
     def compile_into(cache: Path) -> None:
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE],
-            cwd=root,
-            env={**environment, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(root)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = python("-c", COMPILE, TRITON_CACHE_DIR=str(cache))
         assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
     old, new = tmp_path / "old", tmp_path / "new"

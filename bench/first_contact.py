@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import re
 import signal
@@ -29,9 +30,10 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ _MASKS = ("none", "right", "holes")
 _TABLE = "bfloat16"
 # A process that gives no sign for so long hangs: seconds a case.
 _CASE_SECONDS = 60
+_PAIR = ("peer", "operation")  # their parity checks are one part
 _CRASHES = 3  # of a part, before the rest of it is given up
 _ROUNDS = 15
 _QUANTILES = ("p20_ms", "p50_ms", "p80_ms")
@@ -448,44 +451,40 @@ class Run:
         return process.returncode, process.pid, words
 
 
+def _by(cases: Iterable[Case], *names: str) -> list[list[Case]]:
+    """The cases in groups that have these fields in common."""
+    key = operator.attrgetter(*names)
+    return [list(group) for _, group in groupby(sorted(cases, key=key), key)]
+
+
+def _done(futures: Iterable[Future[None]]) -> None:
+    for future in list(futures):
+        future.result()
+
+
 def run(facts: Facts, rehearse: bool, seconds: float) -> None:
     """All steps; what needs the GPU to itself comes last."""
     contact = Run(facts, rehearse, time.time() + seconds)
     began = time.monotonic()
 
-    def say(text: str) -> None:
-        print(f"{time.monotonic() - began:5.1f} s  {text}", flush=True)
+    def part(step: str, cases: Sequence[Case] = (), **environment: str) -> None:
+        done = contact.part(step, cases, **environment)
+        of = f" {cases[0].peer} {cases[0].operation}" if cases and step != "time" else ""
+        state = "done" if done else "NOT COMPLETE"
+        print(f"{time.monotonic() - began:5.1f} s  {step}{of}: {state}", flush=True)
 
-    def part(step: str, cases: Iterable[Case] = (), **environment: str) -> None:
-        chosen = list(cases)
-        done = contact.part(step, chosen, **environment)
-        of = f" {chosen[0].peer} {chosen[0].operation}" if chosen and step != "time" else ""
-        say(f"{step}{of}: {'done' if done else 'NOT COMPLETE'}")
-
-    checks = parity_cases(rehearse)
-    pairs = list(dict.fromkeys((case.peer, case.operation) for case in checks))
-
-    def check(peer: str, operation: str) -> None:
-        part("parity", [c for c in checks if (c.peer, c.operation) == (peer, operation)])
-
-    def wait_for(futures: list[Future[None]]) -> None:
-        for future in futures:
-            future.result()
-
+    timed = time_cases(rehearse)
     with ThreadPoolExecutor() as pool:
         first = [pool.submit(part, "environment"), pool.submit(part, "compile")]
-        warm: list[Future[None]] = []
-        if not rehearse:
-            few = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-            groups: dict[tuple[str, str], list[Case]] = {}
-            for case in time_cases(rehearse):
-                if case.peer == COMPILED and case.mask != "holes":
-                    groups.setdefault((case.shape, case.operation), []).append(case)
-            warm = [pool.submit(part, "warm", mine, **few) for mine in groups.values()]
-        wait_for(first)
-        wait_for([pool.submit(check, *pair) for pair in pairs])
-        wait_for(warm)
-    part("time", time_cases(rehearse))
+        warm = [
+            pool.submit(part, "warm", mine, TORCHINDUCTOR_COMPILE_THREADS="1")
+            for mine in _by((c for c in timed if c.mask != "holes"), "shape", "operation", "peer")
+            if mine[0].peer == COMPILED
+        ]
+        _done(first)
+        _done(pool.submit(part, "parity", mine) for mine in _by(parity_cases(rehearse), *_PAIR))
+        _done(warm)
+    part("time", timed)
 
 
 def again(facts: Facts, rehearse: bool, seconds: float, earlier: Path) -> int:
@@ -493,8 +492,8 @@ def again(facts: Facts, rehearse: bool, seconds: float, earlier: Path) -> int:
     contact = Run(facts, rehearse, time.time() + seconds)
     passed = {_case_of(f) for f in Facts(earlier).read() if f["step"] == "parity" and f.get("ok")}
     todo = [case for case in parity_cases(rehearse) if case not in passed]
-    for pair in dict.fromkeys((case.peer, case.operation) for case in todo):
-        contact.part("parity", [c for c in todo if (c.peer, c.operation) == pair])
+    for mine in _by(todo, *_PAIR):
+        contact.part("parity", mine)
     return len(todo)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from bench import parity, peers
 from bench.environment import origin_of
 from bench.inputs import DTYPES, Inputs, cotangent, make_inputs
+from bench.models import Backbone
 from bench.rows import Book, Row
 from bench.shapes import Shape
 from bench.timing import Clock, Work, floor_works, quantiles
@@ -56,6 +57,21 @@ class Case:
         """The row's name in pytest."""
         parts = (self.operation, self.direction, self.shape.name, self.table, self.peer)
         return "-".join(part.replace(" ", "-") for part in parts)
+
+
+@dataclass(frozen=True)
+class ServingCase:
+    """One row of inference: an operation at a shape, of a backbone if it has one, by a peer."""
+
+    operation: str
+    shape: Shape
+    peer: str
+    backbone: Backbone | None = None
+
+    @property
+    def id(self) -> str:
+        """The row's name in pytest."""
+        return "-".join((self.operation, self.shape.name, self.peer)).replace(" ", "-")
 
 
 class Run:

@@ -17,6 +17,7 @@ from torch import Tensor
 from bench import parity, peers
 from bench.inputs import DTYPES, SCALING, Inputs, make_inputs, make_prompt, with_mask
 from bench.run import Run
+from bench.run import ServingCase as Case
 from bench.shapes import MANY_TASKS, NAMED, QUICK, Shape
 from bench.timing import Work
 from ept_fast import EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, reference
@@ -26,20 +27,6 @@ UNFOLDED, PLAIN = "unfolded", "plain prompt"
 ONE_TASK, TASK_BY_TASK = "one task", "task by task"
 
 _SHAPES = ("t5-base", "sentences", "llama-8b")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row: an operation at a shape by a peer."""
-
-    operation: str
-    shape: Shape
-    peer: str
-
-    @property
-    def id(self) -> str:
-        """The row's name in pytest."""
-        return "-".join((self.operation, self.shape.name, self.peer)).replace(" ", "-")
 
 
 def cases(run: Run) -> list[Case]:

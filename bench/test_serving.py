@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from bench import models, parity, peers
 from bench.inputs import DTYPES, Inputs, make_inputs, make_prompt, with_mask
-from bench.models import Backbone
 from bench.run import Run
+from bench.run import ServingCase as Case
 from bench.shapes import MANY_TASKS, QUICK, Shape
 from bench.timing import Work
 from ept_fast import FusedEPTPrompt, get_ept_model
@@ -29,32 +29,17 @@ PLAIN = "plain prompt"
 _LENGTHS = "20-40"
 
 
-@dataclass(frozen=True)
-class Case:
-    """One row: an operation at a shape, of a backbone if it has one, by a peer."""
-
-    operation: str
-    shape: Shape
-    backbone: Backbone | None
-    peer: str
-
-    @property
-    def id(self) -> str:
-        """The row's name in pytest."""
-        return "-".join((self.operation, self.shape.name, self.peer)).replace(" ", "-")
-
-
 def cases(run: Run) -> list[Case]:
     """What shares a backbone side by side, ours first."""
     ours, quick = peers.ours(run.device), run.settings.quick
     backbones = models.QUICK if quick else models.ON_GPU if run.on_gpu else models.ON_CPU
     decoders = [backbone for backbone in backbones if backbone.kind != "t5"]
     banks = QUICK[1:] if quick else [s for s in MANY_TASKS if s.tasks == 64]
-    found = [Case(BANK, shape, None, peer) for shape in banks for peer in (ours, ONE_TASK)]
+    found = [Case(BANK, shape, peer) for shape in banks for peer in (ours, ONE_TASK)]
     for backbone in decoders:
         shape = models.shape_of(backbone, _LENGTHS)
         names = (ours, NO_PREFIX, PLAIN, models.BACKBONE)
-        found += [Case(PREFIX, shape, backbone, name) for name in names]
+        found += [Case(PREFIX, shape, name, backbone) for name in names]
     return found
 
 

@@ -594,7 +594,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Use:
-    """That a case makes a launch."""
+    """One launch of a case."""
 
     types: str
     shape: str

@@ -79,7 +79,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is most wanted first; what the time does not reach is of the least worth."""
+    """The most wanted rows first: the time may not be enough for the last."""
     suites = {f"test_{suite}.py": i for i, suite in enumerate(rows.SUITES)}
     on_gpu = config.stash[_RUN].on_gpu
 

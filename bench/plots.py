@@ -116,7 +116,7 @@ def draw(folder: Path) -> list[Path]:
     figures: dict[str, Figure | None] = {
         "sweeps": _sweeps(rows, colours),
         **{f"ratios-{suite}": _ratios(rows, suite, colours) for suite in _RATIO_SUITES},
-        "training_step": _training_step(rows, colours),
+        "training_step": _ratios(rows, "training_step", colours),
         "memory": _memory(rows, colours),
     }
     drawings = {folder / f"{name}.png": figure for name, figure in figures.items() if figure}
@@ -266,31 +266,22 @@ def _times_faster(row: Row) -> Measured:
     return 1 / ratio, 1 / high, 1 / low
 
 
-def _against_others(rows: Iterable[Row], suite: str) -> list[Row]:
-    """The rows of a suite that compare our backend with something else."""
-    return [r for r in rows if r.suite == suite and not is_ours(r) and r.ours_to_peer]
-
-
 def _ratios(rows: list[Row], suite: str, colours: dict[str, str]) -> Figure | None:
-    mine = _against_others(rows, suite)
+    """Times faster than each peer on a logarithmic axis; of whole steps, our share of its time."""
+    mine = [r for r in rows if r.suite == suite and not is_ours(r) and r.ours_to_peer]
     if not mine:
         return None
-    title = f"{suite.replace('_', ' ').capitalize()}: times faster than each peer (95% intervals)"
-    figure, axes = _bars(mine, title, _times_faster, 1, colours)
+    if suite == "training_step":
+        title = "Our training step by that of each peer: below 1 we are faster (95% intervals)"
+        figure, axes = _bars(mine, title, _interval, 0, colours)
+    else:
+        name = suite.replace("_", " ").capitalize()
+        title = f"{name}: times faster than each peer (95% intervals)"
+        figure, axes = _bars(mine, title, _times_faster, 1, colours)
     for panel in axes:
-        panel.set_xscale("log")
-        _log_scale(panel.xaxis, 1, 2, 5)
-        panel.axvline(1, color="black", linewidth=0.8)
-    return figure
-
-
-def _training_step(rows: list[Row], colours: dict[str, str]) -> Figure | None:
-    mine = _against_others(rows, "training_step")
-    if not mine:
-        return None
-    title = "Our training step by that of each peer: below 1 we are faster (95% intervals)"
-    figure, axes = _bars(mine, title, _interval, 0, colours)
-    for panel in axes:
+        if suite != "training_step":
+            panel.set_xscale("log")
+            _log_scale(panel.xaxis, 1, 2, 5)
         panel.axvline(1, color="black", linewidth=0.8)
     return figure
 

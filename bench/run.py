@@ -116,7 +116,7 @@ class Run:
 
     @functools.cached_property
     def floor(self) -> tuple[float, float]:
-        """Megabytes a millisecond of a copy, milliseconds of an empty launch, of this run."""
+        """Megabytes per millisecond of a copy, milliseconds of an empty launch."""
         quick = self.settings.quick
         rounds = 3 if quick else 15
         size = 1 << (22 if quick else 30 if self.on_gpu else 28)

@@ -44,7 +44,7 @@ def on_one_device(
 
 
 def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a task and method, from the newest final runs and timings."""
+    """One row for each task and method, from the newest final runs and timings."""
     timings = {r["method"]: r for r in records if r["kind"] == "timing"}
     finals: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
@@ -99,7 +99,7 @@ def _all(values: Iterable[Any]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of mean and standard deviation, one group a task, with every seed as a dot."""
+    """Bars of mean and standard deviation, one group for each task, every seed as a dot."""
     from matplotlib.figure import Figure
 
     from ept_fast.training.report import save_figure

@@ -529,7 +529,7 @@ def _timed(facts: list[dict[str, Any]]) -> dict[tuple[Case, str], dict[str, Any]
 
 
 def red(facts: list[dict[str, Any]], rehearse: bool) -> list[str]:
-    """What keeps a first contact from being whole, in words, one line for each problem: causes come first."""
+    """Why a first contact is not whole, one line per problem: causes come first."""
     lines = []
     for fact in facts:
         said = fact.get("failed") or fact.get("problem") or fact.get("error")

@@ -33,7 +33,7 @@ LIBRARIES = re.compile(
 
 
 def offences(library: Path) -> list[str]:
-    """What the library needs beyond the stable ABI, a sentence each; empty where it keeps to it."""
+    """What the library needs beyond the stable ABI, one sentence per function; empty if nothing."""
     everywhere, with_cuda = _declared(cuda=False), _declared(cuda=True)
     found = [f"it is linked with {name}" for name in _needed(library) if not LIBRARIES.match(name)]
     for name, weak in _undefined(library):

@@ -1,5 +1,5 @@
 """One measurement in a Python process of its own: ``python -m bench.cold_child WHAT ...`` prints
-JSON with ``seconds``, and ``error`` where results were checked."""
+JSON with ``seconds``, and ``error`` if results were checked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def seconds_of_first_call(
         check: compare the results with the definition afterwards.
 
     Returns:
-        ``seconds`` and, where checked, ``error``: by what is allowed.
+        ``seconds`` and, if checked, ``error``: the error by what is allowed.
     """
     import torch
 

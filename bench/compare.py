@@ -1,13 +1,12 @@
 """Judge a run by an older one on the same machine: ``python -m bench.compare OLD NEW``.
 
 What is judged does not depend on how fast the machine was on that day: our time by a peer's in the
-same round, and our memory and launches. Ends with 1 where something became worse by more than the
-noise that the two runs measured, with 0 where nothing did, with 2 where nothing can be said.
+same round, and our memory and launches. Ends with 1 if something became worse by more than the
+noise that the two runs measured, with 0 if nothing did, with 2 if nothing can be said.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,17 +52,16 @@ def is_ours(row: Row) -> bool:
 
 
 def noise(rows: Iterable[Row]) -> dict[str, float]:
-    """For each suite that pairs our backend with itself, how far such a ratio is from 1 at most."""
+    """How far the ratio of our backend to itself is from 1 at most, for each suite that has one.
+
+    The largest of all stands under the empty name: it is that of the other suites.
+    """
     found: dict[str, float] = {}
     for row in rows:
         if is_ours(row) and row.ours_to_peer is not None:
-            found[row.suite] = max(found.get(row.suite, 0.0), abs(row.ours_to_peer - 1))
+            for suite in (row.suite, ""):
+                found[suite] = max(found.get(suite, 0.0), abs(row.ours_to_peer - 1))
     return found
-
-
-def noise_of(suite: str, measured: dict[str, float]) -> float:
-    """The noise of a suite: its own, or the largest of all where it has none, or 0."""
-    return measured.get(suite, max(measured.values(), default=0.0))
 
 
 def work_name(row: Row) -> str:
@@ -74,7 +72,7 @@ def work_name(row: Row) -> str:
 
 
 def _ratio_change(old: Row, new: Row, allowed: float) -> Change | None:
-    """Where the two intervals (the ratio itself, if a run kept none) are that far apart."""
+    """A change if the two intervals (the ratio itself, if a run kept none) are that far apart."""
     bounds, texts = [], []
     for row in (old, new):
         low, high = (
@@ -90,18 +88,15 @@ def _ratio_change(old: Row, new: Row, allowed: float) -> Change | None:
     return Change(worse, f"our time by {new.peer}'s", old, new, (texts[0], texts[1]))
 
 
-def _peak_change(old: Row, new: Row) -> Change | None:
-    was, now = old.peak_mb or 0.0, new.peak_mb or 0.0
-    if abs(now - was) <= max(1.0, 0.01 * min(was, now)):
+def _own_change(measure: str, old: Row, new: Row) -> Change | None:
+    """More or less memory, by 1% and 1 MB at least, or launches."""
+    was, now = (getattr(row, measure) for row in (old, new))
+    least = max(1.0, 0.01 * min(was, now)) if measure == "peak_mb" else 0
+    if abs(now - was) <= least:
         return None
-    return Change(now > was, "peak memory", old, new, (f"{was:.1f} MB", f"{now:.1f} MB"))
-
-
-def _launch_change(old: Row, new: Row) -> Change | None:
-    was, now = old.launches or 0, new.launches or 0
-    if now == was:
-        return None
-    return Change(now > was, "launches", old, new, (str(was), str(now)))
+    if measure == "peak_mb":
+        return Change(now > was, "peak memory", old, new, (f"{was:.1f} MB", f"{now:.1f} MB"))
+    return Change(now > was, measure, old, new, (str(was), str(now)))
 
 
 def judge(old: list[Row], new: list[Row]) -> tuple[list[Change], int, int]:
@@ -111,24 +106,23 @@ def judge(old: list[Row], new: list[Row]) -> tuple[list[Change], int, int]:
         The changes beyond the noise, regressions first; how many values were judged; and how many
         were not, as only one of the runs has them.
     """
-    old_noise, new_noise = noise(old), noise(new)
+    noises = noise(old), noise(new)
     before = {row.key: row for row in old}
-    pairs = [(before[row.key], row) for row in new if row.key in before]
     changes: list[Change | None] = []
     single = 0
-    for was, now in pairs:
-        if is_ours(was) != is_ours(now):  # a peer of one run is our backend in the other
+    for now in new:
+        was = before.get(now.key)
+        # A peer of one run may be our backend in the other.
+        if was is None or is_ours(was) != is_ours(now):
             continue
         for name in ("peak_mb", "launches") if is_ours(now) else ("ours_to_peer",):
             missing = [getattr(row, name) is None for row in (was, now)]
             if any(missing):
                 single += not all(missing)
-            elif name == "peak_mb":
-                changes.append(_peak_change(was, now))
-            elif name == "launches":
-                changes.append(_launch_change(was, now))
+            elif is_ours(now):
+                changes.append(_own_change(name, was, now))
             else:
-                allowed = noise_of(now.suite, old_noise) + noise_of(now.suite, new_noise)
+                allowed = sum(n.get(now.suite, n.get("", 0.0)) for n in noises)
                 changes.append(_ratio_change(was, now, allowed))
     found = sorted(filter(None, changes), key=lambda change: not change.worse)
     return found, len(changes), single
@@ -137,11 +131,8 @@ def judge(old: list[Row], new: list[Row]) -> tuple[list[Change], int, int]:
 def _load(path: Path) -> list[Row]:
     try:
         rows = read(path)
-    except FileNotFoundError as error:
-        reason = error.strerror or str(error)
-        raise Failure(f"{path}: {reason}" if error.strerror else reason) from error
-    except (OSError, ValueError, csv.Error) as error:
-        raise Failure(" ".join(f"{path}: cannot be read: {error}".split())) from error
+    except (OSError, ValueError) as error:
+        raise Failure(" ".join(f"{path}: {error}".split())) from error
     if not rows:
         raise Failure(f"{path}: expected rows of measurements, got none")
     for row in rows:
@@ -170,38 +161,32 @@ def _table(changes: list[Change], old: list[Row], new: list[Row]) -> list[str]:
     ours = [{row.key[:-1]: row for row in rows if is_ours(row)} for rows in (old, new)]
     body = []
     for change in changes:
-        work = change.new.key[:-1]
-        peer = "" if is_ours(change.new) else _milliseconds(change.old, change.new)
+        own = (rows.get(change.new.key[:-1]) for rows in ours)
         body.append(
             (
                 "regression" if change.worse else "improvement",
                 change.measure,
                 work_name(change.new),
                 *change.values,
-                _milliseconds(ours[0].get(work), ours[1].get(work)),
-                peer,
+                _milliseconds(*own),
+                "" if is_ours(change.new) else _milliseconds(change.old, change.new),
             )
         )
     header = ("", "what", "work", "old", "new", "our p50 (ms)", "peer's p50 (ms)")
     return aligned(header, body)
 
 
-def _noise_lines(old: list[Row], new: list[Row], suites: Iterable[str]) -> list[str]:
-    lines = []
-    for name, rows in (("old", old), ("new", new)):
-        measured = noise(rows)
-        if not measured:
-            lines.append(
-                f"noise of {name}: not measured, taken as 0: nothing was paired with itself"
-            )
-            continue
-        parts = [
-            f"{suite} {noise_of(suite, measured):.1%}"
-            + ("" if suite in measured else " (not measured: the largest of the others)")
-            for suite in suites
-        ]
-        lines.append(f"noise of {name}: {', '.join(parts)}")
-    return lines
+def _noise_line(name: str, rows: list[Row], suites: Iterable[str]) -> str:
+    measured = noise(rows)
+    if not measured:
+        return f"noise of {name}: not measured, taken as 0: nothing was paired with itself"
+    parts = [
+        f"{suite} {measured[suite]:.1%}"
+        if suite in measured
+        else f"{suite} {measured['']:.1%} (not measured: the largest of the others)"
+        for suite in suites
+    ]
+    return f"noise of {name}: {', '.join(parts)}"
 
 
 def _only(name: str, rows: list[Row], other: list[Row]) -> list[str]:
@@ -223,7 +208,7 @@ def _count(number: int, noun: str) -> str:
 def main(old: Path, new: Path) -> None:
     """Compare two runs on one device: folders of CSV files, or single files.
 
-    Judged are our time by a peer's in the same round, where the intervals are further apart than
+    Judged are our time by a peer's in the same round, if the intervals are further apart than
     the noise of the two runs added up, and our own peak memory (more than 1% and 1 MB) and
     launches. Exit code 1: something is worse; 2: the runs cannot be compared.
     """
@@ -241,29 +226,23 @@ def main(old: Path, new: Path) -> None:
     if not judged:
         raise Failure(f"nothing to compare: no row of {old} and {new} has a value to judge")
 
-    click.echo(f"device: {devices[0]}")
+    lines = [f"device: {devices[0]}"]
     for column in ("commit", "date"):
-        click.echo(f"{column}: {_values(before, column)} -> {_values(after, column)}")
-    for column in _ORIGIN:
-        was, now = _values(before, column), _values(after, column)
+        lines.append(f"{column}: {_values(before, column)} -> {_values(after, column)}")
+    for column in (*_ORIGIN, "ours"):
+        was, now = (
+            _values([r for r in rows if column != "ours" or (r.key in common and r.ours)], column)
+            for rows in (before, after)
+        )
         if was != now:
-            click.echo(f"note: {column} differs: {was} -> {now}")
-    was, now = (
-        _values([row for row in rows if row.key in common and row.ours], "ours")
-        for rows in (before, after)
-    )
-    if was != now:
-        click.echo(f"note: ours differs: {was} -> {now}")
+            lines.append(f"note: {column} differs: {was} -> {now}")
     suites = list(dict.fromkeys(row.suite for row in after if row.key in common))
-    for line in _noise_lines(before, after, suites):
-        click.echo(line)
+    lines += [_noise_line("old", before, suites), _noise_line("new", after, suites)]
     if changes:
-        click.echo("")
-        for line in _table(changes, before, after):
-            click.echo(line)
-        click.echo("Milliseconds stand beside for a reader; they are not judged.\n")
-    for line in _only("old", before, after) + _only("new", after, before):
-        click.echo(line)
+        lines += ["", *_table(changes, before, after)]
+        lines += ["Milliseconds stand beside for a reader; they are not judged.", ""]
+    lines += _only("old", before, after) + _only("new", after, before)
+    click.echo("\n".join(lines))
     worse = sum(change.worse for change in changes)
     better = len(changes) - worse
     alone = f"; {_count(single, 'value')} in one run only" if single else ""

@@ -13,7 +13,6 @@ covers the sources, the arguments, the options and the compiler, so nothing stal
 
 from __future__ import annotations
 
-import ast
 import csv
 import importlib
 import itertools
@@ -23,10 +22,11 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,12 +42,12 @@ from triton.runtime import driver
 
 from bench.environment import commit
 from bench.rows import aligned, write_csv
+from bench.shapes import Shape
 from ept_fast.kernels import launch
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 
 RESULTS = Path(__file__).parent / "results" / "compiled"
-KERNELS = Path(__file__).parent.parent / "kernels"
 # Registers a kernel may gain over its record: ptxas moves by a few on unrelated changes.
 MARGIN = 8
 # Kernels compiled in a row and then disassembled together.
@@ -86,8 +86,6 @@ TARGETS = {
         Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
     )
 }
-
-
 _devices = itertools.count()
 
 
@@ -195,13 +193,6 @@ _GCN_ATOMIC = re.compile(
 _GCN_MATRIX = re.compile(r"v_(mfma|smfmac)_")
 
 
-def _counted(names: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return dict(sorted(counts.items()))
-
-
 def _matching(pattern: re.Pattern[str], opcodes: list[str]) -> list[str]:
     return sorted({opcode for opcode in opcodes if pattern.match(opcode)})
 
@@ -258,7 +249,7 @@ def read_cubins(cubins: list[bytes], target: Target) -> list[dict[str, Any]]:
                 "scratch": usage["STACK"] + usage["LOCAL"],
                 "spills": sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes),
                 "instructions": sum(opcode != "NOP" for opcode in opcodes),
-                "matrix": _counted(o for o in opcodes if _SASS_MATRIX.match(o)),
+                "matrix": Counter(o for o in opcodes if _SASS_MATRIX.match(o)),
                 "double": _matching(_SASS_DOUBLE, opcodes),
                 "atomics": _matching(_SASS_ATOMIC, [o for o in opcodes if o not in own]),
             }
@@ -271,16 +262,15 @@ def read_amdgcn(text: str) -> dict[str, Any]:
     code, _, metadata = text.partition(".amdgpu_metadata")
     opcodes = [o for o in _GCN.findall(code) if not o.startswith("s_nop")]
     number = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\b", metadata)}
-    total, accumulators = number["vgpr_count"], number["agpr_count"]
     return {
         # One file holds both kinds; .vgpr_count is their sum.
-        "registers": total,
-        "accumulators": accumulators,
+        "registers": number["vgpr_count"],
+        "accumulators": number["agpr_count"],
         "scratch": number["private_segment_fixed_size"],
         "spills": number["vgpr_spill_count"],
         "scalar_spills": number["sgpr_spill_count"],
         "instructions": len(opcodes),
-        "matrix": _counted(o for o in opcodes if _GCN_MATRIX.match(o)),
+        "matrix": Counter(o for o in opcodes if _GCN_MATRIX.match(o)),
         "double": _matching(_GCN_DOUBLE, opcodes),
         "atomics": _matching(_GCN_ATOMIC, opcodes),
     }
@@ -300,7 +290,7 @@ def _narrow_addresses(ttir: str) -> list[str]:
     """Pointer offsets that are not 64 bits wide, and products that go into one but are not.
 
     Of those in 32 bits, every sum and product with an argument that is named a stride counts, and
-    every product of two values that the compiler does not know, where it is an offset and not the
+    every product of two values that the compiler does not know, if it is an offset and not the
     number of something that a size is yet to multiply.
     """
     found: list[str] = []
@@ -362,7 +352,7 @@ def read_ttir(ttir: str) -> dict[str, list[str]]:
 
 
 def _compile(launch: Launch) -> Any:
-    """The compiled kernel; the compiler's own words where it fails."""
+    """The compiled kernel; the compiler's error if it fails."""
     kernel: Any = importlib.import_module(launch.module)
     for part in launch.kernel.split("."):
         kernel = getattr(kernel, part)
@@ -383,17 +373,19 @@ def compiled(launches: list[Launch]) -> list[Code]:
     """Compile specialisations for one target and read the code."""
     target = TARGETS[launches[0].target]
     made = [_compile(launch) for launch in launches]
-    done = [m for m in made if not isinstance(m, Exception)]
-    if target.backend == "cuda" and cuda_tools():
-        return [Code(error=_last_words(m) if isinstance(m, Exception) else "") for m in made]
-    if target.backend == "cuda":
-        read = iter(read_cubins([m.asm["cubin"] for m in done], target) if done else [])
+    codes = [Code(error=_last_words(m) if isinstance(m, Exception) else "") for m in made]
+    good = {i: m for i, m in enumerate(made) if not isinstance(m, Exception)}
+    if target.backend == "hip":
+        read = [read_amdgcn(m.asm["amdgcn"]) for m in good.values()]
+    elif good and cuda_tools() is None:
+        read = read_cubins([m.asm["cubin"] for m in good.values()], target)
     else:
-        read = iter([read_amdgcn(m.asm["amdgcn"]) for m in done])
-    return [
-        Code(error=_last_words(m)) if isinstance(m, Exception) else _code(m, next(read))
-        for m in made
-    ]
+        return codes
+    for (i, m), binary in zip(good.items(), read, strict=True):
+        own, meta = read_ttir(m.asm["ttir"]), m.metadata
+        own["atomics"] += binary.pop("atomics")
+        codes[i] = Code(meta.num_warps, shared=meta.shared, **own, **binary)
+    return codes
 
 
 def _last_words(error: Exception) -> str:
@@ -401,26 +393,10 @@ def _last_words(error: Exception) -> str:
     return " ".join([*lines[:1], *lines[1:][-2:]])
 
 
-def _code(made: Any, binary: dict[str, Any]) -> Code:
-    own = read_ttir(made.asm["ttir"])
-    atomics = own["atomics"] + binary.pop("atomics")
-    meta = made.metadata
-    return Code(meta.num_warps, shared=meta.shared, narrow=own["narrow"], atomics=atomics, **binary)
-
-
 # Rules
 
 
-RULES = (
-    "compiles",
-    "spills",
-    "float64",
-    "addresses",
-    "atomics",
-    "shared",
-    "launch",
-    "registers",
-)
+RULES = ["compiles", "spills", "float64", "addresses", "atomics", "shared", "launch", "registers"]
 
 
 def _registers_of_block(code: Code, target: Target) -> tuple[int, int]:
@@ -458,31 +434,28 @@ def broken(code: Code, target: Target, budget: int | None = None) -> dict[str, s
 # Cases
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes in METHOD's symbols; ``tasks=None``: no bank and no task ids."""
+def _shape(
+    name: str,
+    batch: int,
+    length: int,
+    d: int,
+    m: int,
+    n: int,
+    r: int,
+    k: int,
+    h: int,
+    tasks: int = 0,
+) -> Shape:
+    return Shape(name, batch, length, d, m, n, r, k, h, vocabulary=32128, tasks=tasks)
 
-    name: str
-    m: int
-    n: int
-    r: int
-    k: int
-    h: int
-    d: int
-    batch: int
-    length: int
-    tasks: int | None = None
 
-
-BASE = Shape("base", 40, 256, 30, 4, 8, 768, 32, 128)
-LARGE = Shape("7B", 60, 512, 24, 4, 16, 4096, 8, 512)
-BANK = Shape("bank", 40, 256, 30, 4, 8, 768, 64, 128, 64)
-FEW_ROWS = Shape("bank-few-rows", 40, 256, 30, 4, 8, 768, 8, 128, 64)
-ODD = Shape("odd", 13, 37, 5, 3, 7, 771, 3, 29)
-SMALL = Shape("small", 4, 16, 2, 1, 4, 64, 1, 8)
-WIDEST = Shape("limits-rank", 512, 4096, 256, 8, 64, 16384, 2, 64)
-LONGEST = Shape("limits-length", 512, 32768, 32, 4, 16, 1024, 1, 32768)
-SHAPES = (BASE, LARGE, BANK, FEW_ROWS, ODD, SMALL, WIDEST, LONGEST)
+BASE = _shape("base", 32, 128, 768, 40, 256, 30, 4, 8)
+LARGE = _shape("7B", 8, 512, 4096, 60, 512, 24, 4, 16)
+BANK = replace(BASE, name="bank", batch=64, tasks=64)
+FEW_ROWS = replace(BANK, name="bank-few-rows", batch=8)
+ODD = _shape("odd", 3, 29, 771, 13, 37, 5, 3, 7)
+WIDEST = _shape("limits-rank", 2, 64, 16384, 512, 4096, 256, 8, 64)
+LONGEST = _shape("limits-length", 1, 32768, 1024, 512, 32768, 32, 4, 16)
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = ("fp32", "bf16", "fp16")  # the prompt, the offset, spaces and gate
@@ -490,7 +463,7 @@ MIXED = ("fp32", "bf16", "fp16")  # the prompt, the offset, spaces and gate
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """One call of operation 1 and its backward."""
+    """One call of operation 1 and its backward; types of the prompt, the offset, the subspaces."""
 
     shape: Shape
     types: tuple[str, str, str]
@@ -506,20 +479,21 @@ class Reconstruct:
     def run(self) -> None:
         from ept_fast.kernels.reconstruct import reconstruct_backward, reconstruct_forward
 
-        s, t = self.shape, self.shape.tasks or 1
+        s, t, d = self.shape, self.shape.tasks or 1, self.shape.hidden_size
+        k, h = s.num_spaces, s.space_dim
         prompt, offset, space = (FLOATS[name] for name in self.types)
-        parameters = Parameters(torch.empty(t, s.m, s.d, dtype=prompt))
+        parameters = Parameters(torch.empty(t, s.num_virtual_tokens, d, dtype=prompt))
         if self.offset:
             parameters = parameters._replace(
-                offset_a=torch.empty(t, s.n, s.r, dtype=offset),
-                offset_b=torch.empty(t, s.r, s.d, dtype=offset),
+                offset_a=torch.empty(t, s.max_length, s.rank, dtype=offset),
+                offset_b=torch.empty(t, s.rank, d, dtype=offset),
             )
         if self.spaces:
             parameters = parameters._replace(
-                space_down=torch.empty(t, s.k, s.d, s.h, dtype=space),
-                space_up=torch.empty(t, s.k, s.h, s.d, dtype=space),
-                gate_weight=torch.empty(t, s.d, s.k, dtype=space),
-                gate_bias=torch.empty(t, s.k, dtype=space),
+                space_down=torch.empty(t, k, d, h, dtype=space),
+                space_up=torch.empty(t, k, h, d, dtype=space),
+                gate_weight=torch.empty(t, d, k, dtype=space),
+                gate_bias=torch.empty(t, k, dtype=space),
             )
         flags = Flags(0.5, self.activation, self.gate, 1.5)
         out, saved = reconstruct_forward(parameters, flags)
@@ -544,22 +518,26 @@ class Splice:
     def run(self) -> None:
         from ept_fast.kernels.splice import splice_backward, splice_forward
 
-        s, t = self.shape, self.shape.tasks or 1
+        s, t, d = self.shape, self.shape.tasks or 1, self.shape.hidden_size
         embeddings, parameters = (FLOATS[name] for name in self.types)
-        prompt = torch.empty(t, s.m, s.d, dtype=parameters)
-        a = torch.empty(t, s.n, s.r, dtype=parameters) if self.offset else None
-        b = torch.empty(t, s.r, s.d, dtype=parameters) if self.offset else None
-        ids = weight = embeds = mask = tasks = None
+        inputs = SpliceInputs(torch.empty(t, s.num_virtual_tokens, d, dtype=parameters))
+        text = s.batch, s.length
         if self.ids is None:
-            embeds = torch.empty(s.batch, s.length, s.d, dtype=embeddings)
+            embeds = torch.empty(*text, d, dtype=embeddings)
+            inputs = inputs._replace(inputs_embeds=embeds)
         else:
-            ids = torch.zeros(s.batch, s.length, dtype=self.ids)
-            weight = torch.empty(32128, s.d, dtype=embeddings)
+            weight = torch.empty(s.vocabulary, d, dtype=embeddings)
+            ids = torch.zeros(text, dtype=self.ids)
+            inputs = inputs._replace(input_ids=ids, weight=weight)
+        if self.offset:
+            inputs = inputs._replace(
+                offset_a=torch.empty(t, s.max_length, s.rank, dtype=parameters),
+                offset_b=torch.empty(t, s.rank, d, dtype=parameters),
+            )
         if self.mask is not None:
-            mask = torch.ones(s.batch, s.length, dtype=self.mask)
-        if s.tasks is not None:
-            tasks = torch.zeros(s.batch, dtype=torch.int64)
-        inputs = SpliceInputs(prompt, ids, weight, embeds, a, b, mask, tasks)
+            inputs = inputs._replace(attention_mask=torch.ones(text, dtype=self.mask))
+        if s.tasks:
+            inputs = inputs._replace(task_ids=torch.zeros(s.batch, dtype=torch.int64))
         out = splice_forward(inputs, 0.5)
         splice_backward(torch.empty_like(out), inputs, 0.5, self.need_prompt, self.offset)
 
@@ -567,118 +545,76 @@ class Splice:
 Case = Reconstruct | Splice
 
 
-def cases(everything: bool = False) -> list[Case]:
+def cases() -> list[Case]:
     """The calls whose kernels are compiled.
 
-    Every type at the base shape, then each other shape and each flag at types where it is used;
-    ``everything``: all flags with each other, at every shape.
+    Every type at the base shape, then each other shape and each flag at the types that use it.
     """
-    alike = [(name,) * 3 for name in FLOATS]
-    pairs = [(e, p) for e in FLOATS for p in FLOATS]
-    if everything:
-        activations = tuple(ACTIVATIONS)
-        every: list[Case] = []
-        for shape in SHAPES:
-            every += [
-                Reconstruct(shape, types, activation, gate, offset, spaces)
-                for types in ([*alike, MIXED] if shape is BASE else [alike[0], MIXED])
-                for offset in (True, False)
-                for spaces in (True, False)
-                for activation in (activations if spaces else activations[:1])
-                for gate in (("token", "prompt") if spaces else ("token",))
-            ]
-            every += [
-                Splice(shape, types, ids, mask, offset)
-                for types in (pairs if shape is BASE else [("bf16", "fp32"), ("fp16", "fp16")])
-                for ids in (torch.int64, torch.int32, None)
-                for mask in (torch.int64, torch.bool, None)
-                for offset in (True, False)
-            ]
-            every.append(Splice(shape, ("bf16", "fp32"), need_prompt=False))
-        return every
-    full = ("fp32",) * 3
-    frozen = ("bf16", "fp32")
-    base_r, base_s = Reconstruct(BASE, full), Splice(BASE, frozen)
+    reconstruct = Reconstruct(BASE, ("fp32",) * 3)
+    splice = Splice(BASE, ("bf16", "fp32"))
+    types: list[Any] = [*((name,) * 3 for name in FLOATS), MIXED]
     return [
-        *(replace(base_r, types=types) for types in [*alike, MIXED]),
-        *(replace(base_r, shape=shape) for shape in (LARGE, BANK, ODD, WIDEST, LONGEST)),
-        *(replace(base_r, activation=name) for name in tuple(ACTIVATIONS)[1:]),
-        replace(base_r, gate="prompt"),
-        replace(base_r, offset=False),
-        replace(base_r, spaces=False),
-        *(replace(base_s, types=types) for types in pairs),
-        *(replace(base_s, shape=shape) for shape in (LARGE, BANK, FEW_ROWS, ODD)),
-        *(replace(base_s, shape=shape) for shape in (WIDEST, LONGEST)),
-        replace(base_s, mask=None),
-        replace(base_s, ids=None, mask=torch.bool),
-        replace(base_s, offset=False),
-        replace(base_s, need_prompt=False),
+        *(replace(reconstruct, types=names) for names in types),
+        *(replace(reconstruct, shape=shape) for shape in (LARGE, BANK, ODD, WIDEST, LONGEST)),
+        *(replace(reconstruct, activation=name) for name in tuple(ACTIVATIONS)[1:]),
+        replace(reconstruct, gate="prompt"),
+        replace(reconstruct, offset=False),
+        replace(reconstruct, spaces=False),
+        *(replace(splice, types=pair) for pair in itertools.product(FLOATS, FLOATS)),
+        *(replace(splice, shape=s) for s in (LARGE, BANK, FEW_ROWS, ODD, WIDEST, LONGEST)),
+        replace(splice, mask=None),
+        replace(splice, ids=None, mask=torch.bool),
+        replace(splice, offset=False),
+        replace(splice, need_prompt=False),
     ]
 
 
-# Where another activation is compiled, unless everything is: on one target of either maker, as it
-# changes a few elementwise operations.
+# On one target of either maker: another activation changes a few elementwise operations.
 _ACTIVATION_TARGETS = ("sm_90", "gfx942")
-
-
-def _targets(case: Case, everything: bool) -> Iterable[str]:
-    if everything or isinstance(case, Splice) or case.activation == "gelu":
-        return TARGETS
-    return _ACTIVATION_TARGETS
 
 
 # The table
 
-
-@dataclass(frozen=True)
-class Row:
-    """A kernel at one type and target: the most of each figure over its variants."""
-
-    kernel: str
-    types: str
-    target: str
-    variants: int
-    num_warps: int
-    registers: int
-    accumulators: int
-    shared: int
-    scratch: int
-    spills: int
-    scalar_spills: int
-    instructions: int
-    matrix: str
-    largest: str  # the shape whose variant has the most registers
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A rule that a kernel breaks."""
-
-    kernel: str
-    types: str
-    target: str
-    rule: str
-    shape: str
-    text: str
+# A row: a kernel at one type and target, the most of each figure over its variants; `largest` is
+# the shape whose variant has the most registers.
+_KEY = ("kernel", "types", "target")
+_MOST = (
+    "num_warps",
+    "registers",
+    "accumulators",
+    "shared",
+    "scratch",
+    "spills",
+    "scalar_spills",
+    "instructions",
+)
+COLUMNS = (*_KEY, "variants", *_MOST, "matrix", "largest")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Use:
-    """That a case makes a launch."""
+    """One launch of a case."""
 
     types: str
     shape: str
     launch: Launch
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Of the row that the launch belongs to."""
+        return self.launch.kernel, self.types, self.launch.target
 
-def launches(chosen: Iterable[Case], targets: Iterable[str], everything: bool = False) -> list[Use]:
+
+def launches(chosen: Iterable[Case], targets: Iterable[str]) -> list[Use]:
     """The launches of the cases on the targets."""
     importlib.import_module("ept_fast.kernels.reconstruct")
     importlib.import_module("ept_fast.kernels.splice")
     uses: list[Use] = []
     for case in chosen:
+        plain = isinstance(case, Splice) or case.activation == "gelu"
         for name in targets:
-            if name not in _targets(case, everything):
+            if not plain and name not in _ACTIVATION_TARGETS:
                 continue
             with recorded(TARGETS[name]) as made:
                 case.run()
@@ -686,15 +622,10 @@ def launches(chosen: Iterable[Case], targets: Iterable[str], everything: bool = 
     return uses
 
 
-def compile_all(
-    todo: list[Launch],
-    jobs: int,
-    tick: Callable[[int, int], None] = lambda done, of: None,
-    chunk: int = _CHUNK,
-) -> dict[Launch, Code]:
+def compile_all(todo: list[Launch], jobs: int, chunk: int = _CHUNK) -> dict[Launch, Code]:
     """Compile and read each launch, ``jobs`` at a time, ``chunk`` in a row by one of them.
 
-    Where NVIDIA's code cannot be read here, a code says no more than that it compiles.
+    If NVIDIA's code cannot be read here, a code says no more than that it compiles.
     """
     codes: dict[Launch, Code] = {}
     chunks: list[list[Launch]] = []
@@ -705,7 +636,8 @@ def compile_all(
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for some, read in zip(chunks, pool.map(compiled, chunks), strict=True):
             codes |= zip(some, read, strict=True)
-            tick(len(codes), len(todo))
+            if sys.stderr.isatty():
+                print(f"\r{len(codes)} of {len(todo)}", end="", file=sys.stderr)
     return codes
 
 
@@ -713,79 +645,42 @@ def tabulate(uses: list[Use], codes: dict[Launch, Code]) -> list[Row]:
     """One row for each kernel, type and target."""
     groups: dict[tuple[str, str, str], dict[Launch, str]] = {}
     for use in uses:
-        key = (use.launch.kernel, use.types, use.launch.target)
-        groups.setdefault(key, {}).setdefault(use.launch, use.shape)
+        groups.setdefault(use.key, {}).setdefault(use.launch, use.shape)
     rows = []
-    for key, group in sorted(groups.items(), key=lambda item: _order(*item[0])):
-        found = [(codes[one], shape) for one, shape in group.items()]
-        matrix: dict[str, int] = {}
-        for code, _ in found:
-            for name, count in code.matrix.items():
-                matrix[name] = max(count, matrix.get(name, 0))
-
-        def most(name: str, found: list[tuple[Code, str]] = found) -> int:
-            return max(getattr(code, name) for code, _ in found)
-
-        rows.append(
-            Row(
-                *key,
-                variants=len(found),
-                **{
-                    f.name: most(f.name)
-                    for f in fields(Row)
-                    if f.type == "int" and f.name != "variants"
-                },
-                matrix=" ".join(f"{name}×{count}" for name, count in sorted(matrix.items())),
-                largest=max(found, key=lambda pair: pair[0].registers)[1],
-            )
-        )
+    order = list(TARGETS).index
+    for key in sorted(groups, key=lambda k: (k[0], order(k[2]), k[1])):
+        found = {launch: codes[launch] for launch in groups[key]}
+        matrix: Counter[str] = Counter()
+        for code in found.values():
+            matrix |= Counter(code.matrix)  # the most of each
+        row = dict(zip(_KEY, key, strict=True)) | {"variants": len(found)}
+        row |= {name: max(getattr(code, name) for code in found.values()) for name in _MOST}
+        row["matrix"] = " ".join(f"{name}×{count}" for name, count in sorted(matrix.items()))
+        row["largest"] = groups[key][max(found, key=lambda launch: found[launch].registers)]
+        rows.append(row)
     return rows
-
-
-def _order(kernel: str, types: str, target: str) -> tuple[str, int, str]:
-    return kernel, list(TARGETS).index(target), types
 
 
 def check(
     uses: list[Use], codes: dict[Launch, Code], record: dict[tuple[str, str, str], int]
-) -> list[Finding]:
+) -> list[dict[str, str]]:
     """The rules that are broken, each once for a kernel, type, target and shape."""
-    findings: dict[tuple[str, ...], Finding] = {}
+    found: dict[tuple[str, ...], dict[str, str]] = {}
     for use in uses:
-        one = use.launch
-        key = (one.kernel, use.types, one.target)
-        for rule, text in broken(codes[one], TARGETS[one.target], record.get(key)).items():
-            findings.setdefault((*key, rule, use.shape), Finding(*key, rule, use.shape, text))
-    return list(findings.values())
-
-
-def kernels() -> dict[str, str]:
-    """The kernels of both files and which file each is in: what no other kernel's code names."""
-    found: dict[str, str] = {}
-    for file in ("reconstruct", "splice"):
-        tree = ast.parse((KERNELS / f"{file}.py").read_text(encoding="utf-8"))
-        own: dict[str, set[str]] = {}
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and any(
-                "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
-            ):
-                inside = (n for part in node.body for n in ast.walk(part))
-                own[node.name] = {n.id for n in inside if isinstance(n, ast.Name)}
-        called = set().union(*own.values())
-        found |= dict.fromkeys((name for name in own if name not in called), file)
-    return found
+        target = TARGETS[use.launch.target]
+        for rule, text in broken(codes[use.launch], target, record.get(use.key)).items():
+            one = dict(zip(_KEY, use.key, strict=True))
+            one |= {"rule": rule, "shape": use.shape, "text": text}
+            found.setdefault((*use.key, rule, use.shape), one)
+    return list(found.values())
 
 
 def versions() -> dict[str, str]:
     """The compilers that the figures depend on."""
     out = {"triton": triton.__version__}
     for name, tool in (("ptxas", "ptxas"), ("ptxas_sm_100", "ptxas-blackwell")):
-        path = _BINARIES / tool
-        if path.is_file():
-            match = re.search(r"V(\d[\d.]*)", _run(tool, "--version"))
-            out[name] = match[1] if match else "unknown"
-        else:
-            out[name] = out["ptxas"]
+        there = tool if (_BINARIES / tool).is_file() else "ptxas"
+        (out[name],) = re.findall(r"V(\d[\d.]*)", _run(there, "--version"))
     return out
 
 
@@ -799,22 +694,13 @@ def read_record(path: Path = RESULTS / "table.csv") -> tuple[str, dict[tuple[str
     return (rows[0]["triton"] if rows else ""), budget
 
 
-def write(rows: list[Row], folder: Path = RESULTS) -> None:
-    """Record the table: a row of the CSV for each kernel, type and target."""
-    stamp = {**versions(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit()}
-    texts = [{**asdict(row), **stamp} for row in rows]
-    write_csv(folder / "table.csv", texts[0], texts)
-
-
 @click.command()
-@click.option("--all", "everything", is_flag=True, help="Every combination of shape, type, flag.")
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(TARGETS)))
 @click.option("--kernel", "wanted", default="", help="Only kernels whose name contains this.")
 @click.option("--jobs", default=2, show_default=True, help="Compilations at a time.")
 @click.option("--json", "target_json", type=click.Path(path_type=Path), help="Write all here.")
 @click.option("--write", "record", is_flag=True, help="Record the table and its budget.")
 def main(
-    everything: bool,
     targets: tuple[str, ...],
     wanted: str,
     jobs: int,
@@ -824,38 +710,33 @@ def main(
     """Compile the kernels for every target and check the code."""
     if knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
-    if record and (everything or targets or wanted):
-        raise SystemExit("--write is of the whole usual table: no --all, --target, --kernel")
-    uses = launches(cases(everything), targets or TARGETS, everything)
+    if record and (targets or wanted):
+        raise SystemExit("--write is of the whole table: no --target, no --kernel")
+    uses = launches(cases(), targets or TARGETS)
     uses = [use for use in uses if wanted in use.launch.kernel]
     todo = list(dict.fromkeys(use.launch for use in uses))
 
-    def tick(done: int, of: int) -> None:
-        if sys.stderr.isatty():
-            click.echo(f"\r{done} of {of}", nl=done == of, err=True)
-
-    codes = compile_all(todo, jobs, tick)
+    codes = compile_all(todo, jobs)
     rows = tabulate(uses, codes)
     version, budget = read_record()
-    if version != triton.__version__ or everything or record:
+    if version != triton.__version__ or record:
         budget = {}
     findings = check(uses, codes, budget)
     if target_json is not None:
         content = {
             "compilations": len(todo),
             "triton": triton.__version__,
-            "recorded_triton": version,
-            "rows": [asdict(row) for row in rows],
-            "findings": [asdict(finding) for finding in findings],
+            "rows": rows,
+            "findings": findings,
         }
         target_json.write_text(json.dumps(content, indent=1))
-    columns = [f.name for f in fields(Row)]
-    click.echo("\n".join(aligned(columns, (asdict(row).values() for row in rows))))
+    click.echo("\n".join(aligned(COLUMNS, (row.values() for row in rows))))
     click.echo(f"{len(todo)} compilations, Triton {triton.__version__}")
     for f in findings:
-        click.echo(f"{f.kernel} {f.types} {f.target} {f.shape}: {f.rule}: {f.text}")
+        click.echo("{kernel} {types} {target} {shape}: {rule}: {text}".format(**f))
     if record and not findings:
-        write(rows)
+        stamp = {**versions(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit()}
+        write_csv(RESULTS / "table.csv", (*COLUMNS, *stamp), [row | stamp for row in rows])
     if findings:
         raise SystemExit(f"{len(findings)} findings")
 

@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--device",
         choices=("cuda", "cpu"),
-        help="where to measure (cuda where there is one); with --collect-only, cuda lists on any "
+        help="where to measure (cuda if there is one); with --collect-only, cuda lists on any "
         "machine what a GPU would measure",
     )
     group.addoption("--row-seconds", type=float, help="about how long one row is measured")
@@ -79,7 +79,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is most wanted first; what the time does not reach is of the least worth."""
+    """The most wanted rows first: the time may not be enough for the last."""
     suites = {f"test_{suite}.py": i for i, suite in enumerate(rows.SUITES)}
     on_gpu = config.stash[_RUN].on_gpu
 
@@ -95,7 +95,7 @@ _LARGE = ("long", "tasks-64")
 
 
 def _tier(case: Any) -> int:
-    """On a GPU, where time is short: the named goals' rows, then those of large sizes, the rest.
+    """On a GPU time is short: first the named goals' rows, then those of large sizes, the rest.
 
     What takes a minute to compile comes after what is there at once.
     """

@@ -29,7 +29,7 @@ def machine() -> str:
 
 @cache
 def commit() -> str:
-    """The source tree's commit, marked where files differ from it; ``COMMIT`` where it is set."""
+    """The source tree's commit, marked if files differ from it; ``COMMIT`` if it is set."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)

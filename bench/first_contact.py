@@ -1,8 +1,8 @@
 """What a GPU makes of the kernels, in under three minutes: ``python -m bench.first_contact``.
 
 Each step works in processes of its own, which append one line of JSON for each fact to
-``first_contact.jsonl`` as soon as it is known. Where a process crashes or hangs, what it was at is
-noted, and another goes on behind it: nothing else is lost. The steps:
+``first_contact.jsonl`` as soon as it is known. If a process crashes or hangs, its case is
+noted and another process goes on with the next case: nothing else is lost. The steps:
 
     environment   versions, the GPU, the CUDA library (loaded, or built)
     compile       every kernel that the next steps launch, in parallel; registers and spills
@@ -12,7 +12,7 @@ noted, and another goes on behind it: nothing else is lost. The steps:
                   beside the definition, plain and compiled
 
 A table comes last; the same figures are rows in the CSV files of the benchmarks. The compiled
-kernels are left in ``triton-cache.tgz``, and taken from it at the start where the checkout's folder
+kernels are left in ``triton-cache.tgz``, and taken from it at the start if the checkout's folder
 ``.gpu`` has it. ``--again FILE`` repeats only the parity checks that failed in an earlier file.
 ``--rehearse`` runs tiny sizes on a CPU, in Triton's interpreter.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import re
 import signal
@@ -29,9 +30,10 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,10 @@ _MASKS = ("none", "right", "holes")
 _TABLE = "bfloat16"
 # A process that gives no sign for so long hangs: seconds a case.
 _CASE_SECONDS = 60
+_PAIR = ("peer", "operation")  # their parity checks are one part
 _CRASHES = 3  # of a part, before the rest of it is given up
 _ROUNDS = 15
+_QUANTILES = ("p20_ms", "p50_ms", "p80_ms")
 # What a process is started by, before the description of its work.
 _CHILD = (sys.executable, "-m", "bench.first_contact", "--child")
 _LOST = 3  # its exit status: the context is dead, what happened is on record
@@ -77,6 +81,9 @@ class Case:
     mask: str
 
 
+_NO_CASE = Case("", "", "", "")
+
+
 def shapes(rehearse: bool) -> dict[str, Shape]:
     """The sizes by name, without padding."""
     found = QUICK if rehearse else [s for s in (*NAMED, *MANY_TASKS) if s.name in _SHAPES]
@@ -95,26 +102,22 @@ def parity_cases(rehearse: bool) -> list[Case]:
     ]
 
 
+_WORKS = (
+    ("splice", "right"),
+    ("reconstruct", "none"),
+    ("prompt path", "right"),
+    ("splice", "none"),
+    ("splice", "holes"),
+)
+
+
 def time_cases(rehearse: bool) -> list[Case]:
-    """The whole path too, by all peers, those that are compared one after the other."""
-    if rehearse:
-        return [
-            Case(operation, peer, next(iter(shapes(rehearse))), mask)
-            for operation, mask in (("splice", "right"), ("reconstruct", "none"))
-            for peer in (KERNELS[0], DEFINITION)
-        ]
-    works = (
-        ("splice", "right"),
-        ("reconstruct", "none"),
-        ("prompt path", "right"),
-        ("splice", "none"),
-        ("splice", "holes"),
-    )
+    """The whole path too, by all peers; those that are compared are adjacent."""
     return [
         Case(operation, peer, shape, mask)
-        for operation, mask in works
-        for shape in shapes(rehearse)
-        for peer in (*KERNELS, DEFINITION, COMPILED)
+        for operation, mask in (_WORKS[:2] if rehearse else _WORKS)
+        for shape in list(shapes(rehearse))[: 1 if rehearse else None]
+        for peer in ((KERNELS[0], DEFINITION) if rehearse else (*KERNELS, DEFINITION, COMPILED))
     ]
 
 
@@ -161,7 +164,7 @@ class Facts:
 # The work of a step, in a process of its own
 
 
-def _environment(facts: Facts, work: Work) -> None:
+def _environment(facts: Facts, work: Work, _: Case) -> None:
     import torch
 
     from bench.environment import origin_of
@@ -181,18 +184,19 @@ def _environment(facts: Facts, work: Work) -> None:
         from ept_fast.backends.cuda import library
 
         begin = time.perf_counter()
+        loads = True
         try:
             library.load()
+            text = library.state().text
         except library.ExtensionError as error:
-            facts.add("environment", library=str(error)[:2000], loads=False)
-        else:
-            text, seconds = library.state().text, time.perf_counter() - begin
-            facts.add("environment", library=text, loads=True, seconds=round(seconds, 1))
+            loads, text = False, str(error)[:2000]
+        seconds = round(time.perf_counter() - begin, 1)
+        facts.add("environment", library=text, loads=loads, seconds=seconds)
     for name, works, why in dispatch.describe():
         facts.add("environment", backend=name, works=works, why=why)
 
 
-def _compile(facts: Facts, work: Work) -> None:
+def _compile(facts: Facts, work: Work, _: Case) -> None:
     import torch
 
     from bench import compiled
@@ -203,11 +207,7 @@ def _compile(facts: Facts, work: Work) -> None:
         target = f"sm_{10 * torch.cuda.get_device_capability()[0]}"
     if missing := compiled.cuda_tools():
         facts.add("compile", problem=f"registers and spills are unknown: {missing}")
-    for s in shapes(work.rehearse).values():
-        sizes = compiled.Shape(
-            *(s.name, s.num_virtual_tokens, s.max_length, s.rank, s.num_spaces, s.space_dim),
-            *(s.hidden_size, s.batch, s.length, s.tasks or None),
-        )
+    for sizes in shapes(work.rehearse).values():
         types = ("bf16", "fp32")
         chosen: list[compiled.Case] = [compiled.Reconstruct(sizes, ("fp32",) * 3)]
         chosen += [compiled.Splice(sizes, types, mask=mask) for mask in (None, torch.int64)]
@@ -224,14 +224,13 @@ def _compile(facts: Facts, work: Work) -> None:
     facts.add("compile", compiled=len(codes), seconds=round(time.perf_counter() - begin, 1))
 
 
-def _warm(facts: Facts, work: Work) -> None:
-    for case in work.each(facts):
-        begin = time.perf_counter()
-        _ready(work, case)
-        facts.add("warm", **asdict(case), seconds=round(time.perf_counter() - begin, 1))
+def _warm(facts: Facts, work: Work, case: Case) -> None:
+    begin = time.perf_counter()
+    _ready(work, case)
+    facts.add("warm", **asdict(case), seconds=round(time.perf_counter() - begin, 1))
 
 
-def _parity(facts: Facts, work: Work) -> None:
+def _parity(facts: Facts, work: Work, case: Case) -> None:
     import torch
     import torch.utils.deterministic
 
@@ -240,50 +239,49 @@ def _parity(facts: Facts, work: Work) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     from bench import parity
 
-    for case in work.each(facts):
-        peer, sets = _ready(work, case, sets=1)
-        expected = parity.expected_of(peer, sets[0])
-        found, second = (parity.results(peer.forward, peer.leaves, sets[0]) for _ in range(2))
-        error, where = parity.compare(found, expected)
-        same = all(torch.equal(t, second[name]) for name, t in found.items())
-        ok = error <= 1 and same
-        facts.add("parity", **asdict(case), ok=ok, error=error, where=where, same_bits=same)
+    peer, sets = _ready(work, case, sets=1)
+    expected = parity.expected_of(peer, sets[0])
+    found, second = (parity.results(peer.forward, peer.leaves, sets[0]) for _ in range(2))
+    error, where = parity.compare(found, expected)
+    same = all(torch.equal(t, second[name]) for name, t in found.items())
+    ok = error <= 1 and same
+    facts.add("parity", **asdict(case), ok=ok, error=error, where=where, same_bits=same)
 
 
-def _time(facts: Facts, work: Work) -> None:
+def _time(facts: Facts, work: Work, case: Case) -> None:
     import torch
 
+    from bench import timing
     from bench.run import floor_bytes, work_of
-    from bench.timing import Clock, floor_works, quantiles
 
     device = torch.device(work.device)
-    clock = Clock(device, 0, 3, 3)
-    size = 1 << 22 if work.rehearse else 1 << 30
-    rounds = 3 if work.rehearse else _ROUNDS
-    if work.start == 0:
-        for name, (nothing, moved) in floor_works(device, size).items():
-            p20, p50, p80 = quantiles(clock.alone_ms(nothing, rounds))
-            speed = moved / 1e9 / p50 if moved else None
-            facts.add("floor", of=name, p20_ms=p20, p50_ms=p50, p80_ms=p80, tb_per_s=speed)
+    clock = timing.Clock(device, 0, 3, 3)
+
+    def times(timed: timing.Work) -> dict[str, float]:
+        found = clock.alone_ms(timed, 3 if work.rehearse else _ROUNDS)
+        return dict(zip(_QUANTILES, timing.quantiles(found), strict=True))
+
+    if case == work.cases[0]:
+        floors = timing.floor_works(device, 1 << 22 if work.rehearse else 1 << 30)
+        for name, (nothing, moved) in floors.items():
+            found = times(nothing)
+            speed = moved / 1e9 / found["p50_ms"] if moved else None
+            facts.add("floor", of=name, **found, tb_per_s=speed)
+        del floors
         torch.cuda.empty_cache()
-    for case in work.each(facts):
-        peer, sets = _ready(work, case, sets=3)
-        shape = shapes(work.rehearse)[case.shape]
-        for direction in directions(case.operation):
-            timed = work_of(direction, peer, sets)
-            p20, p50, p80 = quantiles(clock.alone_ms(timed, rounds))
-            launches = [(_plain(name), us) for name, us in clock.launches(timed)]
-            facts.add(
-                "time",
-                **asdict(case),
-                direction=direction,
-                p20_ms=p20,
-                p50_ms=p50,
-                p80_ms=p80,
-                host_us=1e6 * clock.host_seconds(timed),
-                floor_mb=floor_bytes(case.operation, direction, shape, sets[0]) / 1e6,
-                launches=launches,
-            )
+    peer, sets = _ready(work, case, sets=3)
+    shape = shapes(work.rehearse)[case.shape]
+    for direction in directions(case.operation):
+        timed = work_of(direction, peer, sets)
+        facts.add(
+            "time",
+            **asdict(case),
+            direction=direction,
+            **times(timed),
+            host_us=1e6 * clock.host_seconds(timed),
+            floor_mb=floor_bytes(case.operation, direction, shape, sets[0]) / 1e6,
+            launches=[(_plain(name), us) for name, us in clock.launches(timed)],
+        )
 
 
 def _plain(kernel: str) -> str:
@@ -313,22 +311,18 @@ def _ready(work: Work, case: Case, sets: int = 1) -> tuple[Any, list[Any]]:
         if case.mask == "holes":
             g = torch.Generator(device).manual_seed(2)
             size = (shape.batch, shape.length)
-            made = [
-                replace(
-                    i, attention_mask=(torch.rand(size, generator=g, device=device) < 0.75).long()
-                )
-                for i in made
-            ]
+            masks = [torch.rand(size, generator=g, device=device) < 0.75 for _ in made]
+            made = [replace(i, attention_mask=m.long()) for i, m in zip(made, masks, strict=True)]
         _held[case.shape, case.mask] = made
     inputs = _held[case.shape, case.mask]
-    peer = peers.make(case.operation, case.peer, shape, inputs[0])
+    peer = peers.make(case.operation, case.peer, inputs[0])
     parity.results(peer.forward, peer.leaves, inputs[0])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return peer, inputs
 
 
-_STEPS: dict[str, Callable[[Facts, Work], None]] = {
+_STEPS: dict[str, Callable[[Facts, Work, Case], None]] = {
     "environment": _environment,
     "compile": _compile,
     "warm": _warm,
@@ -339,49 +333,48 @@ _STEPS: dict[str, Callable[[Facts, Work], None]] = {
 
 @dataclass(frozen=True)
 class Work:
-    """What a process is told: its step and cases, from which on, until when (epoch), where to."""
+    """What a process is told: what to do, from which case on, until when (epoch), and where."""
 
     step: str
     path: str
     cases: tuple[Case, ...]
-    device: str
     rehearse: bool
     start: int
     until: float
 
-    def each(self, facts: Facts) -> Iterator[Case]:
-        """The cases that are left, each announced; what goes wrong with one is a fact."""
-        for i in range(self.start, len(self.cases)):
-            case = self.cases[i]
-            if time.time() > self.until:
-                facts.add(self.step, **asdict(case), left_out="no time left")
-                continue
-            facts.add("begin", of=self.step, case=i, process=os.getpid())
-            yield case
-            if self.device == "cuda":
-                import torch
-
-                torch.cuda.synchronize()
+    @property
+    def device(self) -> str:
+        """The type of the device."""
+        return "cpu" if self.rehearse else "cuda"
 
 
 def child(text: str) -> int:
-    """Do the work that ``text`` describes, in this process."""
+    """Do the work that ``text`` describes, in this process.
+
+    Each case is announced before it is begun; what goes wrong with one is a fact.
+    """
     told = json.loads(text)
     work = Work(**{**told, "cases": tuple(Case(**case) for case in told["cases"])})
     facts = Facts(Path(work.path))
-    at = work.start
-    while True:
+    for i, case in list(enumerate(work.cases or (_NO_CASE,)))[work.start :]:
+        of = asdict(case) if work.cases else {}
+        if time.time() > work.until and of:
+            facts.add(work.step, **of, left_out="no time left")
+            continue
+        if of:
+            facts.add("begin", of=work.step, case=i, process=os.getpid())
         try:
-            _STEPS[work.step](facts, replace(work, start=at))
-            return 0
+            _STEPS[work.step](facts, work, case)
+            if work.device == "cuda":
+                import torch
+
+                torch.cuda.synchronize()
         except Exception as error:
-            begun = facts.begun(os.getpid())
-            case = {} if begun is None else asdict(work.cases[begun])
             lines = f"{type(error).__name__}: {error}".strip().splitlines()
-            facts.add(work.step, **case, failed=" ".join(lines)[:2000])
-            if begun is None or _DEAD.search(str(error)):
+            facts.add(work.step, **of, failed=" ".join(lines)[:2000])
+            if not of or _DEAD.search(str(error)):
                 return _LOST
-            at = begun + 1
+    return 0
 
 
 # The processes
@@ -408,15 +401,8 @@ class Run:
             if left < 1:
                 self.facts.add(step, problem="not run: no time left")
                 return False
-            work = Work(
-                step,
-                str(self.facts.path),
-                chosen,
-                "cpu" if self.rehearse else "cuda",
-                self.rehearse,
-                at,
-                self.deadline - 4,
-            )
+            path, until = str(self.facts.path), self.deadline - 4
+            work = Work(step, path, chosen, self.rehearse, at, until)
             status, process, words = self._process(work, environment, left)
             if status == 0:
                 known = [f for f in self.facts.read() if f["step"] == step and "left_out" in f]
@@ -465,43 +451,40 @@ class Run:
         return process.returncode, process.pid, words
 
 
+def _by(cases: Iterable[Case], *names: str) -> list[list[Case]]:
+    """The cases in groups that have these fields in common."""
+    key = operator.attrgetter(*names)
+    return [list(group) for _, group in groupby(sorted(cases, key=key), key)]
+
+
+def _done(futures: Iterable[Future[None]]) -> None:
+    for future in list(futures):
+        future.result()
+
+
 def run(facts: Facts, rehearse: bool, seconds: float) -> None:
     """All steps; what needs the GPU to itself comes last."""
     contact = Run(facts, rehearse, time.time() + seconds)
     began = time.monotonic()
 
-    def say(text: str) -> None:
-        print(f"{time.monotonic() - began:5.1f} s  {text}", flush=True)
+    def part(step: str, cases: Sequence[Case] = (), **environment: str) -> None:
+        done = contact.part(step, cases, **environment)
+        of = f" {cases[0].peer} {cases[0].operation}" if cases and step != "time" else ""
+        state = "done" if done else "NOT COMPLETE"
+        print(f"{time.monotonic() - began:5.1f} s  {step}{of}: {state}", flush=True)
 
-    def part(step: str, cases: Iterable[Case] = (), **environment: str) -> None:
-        chosen = list(cases)
-        done = contact.part(step, chosen, **environment)
-        of = f" {chosen[0].peer} {chosen[0].operation}" if chosen and step != "time" else ""
-        say(f"{step}{of}: {'done' if done else 'NOT COMPLETE'}")
-
-    checks = parity_cases(rehearse)
-    pairs = list(dict.fromkeys((case.peer, case.operation) for case in checks))
-
-    def check(peer: str, operation: str) -> None:
-        part("parity", [c for c in checks if (c.peer, c.operation) == (peer, operation)])
-
+    timed = time_cases(rehearse)
     with ThreadPoolExecutor() as pool:
         first = [pool.submit(part, "environment"), pool.submit(part, "compile")]
-        warm: list[Future[None]] = []
-        if not rehearse:
-            few = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-            compiled = [c for c in time_cases(rehearse) if c.peer == COMPILED and c.mask != "holes"]
-            for shape in shapes(rehearse):
-                for operation in ("splice", "reconstruct", "prompt path"):
-                    mine = [c for c in compiled if (c.shape, c.operation) == (shape, operation)]
-                    warm.append(pool.submit(part, "warm", mine, **few))
-        for future in first:
-            future.result()
-        for future in [pool.submit(check, *pair) for pair in pairs]:
-            future.result()
-        for future in warm:
-            future.result()
-    part("time", time_cases(rehearse))
+        warm = [
+            pool.submit(part, "warm", mine, TORCHINDUCTOR_COMPILE_THREADS="1")
+            for mine in _by((c for c in timed if c.mask != "holes"), "shape", "operation", "peer")
+            if mine[0].peer == COMPILED
+        ]
+        _done(first)
+        _done(pool.submit(part, "parity", mine) for mine in _by(parity_cases(rehearse), *_PAIR))
+        _done(warm)
+    part("time", timed)
 
 
 def again(facts: Facts, rehearse: bool, seconds: float, earlier: Path) -> int:
@@ -509,8 +492,8 @@ def again(facts: Facts, rehearse: bool, seconds: float, earlier: Path) -> int:
     contact = Run(facts, rehearse, time.time() + seconds)
     passed = {_case_of(f) for f in Facts(earlier).read() if f["step"] == "parity" and f.get("ok")}
     todo = [case for case in parity_cases(rehearse) if case not in passed]
-    for pair in dict.fromkeys((case.peer, case.operation) for case in todo):
-        contact.part("parity", [c for c in todo if (c.peer, c.operation) == pair])
+    for mine in _by(todo, *_PAIR):
+        contact.part("parity", mine)
     return len(todo)
 
 
@@ -546,7 +529,7 @@ def _timed(facts: list[dict[str, Any]]) -> dict[tuple[Case, str], dict[str, Any]
 
 
 def red(facts: list[dict[str, Any]], rehearse: bool) -> list[str]:
-    """What keeps a first contact from being whole, in words, a line each: causes come first."""
+    """Why a first contact is not whole, one line per problem: causes come first."""
     lines = []
     for fact in facts:
         said = fact.get("failed") or fact.get("problem") or fact.get("error")
@@ -575,9 +558,8 @@ def table(facts: list[dict[str, Any]]) -> list[str]:
     times = _timed(facts)
     lines = []
     if copy and empty:
-        lines.append(
-            f"copy {copy['tb_per_s']:.2f} TB/s, an empty launch {1e3 * empty['p50_ms']:.1f} µs"
-        )
+        empty_us = 1e3 * empty["p50_ms"]
+        lines.append(f"copy {copy['tb_per_s']:.2f} TB/s, an empty launch {empty_us:.1f} µs")
     body = []
     for (case, direction), fact in times.items():
         if case.peer not in KERNELS:
@@ -607,50 +589,48 @@ def rows(facts: list[dict[str, Any]]) -> list[Row]:
     origin = next((f for f in facts if f["step"] == "environment" and "driver" in f), None)
     if origin is None:
         return []
-    empty: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__)
-    empty |= dict.fromkeys(("direction", "shape", "embeddings", "parameters", "ours", "note"), "")
-    empty |= {name: value for name, value in origin.items() if name in empty}
-    empty["rounds"] = _ROUNDS
-    found = []
+    common = {name: value for name, value in origin.items() if name != "step"}
+    common["rounds"] = _ROUNDS
     floor = {fact["of"]: fact for fact in facts if fact["step"] == "floor"}
-    quantiles = ("p20_ms", "p50_ms", "p80_ms")
+    found = []
     for name, fact in floor.items():
-        own: dict[str, Any] = {"suite": "floor", "operation": name, "peer": "torch"}
+        times = {name: fact[name] for name in _QUANTILES}
         if speed := fact["tb_per_s"]:
-            own |= {"floor_mb": 1e6 * speed * fact["p50_ms"] / 1e3, "shape": "1024 MiB"}
-        found.append(Row(**empty | own | {q: fact[q] for q in quantiles}))
-    times = _timed(facts)
+            times |= {"floor_mb": 1e3 * speed * fact["p50_ms"], "shape": "1024 MiB"}
+        found.append(Row(suite="floor", operation=name, peer="torch", **times, **common))
+    timed = _timed(facts)
     sizes = shapes(rehearse=False)
-    for (case, direction), fact in times.items():
-        shape = asdict(sizes[case.shape])
+    for (case, direction), fact in timed.items():
         spliced = case.operation != "reconstruct"
-        ours = times.get((replace(case, peer=KERNELS[0]), direction))
+        p50 = fact["p50_ms"]
+        ours = timed.get((replace(case, peer=KERNELS[0]), direction))
         floor_ms = _floor_ms(fact, floor)
-        own = {
-            "suite": case.operation.replace(" ", "_"),
-            "operation": case.operation,
-            "direction": direction,
-            **{name: value for name, value in shape.items() if name != "shortest"},
-            "shape": case.shape + (_SUFFIX[case.mask] if spliced else ""),
-            "embeddings": _TABLE if spliced else "",
-            "parameters": "float32",
-            "peer": case.peer,
-            "ours": KERNELS[0],
-            "host_ms": fact["host_us"] / 1e3,
-            "launches": len(fact["launches"]),
-            "floor_mb": fact["floor_mb"],
-            "floor_ms": floor_ms,
-            "of_floor": floor_ms / fact["p50_ms"] if floor_ms else None,
-            "ours_to_peer": ours["p50_ms"] / fact["p50_ms"] if ours and ours is not fact else None,
-            "note": "first contact: ratios of two medians",
-        }
-        del own["name"]
-        found.append(Row(**empty | own | {q: fact[q] for q in quantiles}))
+        row = Row(
+            suite=case.operation.replace(" ", "_"),
+            operation=case.operation,
+            direction=direction,
+            shape=case.shape + (_SUFFIX[case.mask] if spliced else ""),
+            **sizes[case.shape].columns,
+            embeddings=_TABLE if spliced else "",
+            parameters="float32",
+            peer=case.peer,
+            ours=KERNELS[0],
+            **{name: fact[name] for name in _QUANTILES},
+            host_ms=fact["host_us"] / 1e3,
+            launches=len(fact["launches"]),
+            floor_mb=fact["floor_mb"],
+            floor_ms=floor_ms,
+            of_floor=floor_ms / p50 if floor_ms else None,
+            ours_to_peer=ours["p50_ms"] / p50 if ours and ours is not fact else None,
+            note="first contact: ratios of two medians",
+            **common,
+        )
+        found.append(row)
     return found
 
 
 def _floor_ms(fact: dict[str, Any], floor: dict[str, dict[str, Any]]) -> float | None:
-    """The time of what has to be moved, no less than an empty launch; none where those are lost."""
+    """The time of what has to be moved, no less than an empty launch; None if those are lost."""
     copy, empty = floor.get("copy"), floor.get("empty launch")
     if copy is None or empty is None:
         return None
@@ -658,7 +638,7 @@ def _floor_ms(fact: dict[str, Any], floor: dict[str, dict[str, Any]]) -> float |
 
 
 def main(arguments: list[str]) -> int:
-    """The command line: 0 where every check was made and passed, and all was measured."""
+    """The command line: 0 if every check was made and passed, and all was measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="folder of the JSON lines (a temporary one)")
     parser.add_argument("--seconds", type=float, default=165, help="for all steps")

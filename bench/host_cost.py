@@ -20,14 +20,12 @@ that of the compiled kernel's own launcher with the arguments that the JIT gives
 from __future__ import annotations
 
 import ctypes
-import gc
-import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -43,16 +41,18 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.compare import Failure
+from bench.compiled import cuda_tools
 from bench.environment import origin_of
-from bench.inputs import SCALING, Inputs, cotangent, make_inputs
+from bench.inputs import Inputs, cotangent, make_inputs, make_prompt
 from bench.peers import REFERENCE
 from bench.rows import RESULTS, aligned, write_csv
 from bench.shapes import Shape
-from bench.timing import median_interval
+from bench.timing import median_interval, no_collection
 
 FOLDER = RESULTS / "host_cost"
 PATHS, LAUNCHES = "paths.csv", "launches.csv"
 OURS, EAGER, COMPILED = "triton", "eager", "reference-compiled"
+PEERS = (OURS, EAGER, REFERENCE, COMPILED)
 FUNCTIONS, MODULE = "two functions", "module"
 DIRECTIONS = ("both", "forward")
 SHAPE = Shape("host", 16, 4, 16, 3, 4, 2, 2, 2, 10, shortest=2)
@@ -76,15 +76,10 @@ def compile_stub(folder: Path) -> Path:
     Raises:
         Failure: there is no C compiler, or it fails.
     """
-    named = os.environ.get("CC")
-    found = [
-        path for name in ([named] if named else ["gcc", "clang"]) if (path := shutil.which(name))
-    ]
+    named = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    found = [path for name in named if (path := shutil.which(name))]
     if not found:
-        raise Failure(
-            "the stub of libcuda: expected a C compiler, gcc or clang on the PATH or CC, got "
-            + (f"CC={named!r}, which is not there" if named else "none")
-        )
+        raise Failure(f"the stub of libcuda: expected a C compiler, got no {' or '.join(named)}")
     library = folder / "libcuda.so.1"
     # By its name in the file the linker takes it for the libcuda that Triton's driver asks for.
     options = ["-shared", "-fPIC", "-O2", f"-Wl,-soname,{library.name}", "-o", str(library)]
@@ -92,20 +87,6 @@ def compile_stub(folder: Path) -> Path:
     if done.returncode:
         raise Failure(f"the stub of libcuda: {found[0]} failed: {done.stderr.strip()}")
     return library
-
-
-def _check_triton() -> None:
-    """Raise Failure unless Triton can compile for an NVIDIA GPU in this process."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        raise Failure("triton: expected a build for NVIDIA GPUs, got none: it is not installed")
-    backend = Path(spec.origin).parent / "backends" / "nvidia"
-    if not (backend / "bin" / "ptxas").is_file():
-        raise Failure(f"triton: expected a build for NVIDIA GPUs, got one without {backend}")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise Failure(
-            "TRITON_INTERPRET: expected it not to be set, got 1: nothing is compiled then"
-        )
 
 
 @contextmanager
@@ -117,7 +98,12 @@ def stubbed() -> Iterator[Callable[[], int]]:
     Raises:
         Failure: no C compiler, or no build of Triton that serves.
     """
-    _check_triton()
+    if missing := cuda_tools():
+        raise Failure(f"triton: expected a build for NVIDIA GPUs, got one without: {missing}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise Failure(
+            "TRITON_INTERPRET: expected it not to be set, got 1: nothing is compiled then"
+        )
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         library = ctypes.CDLL(str(compile_stub(Path(name))), mode=ctypes.RTLD_GLOBAL)
         count = ctypes.c_long.in_dll(library, "stub_launches")
@@ -151,7 +137,7 @@ def stubbed() -> Iterator[Callable[[], int]]:
         patch(launch, "_forced_target", f"sm_{_CAPABILITY[0]}{_CAPABILITY[1]}")
         # The backend serves a CPU if it is interpreted; the variable is still asked for.
         patch(backend, "_interpreted", lambda: os.environ.get("TRITON_INTERPRET") != "1")
-        # Values are looked at on a CPU; here, as on a GPU, only where the variable asks for it.
+        # Values are looked at on a CPU; here, as on a GPU, only if the variable asks for it.
         for module in (functional, splice):
             patch(
                 module,
@@ -170,54 +156,36 @@ def stubbed() -> Iterator[Callable[[], int]]:
 # What is timed
 
 
-def _module(inputs: Inputs, backend: str) -> nn.Module:
-    from ept_fast import EPTConfig, FusedEPTPrompt
-
-    s = SHAPE
-    config = EPTConfig(
-        s.hidden_size,
-        num_virtual_tokens=s.num_virtual_tokens,
-        max_length=s.max_length,
-        rank=s.rank,
-        num_spaces=s.num_spaces,
-        space_dim=s.space_dim,
-        alpha=SCALING * s.rank**0.5,
-    )
-    table = nn.Embedding.from_pretrained(inputs.weight, freeze=True)
-    tensors = {name: tensor.detach().clone() for name, tensor in inputs.parameters.items()}
-    return FusedEPTPrompt.from_tensors(config, tensors, table, backend=backend)
-
-
 def module_by_definition(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """What a call of the module gives: the embeddings, their mask and their positions."""
     embeds = peers.operation_of("prompt path", REFERENCE)(inputs)
-    text = inputs.attention_mask
-    if text is None:
-        mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
-        return embeds, mask, torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-    head = text.new_ones(embeds.shape[0], embeds.shape[1] - text.shape[1])
-    mask = torch.cat([head, text], dim=1)
+    if inputs.attention_mask is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
+        return embeds, mask, torch.arange(mask.shape[1]).expand(mask.shape)
+    before = embeds.shape[1] - inputs.attention_mask.shape[1]
+    mask = nn.functional.pad(inputs.attention_mask, (before, 0), value=1)
     return embeds, mask, mask.cumsum(1) - 1
 
 
-def make_forwards(path: str, inputs: Inputs, names: Iterable[str]) -> dict[str, Forward]:
+def make_forwards(path: str, inputs: Inputs) -> dict[str, Forward]:
     """What each peer calls, and the tensors that it trains."""
     definition: Callable[[Inputs], Any] = module_by_definition
     if path == FUNCTIONS:
         definition = peers.operation_of("prompt path", REFERENCE)
-    options = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
     leaves = list(inputs.parameters.values())
+    options = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
     found: dict[str, Forward] = {}
-    for name in names:
-        if name == REFERENCE:
-            found[name] = partial(definition, inputs), leaves
-        elif name == COMPILED:
-            found[name] = partial(torch.compile(definition, dynamic=False), inputs), leaves
-        elif path == FUNCTIONS:
-            found[name] = partial(peers.operation_of("prompt path", name), inputs), leaves
-        else:
-            prompt = _module(inputs, name)
+    for name in PEERS:
+        if path == MODULE and name in (OURS, EAGER):
+            prompt = make_prompt(SHAPE, inputs.parameters, inputs.weight, name)
             found[name] = partial(prompt, **options), list(prompt.parameters())
+            continue
+        forward = definition
+        if name == COMPILED:
+            forward = torch.compile(definition, dynamic=False)
+        elif name != REFERENCE:
+            forward = peers.operation_of("prompt path", name)
+        found[name] = partial(forward, inputs), leaves
     return found
 
 
@@ -249,9 +217,7 @@ def in_turns(calls: dict[str, Call], rounds: int, repeats: int) -> dict[str, lis
     for call in calls.values():
         for _ in range(repeats):
             call()
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         for i in range(rounds):
             first = i % len(names)
             for name in names[first:] + names[:first]:
@@ -260,12 +226,10 @@ def in_turns(calls: dict[str, Call], rounds: int, repeats: int) -> dict[str, lis
                 for _ in range(repeats):
                     call()
                 times[name].append((time.perf_counter() - begin) / repeats * 1e6)
-    finally:
-        gc.enable()
     return times
 
 
-def path_rows(names: tuple[str, ...], launched: Callable[[], int], **how: Any) -> Iterator[Row]:
+def path_rows(launched: Callable[[], int], **how: Any) -> Iterator[Row]:
     """Measure every path, mask and direction; ``how``: what the rows say of the run."""
     size = (SHAPE.batch, SHAPE.num_virtual_tokens + SHAPE.length, SHAPE.hidden_size)
     grad = cotangent(torch.Size(size), torch.bfloat16, _CPU)
@@ -273,12 +237,12 @@ def path_rows(names: tuple[str, ...], launched: Callable[[], int], **how: Any) -
         shape = SHAPE if mask == "yes" else replace(SHAPE, shortest=0)
         (inputs,) = make_inputs(shape, torch.bfloat16, _CPU, 1)
         torch.compiler.reset()
-        forwards = make_forwards(path, inputs, names)
+        forwards = make_forwards(path, inputs)
         for direction in DIRECTIONS:
-            calls = {name: _call(direction, *forwards[name], grad) for name in names}
+            calls = {name: _call(direction, *forwards[name], grad) for name in PEERS}
             counts = {name: _counts(name, call, launched) for name, call in calls.items()}
             times = in_turns(calls, how["rounds"], how["calls"])
-            for name in names:
+            for name in PEERS:
                 yield {
                     "path": path,
                     "direction": direction,
@@ -286,7 +250,7 @@ def path_rows(names: tuple[str, ...], launched: Callable[[], int], **how: Any) -
                     "peer": name,
                     "p50_us": median(times[name]),
                     **_ratios("by_reference", times[name], times[REFERENCE]),
-                    **_ratios("by_compiled", times[name], times.get(COMPILED)),
+                    **_ratios("by_compiled", times[name], times[COMPILED]),
                     **counts[name],
                     **how,
                 }
@@ -306,10 +270,8 @@ def _counts(name: str, call: Call, launched: Callable[[], int]) -> dict[str, Any
     return {"launches": launches, "allocations": allocations(call)}
 
 
-def _ratios(column: str, times: list[float], by: list[float] | None) -> dict[str, Any]:
-    found: tuple[float | None, ...] = (None, None, None)
-    if by is not None:
-        found = median_interval([a / b for a, b in zip(times, by, strict=True)])
+def _ratios(column: str, times: list[float], by: list[float]) -> dict[str, float]:
+    found = median_interval([a / b for a, b in zip(times, by, strict=True)])
     return {column + end: value for end, value in zip(("", "_low", "_high"), found, strict=True)}
 
 
@@ -369,33 +331,28 @@ def launch_rows(**how: Any) -> Iterator[Row]:
 # The command
 
 
-def texts(row: Row) -> Row:
-    """A row as the file has it: numbers to four digits."""
-    return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-
-
 @click.command()
 @click.option("--quick", is_flag=True, help="A smoke test: its times mean nothing.")
-@click.option("--no-compiled", is_flag=True, help="Leave torch.compile out.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help=f"Folder for the CSV files ({FOLDER.name})."
 )
-def main(quick: bool, no_compiled: bool, out: Path | None) -> None:
+def main(quick: bool, out: Path | None) -> None:
     """Time what the host does in our path, beside the definition; nothing needs a GPU."""
     torch.set_num_threads(1)
     origin = {k: v for k, v in origin_of(_CPU).items() if k in _ORIGIN}
     how: dict[str, Any] = {"rounds": 3 if quick else 150, "calls": 2 if quick else 10}
     how |= {"load": os.getloadavg()[0], **origin}
-    names = tuple(n for n in (OURS, EAGER, REFERENCE, COMPILED) if n != COMPILED or not no_compiled)
     with stubbed() as launched:
-        rows = [texts(row) for row in path_rows(names, launched, **how)]
-        launches = [texts(row) for row in launch_rows(**how)]
+        tables = {PATHS: list(path_rows(launched, **how))}
+        tables[LAUNCHES] = list(launch_rows(**how))
     if out is None and not quick:
         out = FOLDER
-    if out is not None:
-        write_csv(out / PATHS, rows[0], rows)
-        write_csv(out / LAUNCHES, launches[0], launches)
-    for table in (rows, launches):
+    for file, found in tables.items():
+        table = [
+            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in found
+        ]
+        if out is not None:
+            write_csv(out / file, table[0], table)
         shown = [name for name in table[0] if name not in how]
         click.echo("\n".join(aligned(shown, ([row[name] for name in shown] for row in table))))
 

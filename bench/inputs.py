@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.shapes import Shape
+from ept_fast import EPTConfig, FusedEPTPrompt
 
 SCALING = 0.5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -15,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set of tensors. ``prompt`` stands for a reconstructed one where only it is spliced."""
+    """One set of tensors. ``prompt`` stands for P′ if only the splice is measured."""
 
     parameters: dict[str, Tensor]
     prompt: Tensor
@@ -86,6 +87,35 @@ def make_inputs(shape: Shape, table: torch.dtype, device: torch.device, count: i
         )
         for _ in range(count)
     ]
+
+
+def make_prompt(
+    shape: Shape, tensors: dict[str, Tensor], weight: Tensor, backend: str | None = None
+) -> FusedEPTPrompt:
+    """The module, or a bank of ``shape.tasks``, with copies of these tensors before this table."""
+    config = EPTConfig(
+        shape.hidden_size,
+        num_virtual_tokens=shape.num_virtual_tokens,
+        max_length=shape.max_length,
+        rank=shape.rank,
+        num_spaces=shape.num_spaces,
+        space_dim=shape.space_dim,
+        alpha=SCALING * shape.rank**0.5,
+    )
+    return FusedEPTPrompt.from_tensors(
+        config,
+        {name: tensor.detach().clone() for name, tensor in tensors.items()},
+        nn.Embedding.from_pretrained(weight, freeze=True),
+        num_tasks=shape.tasks or None,
+        backend=backend,
+    )
+
+
+def with_mask(inputs: Inputs) -> Inputs:
+    """The same with a mask, as a tokenizer gives it: of ones if there is none."""
+    if inputs.attention_mask is not None:
+        return inputs
+    return replace(inputs, attention_mask=torch.ones_like(inputs.input_ids))
 
 
 def cotangent(size: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -146,7 +146,7 @@ class PromptStep:
 
     @property
     def _fused(self) -> int:
-        """r where the prompt is fused with the offset, else 0."""
+        """r if the prompt is fused with the offset, else 0."""
         return self.config.rank if self.config.fusion else 0
 
     @property

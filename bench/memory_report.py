@@ -248,6 +248,6 @@ def model_table() -> str:
 
 
 if __name__ == "__main__":
-    # The kernels are not launched, but their module is imported, also where there is no GPU.
+    # The kernels are not launched, but their module is imported, also without a GPU.
     os.environ["TRITON_INTERPRET"] = "1"
     print(f"{share_table()}\n\n{model_table()}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bench.parity import Expected
-from bench.peers import DEPT, PEFT, PEFT_TOKENS
+from bench.peers import DEPT, PEFT, PEFT_TOKENS, dept_definition, dept_embeds
 from bench.shapes import Shape
 from bench.timing import Work
 from ept_fast import EPTConfig, FusedEPTPrompt, reference
@@ -58,7 +58,7 @@ ON_GPU = (
     Backbone("gpt-2", "gpt2", 768, 3072, 12, 12, 12, 50257, 32),
     Backbone("llama-1b", "llama", 2048, 8192, 16, 32, 8, 128256, 32),
 )
-# Widths are real, layers are cut. Where every position has logits the vocabulary is cut as well, so
+# Widths are real, layers are cut. If every position has logits the vocabulary is cut as well, so
 # that the head's share of the work stays about that of the full model.
 ON_CPU = (
     replace(ON_GPU[0], layers=4, batch=8),
@@ -106,58 +106,50 @@ def dept_config(backbone: Backbone) -> EPTConfig:
 
 
 def make_model(backbone: Backbone, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model with random weights, the same on every call, frozen and without dropout.
-
-    Raises:
-        ValueError: an unknown kind.
-    """
+    """A model with random weights, the same on every call, frozen and without dropout."""
     import transformers
 
     b = backbone
-    # No cache of keys and values: a training step has no use for one.
-    common = {"vocab_size": b.vocabulary, "use_cache": False}
-    if b.kind == "t5":
-        config: Any = transformers.T5Config(
-            **common,
-            d_model=b.hidden_size,
-            d_ff=b.inner_size,
-            d_kv=b.hidden_size // b.heads,
-            num_layers=b.layers,
-            num_heads=b.heads,
+    sizes = {
+        "t5": {
+            "d_model": b.hidden_size,
+            "d_ff": b.inner_size,
+            "d_kv": b.hidden_size // b.heads,
+            "num_layers": b.layers,
+            "num_heads": b.heads,
             # Not ReLU: a unit that float32 puts on the other side of its kink than float64 changes
             # gradients by more than rounding does, and the parity check could not tell why.
-            feed_forward_proj="gelu",
-            pad_token_id=0,
-            decoder_start_token_id=0,
-        )
-        kind: Any = transformers.T5ForConditionalGeneration
-    elif b.kind == "gpt2":
-        config = transformers.GPT2Config(
-            **common,
-            n_embd=b.hidden_size,
-            n_inner=b.inner_size,
-            n_layer=b.layers,
-            n_head=b.heads,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        kind = transformers.GPT2LMHeadModel
-    elif b.kind == "llama":
-        config = transformers.LlamaConfig(
-            **common,
-            hidden_size=b.hidden_size,
-            intermediate_size=b.inner_size,
-            num_hidden_layers=b.layers,
-            num_attention_heads=b.heads,
-            num_key_value_heads=b.key_value_heads,
-            tie_word_embeddings=True,
-        )
-        kind = transformers.LlamaForCausalLM
-    else:
-        raise ValueError(f"kind: expected t5, gpt2 or llama, got {b.kind!r}")
+            "feed_forward_proj": "gelu",
+            "pad_token_id": 0,
+            "decoder_start_token_id": 0,
+        },
+        "gpt2": {
+            "n_embd": b.hidden_size,
+            "n_inner": b.inner_size,
+            "n_layer": b.layers,
+            "n_head": b.heads,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+        "llama": {
+            "hidden_size": b.hidden_size,
+            "intermediate_size": b.inner_size,
+            "num_hidden_layers": b.layers,
+            "num_attention_heads": b.heads,
+            "num_key_value_heads": b.key_value_heads,
+            "tie_word_embeddings": True,
+        },
+    }[b.kind]
+    # No cache of keys and values: a training step has no use for one.
+    config = transformers.AutoConfig.for_model(
+        b.kind, **sizes, vocab_size=b.vocabulary, use_cache=False
+    )
+    auto: Any = transformers.AutoModelForCausalLM
+    if b.kind == "t5":
+        auto = transformers.AutoModelForSeq2SeqLM
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
-        model = kind._from_config(config, dtype=dtype)
+        model = auto.from_config(config, dtype=dtype)
     if b.kind == "gpt2":
         # What it falls back to by itself, with a warning that breaks a compiled graph apart.
         model.loss_type = "ForCausalLM"
@@ -207,7 +199,7 @@ class Method:
 
     Attributes:
         trained: the tensors that a step changes.
-        groups: the optimizer's, or none where there is nothing to optimize.
+        groups: the optimizer's; none if there is nothing to optimize.
         loss: of a batch.
         seen: from tensors like ``trained``, a batch and an embedding table, what the backbone sees
             by definition.
@@ -245,30 +237,38 @@ def _prompt(model: Any, backbone: Backbone, backend: str) -> FusedEPTPrompt:
     return prompt
 
 
+def embeds_by_definition(
+    trained: Tensors, ids: Tensor, table: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
+    """The prompt of these tensors before the text."""
+    return reference.splice_prompt(
+        reference.reconstruct_prompt(**trained, scaling=scaling),
+        input_ids=ids,
+        weight=table,
+        **{name: tensor for name, tensor in trained.items() if name.startswith("offset")},
+        scaling=scaling,
+        attention_mask=mask,
+    )
+
+
 def _ours(backend: str, model: Any, backbone: Backbone) -> Method:
     prompt = _prompt(model, backbone, backend)
-    config = prompt.config
+    m = prompt.config.num_virtual_tokens
 
     def loss(batch: Batch) -> Tensor:
         embeds, mask, positions = prompt(batch.input_ids, attention_mask=batch.attention_mask)
-        labels = _labels(backbone, batch, config.num_virtual_tokens)
         options = {} if backbone.kind == "t5" else {"position_ids": positions}
         out: Tensor = model(
-            inputs_embeds=embeds, attention_mask=mask, labels=labels, **options
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            labels=_labels(backbone, batch, m),
+            **options,
         ).loss
         return out
 
     def seen(trained: Tensors, batch: Batch, table: Tensor) -> Seen:
-        embeds = reference.splice_prompt(
-            reference.reconstruct_prompt(**trained, scaling=config.scaling),
-            input_ids=batch.input_ids,
-            weight=table,
-            offset_a=trained["offset_a"],
-            offset_b=trained["offset_b"],
-            scaling=config.scaling,
-            attention_mask=batch.attention_mask,
-        )
-        m = config.num_virtual_tokens
+        ids, mask = batch.input_ids, batch.attention_mask
+        embeds = embeds_by_definition(trained, ids, table, prompt.config.scaling, mask)
         return Seen(embeds, _mask(batch, m), _labels(backbone, batch, m))
 
     groups = prompt.parameter_groups(0.0, 0.0, 0.0)
@@ -286,46 +286,32 @@ def _dept(model: Any, backbone: Backbone) -> Method:
     }
     fill(trained, model)
 
-    def padding(batch: Batch) -> int:
-        return n - batch.input_ids.shape[1]
-
-    def around(batch: Batch) -> tuple[Tensor, Tensor]:
-        after = padding(batch)
-        return _mask(batch, m, after), _labels(backbone, batch, m, after)
+    def seen_by(embeds: Tensor, batch: Batch) -> Seen:
+        after = n - batch.input_ids.shape[1]
+        return Seen(embeds, _mask(batch, m, after), _labels(backbone, batch, m, after))
 
     def loss(batch: Batch) -> Tensor:
-        text = F.embedding(F.pad(batch.input_ids, (0, padding(batch))), table)
-        offset = config.scaling * (trained["offset_a"] @ trained["offset_b"])
-        head = trained["short_prompt"].to(text.dtype).expand(len(text), m, d)
-        embeds = torch.cat([head, text + offset.to(text.dtype)], dim=1)
-        mask, labels = around(batch)
-        out: Tensor = model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
+        embeds = dept_embeds(*trained.values(), config.scaling, batch.input_ids, table)
+        out: Tensor = model(**seen_by(embeds, batch)._asdict()).loss
         return out
 
     def seen(trained: Tensors, batch: Batch, table: Tensor) -> Seen:
-        embeds = reference.splice_prompt(
-            trained["short_prompt"],
-            input_ids=F.pad(batch.input_ids, (0, padding(batch))),
-            weight=table,
-            offset_a=trained["offset_a"],
-            offset_b=trained["offset_b"],
-            scaling=config.scaling,
-        )
-        return Seen(embeds, *around(batch))
+        tensors = trained.values()
+        embeds = dept_definition(*tensors, config.scaling, batch.input_ids, table)
+        return seen_by(embeds, batch)
 
     note = f"{m} tokens, rank {r}, text padded to {n}"
     return Method(DEPT, trained, [{"params": list(trained.values())}], loss, seen, note)
 
 
 def _peft(model: Any, backbone: Backbone) -> Method:
-    """The real library; its prompt goes before the encoder alone where there is a decoder."""
+    """The real library; its prompt goes before the encoder alone if there is a decoder."""
     import peft
 
-    encoder_decoder = backbone.kind == "t5"
     wrapped = peft.get_peft_model(
         model,
         peft.PromptTuningConfig(
-            task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
+            task_type="SEQ_2_SEQ_LM" if backbone.kind == "t5" else "CAUSAL_LM",
             num_virtual_tokens=PEFT_TOKENS,
             num_transformer_submodules=1,
         ),
@@ -335,21 +321,15 @@ def _peft(model: Any, backbone: Backbone) -> Method:
     fill(trained, model)
 
     def loss(batch: Batch) -> Tensor:
-        out: Tensor = wrapped(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-        ).loss
+        out: Tensor = wrapped(**batch._asdict()).loss
         return out
 
     def seen(trained: Tensors, batch: Batch, table: Tensor) -> Seen:
-        text = F.embedding(batch.input_ids, table)
-        prompt = trained["short_prompt"]
-        head = prompt.to(text.dtype).expand(len(text), *prompt.shape)
-        embeds = torch.cat([head, text], dim=1)
-        mask = _mask(batch, PEFT_TOKENS)
-        return Seen(embeds, mask, _labels(backbone, batch, PEFT_TOKENS))
+        trained = {name: tensor.to(table.dtype) for name, tensor in trained.items()}
+        embeds = embeds_by_definition(trained, batch.input_ids, table, 1.0)
+        return Seen(embeds, _mask(batch, PEFT_TOKENS), _labels(backbone, batch, PEFT_TOKENS))
 
-    note = f"{PEFT_TOKENS} tokens"
-    return Method(PEFT, trained, [{"params": [prompt]}], loss, seen, note)
+    return Method(PEFT, trained, [{"params": [prompt]}], loss, seen, f"{PEFT_TOKENS} tokens")
 
 
 def _backbone_alone(model: Any, backbone: Backbone, batch: Batch) -> Method:
@@ -362,7 +342,7 @@ def _backbone_alone(model: Any, backbone: Backbone, batch: Batch) -> Method:
     labels = _labels(backbone, batch, m)
 
     def loss(batch: Batch) -> Tensor:
-        out: Tensor = model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
+        out: Tensor = model(**Seen(embeds, mask, labels)._asdict()).loss
         return out
 
     def seen(trained: Tensors, batch: Batch, table: Tensor) -> Seen:
@@ -436,7 +416,7 @@ def expected_of(method: Method, model: Any, exact: Any, batch: Batch) -> Expecte
     and on the model as it is.
 
     A single number can be exact by luck, so plain PyTorch's error in the loss is taken to be that
-    in the loss of the row where it is largest.
+    in the loss of the worst row.
     """
     with Doubles():
         doubles = {n: t.detach().double().requires_grad_() for n, t in method.trained.items()}
@@ -447,9 +427,9 @@ def expected_of(method: Method, model: Any, exact: Any, batch: Batch) -> Expecte
     return Expected(exactly, {**_rounded(plain, model), "loss": plain["loss"]})
 
 
-def results(method: Method, loss: Callable[[Batch], Tensor], model: Any, batch: Batch) -> Tensors:
+def results(method: Method, model: Any, batch: Batch) -> Tensors:
     """Loss and gradients as the method computes them, for :func:`bench.parity.compare`."""
-    value = loss(batch)
+    value = method.loss(batch)
     grads = torch.autograd.grad(value, list(method.trained.values()))
     return _rounded({"loss": value.detach(), **_named(method, grads)}, model)
 
@@ -505,28 +485,20 @@ def _rounded(values: Tensors, model: Any) -> Tensors:
 # The step
 
 
-def step(method: Method, loss: Callable[[Batch], Tensor], batch: Batch) -> Work:
+def step(method: Method, batch: Batch) -> Work:
     """Loss, backward, AdamW and clearing of the gradients.
 
     The learning rate is 0: AdamW does all of its work and every step is that of the same values.
     """
-    if not method.groups:
+    optimizer = torch.optim.AdamW(method.groups, lr=0.0) if method.groups else None
 
-        def alone(batch: Batch) -> Tensor:
-            value = loss(batch)
-            value.backward()
-            for tensor in method.trained.values():
-                tensor.grad = None
-            return value
-
-        return Work(lambda i: batch, alone)
-    optimizer = torch.optim.AdamW(method.groups, lr=0.0)
-
-    def whole(batch: Batch) -> Tensor:
-        value = loss(batch)
+    def call(batch: Batch) -> Tensor:
+        value = method.loss(batch)
         value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if optimizer is not None:
+            optimizer.step()
+        for tensor in method.trained.values():
+            tensor.grad = None
         return value
 
-    return Work(lambda i: batch, whole)
+    return Work(lambda i: batch, call)

@@ -12,11 +12,11 @@
 #
 # $OUT gets log.txt, results.tgz (CSV and plots, renewed after each stage) and triton-cache.tgz (the
 # kernels that Triton has compiled). What failed and what was measured is also printed last, in under
-# 100 lines: where files are lost on their way, that is what remains. What an earlier call left is used
-# where the folder .gpu holds it: first_contact.jsonl (what failed there is tried first),
+# 100 lines: if files are lost on their way, that remains. What an earlier call left is used
+# if the folder .gpu holds it: first_contact.jsonl (what failed there is tried first),
 # triton-cache.tgz, and launches.jsonl of `python -m tests.gpu.launches list`.
 #
-# PYTHON names the interpreter (python3), COMMIT the commit where there is no git.
+# PYTHON names the interpreter (python3), COMMIT the commit if there is no git.
 # Exit status: 0, or the worst of the stages' (124: a stage ran out of time), or 2: no GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -210,7 +210,7 @@ EOF
     if [[ -f $carried/triton-cache.tgz ]]; then
       stage unpack 20 "$python" -m bench.triton_cache unpack "$carried/triton-cache.tgz"
     fi
-    # Where this fails, the tests of the CUDA backend are skipped and say why.
+    # If this fails, the tests of the CUDA backend are skipped and say why.
     export EPT_FAST_CACHE=${EPT_FAST_CACHE:-$scratch/cache}
     stage extension 120 "$python" -c 'from ept_fast.backends.cuda import library; library.load(); print(library.state().text)'
     if [[ -f $carried/first_contact.jsonl ]]; then

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import ept_fast
 from bench.inputs import SCALING, Inputs
-from bench.shapes import Shape
 from ept_fast import reference
 from ept_fast.ops import dispatch
 from ept_fast.ops.types import Parameters
@@ -46,36 +45,32 @@ class Peer:
     leaves: Leaves
     definition: Forward
     same_work: bool = True
+    note: str = ""
 
 
-# What the package has for a GPU, where one is listed and not run.
+# What the package has for a GPU.
 _FOR_A_GPU = ("triton", "cuda", "eager")
 
 
-def _only_listed(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.cuda.is_available()
+def backends(device: torch.device) -> list[str]:
+    """The package's backends that are measured on this device; first the one that a user gets."""
+    if device.type == "cuda" and not torch.cuda.is_available():  # its rows are only listed
+        return list(_FOR_A_GPU)
+    first = dispatch.select(None, Parameters(torch.empty(1, 1, 1, device=device)))
+    if device.type != "cuda" and first == "eager":
+        return [first]
+    working = [name for name, works, _ in dispatch.describe() if works]
+    return [first, *(n for n in working if n in _FOR_A_GPU and n != first)]
 
 
 def ours(device: torch.device) -> str:
     """The backend that a user gets on this device."""
-    if _only_listed(device):
-        return _FOR_A_GPU[0]
-    return dispatch.select(None, Parameters(torch.empty(1, 1, 1, device=device)))
-
-
-def others_of_ours(device: torch.device) -> list[str]:
-    """The package's further backends that work on this device."""
-    if _only_listed(device):
-        return list(_FOR_A_GPU[1:])
-    first = ours(device)
-    working = [name for name, works, _ in dispatch.describe() if works]
-    fit = _FOR_A_GPU if device.type == "cuda" or first != "eager" else ()
-    return [name for name in working if name in fit and name != first]
+    return backends(device)[0]
 
 
 def names(operation: str, device: torch.device) -> list[str]:
     """The peers of an operation, ours first."""
-    found = [ours(device), *others_of_ours(device), REFERENCE, "reference-compiled"]
+    found = [*backends(device), REFERENCE, "reference-compiled"]
     if device.type == "cuda":
         found.append("reference-max-autotune")
     if operation != "reconstruct":
@@ -85,14 +80,14 @@ def names(operation: str, device: torch.device) -> list[str]:
     return found
 
 
-def make(operation: str, name: str, shape: Shape, inputs: Inputs) -> Peer:
+def make(operation: str, name: str, inputs: Inputs) -> Peer:
     """A peer for inputs like these, which only tell the frozen table.
 
     Raises:
         ValueError: an unknown operation.
     """
     if name == DEPT:
-        return _dept(operation, shape)
+        return _dept(operation)
     if name == PEFT:
         return peft_prompt(inputs.weight)
     definition = operation_of(operation, REFERENCE)
@@ -147,38 +142,37 @@ def operation_of(operation: str, backend: str) -> Forward:
     return forwards[operation]
 
 
-def _dept(operation: str, shape: Shape) -> Peer:
+def dept_embeds(
+    prompt: Tensor, a: Tensor, b: Tensor, scaling: float, ids: Tensor, table: Tensor
+) -> Tensor:
     """DePT's way: rows padded to the offset's whole length, an offset by column for all of it."""
+    text = F.embedding(F.pad(ids, (0, len(a) - ids.shape[1])), table)
+    offset = scaling * (a @ b)
+    # As PEFT does it: the gradient is summed over the batch before it is rounded again.
+    head = prompt.expand(len(ids), *prompt.shape).to(text.dtype)
+    return torch.cat([head, text + offset.to(text.dtype)], dim=1)
 
-    def prompt_of(inputs: Inputs) -> Tensor:
-        return inputs.prompt if operation == "splice" else inputs.parameters["short_prompt"]
 
-    def padded(inputs: Inputs) -> Tensor:
-        return F.pad(inputs.input_ids, (0, shape.max_length - shape.length))
+def dept_definition(
+    prompt: Tensor, a: Tensor, b: Tensor, scaling: float, ids: Tensor, table: Tensor
+) -> Tensor:
+    """The same by our definition."""
+    ids = F.pad(ids, (0, len(a) - ids.shape[1]))
+    options = {"offset_a": a, "offset_b": b, "scaling": scaling}
+    return reference.splice_prompt(prompt, input_ids=ids, weight=table, **options)
 
-    def forward(inputs: Inputs) -> Tensor:
-        text = F.embedding(padded(inputs), inputs.weight)
-        offset = SCALING * (inputs.parameters["offset_a"] @ inputs.parameters["offset_b"])
-        prompt = prompt_of(inputs)
-        # As PEFT does it: the gradient is summed over the batch before it is rounded again.
-        head = prompt.expand(shape.batch, *prompt.shape).to(text.dtype)
-        return torch.cat([head, text + offset.to(text.dtype)], dim=1)
 
-    def definition(inputs: Inputs) -> Tensor:
-        return reference.splice_prompt(
-            prompt_of(inputs),
-            input_ids=padded(inputs),
-            weight=inputs.weight,
-            offset_a=inputs.parameters["offset_a"],
-            offset_b=inputs.parameters["offset_b"],
-            scaling=SCALING,
-        )
-
+def _dept(operation: str) -> Peer:
     def leaves(inputs: Inputs) -> dict[str, Tensor]:
-        offset = {name: inputs.parameters[name] for name in ("offset_a", "offset_b")}
-        return {"prompt": prompt_of(inputs), **offset}
+        used = trained("splice", inputs)
+        if operation != "splice":
+            used["prompt"] = inputs.parameters["short_prompt"]
+        return used
 
-    return Peer(DEPT, forward, leaves, definition, same_work=False)
+    def by(embeds: Callable[..., Tensor]) -> Forward:
+        return lambda x: embeds(*leaves(x).values(), SCALING, x.input_ids, x.weight)
+
+    return Peer(DEPT, by(dept_embeds), leaves, by(dept_definition), same_work=False)
 
 
 def peft_prompt(table: Tensor) -> Peer:

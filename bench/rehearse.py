@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
 import json
 import os
 import platform
@@ -27,19 +26,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from bench import stand_ins
+from bench.rows import aligned, write_csv
 
 ROOT = Path(__file__).parent.parent
 PINS = ROOT / "requirements-gpu.txt"
 RECORDS = ROOT / "bench" / "results" / "compiled"
 TARGET = "sm_90"
-_FIELDS = ("kernel", "types", "target", "shape", "rule", "text")
+_KEY = ("kernel", "types", "target", "shape", "rule")
 _PYTEST = (sys.executable, "-m", "pytest", "--collect-only", "-q")
-_SIGN_OF_LIFE = 30  # seconds
 _TAIL = 25  # lines of a failed command
 
 
@@ -61,12 +61,15 @@ class Options:
 def command(
     options: Options, name: str, limit: int, arguments: Sequence[str | Path], **variables: str
 ) -> tuple[int, str]:
-    """Run a command within its limit of seconds; its exit status and what it printed."""
+    """Run a command within its limit of seconds; its exit status and what it printed.
+
+    Raises:
+        Failed: it is out of time; it and what it started are killed.
+    """
     log = options.out / f"{name}.log"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     print(f"   at most {limit} s: {' '.join(map(str, arguments))}", flush=True)
-    began = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
             arguments,
@@ -78,24 +81,14 @@ def command(
             start_new_session=True,
         )
         try:
-            status = _wait(process, name, began, limit)
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"{name}: out of time after {limit} s") from None
         finally:
             if process.poll() is None:
-                # With what it started.
                 os.killpg(process.pid, 9)
                 process.wait()
     return status, log.read_text(errors="replace")
-
-
-def _wait(process: subprocess.Popen[bytes], name: str, began: float, limit: int) -> int:
-    while True:
-        passed = time.monotonic() - began
-        if passed >= limit:
-            raise Failed(f"{name}: out of time after {limit} s")
-        try:
-            return process.wait(min(_SIGN_OF_LIFE, limit - passed))
-        except subprocess.TimeoutExpired:
-            print(f"   {name}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 def succeed(
@@ -109,67 +102,32 @@ def succeed(
     return text
 
 
-# What is known of the compiled code
-
-Finding = dict[str, str]
+# Findings: a text for each kernel, types, target, shape and rule
 
 
-def _key(finding: Finding) -> tuple[str, ...]:
-    return tuple(finding[name] for name in _FIELDS if name != "text")
-
-
-def compare(found: Iterable[Finding], recorded: Iterable[Finding]) -> dict[str, list[Finding]]:
-    """Findings that are new, gone, changed (recorded with another text) or the same."""
-    now = {_key(one): one for one in found}
-    before = {_key(one): one for one in recorded}
-    both = [now[key] for key in now if key in before]
-    return {
-        "new": [now[key] for key in now if key not in before],
-        "gone": [before[key] for key in before if key not in now],
-        "changed": [one for one in both if one["text"] != before[_key(one)]["text"]],
-        "same": [one for one in both if one["text"] == before[_key(one)]["text"]],
-    }
-
-
-def read_record(path: Path) -> list[Finding]:
+def read_record(path: Path) -> dict[tuple[str, ...], str]:
+    """The findings of a file; none if there is no file."""
     if not path.is_file():
-        return []
+        return {}
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_record(path: Path, found: Iterable[Finding]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: one[name] for name in _FIELDS} for one in sorted(found, key=_key))
+        return {tuple(one[n] for n in _KEY): one["text"] for one in csv.DictReader(file)}
 
 
 # Versions
 
 
-def machine(pins: Path = PINS) -> dict[str, str]:
-    """The versions on the GPU machine: the pins, and what the lines that begin with #= say."""
-    lines = re.findall(r"^(?:#= )?([\w-]+)==(\S+)$", pins.read_text(), re.MULTILINE)
-    return dict(lines)  # a line with #= follows the pin that it corrects
-
-
-def installed(name: str) -> str:
-    """The version here; empty if the package is missing."""
-    if name == "python":
-        return platform.python_version()
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def version_differences(pins: Path = PINS) -> list[str]:
-    return [
-        f"{name}: {installed(name) or 'missing'} here, {version} on the machine"
-        for name, version in machine(pins).items()
-        if installed(name) != version
-    ]
+    """Where this environment is not as the pins, and what the lines that begin with #= say."""
+    lines = re.findall(r"^(?:#= )?([\w-]+)==(\S+)$", pins.read_text(), re.MULTILINE)
+    found = []
+    for name, version in dict(lines).items():  # a line with #= follows the pin that it corrects
+        try:
+            here = platform.python_version() if name == "python" else metadata.version(name)
+        except metadata.PackageNotFoundError:
+            here = "missing"
+        if here != version:
+            found.append(f"{name}: {here} here, {version} on the machine")
+    return found
 
 
 # Steps: each returns what it found
@@ -184,35 +142,39 @@ def compile_kernels(options: Options) -> str:
     if not report.is_file():
         raise Failed("bench.compiled left no report: see compile.log")
     content = json.loads(report.read_text())
+    found = {tuple(one[n] for n in _KEY): one["text"] for one in content["findings"]}
     record = RECORDS / f"findings-{content['triton']}.csv"
-    groups = compare(content["findings"], read_record(record))
-    for name in ("new", "gone", "changed"):
-        for one in groups[name]:
-            print(f"   {name}: {' '.join(one[field] for field in _FIELDS)}")
-    counts = ", ".join(f"{len(group)} {name}" for name, group in groups.items())
-    text = f"{content['compilations']} compilations for {TARGET}; findings: {counts}"
+    known = read_record(record)
+    for name, one, other in (("found", found, known), ("recorded", known, found)):
+        for key, said in one.items():
+            if other.get(key) != said:
+                print(f"   {name}: {' '.join(key)}: {said}")
+    new = len(found.keys() - known.keys())
+    text = f"{content['compilations']} compilations for {TARGET}; {len(found)} findings, {new} new"
     if options.write:
-        write_record(record, content["findings"])
+        rows = [dict(zip((*_KEY, "text"), (*k, v), strict=True)) for k, v in sorted(found.items())]
+        write_csv(record, (*_KEY, "text"), rows)
         return f"{text}; {record.name} is written"
-    if groups["new"]:
+    if new:
         raise Failed(text)
-    if groups["gone"] or groups["changed"]:
+    if found != known:
         text += "; renew the record: python -m bench.rehearse compile --write"
     return text
 
 
 def collect(options: Options) -> str:
-    own = ("-c", "tests/gpu/pytest.ini", "--rootdir", "tests/gpu", "--confcutdir", "tests/gpu")
-    plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # as in bench/on_gpu.sh
-    tests = succeed(options, "collect-tests", 180, (*_PYTEST, *own, "tests/gpu"), **plain)
-    plugin = ("-p", "pytest_benchmark.plugin")
-    rows = succeed(
-        options, "collect-bench", 180, (*_PYTEST, *plugin, "bench/", "--device", "cuda"), **plain
-    )
-    counts = [re.search(r"(\d+)(?:/\d+)? tests? collected", text) for text in (tests, rows)]
-    if counts[0] is None or counts[1] is None:
-        raise Failed("pytest did not say how many tests it collected: see collect-*.log")
-    return f"{counts[0][1]} tests of tests/gpu, {counts[1][1]} rows of bench/"
+    own = "-c tests/gpu/pytest.ini --rootdir tests/gpu --confcutdir tests/gpu tests/gpu"
+    listings = {
+        "tests": own,
+        "bench": "-p pytest_benchmark.plugin bench/ --device cuda",
+    }
+    counts = {}
+    for name, arguments in listings.items():
+        run = (*_PYTEST, *arguments.split())
+        # As in bench/on_gpu.sh.
+        text = succeed(options, f"collect-{name}", 180, run, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+        (counts[name],) = re.findall(r"(\d+)(?:/\d+)? tests? collected", text)
+    return f"{counts['tests']} tests of tests/gpu, {counts['bench']} rows of bench/"
 
 
 def first_contact(options: Options) -> str:
@@ -261,21 +223,19 @@ STEPS: dict[str, Callable[[Options], str]] = {
 def run(names: Sequence[str], options: Options) -> int:
     """Run the steps and print a table; 1 if one failed."""
     table = []
+    failed = 0
     for name in names:
         print(f"== {name}", flush=True)
         began = time.monotonic()
         try:
-            found, failed = STEPS[name](options), False
+            found = STEPS[name](options)
         except Exception as error:  # the later steps still run
-            found, failed = str(error) if isinstance(error, Failed) else repr(error), True
-        seconds = time.monotonic() - began
-        table.append((name, "FAILED: " + found if failed else found, seconds, failed))
-        print(f"   {table[-1][1]}", flush=True)
-    width = max(len(found) for _, found, _, _ in table)
-    print(f"\n{'step':13} {'found':{width}} seconds")
-    for name, found, seconds, _ in table:
-        print(f"{name:13} {found:{width}} {seconds:7.0f}")
-    return int(any(failed for *_, failed in table))
+            found = f"FAILED: {error if isinstance(error, Failed) else repr(error)}"
+            failed = 1
+        print(f"   {found}", flush=True)
+        table.append((name, found, f"{time.monotonic() - began:.0f}"))
+    print("\n".join(["", *aligned(("step", "found", "seconds"), table)]))
+    return failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

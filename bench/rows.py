@@ -15,7 +15,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# In the order of their worth: what is most wanted is measured first where time is short.
+# The most wanted first: time may be too short for all.
 SUITES = (
     "floor",
     "prompt_path",
@@ -27,6 +27,9 @@ SUITES = (
     "cold_start",
     "sweeps",
 )
+
+
+_KEY = ("suite", "operation", "direction", "shape", "embeddings", "parameters", "peer")
 
 
 @dataclass(frozen=True)
@@ -64,65 +67,57 @@ class Row:
         threads ... date: where, when and with what.
     """
 
-    suite: str
-    operation: str
-    direction: str
-    shape: str
-    batch: int | None
-    length: int | None
-    hidden_size: int | None
-    num_virtual_tokens: int | None
-    max_length: int | None
-    rank: int | None
-    num_spaces: int | None
-    space_dim: int | None
-    vocabulary: int | None
-    tasks: int | None
-    embeddings: str
-    parameters: str
-    peer: str
-    ours: str
-    p20_ms: float | None
-    p50_ms: float | None
-    p80_ms: float | None
-    host_ms: float | None
-    elapsed_ms: float | None
-    peak_mb: float | None
-    launches: int | None
-    rounds: int | None
-    floor_mb: float | None
-    floor_ms: float | None
-    of_floor: float | None
-    ours_to_peer: float | None
-    ours_to_peer_low: float | None
-    ours_to_peer_high: float | None
-    tokens_per_s: float | None
-    error: float | None
-    note: str
-    threads: str
-    device: str
-    driver: str
-    cuda: str
-    torch: str
-    triton: str
-    transformers: str
-    peft: str
-    python: str
-    commit: str
-    date: str
+    suite: str = ""
+    operation: str = ""
+    direction: str = ""
+    shape: str = ""
+    batch: int | None = None
+    length: int | None = None
+    hidden_size: int | None = None
+    num_virtual_tokens: int | None = None
+    max_length: int | None = None
+    rank: int | None = None
+    num_spaces: int | None = None
+    space_dim: int | None = None
+    vocabulary: int | None = None
+    tasks: int | None = None
+    embeddings: str = ""
+    parameters: str = ""
+    peer: str = ""
+    ours: str = ""
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    host_ms: float | None = None
+    elapsed_ms: float | None = None
+    peak_mb: float | None = None
+    launches: int | None = None
+    rounds: int | None = None
+    floor_mb: float | None = None
+    floor_ms: float | None = None
+    of_floor: float | None = None
+    ours_to_peer: float | None = None
+    ours_to_peer_low: float | None = None
+    ours_to_peer_high: float | None = None
+    tokens_per_s: float | None = None
+    error: float | None = None
+    note: str = ""
+    threads: str = ""
+    device: str = ""
+    driver: str = ""
+    cuda: str = ""
+    torch: str = ""
+    triton: str = ""
+    transformers: str = ""
+    peft: str = ""
+    python: str = ""
+    commit: str = ""
+    date: str = ""
 
     @property
     def key(self) -> tuple[str, ...]:
         """What a row is the measurement of: the same in two runs that can be compared."""
-        return (
-            self.suite,
-            self.operation,
-            self.direction,
-            self.shape,
-            self.embeddings,
-            self.parameters,
-            self.peer,
-        )
+        return tuple(getattr(self, name) for name in _KEY)
 
 
 def read(path: Path) -> list[Row]:
@@ -130,7 +125,7 @@ def read(path: Path) -> list[Row]:
 
     Raises:
         FileNotFoundError: neither a file nor a folder with at least one suite's file.
-        ValueError: a file with other columns, or a value that is no number where one belongs.
+        ValueError: a file with other columns, or a value that should be a number and is not.
     """
     if path.is_dir():
         files = [path / f"{suite}.csv" for suite in SUITES if (path / f"{suite}.csv").is_file()]
@@ -145,27 +140,23 @@ def read(path: Path) -> list[Row]:
     try:
         if reader.fieldnames != names:
             raise ValueError(f"{path}: expected the columns of bench.rows.Row, got others")
-        return [_row(path, number, values) for number, values in enumerate(reader, 2)]
+        return [_row(f"{path}, line {number}", v) for number, v in enumerate(reader, 2)]
     except csv.Error as error:
         raise ValueError(f"{path}: expected a CSV file, got one with an error: {error}") from None
 
 
-def _row(path: Path, line: int, values: dict[str, str]) -> Row:
+def _row(place: str, values: dict[str, str]) -> Row:
     if None in values or None in values.values():
-        raise ValueError(f"{path}, line {line}: expected {len(fields(Row))} columns, got others")
-    converted: dict[str, Any] = {}
+        raise ValueError(f"{place}: expected {len(fields(Row))} columns, got others")
+    converted: dict[str, Any] = dict(values)
     for field in fields(Row):
-        text = values[field.name]
         if field.type == "str":
-            converted[field.name] = text
             continue
-        kind = int if str(field.type).startswith("int") else float
+        kind, text = int if str(field.type).startswith("int") else float, values[field.name]
         try:
-            converted[field.name] = None if text == "" else kind(text)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{path}, line {line}: {field.name}: expected a number, got {text!r}"
-            ) from None
+            converted[field.name] = kind(text) if text else None
+        except ValueError:
+            raise ValueError(f"{place}: {field.name}: expected a number, got {text!r}") from None
     return Row(**converted)
 
 
@@ -201,13 +192,8 @@ class Book:
         """Keep a row and write its suite's file."""
         self.rows.append(row)
         path = self.folder / f"{row.suite}.csv"
-        old = read(path) if path.is_file() else []
-        places = {r.key: i for i, r in enumerate(old)}
-        if row.key in places:
-            old[places[row.key]] = row
-        else:
-            old.append(row)
-        write(path, old)
+        kept = {old.key: old for old in (read(path) if path.is_file() else [])}
+        write(path, (kept | {row.key: row}).values())
 
 
 def aligned(header: Sequence[str], body: Iterable[Sequence[Any]]) -> list[str]:
@@ -220,9 +206,8 @@ def aligned(header: Sequence[str], body: Iterable[Sequence[Any]]) -> list[str]:
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in texts]
 
 
-_SHOWN = ("operation", "direction", "shape", "embeddings", "peer", "p50_ms", "of_floor")
-
 if __name__ == "__main__":
-    columns = (*_SHOWN, "ours_to_peer")
+    work = ("operation", "direction", "shape", "embeddings", "peer")
+    columns = (*work, "p50_ms", "of_floor", "ours_to_peer")
     found = [[getattr(row, name) for name in columns] for row in read(Path(sys.argv[1]))]
     print("\n".join(aligned(columns, found)))

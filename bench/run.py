@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from torch import Tensor
 from bench import parity, peers
 from bench.environment import origin_of
 from bench.inputs import DTYPES, Inputs, cotangent, make_inputs
+from bench.models import Backbone
 from bench.rows import Book, Row
 from bench.shapes import Shape
-from bench.timing import Clock, Timing, Work, floor_works, quantiles
+from bench.timing import Clock, Work, floor_works, quantiles
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,21 @@ class Case:
         return "-".join(part.replace(" ", "-") for part in parts)
 
 
+@dataclass(frozen=True)
+class ServingCase:
+    """One row of inference: an operation at a shape, of a backbone if it has one, by a peer."""
+
+    operation: str
+    shape: Shape
+    peer: str
+    backbone: Backbone | None = None
+
+    @property
+    def id(self) -> str:
+        """The row's name in pytest."""
+        return "-".join((self.operation, self.shape.name, self.peer)).replace(" ", "-")
+
+
 class Run:
     """What the rows of one run share; it holds the tensors of one shape at a time."""
 
@@ -70,7 +86,6 @@ class Run:
         self.clock = Clock(device, settings.seconds, fewest, most)
         self.book = Book(settings.folder)
         self.deadline = time.perf_counter() + (settings.total or float("inf"))
-        self._floor: tuple[float, float] | None = None
         self._held: dict[Any, Any] = {}
         self._held_for: Any = None
 
@@ -93,98 +108,92 @@ class Run:
         return self._held
 
     def check_time(self) -> None:
-        """Skip where the run's time is over; what was measured so far is on the disk."""
+        """Skip if the run's time is over; what was measured so far is on the disk."""
         if time.perf_counter() > self.deadline:
             pytest.skip("left out: the time of the run is over")
 
     # The floor
 
-    @property
+    @functools.cached_property
     def floor(self) -> tuple[float, float]:
-        """Megabytes a millisecond of a copy, milliseconds of an empty launch, of this run."""
-        if self._floor is None:
-            size = 1 << 30 if self.on_gpu else 1 << 28
-            works = floor_works(self.device, 1 << 22 if self.settings.quick else size)
-            p50 = {}
-            for name, (work, moved) in works.items():
-                rounds = 3 if self.settings.quick else 15
-                times = quantiles(self.clock.alone_ms(work, rounds))
-                p50[name] = times[1]
-                self._add_floor(name, moved, times, rounds)
-            moved = works["copy"][1]
-            self._floor = moved / 1e6 / p50["copy"], p50["empty launch"]
-        return self._floor
-
-    def _add_floor(
-        self, name: str, moved: int, times: tuple[float, float, float], rounds: int
-    ) -> None:
-        empty = dict.fromkeys(Row.__dataclass_fields__)
-        columns: dict[str, Any] = {
-            **empty,
-            **self.origin,
-            "suite": "floor",
-            "operation": name,
-            "direction": "",
-            "shape": f"{moved // 2 >> 20} MiB" if moved else "",
-            "embeddings": "",
-            "parameters": "",
-            "peer": "torch" if moved or not self.on_gpu else "triton",
-            "ours": "",
-            "note": "",
-            "rounds": rounds,
-            "floor_mb": moved / 1e6 or None,
-            **dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True)),
-        }
-        self.book.add(Row(**columns))
+        """Megabytes per millisecond of a copy, milliseconds of an empty launch."""
+        quick = self.settings.quick
+        rounds = 3 if quick else 15
+        size = 1 << (22 if quick else 30 if self.on_gpu else 28)
+        works = floor_works(self.device, size)
+        p50 = {}
+        for name, (work, moved) in works.items():
+            p20, p50[name], p80 = quantiles(self.clock.alone_ms(work, rounds))
+            row = Row(
+                suite="floor",
+                operation=name,
+                shape=f"{moved // 2 >> 20} MiB" if moved else "",
+                peer="torch" if moved or not self.on_gpu else "triton",
+                rounds=rounds,
+                floor_mb=moved / 1e6 or None,
+                p20_ms=p20,
+                p50_ms=p50[name],
+                p80_ms=p80,
+                **self.origin,
+            )
+            self.book.add(row)
+        return works["copy"][1] / 1e6 / p50["copy"], p50["empty launch"]
 
     # Rows
 
-    def measure(
+    def row(
         self,
         benchmark: Any,
-        *,
-        suite: str,
-        operation: str,
-        direction: str,
+        case: Any,
         shape: Shape,
-        embeddings: str,
-        peer: str,
-        ours: str,
-        work: Work,
-        our_work: Work,
+        check: Callable[[str], tuple[Any, float, str]],
+        work_of: Callable[[Any], Work],
+        *,
         floor_bytes: int | None = None,
         tokens: int | None = None,
-        error: float | None = None,
-        parameters: str = "float32",
         note: str = "",
+        **columns: Any,
     ) -> Row | None:
-        """Time a peer's work beside ours and keep the row; None where pytest-benchmark is off."""
+        """Check a peer and ours, time them in pairs and keep the row.
+
+        Args:
+            case: with the row's ``id`` and its ``peer``.
+            check: makes a peer by its name, and gives its error by what is allowed, and where that
+                is. Rows that share what is held (``hold_for``) share this too.
+            work_of: what is timed of it.
+            floor_bytes: what has to be read and written once, if the peer does our work.
+            tokens: real text tokens of a call.
+            columns: of the row: what is done.
+
+        Returns:
+            The row; None if pytest-benchmark is off.
+
+        Raises:
+            AssertionError: a check is red; nothing is timed then.
+        """
+        names = peers.ours(self.device), case.peer
+        for name in names:
+            if name not in self._held:
+                self._held[name] = check(name)
+            parity.refuse_red(case.id, name, *self._held[name][1:])
+        (ours, _, _), (peer, error, _) = (self._held[name] for name in names)
         speed, launch = self.floor
-        benchmark.group = " ".join(x for x in (operation, direction, shape.name, embeddings) if x)
-        timing = self.clock.pair(our_work, work, benchmark)
+        group = (columns["operation"], columns["direction"], shape.name, columns["embeddings"])
+        benchmark.group = " ".join(filter(None, group))
+        timing = self.clock.pair(work_of(ours), work_of(peer), benchmark)
         if timing is None:
             return None
-        floor_ms = None if floor_bytes is None else max(floor_bytes / 1e6 / speed, launch)
-        sizes = {k: v for k, v in asdict(shape).items() if k not in ("name", "shortest")}
-        row = Row(
-            suite=suite,
-            operation=operation,
-            direction=direction,
-            shape=shape.name,
-            **sizes,
-            embeddings=embeddings,
-            parameters=parameters,
-            peer=peer,
-            ours=ours,
-            **_columns(timing),
-            floor_mb=None if floor_bytes is None else floor_bytes / 1e6,
-            floor_ms=floor_ms,
-            of_floor=None if floor_ms is None else floor_ms / timing.p50_ms,
-            tokens_per_s=None if tokens is None else 1e3 * tokens / timing.p50_ms,
-            error=error,
-            note=note,
-            **self.origin,
-        )
+        columns |= {"shape": shape.name, "parameters": "float32", **shape.columns, **asdict(timing)}
+        for end in ("", "_low", "_high"):
+            columns[f"ours_to_peer{end}"] = columns.pop(f"ratio{end}")
+        if floor_bytes is not None:
+            floor_ms = max(floor_bytes / 1e6 / speed, launch)
+            columns |= {"floor_mb": floor_bytes / 1e6, "floor_ms": floor_ms}
+            columns["of_floor"] = floor_ms / timing.p50_ms
+        if tokens is not None:
+            columns["tokens_per_s"] = 1e3 * tokens / timing.p50_ms
+        columns |= {"ours": names[0], "peer": names[1], "error": error}
+        row = Row(**columns, note="; ".join(filter(None, (note, peer.note))), **self.origin)
         self.book.add(row)
         benchmark.extra_info.update(
             ours_to_peer=row.ours_to_peer, peak_mb=row.peak_mb, of_floor=row.of_floor
@@ -192,11 +201,7 @@ class Run:
         return row
 
     def operation_row(self, case: Case, benchmark: Any) -> Row | None:
-        """Check a peer of an operation for parity, then measure it.
-
-        Raises:
-            AssertionError: the check is red; nothing is timed then.
-        """
+        """As :meth:`row`, of an operation of :mod:`bench.peers`."""
         self.check_time()
         held = self.hold_for((case.operation, case.shape, case.table))
         if "inputs" not in held:
@@ -204,47 +209,30 @@ class Run:
                 case.shape, DTYPES[case.table], self.device, self.sets_of_inputs
             )
         sets: list[Inputs] = held["inputs"]
-        peer, error = self._checked(held, case, case.peer)
-        ours, _ = self._checked(held, case, peers.ours(self.device))
-        return self.measure(
+
+        def check(name: str) -> tuple[peers.Peer, float, str]:
+            peer = peers.make(case.operation, name, sets[0])
+            expected = held.get("expected") if peer.same_work else None
+            if expected is None:
+                expected = parity.expected_of(peer, sets[0])
+            if peer.same_work:
+                held["expected"] = expected
+            return peer, *parity.check(peer, sets[0], expected)
+
+        same_work = case.peer not in (peers.DEPT, peers.PEFT)
+        moved = floor_bytes(case.operation, case.direction, case.shape, sets[0])
+        return self.row(
             benchmark,
+            case,
+            case.shape,
+            check,
+            lambda peer: work_of(case.direction, peer, sets),
+            floor_bytes=moved if same_work else None,
             suite=case.suite,
             operation=case.operation,
             direction=case.direction,
-            shape=case.shape,
             embeddings="" if case.operation == "reconstruct" else case.table,
-            peer=peer.name,
-            ours=ours.name,
-            work=work_of(case.direction, peer, sets),
-            our_work=work_of(case.direction, ours, sets),
-            floor_bytes=floor_bytes(case.operation, case.direction, case.shape, sets[0])
-            if peer.same_work
-            else None,
-            error=error,
         )
-
-    def _checked(self, held: dict[Any, Any], case: Case, name: str) -> tuple[peers.Peer, float]:
-        """The peer and its error; made and checked once a shape."""
-        if name not in held:
-            inputs = held["inputs"][0]
-            peer = peers.make(case.operation, name, case.shape, inputs)
-            kind = "expected" if peer.same_work else f"expected of {name}"
-            if kind not in held:
-                held[kind] = parity.expected_of(peer, inputs)
-            error, where = parity.check(peer, inputs, held[kind])
-            held[name] = (peer, error, where)
-            if not peer.same_work:
-                del held[kind]
-        peer, error, where = held[name]
-        parity.refuse_red(case.id, name, error, where)
-        return peer, error
-
-
-def _columns(timing: Timing) -> dict[str, Any]:
-    values = asdict(timing)
-    for suffix in ("", "_low", "_high"):
-        values[f"ours_to_peer{suffix}"] = values.pop(f"ratio{suffix}")
-    return values
 
 
 def work_of(direction: str, peer: peers.Peer, sets: list[Inputs]) -> Work:
@@ -270,20 +258,25 @@ def work_of(direction: str, peer: peers.Peer, sets: list[Inputs]) -> Work:
 
 def floor_bytes(operation: str, direction: str, shape: Shape, inputs: Inputs) -> int:
     """What has to be read and written once; parameters of tasks that no row has are not read."""
-    width = shape.hidden_size
+    itemsize = inputs.weight.itemsize
     parameters = _bytes(inputs.parameters.values())
-    out = shape.batch * (shape.num_virtual_tokens + shape.length) * width * inputs.weight.itemsize
-    used = 1.0 if inputs.task_ids is None else inputs.task_ids.unique().numel() / shape.tasks
-    small = _bytes([inputs.prompt, inputs.parameters["offset_a"], inputs.parameters["offset_b"]])
-    rows = inputs.input_ids.unique().numel() * width * inputs.weight.itemsize
-    integers = _bytes(
-        t for t in (inputs.input_ids, inputs.attention_mask, inputs.task_ids) if t is not None
-    )
+    offset = inputs.parameters["offset_a"], inputs.parameters["offset_b"]
+    small = _bytes([inputs.prompt, *offset])
+    used = small
+    integers = [inputs.input_ids]
+    if inputs.task_ids is not None:
+        used = small * inputs.task_ids.unique().numel() // shape.tasks
+        integers.append(inputs.task_ids)
+    if inputs.attention_mask is not None:
+        integers.append(inputs.attention_mask)
+    length = shape.num_virtual_tokens + shape.length
+    out = shape.batch * length * shape.hidden_size * itemsize
+    rows = inputs.input_ids.unique().numel() * shape.hidden_size * itemsize
     parts = {
         ("reconstruct", "forward"): parameters + inputs.prompt.nbytes,
         ("reconstruct", "backward"): 2 * parameters + inputs.prompt.nbytes,
-        ("splice", "forward"): out + rows + integers + int(used * small),
-        ("splice", "backward"): out + int(used * small) + small,
+        ("splice", "forward"): out + rows + _bytes(integers) + used,
+        ("splice", "backward"): out + used + small,
     }
     if operation == "prompt path":
         return sum(parts.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Shape:
     tasks: int = 0
     shortest: int = 0
 
+    @property
+    def columns(self) -> dict[str, int]:
+        """The sizes as columns of a row."""
+        return {n: v for n, v in asdict(self).items() if n not in ("name", "shortest")}
+
 
 _T5 = Shape("t5-base", 32, 256, 768, 40, 256, 30, 4, 8, 32128, shortest=128)
 _SENTENCES = replace(_T5, name="sentences", length=40, num_virtual_tokens=20, shortest=20)
@@ -48,10 +53,9 @@ NAMED = (
 MANY_TASKS = tuple(
     replace(_T5, name=f"tasks-{tasks}", batch=64, tasks=tasks) for tasks in (1, 8, 64, 512)
 )
-_WITHOUT_PADDING = ", unpadded"
 # The same sizes without a mask.
 UNPADDED = tuple(
-    replace(shape, name=shape.name + _WITHOUT_PADDING, shortest=0)
+    replace(shape, name=f"{shape.name}, unpadded", shortest=0)
     for shape in (*NAMED, *MANY_TASKS)
     if shape is not _SENTENCES
 )
@@ -77,11 +81,6 @@ _AXES_ON_GPU = {
     "batch": ("batch", (8, 16, 32, 64, 128)),
     "length": ("length", (256, 512, 1024, 2048, 4096)),
 }
-
-
-def is_unpadded(name: str) -> bool:
-    """Whether a shape of this name is one of ``UNPADDED``: measured, but without a goal."""
-    return name.endswith(_WITHOUT_PADDING)
 
 
 def sweeps(on_gpu: bool) -> list[Shape]:

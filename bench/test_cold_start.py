@@ -12,16 +12,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from bench import peers
+from bench import parity, peers
 from bench.rows import Row
 from bench.run import Run
-from bench.shapes import NAMED, QUICK, Shape
+from bench.shapes import NAMED, QUICK
 from bench.timing import median_interval, quantiles
 
 IMPORT, FIRST_CALL, COMPILE = "import", "first call", "compile"
@@ -85,11 +83,7 @@ def test_cold_start(case: Case, run: Run, benchmark: Any) -> None:
             found = child(FIRST_CALL, backend, shape.name, table, *options)
         if not ours:
             error = found.get("error", error)
-        if not found.get("error", 0.0) <= 1:
-            pytest.fail(
-                f"{case.id}: parity: {name} is off by {found['error']:.3g} times what is allowed",
-                pytrace=False,
-            )
+        parity.refuse_red(case.id, name, found.get("error", 0.0), "the result")
         seconds[ours].append(found["seconds"])
 
     def setup() -> tuple[tuple[bool], dict[str, Any]]:
@@ -105,40 +99,33 @@ def test_cold_start(case: Case, run: Run, benchmark: Any) -> None:
     benchmark.pedantic(once, setup=setup, teardown=lambda ours: None, rounds=rounds)
     if not benchmark.enabled:
         return
-    row = replace(_row(case, run, shape, table, seconds[True], seconds[False]), error=error)
+    p20, p50, p80 = (1e3 * t for t in quantiles(seconds[False]))
+    ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
+    ratio, low, high = median_interval(ratios)
+    of_shape: dict[str, Any] = {}
+    if shape is not None:
+        of_shape = {"direction": "both", "shape": shape.name, **shape.columns}
+        of_shape |= {"embeddings": table, "parameters": "float32"}
+    row = Row(
+        suite="cold_start",
+        operation=case.operation,
+        peer=case.peer,
+        ours=case.ours,
+        p20_ms=p20,
+        p50_ms=p50,
+        p80_ms=p80,
+        elapsed_ms=p50,
+        rounds=len(ratios),
+        ours_to_peer=ratio,
+        ours_to_peer_low=low,
+        ours_to_peer_high=high,
+        error=error,
+        note="a fresh process each",
+        **of_shape,
+        **run.origin,
+    )
     run.book.add(row)
     benchmark.extra_info["ours_to_peer"] = row.ours_to_peer
-
-
-def _row(
-    case: Case, run: Run, shape: Shape | None, table: str, own: list[float], times: list[float]
-) -> Row:
-    p20, p50, p80 = (1e3 * t for t in quantiles(times))
-    ratio, low, high = median_interval([a / b for a, b in zip(own, times, strict=True)])
-    sizes = {} if shape is None else asdict(shape)
-    columns: dict[str, Any] = {
-        **dict.fromkeys(Row.__dataclass_fields__),
-        **{k: v for k, v in sizes.items() if k not in ("name", "shortest")},
-        **run.origin,
-        "suite": "cold_start",
-        "operation": case.operation,
-        "direction": "both" if shape else "",
-        "shape": shape.name if shape else "",
-        "embeddings": table if shape else "",
-        "parameters": "float32" if shape else "",
-        "peer": case.peer,
-        "ours": case.ours,
-        "p20_ms": p20,
-        "p50_ms": p50,
-        "p80_ms": p80,
-        "elapsed_ms": p50,
-        "rounds": len(times),
-        "ours_to_peer": ratio,
-        "ours_to_peer_low": low,
-        "ours_to_peer_high": high,
-        "note": "a fresh process each",
-    }
-    return Row(**columns)
 
 
 def child(what: str, *arguments: Any) -> dict[str, float]:
@@ -148,11 +135,10 @@ def child(what: str, *arguments: Any) -> dict[str, float]:
         RuntimeError: it failed; with the end of what it wrote.
     """
     with tempfile.TemporaryDirectory() as folder:
+        path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(
-                part for part in (str(_ROOT), os.environ.get("PYTHONPATH")) if part
-            ),
+            "PYTHONPATH": path,
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
             "TRITON_CACHE_DIR": f"{folder}/triton",
         }

@@ -10,7 +10,7 @@ from bench.run import Case, Run
 
 def cases(run: Run) -> list[Case]:
     """Every named shape by every peer."""
-    return suites.operation_cases(run, "prompt_path", "prompt path", ("both",))
+    return suites.operation_cases(run, "prompt path", ("both",))
 
 
 def test_prompt_path(case: Case, run: Run, benchmark: Any) -> None:

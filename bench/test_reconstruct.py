@@ -10,7 +10,7 @@ from bench.run import Case, Run
 
 def cases(run: Run) -> list[Case]:
     """Every named shape by every peer, in both directions."""
-    return suites.operation_cases(run, "reconstruct", "reconstruct", ("forward", "backward"))
+    return suites.operation_cases(run, "reconstruct", ("forward", "backward"))
 
 
 def test_reconstruct(case: Case, run: Run, benchmark: Any) -> None:

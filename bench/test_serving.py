@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from bench import models, parity, peers
-from bench.inputs import DTYPES, SCALING, Inputs, make_inputs
-from bench.models import Backbone
+from bench.inputs import DTYPES, Inputs, make_inputs, make_prompt, with_mask
 from bench.run import Run
+from bench.run import ServingCase as Case
 from bench.shapes import MANY_TASKS, QUICK, Shape
 from bench.timing import Work
-from ept_fast import EPTConfig, FusedEPTPrompt, get_ept_model, reference
+from ept_fast import FusedEPTPrompt, get_ept_model
 
 BANK = "bank of adapters"
 PREFIX = "next token behind a prefix cache"
@@ -29,32 +29,17 @@ PLAIN = "plain prompt"
 _LENGTHS = "20-40"
 
 
-@dataclass(frozen=True)
-class Case:
-    """One row: an operation at a shape, of a backbone where it has one, by a peer."""
-
-    operation: str
-    shape: Shape
-    backbone: Backbone | None
-    peer: str
-
-    @property
-    def id(self) -> str:
-        """The row's name in pytest."""
-        return "-".join((self.operation, self.shape.name, self.peer)).replace(" ", "-")
-
-
 def cases(run: Run) -> list[Case]:
     """What shares a backbone side by side, ours first."""
     ours, quick = peers.ours(run.device), run.settings.quick
     backbones = models.QUICK if quick else models.ON_GPU if run.on_gpu else models.ON_CPU
     decoders = [backbone for backbone in backbones if backbone.kind != "t5"]
     banks = QUICK[1:] if quick else [s for s in MANY_TASKS if s.tasks == 64]
-    found = [Case(BANK, shape, None, peer) for shape in banks for peer in (ours, ONE_TASK)]
+    found = [Case(BANK, shape, peer) for shape in banks for peer in (ours, ONE_TASK)]
     for backbone in decoders:
         shape = models.shape_of(backbone, _LENGTHS)
         names = (ours, NO_PREFIX, PLAIN, models.BACKBONE)
-        found += [Case(PREFIX, shape, backbone, name) for name in names]
+        found += [Case(PREFIX, shape, name, backbone) for name in names]
     return found
 
 
@@ -66,23 +51,28 @@ def test_serving(case: Case, run: Run, benchmark: Any) -> None:
     if "make" not in held:
         make = _make_bank if case.backbone is None else _make_decoder
         held["make"] = make(case, DTYPES[table], run.device)
-    name = peers.ours(run.device)
-    ours, _ = _checked(held, case, name)
-    peer, error = _checked(held, case, case.peer)
-    run.measure(
+
+    @torch.no_grad()
+    def check(name: str) -> tuple[Served, float, str]:
+        served: Served = held["make"].make(name)
+        return served, *parity.compare({"output": served.call()}, served.expected)
+
+    def work_of(served: Served) -> Work:
+        call = torch.no_grad()(served.call)
+        return Work(lambda i: None, lambda _: call())
+
+    run.row(
         benchmark,
+        case,
+        case.shape,
+        check,
+        work_of,
+        tokens=held["make"].tokens,
+        note=held["make"].note,
         suite="serving",
         operation=case.operation,
         direction="forward",
-        shape=case.shape,
         embeddings=table,
-        peer=case.peer,
-        ours=name,
-        work=_work(peer),
-        our_work=_work(ours),
-        tokens=held["make"].tokens,
-        error=error,
-        note="; ".join(filter(None, (held["make"].note, peer.note))),
     )
 
 
@@ -112,75 +102,61 @@ def _make_bank(case: Case, dtype: torch.dtype, device: torch.device) -> Maker:
     from ept_fast.transformers.bank import BankPrompt
 
     shape = case.shape
-    inputs = make_inputs(shape, dtype, device, 1)[0]
-    mask = inputs.attention_mask
-    if mask is None:
-        mask = torch.ones_like(inputs.input_ids)
-    inputs = replace(inputs, attention_mask=mask)
+    inputs = with_mask(make_inputs(shape, dtype, device, 1)[0])
+
+    def adapter(task: int) -> FusedEPTPrompt:
+        sizes = _sizes(shape, task)
+        return make_prompt(sizes, _tensors(sizes, inputs, task), inputs.weight)
+
+    alone = adapter(0).fold()
     table = nn.Embedding.from_pretrained(inputs.weight, freeze=True)
-    config = _config(shape, 0)
-    bank = BankPrompt(config, table, shape.tasks, torch.float32, None, "auto")
+    bank = BankPrompt(alone.config, table, shape.tasks, torch.float32, None, "auto")
     for task in range(shape.tasks):
-        bank.write(task, _adapter(shape, inputs, table, task).fold())
-    alone = _adapter(shape, inputs, table, 0).fold()
-    one = torch.zeros_like(inputs.task_ids)
+        bank.write(task, adapter(task).fold())
 
     def make(name: str) -> Served:
-        task_ids = None if name == ONE_TASK else inputs.task_ids
-        prompt = alone if name == ONE_TASK else bank
-        rows = one if name == ONE_TASK else inputs.task_ids
+        one = name == ONE_TASK
+        prompt, task_ids = (alone, None) if one else (bank, inputs.task_ids)
+        rows = [0] * shape.batch if one else inputs.task_ids.tolist()
         return _served(
-            lambda: prompt(inputs.input_ids, None, mask, task_ids).inputs_embeds,
+            lambda: prompt(inputs.input_ids, None, inputs.attention_mask, task_ids).inputs_embeds,
             _rows(shape, inputs.to(torch.float64), rows),
             _rows(shape, inputs, rows),
         )
 
-    return Maker(make, int(mask.sum()), "lengths and ranks of the adapters differ")
+    tokens = int(inputs.attention_mask.sum())
+    return Maker(make, tokens, "lengths and ranks of the adapters differ")
 
 
-def _config(shape: Shape, task: int) -> EPTConfig:
-    rank = max(1, shape.rank // (1 + task % 2))
-    return EPTConfig(
-        shape.hidden_size,
-        num_virtual_tokens=max(1, shape.num_virtual_tokens * (4 - task % 3) // 4),
-        max_length=shape.max_length,
-        rank=rank,
-        num_spaces=shape.num_spaces,
-        space_dim=shape.space_dim,
-        alpha=SCALING * rank**0.5,
-    )
+def _sizes(shape: Shape, task: int) -> Shape:
+    """Those of the task's adapter."""
+    m = max(1, shape.num_virtual_tokens * (4 - task % 3) // 4)
+    return replace(shape, tasks=0, rank=max(1, shape.rank // (1 + task % 2)), num_virtual_tokens=m)
 
 
-def _tensors(shape: Shape, inputs: Inputs, task: int) -> dict[str, Tensor]:
+def _tensors(sizes: Shape, inputs: Inputs, task: int) -> dict[str, Tensor]:
     """The task's tensors, cut to its sizes."""
-    config = _config(shape, task)
     cuts = {
-        "short_prompt": (slice(config.num_virtual_tokens),),
-        "offset_a": (slice(None), slice(config.rank)),
-        "offset_b": (slice(config.rank),),
+        "short_prompt": (slice(sizes.num_virtual_tokens),),
+        "offset_a": (slice(None), slice(sizes.rank)),
+        "offset_b": (slice(sizes.rank),),
     }
     return {name: t[task][cuts.get(name, ())] for name, t in inputs.parameters.items()}
 
 
-def _adapter(shape: Shape, inputs: Inputs, table: nn.Embedding, task: int) -> FusedEPTPrompt:
-    tensors = {n: t.detach().clone() for n, t in _tensors(shape, inputs, task).items()}
-    return FusedEPTPrompt.from_tensors(_config(shape, task), tensors, table)
-
-
-def _rows(shape: Shape, inputs: Inputs, rows: Tensor) -> Tensor:
+def _rows(shape: Shape, inputs: Inputs, tasks: list[int]) -> Tensor:
     """``[B, m + S, d]`` by the definition; before a shorter prompt there are zeros."""
+    by_definition = peers.operation_of("prompt path", peers.REFERENCE)
     found = []
-    for row, task in enumerate(rows.tolist()):
-        tensors = _tensors(shape, inputs, task)
-        one = reference.splice_prompt(
-            reference.reconstruct_prompt(**tensors, scaling=SCALING),
+    for row, task in enumerate(tasks):
+        own = replace(
+            inputs,
+            parameters=_tensors(_sizes(shape, task), inputs, task),
             input_ids=inputs.input_ids[row : row + 1],
             attention_mask=inputs.attention_mask[row : row + 1],
-            weight=inputs.weight,
-            offset_a=tensors["offset_a"],
-            offset_b=tensors["offset_b"],
-            scaling=SCALING,
+            task_ids=None,
         )
+        one = by_definition(own)
         missing = shape.num_virtual_tokens + shape.length - one.shape[1]
         found.append(nn.functional.pad(one, (0, 0, missing, 0)))
     return torch.cat(found)
@@ -209,19 +185,14 @@ def _make_decoder(case: Case, dtype: torch.dtype, device: torch.device) -> Maker
 
     def seen(name: str, table: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings and mask of prompt and text by the definition, in the table's type."""
-        used = {} if name == models.BACKBONE else plain if name == PLAIN else tensors
-        used = {n: t.to(torch.promote_types(t.dtype, table.dtype)) for n, t in used.items()}
-        if not used:
-            return nn.functional.embedding(inputs["input_ids"], table), mask
-        offset = {n: t for n, t in used.items() if n.startswith("offset")}
-        embeds = reference.splice_prompt(
-            reference.reconstruct_prompt(**used, scaling=scaling),
-            input_ids=inputs["input_ids"],
-            weight=table,
-            **offset,
-            scaling=scaling,
-            attention_mask=mask,
-        )
+        ids = inputs["input_ids"]
+        if name == models.BACKBONE:
+            return nn.functional.embedding(ids, table), mask
+        used = {
+            n: t.to(torch.promote_types(t.dtype, table.dtype))
+            for n, t in (plain if name == PLAIN else tensors).items()
+        }
+        embeds = models.embeds_by_definition(used, ids, table, scaling, mask)
         missing = embeds.shape[1] - mask.shape[1]
         return embeds, nn.functional.pad(mask, (missing, 0), value=1)
 
@@ -251,23 +222,3 @@ def _make_decoder(case: Case, dtype: torch.dtype, device: torch.device) -> Maker
 
 def _served(call: Callable[[], Tensor], exact: Tensor, plain: Tensor, note: str = "") -> Served:
     return Served(call, parity.Expected({"output": exact}, {"output": plain}), note)
-
-
-def _work(served: Served) -> Work:
-    @torch.no_grad()
-    def call(_: None) -> Tensor:
-        return served.call()
-
-    return Work(lambda i: None, call)
-
-
-def _checked(held: dict[Any, Any], case: Case, name: str) -> tuple[Served, float]:
-    """The peer and its error; made and checked once a shape."""
-    if name not in held:
-        served: Served = held["make"].make(name)
-        with torch.no_grad():
-            found = {"output": served.call()}
-        held[name] = (served, *parity.compare(found, served.expected))
-    served, error, where = held[name]
-    parity.refuse_red(case.id, name, error, where)
-    return served, error

@@ -15,7 +15,7 @@ import torch
 
 from bench import models, parity, peers
 from bench.inputs import DTYPES
-from bench.models import Backbone, Batch, Method
+from bench.models import Backbone, Method
 from bench.run import Run
 
 
@@ -37,7 +37,7 @@ class Case:
 
 def cases(run: Run) -> list[Case]:
     """What shares a model side by side; torch.compile last, as it takes the longest to start."""
-    ours = [peers.ours(run.device), *peers.others_of_ours(run.device)]
+    ours = peers.backends(run.device)
     names = [*ours, peers.PEFT, peers.DEPT, models.BACKBONE]
     if run.settings.quick:
         found = [Case(b, "20-40", False, name) for b in models.QUICK for name in names]
@@ -66,48 +66,26 @@ def test_training_step(case: Case, run: Run, benchmark: Any) -> None:
     if "model" not in held:
         held["model"] = models.make_model(case.backbone, DTYPES[table], run.device)
         held["batch"] = models.make_batch(case.backbone, shape, run.device)
-    batch: Batch = held["batch"]
-    ours = _checked(held, case, peers.ours(run.device))
-    peer = _checked(held, case, case.peer)
-    notes = (case.backbone.note, peer.method.note)
-    run.measure(
+        held["exact model"] = models.exact_copy(held["model"])
+    model, batch = held["model"], held["batch"]
+
+    def check(name: str) -> tuple[Method, float, str]:
+        method = models.make(name, model, case.backbone, batch)
+        expected = models.expected_of(method, model, held["exact model"], batch)
+        if case.compiled:
+            method = replace(method, loss=torch.compile(method.loss, dynamic=False))
+        return method, *parity.compare(models.results(method, model, batch), expected)
+
+    run.row(
         benchmark,
+        case,
+        shape,
+        check,
+        lambda method: models.step(method, batch),
+        tokens=int(batch.attention_mask.sum()),
+        note=case.backbone.note,
         suite="training_step",
         operation="training step, compiled" if case.compiled else "training step",
         direction="both",
-        shape=shape,
         embeddings=table,
-        peer=peer.method.name,
-        ours=ours.method.name,
-        work=models.step(peer.method, peer.loss, batch),
-        our_work=models.step(ours.method, ours.loss, batch),
-        tokens=int(batch.attention_mask.sum()),
-        error=peer.error,
-        note="; ".join(note for note in notes if note),
     )
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A method, its loss as it is timed, and what the check has found."""
-
-    method: Method
-    loss: Any
-    error: float
-    where: str
-
-
-def _checked(held: dict[Any, Any], case: Case, name: str) -> _Checked:
-    """The method by name; made and checked once a backbone and length."""
-    if name not in held:
-        model, batch = held["model"], held["batch"]
-        if "exact model" not in held:
-            held["exact model"] = models.exact_copy(model)
-        method = models.make(name, model, case.backbone, batch)
-        expected = models.expected_of(method, model, held["exact model"], batch)
-        loss = torch.compile(method.loss, dynamic=False) if case.compiled else method.loss
-        found = models.results(method, loss, model, batch)
-        held[name] = _Checked(method, loss, *parity.compare(found, expected))
-    checked: _Checked = held[name]
-    parity.refuse_red(case.id, name, checked.error, checked.where)
-    return checked

@@ -15,7 +15,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +52,14 @@ class Timing:
     ratio_high: float
 
 
-def quantiles(values: list[float]) -> tuple[float, float, float]:
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile, each one of the values."""
     ordered = sorted(values)
     p20, p50, p80 = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
     return p20, p50, p80
 
 
-def median_interval(values: list[float]) -> tuple[float, float, float]:
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """The median and its 95% interval from the order of the values, whatever they are spread by."""
     ordered = sorted(values)
     n = len(ordered)
@@ -68,7 +68,8 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
 
 
 @contextmanager
-def _no_collection() -> Any:
+def no_collection() -> Any:
+    """Python collects no garbage within."""
     gc.collect()
     gc.disable()
     try:
@@ -105,7 +106,7 @@ class Clock:
         """Measure a peer beside our work.
 
         Args:
-            benchmark: pytest-benchmark's fixture; its figures are the peer's elapsed times. Where
+            benchmark: pytest-benchmark's fixture; its figures are the peer's elapsed times. If
                 it is disabled, both run once and there is no timing.
         """
         for work in (ours, peer):
@@ -113,7 +114,7 @@ class Clock:
                 work.call(work.prepare(i))
         if not benchmark.enabled:
             return None
-        with _no_collection():
+        with no_collection():
             if self.on_gpu:
                 return self._on_gpu(ours, peer, benchmark)
             return self._on_cpu(ours, peer, benchmark)
@@ -148,24 +149,29 @@ class Clock:
 
         benchmark.pedantic(target, setup=setup, teardown=teardown, rounds=rounds)
         results.clear()
-        times = list(benchmark.stats.stats.data)
-        p20, p50, p80 = (1e3 * t for t in quantiles(times))
-        ratio = median_interval([a / b for a, b in zip(own, times, strict=True)])
-        return Timing(p20, p50, p80, None, p50, self.peak_mb(peer), None, rounds, *ratio)
+        times = [1e3 * seconds for seconds in benchmark.stats.stats.data]
+        return self._timing([1e3 * t for t in own], times, peak_mb=self.peak_mb(peer))
+
+    def _timing(self, own: Sequence[float], times: Sequence[float], **others: Any) -> Timing:
+        """Of milliseconds in pairs; the time is the elapsed one if that is not among the others."""
+        p20, p50, p80 = quantiles(times)
+        ratio, low, high = median_interval([a / b for a, b in zip(own, times, strict=True)])
+        others = {"host_ms": None, "elapsed_ms": p50, "launches": None, **others}
+        return Timing(
+            p20, p50, p80, rounds=len(times), ratio=ratio, ratio_low=low, ratio_high=high, **others
+        )
 
     def _on_gpu(self, ours: Work, peer: Work, benchmark: Any) -> Timing:
-        peak, launches = self.peak_mb(peer), len(self.launches(peer))
-        host = {id(work): self.host_seconds(work) for work in (ours, peer)}
+        figures = {"peak_mb": self.peak_mb(peer), "launches": len(self.launches(peer))}
+        our_host, host = (self.host_seconds(work) for work in (ours, peer))
+
+        def both(i: int) -> tuple[float, float]:
+            return self._device_ms(ours, i, our_host), self._device_ms(peer, i, host)
+
         begin = time.perf_counter()
-        for work in (ours, peer):
-            self._device_ms(work, 0, host[id(work)])
+        both(0)
         rounds = self.rounds(time.perf_counter() - begin)
-        own, times = [], []
-        for i in range(rounds):
-            own.append(self._device_ms(ours, i, host[id(ours)]))
-            times.append(self._device_ms(peer, i, host[id(peer)]))
-        p20, p50, p80 = quantiles(times)
-        ratio = median_interval([a / b for a, b in zip(own, times, strict=True)])
+        own, times = zip(*(both(i) for i in range(rounds)), strict=True)
         number = iter(range(1 << 30))
 
         def setup() -> tuple[tuple[list[Any]], dict[str, Any]]:
@@ -182,9 +188,8 @@ class Clock:
             state.clear()
 
         benchmark.pedantic(target, setup=setup, teardown=teardown, rounds=min(rounds, 10))
-        elapsed = 1e3 * statistics.median(benchmark.stats.stats.data)
-        own_host = 1e3 * host[id(peer)]
-        return Timing(p20, p50, p80, own_host, elapsed, peak, launches, rounds, *ratio)
+        figures["elapsed_ms"] = 1e3 * statistics.median(benchmark.stats.stats.data)
+        return self._timing(own, times, host_ms=1e3 * host, **figures)
 
     def host_seconds(self, work: Work) -> float:
         """Median until the call returns, with an idle device."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +18,7 @@ from bench.environment import slug
 from bench.inputs import Inputs, make_inputs
 from bench.rows import read
 from bench.run import Case, Run, Settings, floor_bytes
-from bench.shapes import MANY_TASKS, NAMED, QUICK, UNPADDED, Shape, is_unpadded, sweeps
+from bench.shapes import MANY_TASKS, NAMED, QUICK, UNPADDED, Shape, sweeps
 from bench.timing import Clock, Work, median_interval
 
 CPU = torch.device("cpu")
@@ -65,9 +62,9 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 def test_every_operation_leaves_rows(run: Run) -> None:
     wanted = [
-        *suites.operation_cases(run, "prompt_path", "prompt path", ("both",)),
-        *suites.operation_cases(run, "splice", "splice", ("forward", "backward"))[:2],
-        *suites.operation_cases(run, "reconstruct", "reconstruct", ("forward", "backward"))[:2],
+        *suites.operation_cases(run, "prompt path", ("both",)),
+        *suites.operation_cases(run, "splice", ("forward", "backward"))[:2],
+        *suites.operation_cases(run, "reconstruct", ("forward", "backward"))[:2],
     ]
     for case in wanted:
         run.operation_row(case, Benchmark())
@@ -113,7 +110,7 @@ def test_a_wrong_peer_is_not_timed(
 @pytest.mark.parametrize("name", ["dept", "peft-100"])
 def test_another_way_is_checked_too(name: str) -> None:
     (inputs,) = make_inputs(QUICK[0], torch.float32, CPU, 1)
-    peer = peers.make("prompt path", name, QUICK[0], inputs)
+    peer = peers.make("prompt path", name, inputs)
     expected = parity.expected_of(peer, inputs)
     assert parity.check(peer, inputs, expected)[0] <= 1
     wrong = replace(peer, forward=lambda inputs: peer.forward(inputs) * 1.0001)
@@ -129,13 +126,12 @@ def test_another_way_is_checked_too(name: str) -> None:
     ids=["not a number", "another shape", "an offset"],
 )
 def test_a_wrong_output_is_named(wrong: Callable[[Tensor], Tensor]) -> None:
-    (inputs,) = make_inputs(QUICK[1], torch.float32, CPU, 1)
-    peer = peers.make("splice", "reference", QUICK[1], inputs)
-    expected = parity.expected_of(peer, inputs)
-    found = {**expected.plain, "output": wrong(expected.plain["output"])}
-    error, name = parity.compare(found, expected)
+    value = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    expected = parity.Expected({"a": value.double(), "b": value.double()}, {"a": value, "b": value})
+    assert parity.compare(expected.plain, expected) == (0.0, "")
+    error, name = parity.compare({"a": value, "b": wrong(value)}, expected)
     assert not error <= 1
-    assert name == "output"
+    assert name == "b"
 
 
 def test_a_zero_has_to_be_zero() -> None:
@@ -146,21 +142,16 @@ def test_a_zero_has_to_be_zero() -> None:
 
 
 def test_a_pair_times_the_peer_and_the_ratio_is_ours_by_its() -> None:
+    """What is prepared is not timed."""
+
     def work(seconds: float) -> Work:
-        return Work(lambda i: seconds, time.sleep)
+        return Work(lambda i: time.sleep(0.05), lambda state: time.sleep(seconds))
 
     timing = Clock(CPU, 0.2, 5, 9).pair(work(0.002), work(0.008), Benchmark())
     assert timing is not None
-    assert timing.p50_ms >= 8
+    assert 8 <= timing.p50_ms < 50
     assert 0.1 < timing.ratio_low <= timing.ratio <= timing.ratio_high < 0.8
     assert 5 <= timing.rounds <= 9
-
-
-def test_preparing_is_not_timed() -> None:
-    slow = Work(lambda i: time.sleep(0.01), lambda state: None)
-    timing = Clock(CPU, 0, 3, 3).pair(slow, slow, Benchmark())
-    assert timing is not None
-    assert timing.p80_ms < 5
 
 
 def test_where_pytest_benchmark_is_off_nothing_is_recorded(run: Run) -> None:
@@ -269,7 +260,6 @@ def test_rows_stop_when_the_time_is_over(tmp_path: Path) -> None:
 def test_names_of_rows_are_unique() -> None:
     names = [shape.name for shape in (*NAMED, *MANY_TASKS, *UNPADDED, *sweeps(False))]
     assert len(set(names)) == len(names)
-    assert [name for name in names if is_unpadded(name)] == [shape.name for shape in UNPADDED]
     assert {"t5-base", "t5-large", "llama-1b", "llama-8b", "long"} <= set(names)
     on_gpu = [shape.name for shape in sweeps(True)]
     assert len(set(on_gpu)) == len(on_gpu)
@@ -277,19 +267,16 @@ def test_names_of_rows_are_unique() -> None:
 
 @pytest.mark.parametrize("shape", [*NAMED, *MANY_TASKS, *UNPADDED], ids=lambda shape: shape.name)
 def test_named_rows_are_padded_on_the_right(shape: Shape) -> None:
-    """Half of the length or more, and a batch of several is as long as its longest row."""
+    """By half of the length at most; a batch of several is as long as its longest row."""
     small = replace(shape, hidden_size=1, rank=1, vocabulary=8, tasks=min(shape.tasks, 1))
     (inputs,) = make_inputs(small, torch.float32, CPU, 1)
     mask = inputs.attention_mask
     assert (mask is None) == (shape in UNPADDED)
-    if mask is None:
-        return
-    lengths = mask.sum(1)
-    assert mask.equal((torch.arange(shape.length) < lengths[:, None]).long())
-    assert shape.shortest == shape.length // 2
-    assert lengths.min() >= shape.shortest
-    assert (lengths < shape.length).any()
-    assert shape.batch == 1 or lengths.max() == shape.length
+    if mask is not None:
+        lengths = mask.sum(1)
+        assert mask.equal((torch.arange(shape.length) < lengths[:, None]).long())
+        assert shape.length // 2 == shape.shortest <= lengths.min() < shape.length
+        assert shape.batch == 1 or lengths.max() == shape.length
 
 
 @pytest.mark.parametrize(
@@ -301,23 +288,3 @@ def test_named_rows_are_padded_on_the_right(shape: Shape) -> None:
 )
 def test_a_devices_folder(device: str, folder: str) -> None:
     assert slug(device) == folder
-
-
-@pytest.mark.slow
-def test_the_command_runs_a_part_and_leaves_its_files(root: Path, tmp_path: Path) -> None:
-    """The real fixture, options and hooks; `--quick` as a whole is a stage of its own in CI."""
-    # In a process of xdist's, pytest-benchmark would be off.
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET"))}
-    command = ["bench/", "--quick", "--no-compiled", "--out", str(tmp_path), "-k", "splice"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *command],
-        cwd=root,
-        env=own,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "splice.csv").is_file()
-    assert list(tmp_path.glob("*.png"))
-    assert f"rows in {tmp_path}" in done.stdout

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from bench import triton_cache
+from tests.processes import python
 
 
 def kernel(cache: Path, name: str, extensions: tuple[str, ...] = ("cubin", "json", "ptx")) -> Path:
@@ -106,30 +105,20 @@ def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> No
 
 def test_packing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An earlier archive stays until the new one is whole."""
-    for name in ("one", "two"):
-        kernel(tmp_path / "old", name)
+    kernel(tmp_path / "old", "one")
     archive = archive_of(tmp_path / "a.tgz", {})
     before = archive.read_bytes()
-    add, calls = tarfile.TarFile.addfile, []
-
-    def full(self: tarfile.TarFile, entry: tarfile.TarInfo, content: io.BytesIO) -> None:
-        assert archive.read_bytes() == before
-        calls.append(entry.name)
-        if len(calls) == 4:
-            raise OSError(28, "No space left on device")
-        add(self, entry, content)
-
-    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(tarfile.TarFile, "addfile", Mock(side_effect=[None, full]))
     with pytest.raises(OSError, match="No space left"):
         triton_cache.pack(tmp_path / "old", archive)
     assert archive.read_bytes() == before
 
 
 COMPILE = """
-from bench import compiled
+from bench import compiled, shapes
 
-sizes = compiled.Shape("tiny", 4, 12, 3, 2, 4, 32, 3, 9)
-case = compiled.Splice(sizes, ("bf16", "fp32"), mask=None)
+case = compiled.Splice(shapes.QUICK[0], ("bf16", "fp32"), mask=None)
 uses = compiled.launches([case], ["sm_90"])
 (launch,) = {use.launch for use in uses if use.launch.kernel == "_splice_forward_kernel"}
 print(compiled.problem(launch), end="")
@@ -137,20 +126,12 @@ print(compiled.problem(launch), end="")
 
 
 @pytest.mark.slow
-def test_triton_finds_a_kernel_of_an_archive(root: Path, tmp_path: Path) -> None:
+def test_triton_finds_a_kernel_of_an_archive(tmp_path: Path) -> None:
     """It would leave its intermediate code beside one that it compiles again."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
     def compile_into(cache: Path) -> None:
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE],
-            cwd=root,
-            env={**environment, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(root)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = python("-c", COMPILE, TRITON_CACHE_DIR=str(cache))
         assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
     old, new = tmp_path / "old", tmp_path / "new"

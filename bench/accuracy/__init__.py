@@ -18,7 +18,4 @@ For a machine with a GPU and without the data and the encoder's package:
         --device cuda --workers 8 --minutes 3 --out OUT
 
 The weights travel as float16 and are float32 again when they are loaded; training is in float32.
-
-``pilot`` tries other sizes than ``SIZES``, and ``SIZES`` at every learning rate, on held-out
-training rows of sst2 and trec; the study does not use what it finds.
 """

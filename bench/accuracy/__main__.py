@@ -11,7 +11,7 @@ import bench.accuracy
 from bench.accuracy.packed import pack
 from bench.accuracy.records import done_runs, read_records
 from bench.accuracy.schedule import run_study
-from bench.accuracy.study import METHODS, TASKS, Study, embedded_model, pilot_runs
+from bench.accuracy.study import METHODS, TASKS, Study, embedded_model
 from bench.accuracy.tables import report
 from bench.accuracy.timing import print_memory, time_methods
 from bench.accuracy.worker import device_name
@@ -24,17 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=bench.accuracy.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = ("run", "timing", "report", "pack", "pilot", "memory")
+    commands = ("run", "timing", "report", "pack", "memory")
     parser.add_argument("command", choices=commands)
     parser.add_argument("--data", type=Path, help="folder with sst2, trec and cola")
-    parser.add_argument("--model", help="folder or hub id; the embedded MiniLM where not given")
+    parser.add_argument("--model", help="folder or hub id; the embedded MiniLM if not given")
     parser.add_argument("--out", type=Path, default=Path("bench/results/accuracy"))
     parser.add_argument(
         "--device",
-        help="cpu (where not given) or cuda; for report a part of the name of the device that the "
-        "records are of, needed where they are of several",
+        help="cpu (if not given) or cuda; for report a part of the name of the device that the "
+        "records are of, needed if they are of several",
     )
-    parser.add_argument("--minutes", type=float, help="limit of run and pilot")
+    parser.add_argument("--minutes", type=float, help="limit of run")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--method", choices=tuple(METHODS), help="for memory")
@@ -81,8 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(record["kind"] == "final" for record in records):
             report(study.out, device)
         return status
-    if given.command == "pilot":
-        return run_study(study, pilot_runs(study))
     if study.device != "cpu":
         parser.error(f"--device: expected cpu for {given.command}, got {study.device}")
     if given.command == "timing":

@@ -21,7 +21,7 @@ _OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 def pack(model: str, data: Path, out: Path, tasks: Sequence[str], limit: int = LIMIT) -> int:
     """Write ``out/model``, with float16 weights, and ``out/data``; give their size in bytes.
 
-    Nothing of ``out`` changes where this fails.
+    Nothing of ``out`` changes if this fails.
 
     Raises:
         SystemExit: a missing file, weights beyond float16, or more bytes than the limit.

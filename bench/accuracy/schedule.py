@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -39,7 +39,7 @@ class _Worker:
         self.pipe.close()
 
 
-def run_study(study: Study, pilots: Sequence[Run] = (), target: Callable[..., None] = serve) -> int:
+def run_study(study: Study, target: Callable[..., None] = serve) -> int:
     """Do the runs that are not recorded yet, and record each as soon as it ends.
 
     A process that dies or raises fails its run; the study goes on without that run, in a new
@@ -47,51 +47,45 @@ def run_study(study: Study, pilots: Sequence[Run] = (), target: Callable[..., No
 
     Args:
         study: what to do.
-        pilots: runs to do in place of the study's.
         target: what a process does; it takes a pipe, the study and a folder for files.
 
     Returns:
         The exit status: ``ALL_DONE``, ``FAILED`` or ``RUNS_LEFT``.
     """
-    return _Schedule(study, pilots, target).run()
+    schedule = _Schedule(study, target)
+    start = time.monotonic()
+    minutes = study.minutes
+    left = schedule.left()
+    _say(
+        f"{schedule.device}: {_numbers(left)} to do, {schedule.steps(left)} steps, "
+        f"{study.workers} at a time; {len(schedule.done)} recorded before"
+        + ("" if minutes is None else f"; limit {minutes:g} minutes")
+    )
+    with tempfile.TemporaryDirectory(prefix="ept-accuracy-") as folder:
+        try:
+            cut = schedule.loop(None if minutes is None else start + 60 * minutes, folder)
+        finally:
+            for worker in schedule.workers:
+                worker.stop()
+    left = schedule.left()
+    count = sum(left.values())
+    _say(
+        f"{len(schedule.finished)} done in {(time.monotonic() - start) / 60:.1f} minutes, "
+        f"{_numbers(left)} left" + (", at the limit" if cut and count else "")
+    )
+    if schedule.failed:
+        return FAILED
+    return RUNS_LEFT if count else ALL_DONE
 
 
 class _Schedule:
-    def __init__(self, study: Study, pilots: Sequence[Run], target: Callable[..., None]) -> None:
-        self.study, self.pilots, self.target = study, pilots, target
+    def __init__(self, study: Study, target: Callable[..., None]) -> None:
+        self.study, self.target = study, target
         self.device = device_name(study.device)
         self.done: Records = done_runs(read_records(study.out), self.device)
         self.failed: set[Run] = set()
         self.workers: list[_Worker] = []
         self.finished: list[dict[str, Any]] = []  # in this call
-
-    def run(self) -> int:
-        study = self.study
-        start = time.monotonic()
-        limit = None if study.minutes is None else start + 60 * study.minutes
-        left = self.left()
-        print(
-            f"{self.device}: {_numbers(left)} to do, {self.steps(left)} steps, "
-            f"{study.workers} at a time; {len(self.done)} recorded before"
-            + ("" if limit is None else f"; limit {study.minutes:g} minutes"),
-            flush=True,
-        )
-        with tempfile.TemporaryDirectory(prefix="ept-accuracy-") as folder:
-            try:
-                cut = self.loop(limit, folder)
-            finally:
-                for worker in self.workers:
-                    worker.stop()
-        left = self.left()
-        count = sum(left.values())
-        print(
-            f"{len(self.finished)} done in {(time.monotonic() - start) / 60:.1f} minutes, "
-            f"{_numbers(left)} left" + (", at the limit" if cut and count else ""),
-            flush=True,
-        )
-        if self.failed:
-            return FAILED
-        return RUNS_LEFT if count else ALL_DONE
 
     def loop(self, limit: float | None, folder: str) -> bool:
         """Give the workers runs and take their records; True at the limit."""
@@ -111,8 +105,9 @@ class _Schedule:
         if len(self.failed) >= MOST_FAILURES:
             return
         running = {worker.run for worker in self.workers}
-        ready = [run for run in self.ready() if run not in running and run not in self.failed]
-        for run in ready:
+        for run in next_runs(self.study, self.done):
+            if run in running or run in self.failed:
+                continue
             worker = next((worker for worker in self.workers if worker.run is None), None)
             if worker is None:
                 if len(self.workers) >= self.study.workers:
@@ -141,38 +136,28 @@ class _Schedule:
         try:
             record = worker.pipe.recv()
         except (EOFError, OSError):
-            worker.process.join(10)  # its status is its own where it has ended itself
+            worker.process.join(10)  # its status is its own if it has ended itself
             worker.stop()
             self.workers.remove(worker)
             self.failed.add(run)
-            print(
-                f"{_now()} failed: {_words(run)}, the process ended with status "
-                f"{worker.process.exitcode}",
-                flush=True,
-            )
+            status = worker.process.exitcode
+            _say(f"{_now()} failed: {_words(run)}, the process ended with status {status}")
             return
         worker.run = None
         append_record(self.study.out, record)
         self.done[run.key] = record
         self.finished.append(record)
-        print(
+        _say(
             f"{_now()} {_words(run)} {record['metric']} {record['value']:.4f} "
-            f"{record['seconds_per_step']:.3f} s/step; {self.outlook()}",
-            flush=True,
+            f"{record['seconds_per_step']:.3f} s/step; {self.outlook()}"
         )
 
-    def ready(self) -> list[Run]:
-        if self.pilots:
-            return [run for run in self.pilots if run.key not in self.done]
-        return next_runs(self.study, self.done)
-
     def left(self) -> dict[str, int]:
-        return {"pilot": len(self.ready())} if self.pilots else runs_left(self.study, self.done)
+        return runs_left(self.study, self.done)
 
     def steps(self, left: dict[str, int]) -> int:
         """Training steps of that many runs of each kind."""
-        each = {"final": self.study.steps}
-        return sum(count * each.get(kind, self.study.grid_steps) for kind, count in left.items())
+        return left["grid"] * self.study.grid_steps + left["final"] * self.study.steps
 
     def outlook(self) -> str:
         """How much is left, and for how long, by the runs of this call."""
@@ -181,6 +166,10 @@ class _Schedule:
         per_step = seconds / sum(record["steps"] for record in self.finished)
         rest = per_step * self.steps(left) / self.study.workers
         return f"{sum(left.values())} left, about {rest / 60:.1f} minutes"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _now() -> str:

@@ -44,13 +44,6 @@ GRID: dict[str, dict[str, float]] = {
     "high": {"prompt_lr": 1e-1, "offset_lr": 1e-2, "space_lr": 1e-2, "head_lr": 5e-3},
 }
 
-# Candidates of ``pilot``.
-PILOT_SIZES: tuple[dict[str, int], ...] = (
-    {"num_virtual_tokens": 40, "num_spaces": 2, "space_dim": 4},
-    {"num_virtual_tokens": 20, "num_spaces": 2, "space_dim": 8},
-    {"num_virtual_tokens": 30, "num_spaces": 4, "space_dim": 4},
-)
-
 Records = dict[str, dict[str, Any]]  # of finished runs, by the run's key
 
 
@@ -58,7 +51,7 @@ Records = dict[str, dict[str, Any]]  # of finished runs, by the run's key
 class Run:
     """One training run of the study; on one device, equal runs are done once."""
 
-    kind: str  # "pilot", "grid" or "final"
+    kind: str  # "grid" or "final"
     task: str
     method: str
     setting: str
@@ -101,20 +94,19 @@ def embedded_model() -> str:
 
 def grid_run(study: Study, task: str, method: str, setting: str) -> Run:
     """The grid's run of one setting: one seed, fewer steps, judged on held-out rows."""
-    sizes = json.dumps(SIZES, sort_keys=True)
-    steps, batch = study.grid_steps, study.batch_size
-    return Run("grid", task, method, setting, study.seeds[0], steps, batch, sizes)
+    return _run(study, "grid", task, method, setting, study.seeds[0], study.grid_steps)
 
 
 def final_run(study: Study, task: str, method: str, setting: str, seed: int) -> Run:
     """A run on all training rows, judged on the rows kept for that."""
+    return _run(study, "final", task, method, setting, seed, study.steps)
+
+
+def _run(
+    study: Study, kind: str, task: str, method: str, setting: str, seed: int, steps: int
+) -> Run:
     sizes = json.dumps(SIZES, sort_keys=True)
-    return Run("final", task, method, setting, seed, study.steps, study.batch_size, sizes)
-
-
-def grid_methods(study: Study) -> list[str]:
-    """The methods that have a grid of their own."""
-    return list(dict.fromkeys(_GRID_OF.get(method, method) for method in study.methods))
+    return Run(kind, task, method, setting, seed, steps, study.batch_size, sizes)
 
 
 def chosen_setting(study: Study, done: Records, task: str, method: str) -> str | None:
@@ -150,27 +142,11 @@ def next_runs(study: Study, done: Records) -> list[Run]:
 
 def runs_left(study: Study, done: Records) -> dict[str, int]:
     """Numbers of the runs that are not done, those that cannot start yet among them."""
-    left = {"grid": 0, "final": 0}
-    for task in study.tasks:
-        for method in grid_methods(study):
-            left["grid"] += sum(grid_run(study, task, method, s).key not in done for s in GRID)
-        for method in study.methods:
-            setting = chosen_setting(study, done, task, method)
-            for seed in study.seeds:
-                left["final"] += (
-                    setting is None or final_run(study, task, method, setting, seed).key not in done
-                )
-    return left
-
-
-def pilot_runs(study: Study) -> list[Run]:
-    """Every setting of the grid at SIZES, every candidate at the middle, on held-out rows."""
-    runs = []
-    seed, steps, batch = study.seeds[0], study.grid_steps, study.batch_size
-    for task in ("sst2", "trec"):
-        pairs = [(SIZES, setting) for setting in GRID]
-        pairs += [({**SIZES, **sizes}, "middle") for sizes in PILOT_SIZES]
-        for sizes, setting in pairs:
-            text = json.dumps(sizes, sort_keys=True)
-            runs.append(Run("pilot", task, "ept", setting, seed, steps, batch, text))
-    return runs
+    ready = [run.kind for run in next_runs(study, done)]
+    waiting = [
+        chosen_setting(study, done, task, method) is None
+        for task in study.tasks
+        for method in study.methods
+    ]
+    final = ready.count("final") + sum(waiting) * len(study.seeds)
+    return {"grid": ready.count("grid"), "final": final}

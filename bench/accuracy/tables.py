@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -12,7 +10,7 @@ from typing import Any
 
 from bench.accuracy.records import RUNS_FILE, device_of, read_records
 from bench.accuracy.study import LABELS, METHODS, TASKS
-from bench.rows import aligned
+from bench.rows import aligned, write_csv
 
 _UNKNOWN = "not recorded"
 
@@ -33,11 +31,9 @@ def on_one_device(
         SystemExit: records of several devices are meant, or none.
     """
     names = list(dict.fromkeys(device_of(record) for record in records))
-    meant = names
+    meant = [name for name in names if (wanted or "").lower() in name.lower()]
     if wanted in names:
         meant = [wanted]
-    elif wanted is not None:
-        meant = [name for name in names if wanted.lower() in name.lower()]
     if len(meant) > 1 or (names and not meant):
         got = "none" if wanted is None else repr(wanted)
         raise SystemExit(
@@ -48,7 +44,7 @@ def on_one_device(
 
 
 def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a task and method, from the newest final runs and timings."""
+    """One row for each task and method, from the newest final runs and timings."""
     timings = {r["method"]: r for r in records if r["kind"] == "timing"}
     finals: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
@@ -103,7 +99,7 @@ def _all(values: Iterable[Any]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of mean and standard deviation, one group a task, with every seed as a dot."""
+    """Bars of mean and standard deviation, one group for each task, every seed as a dot."""
     from matplotlib.figure import Figure
 
     from ept_fast.training.report import save_figure
@@ -139,16 +135,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def report(out: Path, device: str | None = None) -> None:
     """Write results.csv and results.png from the records of one device, and print a table."""
-    from ept_fast.storage.files import write_bytes
-
     rows = summary(on_one_device(read_records(out), device))
     if not rows:
         raise SystemExit(f"{out / RUNS_FILE}: expected finished final runs, got none")
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(out / "results.csv", buffer.getvalue().encode())
+    write_csv(out / "results.csv", COLUMNS, rows)
     draw(rows, out / "results.png")
     shown = [name for name in COLUMNS if name != "values"]
     print("\n".join(aligned(shown, ([row[name] for name in shown] for row in rows))))

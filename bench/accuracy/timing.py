@@ -17,6 +17,7 @@ import torch
 from bench.accuracy.records import append_record
 from bench.accuracy.study import GRID, METHODS, SIZES, Study
 from bench.accuracy.worker import origin
+from bench.timing import quantiles
 
 
 def build(
@@ -98,12 +99,6 @@ def time_methods(study: Study) -> None:
         }
         append_record(study.out, record)
         print(json.dumps(record), flush=True)
-
-
-def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile."""
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return cuts[1], statistics.median(values), cuts[7]
 
 
 def measured_memory(study: Study, method: str) -> dict[str, int]:

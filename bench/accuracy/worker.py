@@ -172,7 +172,7 @@ class Runner:
         )
 
     def _check_encoder(self) -> None:
-        """Bring the encoder back to where it was loaded, and raise where a run changed it."""
+        """Bring the encoder back to the device it was loaded on; raise if a run changed it."""
         self.backbone.to("cpu")
         for name, tensor in self.backbone.state_dict().items():
             if not torch.equal(tensor, self.weights[name]):

@@ -142,7 +142,7 @@ def first_prompt(prompts: Tensor, rows: int) -> Tensor:
 
 
 class StateFile(Protocol):
-    """A file of tensors whose names and shapes are known before any value is read."""
+    """A file of tensors, with their names and shapes."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]

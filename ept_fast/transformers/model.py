@@ -299,7 +299,9 @@ class EPTModel(Checkpointing, AdapterFiles):
                 models that go by columns.
         """
         task_ids = kwargs.pop("task_ids", None)
-        spliced = self.splice(text.input_ids, text.inputs_embeds, text.attention_mask, task_ids)
+        spliced = self.active_prompt(
+            text.input_ids, text.inputs_embeds, text.attention_mask, task_ids
+        )
         rows = Rows.of(spliced, text, self.prompt.config.num_virtual_tokens)
         if compact and not self.active_prompt.equal_lengths:
             rows = rows.compacted()

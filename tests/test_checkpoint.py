@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -101,34 +102,32 @@ def test_round_trip(part: str, tasks: int | None, dtype: torch.dtype, tmp_path: 
     assert torch.equal(*out)
 
 
-def test_odd_values_survive(tmp_path: Path) -> None:
+def odd_values(prompt: FusedEPTPrompt) -> None:
     """Negative zero, denormals and the largest numbers."""
-    prompt = make_prompt()
     largest = torch.finfo(torch.float32).max
-    with torch.no_grad():
-        prompt.gate_bias.copy_(torch.tensor([-0.0, 1e-45]))
-        prompt.short_prompt[0].copy_(torch.tensor([largest, -largest, 0.1, 1 / 3, 0, -0.0, 2, 3]))
-    prompt.save_pretrained(tmp_path)
-    assert bits(FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)) == bits(prompt)
+    prompt.gate_bias.data.copy_(torch.tensor([-0.0, 1e-45]))
+    prompt.short_prompt.data[0] = torch.tensor([largest, -largest, 0.1, 1 / 3, 0, -0.0, 2, 3])
 
 
-def test_parameters_of_several_types(tmp_path: Path) -> None:
-    """METHOD lets them differ: each keeps its own."""
-    prompt = make_prompt()
+def several_types(prompt: FusedEPTPrompt) -> None:
     for parameter, dtype in zip(prompt.parameters(), FLOATS * 2, strict=False):
         parameter.data = parameter.data.to(dtype)
-    prompt.save_pretrained(tmp_path)
-    assert bits(FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)) == bits(prompt)
 
 
-def test_parameters_in_any_layout(tmp_path: Path) -> None:
-    prompt = make_prompt()
-    expected = bits(prompt)
+def transposed(prompt: FusedEPTPrompt) -> None:
     for name in ("space_down", "offset_b", "short_prompt"):
         parameter = getattr(prompt, name)
         parameter.data = parameter.data.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("change", [odd_values, several_types, transposed])
+def test_round_trip_of_unusual_tensors(
+    change: Callable[[FusedEPTPrompt], None], tmp_path: Path
+) -> None:
+    prompt = make_prompt()
+    change(prompt)
     prompt.save_pretrained(tmp_path)
-    assert bits(FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)) == expected
+    assert bits(FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)) == bits(prompt)
 
 
 def test_the_files(tmp_path: Path) -> None:
@@ -179,20 +178,29 @@ class Interrupted(BaseException):
     """Like KeyboardInterrupt: no Exception."""
 
 
-def _raise(error: BaseException) -> Callable[..., Any]:
-    def raising(*args: Any, **kwargs: Any) -> Any:
-        raise error
-
-    return raising
-
-
-BREAKS: dict[str, tuple[Any, str]] = {
-    "rename": (files.os, "replace"),
-    "flush to disk": (files.os, "fsync"),
-    "permissions": (files.os, "chmod"),
-    "serialisation": (files, "serialize_tensors"),
-    "config": (files.json, "dumps"),
+# Which function fails, and at which of its calls: one call for each of the two files.
+BREAKS: dict[str, tuple[Any, str, int]] = {
+    "rename": (files.os, "replace", 1),
+    "flush to disk": (files.os, "fsync", 1),
+    "flush of the second file": (files.os, "fsync", 2),
+    "permissions": (files.os, "chmod", 1),
+    "permissions of the second file": (files.os, "chmod", 2),
+    "serialisation": (files, "serialize_tensors", 1),
+    "config": (files.json, "dumps", 1),
 }
+
+
+def fail_at(
+    patch: pytest.MonkeyPatch, module: Any, function: str, nth: int, error: BaseException
+) -> None:
+    real, calls = getattr(module, function), itertools.count(1)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == nth:
+            raise error
+        return real(*args, **kwargs)
+
+    patch.setattr(module, function, failing)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Interrupted()], ids=repr)
@@ -202,7 +210,7 @@ def test_a_failure_leaves_the_old_files(
 ) -> None:
     before = contents(saved)
     with monkeypatch.context() as patch:
-        patch.setattr(*BREAKS[step], _raise(error))
+        fail_at(patch, *BREAKS[step], error)
         with pytest.raises(type(error)):
             make_prompt(PARTS["choices"], seed=5).save_pretrained(saved)
     assert contents(saved) == before
@@ -230,43 +238,14 @@ def test_both_files_are_on_the_disk_before_a_rename(
     assert events == [(event, size) for event in ("flushed", "renamed") for size in sizes]
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod"])
-def test_a_full_disk_at_the_second_file_leaves_both(
-    step: str, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tensors of one config beside the file of another would be no adapter at all."""
-    before = contents(saved)
-    calls, real = [], getattr(os, step)
-
-    def second_fails(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        return real(*args)
-
-    monkeypatch.setattr(files.os, step, second_fails)
-    with pytest.raises(OSError, match="No space left"):
-        make_prompt(PARTS["choices"], seed=5).save_pretrained(saved)
-    assert len(calls) == 2
-    assert contents(saved) == before
-
-
 @pytest.mark.parametrize("same_config", [True, False])
 def test_a_failure_between_the_renames_is_never_silent(
     same_config: bool, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new values where the config is the old one; an error where it is not."""
+    """The new values load if the config is the old one; else an error."""
     other = make_prompt(CONFIG if same_config else PARTS["choices"], seed=5)
-    calls, real = [], os.replace
-
-    def second_fails(*args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 2:
-            raise OSError(5, "Input/output error")
-        real(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", second_fails)
+        fail_at(patch, files.os, "replace", 2, OSError(5, "Input/output error"))
         with pytest.raises(OSError, match="Input/output"):
             other.save_pretrained(saved)
     assert set(contents(saved)) == {CONFIG_FILE, TENSOR_FILE}
@@ -390,26 +369,14 @@ WRONG_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.pop("offset_a"),
         r"expected the tensors .* \(missing \['offset_a'\], foreign \[\]\)",
     ),
-    "missing prompt": (
-        lambda t: t.pop("short_prompt"),
-        r"expected the tensors .*missing \['short_prompt'\]",
-    ),
     "none": (lambda t: t.clear(), r"expected the tensors .*, got \[\]"),
     "extra": (
         lambda t: t.update(weight=torch.zeros(2)),
         r"expected the tensors .*foreign \['weight'\]",
     ),
-    "renamed": (
-        lambda t: t.update(A=t.pop("offset_a")),
-        r"expected the tensors .*missing \['offset_a'\], foreign \['A'\]",
-    ),
     "transposed": (
         lambda t: t.update(offset_b=t["offset_b"].mT.contiguous()),
         r"offset_b: expected shape \(2, 8\), got \(8, 2\)",
-    ),
-    "longer": (
-        lambda t: t.update(offset_a=torch.zeros(10, 2)),
-        r"offset_a: expected shape \(9, 2\), got \(10, 2\)",
     ),
     "task axis": (
         lambda t: t.update(short_prompt=t["short_prompt"][None]),
@@ -418,10 +385,6 @@ WRONG_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "scalar": (
         lambda t: t.update(gate_bias=torch.tensor(1.0)),
         r"gate_bias: expected shape \(2,\), got \(\)",
-    ),
-    "empty": (
-        lambda t: t.update(gate_bias=torch.zeros(0)),
-        r"gate_bias: expected shape \(2,\), got \(0,\)",
     ),
     "nan": (
         lambda t: t["space_up"].view(-1)[3].fill_(float("nan")),
@@ -435,10 +398,6 @@ WRONG_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.update(gate_bias=torch.zeros(2, dtype=torch.int64)),
         "gate_bias: expected a floating dtype, got torch.int64",
     ),
-    "bool": (
-        lambda t: t.update(gate_bias=torch.zeros(2, dtype=torch.bool)),
-        "gate_bias: expected a floating dtype, got torch.bool",
-    ),
     "complex": (
         lambda t: t.update(gate_bias=torch.zeros(2, dtype=torch.complex64)),
         "gate_bias: expected a floating dtype, got torch.complex64",
@@ -450,18 +409,8 @@ WRONG_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG_TENSORS)
-def test_wrong_tensors(case: str, saved: Path) -> None:
-    """All but the one tensor are as they should be: still none of them is taken."""
-    change, message = WRONG_TENSORS[case]
-    tensors, metadata = read(saved)
-    change(tensors)
-    write(saved, tensors, metadata)
-    assert_refused(saved, naming(saved, TENSOR_FILE, message))
-
-
 WRONG_METADATA: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
-    "none": (lambda m: m.clear(), r"expected a file written by ept_fast, got metadata \[\]"),
+    "no metadata": (lambda m: m.clear(), r"expected a file written by ept_fast, got metadata \[\]"),
     "no config": (lambda m: m.pop("config"), "expected a file written by ept_fast"),
     "a later version": (
         lambda m: m.update(format_version="2"),
@@ -474,11 +423,16 @@ WRONG_METADATA: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG_METADATA)
-def test_wrong_metadata(case: str, saved: Path) -> None:
-    change, message = WRONG_METADATA[case]
+@pytest.mark.parametrize("case", [*WRONG_TENSORS, *WRONG_METADATA])
+def test_wrong_tensors_and_metadata(case: str, saved: Path) -> None:
+    """All the rest is as it should be, and still nothing of it is taken."""
     tensors, metadata = read(saved)
-    change(metadata)
+    if case in WRONG_TENSORS:
+        change, message = WRONG_TENSORS[case]
+        change(tensors)
+    else:
+        change, message = WRONG_METADATA[case]
+        change(metadata)
     write(saved, tensors, metadata or None)
     assert_refused(saved, naming(saved, TENSOR_FILE, message))
 
@@ -542,10 +496,6 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "num_tasks bool": (
         lambda v: v.update(num_tasks=True),
         "num_tasks: expected an integer, got bool True",
-    ),
-    "num_tasks list": (
-        lambda v: v.update(num_tasks=[]),
-        r"num_tasks: expected an integer, got list \[\]",
     ),
     "beyond float": (
         lambda v: v.update(alpha=10**400),

@@ -116,8 +116,8 @@ class AdapterConfig:
     def copies(self) -> int:
         """How many prompts stand one behind the other in the tensor; the first is the encoder's.
 
-        PEFT makes two for an encoder-decoder unless it is told otherwise, and in prompt tuning
-        neither trains nor uses the second one.
+        By default PEFT makes two for an encoder-decoder, and in prompt tuning neither trains nor
+        uses the second one.
         """
         task = self.task_type
         most = 2 if task == "SEQ_2_SEQ_LM" else 1
@@ -154,7 +154,7 @@ class StateFile(Protocol):
 
 
 def open_state(folder: Path) -> StateFile:
-    """The folder's tensors: from safetensors, or from ``torch.save`` where there are none.
+    """The folder's tensors: from safetensors, or else from ``torch.save``.
 
     Raises:
         CheckpointError: neither, damaged, or foreign.

@@ -21,7 +21,7 @@ class FoldedValues:
 
     Attributes:
         prompt: P′ [m, d], in the parameters' type.
-        offset: c·A [n, r], in float32 at least, and B [r, d]; None where the rank is 0.
+        offset: c·A [n, r], in float32 at least, and B [r, d]; None if the rank is 0.
     """
 
     prompt: Tensor
@@ -34,8 +34,8 @@ def fold_values(prompt: Prompt | FoldedPrompt, task: int | None) -> FoldedValues
 
     Raises:
         TypeError: no EPT prompt.
-        ValueError: a bank without ``task``, or a task that the bank has not; a prompt that was
-            folded without its offset.
+        ValueError: a bank without ``task``, or a task that the bank does not have; a prompt
+            that was folded without its offset.
     """
     if not isinstance(prompt, (Prompt, FoldedPrompt)):
         raise TypeError(

@@ -69,7 +69,7 @@ _BITS = {
 
 
 class WriteError(OSError):
-    """A file that cannot be written, as where the disk is full; ``errno`` says why."""
+    """A file that cannot be written, as on a full disk; ``errno`` says why."""
 
     def __init__(self, place: Path | str, error: OSError) -> None:
         super().__init__(f"{place}: expected a writable file, got {error.strerror or error}")
@@ -332,6 +332,6 @@ def check_tensors(
         tensor = tensors[name]
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{path}: {name}: expected a floating dtype, got {tensor.dtype}")
-        # Which isfinite of every value would tell at twice the memory.
+        # aminmax needs half the memory of isfinite over every value.
         if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise CheckpointError(f"{path}: {name}: expected finite values, got NaN or infinity")

@@ -82,7 +82,7 @@ class AdapterSet(nn.Module):
 
     @property
     def active_prompt(self) -> Prompt | FoldedPrompt:
-        """The active adapter's prompt, folded where :meth:`fold` was called."""
+        """The active adapter's prompt, folded if :meth:`fold` was called."""
         name = self.active_adapter
         return (self.folded if name in self.folded else self.prompts)[name]  # type: ignore[return-value]
 

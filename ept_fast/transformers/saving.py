@@ -54,12 +54,12 @@ class AdapterFiles(AdapterSet):
         """Write an adapter into ``folder``: safetensors and JSON, never the backbone.
 
         All files are on the disk under temporary names before any takes the place of an older one,
-        the description last. Where FSDP2 shards the model every process has to call this, and one
-        of them writes.
+        the description last. If FSDP2 shards the model, every process has to call this, and one of
+        them writes.
 
         Args:
-            folder: made where it is missing.
-            adapter_name: which adapter; the active one where not given.
+            folder: made if it is missing.
+            adapter_name: which adapter; by default the active one.
             extra: further JSON values to keep in the description.
 
         Raises:
@@ -180,15 +180,15 @@ class AdapterFiles(AdapterSet):
         """The model of a saved adapter, of the class of its task, in evaluation mode.
 
         Args:
-            folder: what :meth:`save_pretrained` wrote; or else what transformers' Trainer or
-                accelerate did, the state dict of a model as ``model.safetensors``. An adapter that
-                :func:`~ept_fast.transformers.adapter.read_adapter` has read will do too.
-            model: the frozen model, where it is already loaded.
+            folder: what :meth:`save_pretrained` wrote, or the state dict of a model that
+                transformers' Trainer or accelerate wrote as ``model.safetensors``, or an adapter
+                that :func:`~ept_fast.transformers.adapter.read_adapter` has read.
+            model: the frozen model, if it is already loaded.
             base_model: folder or hub id to load it from, in place of the name saved with the
                 adapter.
             adapter_name: the adapter's name in the new model.
-            saved_name: which adapter of several in a state dict; the one that was active where not
-                given.
+            saved_name: which adapter of several in a state dict; by default the one that was
+                active.
             backend: as in :func:`ept_fast.reconstruct_prompt`.
             trust_remote_code: whether to run the code that the model at ``base_model`` brings.
             allow_download: whether a model that only the adapter names may be loaded from the hub;
@@ -258,12 +258,11 @@ def _expect_adapters(module: Any, keys: Any) -> None:
 
     The description is for those who have no model yet.
     """
-    frozen = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    frozen |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    frozen = {name for name in frozen if not name.startswith(("prompts.", "heads."))}
+    named = (module.named_parameters, module.named_buffers)
+    held = {name for each in named for name, _ in each(remove_duplicate=False)}
+    frozen = {name for name in held if not name.startswith(("prompts.", "heads."))}
     keys.missing_keys[:] = [k for k in keys.missing_keys if not _ends_in(k, frozen)]
-    others = [k for k in keys.unexpected_keys if not _ends_in(k, {DESCRIPTION})]
-    keys.unexpected_keys[:] = others
+    keys.unexpected_keys[:] = [k for k in keys.unexpected_keys if not _ends_in(k, {DESCRIPTION})]
     module.unfold()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -100,34 +101,32 @@ def test_round_trip(part: str, tasks: int | None, dtype: torch.dtype, tmp_path: 
     assert torch.equal(*out)
 
 
-def test_odd_values_survive(tmp_path: Path) -> None:
+def odd_values(prompt: FusedEPTPrompt) -> None:
     """Negative zero, denormals and the largest numbers."""
-    prompt = make_prompt()
     largest = torch.finfo(torch.float32).max
-    with torch.no_grad():
-        prompt.gate_bias.copy_(torch.tensor([-0.0, 1e-45]))
-        prompt.short_prompt[0].copy_(torch.tensor([largest, -largest, 0.1, 1 / 3, 0, -0.0, 2, 3]))
-    prompt.save_pretrained(tmp_path)
-    assert bits(FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)) == bits(prompt)
+    prompt.gate_bias.data.copy_(torch.tensor([-0.0, 1e-45]))
+    prompt.short_prompt.data[0] = torch.tensor([largest, -largest, 0.1, 1 / 3, 0, -0.0, 2, 3])
 
 
-def test_parameters_of_several_types(tmp_path: Path) -> None:
-    """METHOD lets them differ: each keeps its own."""
-    prompt = make_prompt()
+def several_types(prompt: FusedEPTPrompt) -> None:
     for parameter, dtype in zip(prompt.parameters(), FLOATS * 2, strict=False):
         parameter.data = parameter.data.to(dtype)
-    prompt.save_pretrained(tmp_path)
-    assert bits(FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)) == bits(prompt)
 
 
-def test_parameters_in_any_layout(tmp_path: Path) -> None:
-    prompt = make_prompt()
-    expected = bits(prompt)
+def transposed(prompt: FusedEPTPrompt) -> None:
     for name in ("space_down", "offset_b", "short_prompt"):
         parameter = getattr(prompt, name)
         parameter.data = parameter.data.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("change", [odd_values, several_types, transposed])
+def test_round_trip_of_unusual_tensors(
+    change: Callable[[FusedEPTPrompt], None], tmp_path: Path
+) -> None:
+    prompt = make_prompt()
+    change(prompt)
     prompt.save_pretrained(tmp_path)
-    assert bits(FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)) == expected
+    assert bits(FusedEPTPrompt.from_pretrained(tmp_path, prompt.embedding)) == bits(prompt)
 
 
 def test_the_files(tmp_path: Path) -> None:
@@ -178,20 +177,29 @@ class Interrupted(BaseException):
     """Like KeyboardInterrupt: no Exception."""
 
 
-def _raise(error: BaseException) -> Callable[..., Any]:
-    def raising(*args: Any, **kwargs: Any) -> Any:
-        raise error
-
-    return raising
-
-
-BREAKS: dict[str, tuple[Any, str]] = {
-    "rename": (files.os, "replace"),
-    "flush to disk": (files.os, "fsync"),
-    "permissions": (files.os, "chmod"),
-    "serialisation": (files, "serialize_tensors"),
-    "config": (files.json, "dumps"),
+# Which function fails, and at which of its calls: one call for each of the two files.
+BREAKS: dict[str, tuple[Any, str, int]] = {
+    "rename": (files.os, "replace", 1),
+    "flush to disk": (files.os, "fsync", 1),
+    "flush of the second file": (files.os, "fsync", 2),
+    "permissions": (files.os, "chmod", 1),
+    "permissions of the second file": (files.os, "chmod", 2),
+    "serialisation": (files, "serialize_tensors", 1),
+    "config": (files.json, "dumps", 1),
 }
+
+
+def fail_at(
+    patch: pytest.MonkeyPatch, module: Any, function: str, nth: int, error: BaseException
+) -> None:
+    real, calls = getattr(module, function), itertools.count(1)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == nth:
+            raise error
+        return real(*args, **kwargs)
+
+    patch.setattr(module, function, failing)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Interrupted()], ids=repr)
@@ -201,7 +209,7 @@ def test_a_failure_leaves_the_old_files(
 ) -> None:
     before = contents(saved)
     with monkeypatch.context() as patch:
-        patch.setattr(*BREAKS[step], _raise(error))
+        fail_at(patch, *BREAKS[step], error)
         with pytest.raises(type(error)):
             make_prompt(PARTS["choices"], seed=5).save_pretrained(saved)
     assert contents(saved) == before
@@ -229,43 +237,14 @@ def test_both_files_are_on_the_disk_before_a_rename(
     assert events == [(event, size) for event in ("flushed", "renamed") for size in sizes]
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod"])
-def test_a_full_disk_at_the_second_file_leaves_both(
-    step: str, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tensors of one config beside the file of another would be no adapter at all."""
-    before = contents(saved)
-    calls, real = [], getattr(os, step)
-
-    def second_fails(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        return real(*args)
-
-    monkeypatch.setattr(files.os, step, second_fails)
-    with pytest.raises(OSError, match="No space left"):
-        make_prompt(PARTS["choices"], seed=5).save_pretrained(saved)
-    assert len(calls) == 2
-    assert contents(saved) == before
-
-
 @pytest.mark.parametrize("same_config", [True, False])
 def test_a_failure_between_the_renames_is_never_silent(
     same_config: bool, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new values where the config is the old one; an error where it is not."""
+    """The new values load if the config is the old one; else an error."""
     other = make_prompt(CONFIG if same_config else PARTS["choices"], seed=5)
-    calls, real = [], os.replace
-
-    def second_fails(*args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 2:
-            raise OSError(5, "Input/output error")
-        real(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", second_fails)
+        fail_at(patch, files.os, "replace", 2, OSError(5, "Input/output error"))
         with pytest.raises(OSError, match="Input/output"):
             other.save_pretrained(saved)
     assert set(contents(saved)) == {CONFIG_FILE, TENSOR_FILE}

@@ -558,9 +558,16 @@ TABLE: dict[tuple[str, str], dict[str, Damage]] = {
         "another prompt's": of_another(num_spaces=1),
         "no metadata": damage.with_metadata({}),
         "another package's metadata": damage.with_metadata({"format": "pt"}),
-        "a later version": damage.with_metadata(
-            {"ept_fast": json.dumps({"format_version": "2", "config": "{}"})}
-        ),
+        **{
+            f"metadata with {name}": damage.with_metadata({"ept_fast": json.dumps(values)})
+            for name, values in {
+                "a later version": {"format_version": "2", "config": "{}"},
+                "no version": {"config": "{}"},
+                "no config": {"format_version": "1"},
+                "a config that is a number": {"format_version": "1", "config": 1},
+                "a config that is nested": {"format_version": "1", "config": "[" * 100_000},
+            }.items()
+        },
         **damage.flips(30, damage.in_header, damage.of_header),
     },
     ("adapter", ADAPTER_FILE): ADAPTERS,

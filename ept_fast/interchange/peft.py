@@ -46,7 +46,7 @@ def import_peft(
             ``adapter_model.safetensors`` or ``adapter_model.bin``.
         embedding: the backbone's embedding layer; without it the prompt takes ``inputs_embeds``
             until :meth:`~ept_fast.FusedEPTPrompt.set_input_embeddings` gives it one.
-        prompt_only: leave out the tensors of a classification head, which are an error else.
+        prompt_only: leave out the tensors of a classification head, which are an error otherwise.
         backend: as in :func:`ept_fast.reconstruct_prompt`.
 
     Returns:

@@ -64,6 +64,13 @@ NAMED = {
     "long": Sizes(60, 32768, 24, 4, 16, 4096, batch=1, length=32768, vocabulary=4096),
     "bank": Sizes(40, 256, 30, 4, 8, 768, batch=64, length=256, vocabulary=4096, tasks=64),
 }
+# All limits of the kernels at once.
+LARGEST = {
+    "one prompt": Sizes(m=512, n=32768, r=256, k=8, h=64, d=16384, batch=2, length=32768),
+    "many spaces": Sizes(m=512, n=32768, r=256, k=512, h=1, d=16384, batch=2, length=32768),
+    "a bank": Sizes(m=100, n=256, r=30, k=4, h=8, d=768, batch=64, length=256, tasks=4096),
+    "more rows": Sizes(m=20, n=64, r=8, k=2, h=8, d=256, batch=8192, length=64, tasks=4096),
+}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from torch import nn
 
 from ept_fast import EPTConfig, FusedEPTPrompt
@@ -130,13 +130,6 @@ def test_edges_are_accepted(values: dict[str, Any]) -> None:
     assert {name: getattr(config, name) for name in values} == values
 
 
-def test_frozen_and_hashable() -> None:
-    config = EPTConfig(8, rank=2)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.rank = 1  # type: ignore[misc]
-    assert {config, EPTConfig(8, rank=2), EPTConfig(8, rank=1)} == {config, EPTConfig(8, rank=1)}
-
-
 @given(configs())
 def test_round_trips(config: EPTConfig) -> None:
     values = config.to_dict()
@@ -206,14 +199,6 @@ def test_num_parameters_is_the_modules(config: EPTConfig) -> None:
     assert all(sizes)
 
 
-def test_num_parameters_of_the_relatives() -> None:
-    d, n, m, r = 64, 32, 10, 5
-    prompt_tuning = EPTConfig(d, num_virtual_tokens=100, rank=0, num_spaces=0)
-    dept = EPTConfig(d, num_virtual_tokens=m, max_length=n, rank=r, num_spaces=0, fusion=False)
-    assert prompt_tuning.num_parameters == 100 * d
-    assert dept.num_parameters == m * d + (n + d) * r
-
-
 @pytest.mark.parametrize(("alpha", "rank", "scaling"), [(8.0, 16, 2.0), (3, 1, 3.0), (8.0, 0, 0.0)])
 def test_scaling(alpha: float, rank: int, scaling: float) -> None:
     assert EPTConfig(32, alpha=alpha, rank=rank).scaling == scaling
@@ -250,34 +235,17 @@ def test_from_budget_uses_up_the_budget(
         assert dataclasses.replace(config, rank=config.rank + 1).num_parameters > budget
 
 
-@given(hidden_size=st.integers(1, 200), length=st.integers(1, 50))
-def test_from_budget_of_just_the_prompt(hidden_size: int, length: int) -> None:
-    """The short prompt alone may cost the whole budget; one token more is an error."""
-    assume(length < hidden_size)
-    config = EPTConfig.from_budget(
-        hidden_size, length, num_virtual_tokens=length, max_length=1, num_spaces=0
-    )
-    assert (config.rank, config.num_parameters) == (0, length * hidden_size)
-    with pytest.raises(ValueError, match=r"^prompt_length: "):
-        EPTConfig.from_budget(hidden_size, length, num_virtual_tokens=length + 1, num_spaces=0)
-
-
-def test_from_budget_one_parameter_short() -> None:
-    """(m + 2h + 1)·d is one less than m·d + (2·d·h + d + 1)."""
+def test_from_budget_at_its_edge() -> None:
+    """One parameter less than the least that is needed, and exactly that many."""
     sizes = {"num_virtual_tokens": 4, "num_spaces": 1, "space_dim": 3, "max_length": 2}
     with pytest.raises(ValueError, match=r"^prompt_length: .* at least 353 .* = 352$"):
         EPTConfig.from_budget(32, 11, **sizes)
-    assert EPTConfig.from_budget(32, 12, **sizes).rank == 0
+    exact = EPTConfig.from_budget(32, 4, num_virtual_tokens=4, num_spaces=0)
+    assert (exact.rank, exact.num_parameters) == (0, 4 * 32)
 
 
 def test_from_budget_hands_on_the_choices() -> None:
-    choices = {
-        "alpha": 4.0,
-        "activation": "silu",
-        "gate": "prompt",
-        "temperature": 0.5,
-        "fusion": False,
-    }
+    choices = {"alpha": 4.0, "activation": "silu", "gate": "prompt", "fusion": False}
     config = EPTConfig.from_budget(768, **choices)
     assert {name: getattr(config, name) for name in choices} == choices
     assert config.rank > 0

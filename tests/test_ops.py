@@ -110,14 +110,7 @@ def test_compiles_into_one_graph(dynamic: bool, tasks: int | None, backend: str)
         torch.testing.assert_close(got, expected)
 
 
-def test_the_definition_compiles_into_one_graph() -> None:
-    compiled = _compiled("reference", backend="aot_eager")
-    case = make_case(Sizes(), dtype=torch.float64)
-    for got, expected in zip(_step(compiled, case), _step(_both, case), strict=True):
-        torch.testing.assert_close(got, expected)
-
-
-@each_backend
+@over("reference", EAGER, TRITON)
 def test_compiled_code_serves_new_batch_sizes_and_lengths(backend: str) -> None:
     """One graph for the first sizes and one for all others."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -214,14 +214,8 @@ def test_workspace(name: str, types: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_workspace_of_named_shapes(shape: Shape, backend: str) -> None:
     """Under 8 MB, but for the longest text: its sums, or its softmax, take more."""
-    config = EPTConfig(
-        shape.hidden_size,
-        num_virtual_tokens=shape.num_virtual_tokens,
-        max_length=shape.max_length,
-        rank=shape.rank,
-        num_spaces=shape.num_spaces,
-        space_dim=shape.space_dim,
-    )
+    names = ("hidden_size", "num_virtual_tokens", "max_length", "rank", "num_spaces", "space_dim")
+    config = EPTConfig(**{name: getattr(shape, name) for name in names})
     step = PromptStep(config, shape.batch, shape.length, torch.bfloat16, backend=backend)
     most = step.output_bytes // 8 if shape.name == "long" else 8 * MB
     assert max(asdict(step.workspace).values()) < most

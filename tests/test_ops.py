@@ -90,10 +90,6 @@ def _step(function: Any, case: Case) -> list[Tensor]:
     return [out.detach(), *grads]
 
 
-def _both(case: Case) -> Tensor:
-    return case.both("eager")
-
-
 def _served(backend: str) -> torch.dtype:
     """The kernels do not serve float64."""
     return torch.float32 if backend == "triton" else torch.float64
@@ -190,7 +186,7 @@ def test_autocast_does_not_reach_into_compiled_code() -> None:
     case = make_case(Sizes(), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         compiled = _step(_compiled(), case)
-    for got, expected in zip(compiled, _step(_both, case), strict=True):
+    for got, expected in zip(compiled, _step(lambda c: c.both("eager"), case), strict=True):
         torch.testing.assert_close(got, expected)
 
 

@@ -212,7 +212,7 @@ def serve(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def supports(tensors: Parameters | SpliceInputs, by_name: bool = False) -> tuple[bool, str]:
-    """Whatever the kernels serve, where they are asked for by name."""
+    """Whatever the kernels serve, if they are asked for by name."""
     return by_name, "the kernels on a host"
 
 

@@ -11,17 +11,14 @@ import torch
 from ept_fast import splice_prompt
 from ept_fast.backends import eager
 from ept_fast.ops.types import Flags, Saved
+from tests import cases
 from tests import host_kernels as kernels
 from tests.cases import GATES, LARGEST, NAMED, SEVEN, Sizes, make_case, run
 from tests.parity import HOST, assert_as_exact_as_the_definition, cotangent_of, over
 from tests.processes import python
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), kernels.needs_compiler]
-SHAPES = {
-    "prime": Sizes(m=7, n=29, r=5, k=3, h=5, d=37, batch=5, length=23),
-    "tiles": Sizes(m=37, n=70, r=35, k=3, h=12, d=136, batch=9, length=67),
-    "a bank of tiles": Sizes(m=9, n=40, r=18, k=2, h=9, d=264, batch=6, length=35, tasks=3),
-}
+SHAPES = {"prime": cases.SHAPES["prime"], **cases.TILES["host"]}
 
 
 # Rounding
@@ -183,7 +180,7 @@ def test_grids_and_shared_memory(s: Sizes) -> None:
 @over(HOST)
 @pytest.mark.parametrize("tasks", [None, 3])
 def test_blocks_that_take_several_tiles(tasks: int | None, backend: str) -> None:
-    """As where memory for the parts is short: each adds to what it has written before."""
+    """As if memory for the parts is short: each adds to what it has written before."""
     sizes = Sizes(m=19, n=150, r=160, k=2, h=6, d=900, batch=5, length=150, tasks=tasks)
     case = make_case(sizes, padding="holes", dtype=torch.float32)
     assert_as_exact_as_the_definition([case], backend)
@@ -195,13 +192,11 @@ def test_blocks_that_take_several_tiles(tasks: int | None, backend: str) -> None
 SANITIZED = """
 import torch
 from tests import host_kernels as kernels
-from tests.test_cuda_host import SHAPES
-from tests.test_parity import SHAPES as SMALL
 from ept_fast.ops.types import Flags
-from tests.cases import make_case
+from tests.cases import SHAPES, TILES, make_case
 
 torch.set_num_threads(1)
-for shape in (*SMALL.values(), *SHAPES.values()):
+for shape in (*SHAPES.values(), *TILES["host"].values()):
     for dtype in (torch.float32, torch.bfloat16):
         case = make_case(shape, dtype=dtype, gate="prompt")
         parameters, flags = case.tensors(), Flags(0.5, "gelu", "prompt", 1.0)

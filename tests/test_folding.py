@@ -120,7 +120,7 @@ def test_table_is_rounded_once() -> None:
 
 
 def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table where it is faster, and where nobody would miss the memory."""
+    """A table if it is faster and small enough."""
     assert make_prompt().fold(offset="auto").offset_table is not None
     assert make_prompt(rank=0).fold(offset="auto").offset_table is None
     prompt = make_prompt()

@@ -12,7 +12,18 @@ from torch import Tensor
 from ept_fast import splice_prompt
 from ept_fast.backends import eager
 from ept_fast.ops import dispatch
-from tests.cases import LAYOUTS, PADDINGS, SEVEN, Case, Sizes, laid_out, make_case, run
+from tests.cases import (
+    LAYOUTS,
+    PADDINGS,
+    SEVEN,
+    SHAPES,
+    TILES,
+    Case,
+    Sizes,
+    laid_out,
+    make_case,
+    run,
+)
 from tests.parity import (
     EAGER,
     HOST,
@@ -43,7 +54,7 @@ def assert_same_bits(
 @pytest.mark.parametrize(("tasks", "types"), [(None, "fp32"), (2, "bf16")])
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_strides_change_no_bit(layout: str, tasks: int | None, types: str, backend: str) -> None:
-    """d = 24 moves in vectors where it is plain, and element by element where it is not."""
+    """d = 24 moves in vectors if it is plain, and element by element if not."""
     sizes = Sizes(m=5, n=12, r=3, k=2, h=4, d=24, batch=4, length=9, tasks=tasks)
     case = make_case(sizes, padding="left", dtype=torch.float32).typed(types)
     assert_same_bits(case, case.laid_out(layout), backend, lambda t: laid_out(t, layout))
@@ -159,9 +170,9 @@ def test_rows_without_a_task_get_no_gradient(tasks: int, backend: str) -> None:
 # The same bits again, whatever is around
 
 REPEATED = {
-    "eager": Sizes(m=4, n=700, r=6, k=2, h=4, d=512, batch=3, length=601),
-    "triton": Sizes(m=7, n=29, r=5, k=3, h=5, d=37, batch=5, length=23),
-    "host": Sizes(m=9, n=40, r=18, k=2, h=9, d=264, batch=6, length=35, tasks=3),
+    "eager": TILES["eager"]["tiles"],
+    "triton": SHAPES["prime"],
+    "host": TILES["host"]["a bank of tiles"],
 }
 
 

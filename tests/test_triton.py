@@ -236,7 +236,7 @@ def test_grids_of_the_largest_sizes(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_programs_that_take_several_tiles(
     tasks: int | None, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where memory for the parts is short: each adds to what it has written before."""
+    """As if memory for the parts is short: each adds to what it has written before."""
     from ept_fast.kernels import reconstruct, splice
 
     def few(config: Any) -> Any:

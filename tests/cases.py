@@ -57,12 +57,38 @@ class Sizes:
     tasks: int | None = None
 
 
+# What the tests of several files run over.
+SHAPES = {
+    "one": Sizes(m=1, n=1, r=1, k=1, h=1, d=1, batch=1, length=1),
+    "prime": Sizes(m=7, n=29, r=5, k=3, h=5, d=37, batch=5, length=23),
+    "bank": Sizes(m=5, n=17, r=3, k=2, h=4, d=24, batch=7, length=13, tasks=3),
+    "more tasks than rows": Sizes(m=3, n=7, r=2, k=2, h=3, d=19, batch=2, length=5, tasks=4),
+}
+# More than one tile of everything: tokens, positions, channels, rank, columns of the spaces.
+TILES = {
+    "eager": {"tiles": Sizes(m=4, n=700, r=6, k=2, h=4, d=512, batch=3, length=601)},
+    "triton": {
+        "tiles": Sizes(m=17, n=66, r=17, k=3, h=11, d=66, batch=2, length=33),
+        "rows": Sizes(m=3, n=5, r=2, k=1, h=2, d=9, batch=9, length=5),
+    },
+    "host": {
+        "tiles": Sizes(m=37, n=70, r=35, k=3, h=12, d=136, batch=9, length=67),
+        "a bank of tiles": Sizes(m=9, n=40, r=18, k=2, h=9, d=264, batch=6, length=35, tasks=3),
+    },
+}
 # Sizes that results are named after, with a vocabulary cut to what a test needs.
 NAMED = {
     "t5-base": Sizes(m=40, n=256, r=30, k=4, h=8, d=768, batch=32, length=256, vocabulary=4096),
     "llama-8b": Sizes(60, 2048, 24, 4, 16, 4096, batch=8, length=2048, vocabulary=4096),
     "long": Sizes(60, 32768, 24, 4, 16, 4096, batch=1, length=32768, vocabulary=4096),
     "bank": Sizes(40, 256, 30, 4, 8, 768, batch=64, length=256, vocabulary=4096, tasks=64),
+}
+# All limits of the kernels at once.
+LARGEST = {
+    "one prompt": Sizes(m=512, n=32768, r=256, k=8, h=64, d=16384, batch=2, length=32768),
+    "many spaces": Sizes(m=512, n=32768, r=256, k=512, h=1, d=16384, batch=2, length=32768),
+    "a bank": Sizes(m=100, n=256, r=30, k=4, h=8, d=768, batch=64, length=256, tasks=4096),
+    "more rows": Sizes(m=20, n=64, r=8, k=2, h=8, d=256, batch=8192, length=64, tasks=4096),
 }
 
 

@@ -15,7 +15,7 @@ os.environ["MPLBACKEND"] = "Agg"
 # operator gives it would serve code for what it gave before.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "0"
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
-# cuBLAS asks for it where deterministic algorithms are on, as they are in `_poisoned_memory`.
+# cuBLAS asks for it if deterministic algorithms are on, as they are in `_poisoned_memory`.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import hypothesis
@@ -25,7 +25,7 @@ import torch.utils.deterministic
 
 from tests import host_kernels, support
 
-# The kernels run in Triton's interpreter where there is no GPU to compile them for; triton reads
+# The kernels run in Triton's interpreter if there is no GPU to compile them for; triton reads
 # this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import shutil
 import subprocess
@@ -56,8 +57,8 @@ class _View(ctypes.Structure):
     ]
 
 
-def _fields(text: str) -> list[tuple[str, Any]]:
-    """``kind: name name ...`` line by line, in the order of kernels.h."""
+def _struct(text: str) -> Any:
+    """A struct of ``kind: name name ...`` line by line, in the order of kernels.h."""
     kinds = {
         "size": ctypes.c_int64,
         "view": _View,
@@ -66,11 +67,12 @@ def _fields(text: str) -> list[tuple[str, Any]]:
         "memory": ctypes.c_void_p,
     }
     lines = (line.split(":") for line in text.strip().splitlines())
-    return [(name, kinds[kind.strip()]) for kind, names in lines for name in names.split()]
+    fields = [(name, kinds[kind.strip()]) for kind, names in lines for name in names.split()]
+    return type("Call", (ctypes.Structure,), {"_fields_": fields})
 
 
-class _ReconstructForward(ctypes.Structure):
-    _fields_ = _fields(
+_CALLS = {
+    "reconstruct_forward": _struct(
         """
         size: tasks tokens positions rank spaces dim width
         view: short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
@@ -78,11 +80,8 @@ class _ReconstructForward(ctypes.Structure):
         choice: activation gate
         memory: prompt query stats attended hidden gates cross workspace
         """
-    )
-
-
-class _ReconstructBackward(ctypes.Structure):
-    _fields_ = _fields(
+    ),
+    "reconstruct_backward": _struct(
         """
         size: tasks tokens positions rank spaces dim width
         view: grad short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
@@ -92,32 +91,24 @@ class _ReconstructBackward(ctypes.Structure):
         memory: d_short_prompt d_offset_a d_offset_b d_space_down d_space_up
         memory: d_gate_weight d_gate_bias workspace
         """
-    )
-
-
-class _SpliceForward(ctypes.Structure):
-    _fields_ = _fields(
+    ),
+    "splice_forward": _struct(
         """
         size: batch length tasks tokens width rank vocabulary
         view: prompt input_ids source offset_a offset_b attention_mask task_ids
         number: scaling
         memory: out workspace
         """
-    )
-
-
-class _SpliceBackward(ctypes.Structure):
-    _fields_ = _fields(
+    ),
+    "splice_backward": _struct(
         """
         size: batch length tasks tokens width positions rank
         view: grad prompt offset_a offset_b attention_mask task_ids
         number: scaling
         memory: d_prompt d_offset_a d_offset_b workspace
         """
-    )
-
-
-_STRUCTS = (_View, _ReconstructForward, _ReconstructBackward, _SpliceForward, _SpliceBackward)
+    ),
+}
 
 
 def compiler() -> str | None:
@@ -189,10 +180,11 @@ def library() -> ctypes.CDLL:
     for name in ("bfloat16", "half"):
         getattr(loaded, f"ept_{name}").argtypes = [ctypes.c_float]
         getattr(loaded, f"ept_{name}").restype = ctypes.c_uint16
-    for name in ("largest_grid", "most_shared_bytes", "struct_size"):
+    workspaces = (f"{name}_workspace" for name in _CALLS)
+    for name in ("largest_grid", "most_shared_bytes", "struct_size", *workspaces):
         getattr(loaded, f"ept_{name}").restype = ctypes.c_int64
-    sizes = [loaded.ept_struct_size(index) for index in range(len(_STRUCTS))]
-    assert sizes == [ctypes.sizeof(struct) for struct in _STRUCTS], "not the structs of kernels.h"
+    for index, struct in enumerate((_View, *_CALLS.values())):
+        assert loaded.ept_struct_size(index) == ctypes.sizeof(struct), "not as in kernels.h"
     return loaded
 
 
@@ -220,7 +212,7 @@ def serve(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def supports(tensors: Parameters | SpliceInputs, by_name: bool = False) -> tuple[bool, str]:
-    """Whatever the kernels serve, where they are asked for by name."""
+    """Whatever the kernels serve, if they are asked for by name."""
     return by_name, "the kernels on a host"
 
 
@@ -232,14 +224,12 @@ class Memory:
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, shift: int = 0) -> Tensor:
         """Full of NaN; ``shift``: elements that it starts past a multiple of 16 bytes."""
-        number = 1
-        for size in shape:
-            number *= size
+        number = math.prod(shape) * dtype.itemsize
         before = _GUARD + shift * dtype.itemsize
-        memory = torch.full((before + number * dtype.itemsize + _GUARD,), 0xAB, dtype=torch.uint8)
-        inside = memory[before : before + number * dtype.itemsize]
+        memory = torch.full((before + number + _GUARD,), 0xAB, dtype=torch.uint8)
+        inside = memory[before : before + number]
         inside.fill_(0xFF)
-        self._bounds.append((memory, before, number * dtype.itemsize))
+        self._bounds.append((memory, before, number))
         return inside.view(dtype).view(shape)
 
     def check(self) -> None:
@@ -263,13 +253,11 @@ def _address(tensor: Tensor | None) -> int | None:
 _NOWHERE = 4096  # an address that is given and never read
 
 
-def _run(name: str, call: ctypes.Structure, memory: Memory) -> None:
+def _run(name: str, memory: Memory, **fields: Any) -> None:
     """Allocate the workspace, call, look at the guard zones."""
-    loaded = library()
-    size = getattr(loaded, f"ept_{name}_workspace")
-    size.restype = ctypes.c_int64
-    workspace = memory.empty(size(ctypes.byref(call)), dtype=torch.uint8)
-    call.workspace = workspace.data_ptr()  # type: ignore[attr-defined]
+    loaded, call = library(), _CALLS[name](**fields)
+    size = getattr(loaded, f"ept_{name}_workspace")(ctypes.byref(call))
+    call.workspace = memory.empty(size, dtype=torch.uint8).data_ptr()
     error = getattr(loaded, f"ept_{name}")(ctypes.byref(call), _order[-1])
     assert error == 0, loaded.ept_failure().decode()
     memory.check()
@@ -288,24 +276,17 @@ class Counted:
 def count(name: str, sizes: dict[str, int], views: dict[str, torch.dtype], *given: str) -> Counted:
     """Plan a call without memory: its sizes, types of its tensors, outputs it asks for."""
     loaded = library()
-    call = {
-        "reconstruct_forward": _ReconstructForward,
-        "reconstruct_backward": _ReconstructBackward,
-        "splice_forward": _SpliceForward,
-        "splice_backward": _SpliceBackward,
-    }[name](
+    call = _CALLS[name](
         **sizes,
         **{key: _View(_NOWHERE, _TYPES[dtype]) for key, dtype in views.items()},
         **dict.fromkeys(given, _NOWHERE),
     )
-    size = getattr(loaded, f"ept_{name}_workspace")
-    size.restype = ctypes.c_int64
     loaded.ept_only_count(1)
     error = getattr(loaded, f"ept_{name}")(ctypes.byref(call), _order[-1])
     loaded.ept_only_count(0)
     assert error == 0
     return Counted(
-        size(ctypes.byref(call)),
+        getattr(loaded, f"ept_{name}_workspace")(ctypes.byref(call)),
         loaded.ept_launches(),
         loaded.ept_largest_grid(),
         loaded.ept_most_shared_bytes(),
@@ -343,12 +324,13 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         saved["gates"] = memory.empty(tasks, m, spaces)
         if parameters.has_offset:
             saved["cross"] = memory.empty(tasks, rank, spaces * dim + spaces)
-    call = _ReconstructForward(
+    _run(
+        "reconstruct_forward",
+        memory,
         **_common(parameters, flags),
         prompt=out.data_ptr(),
         **{name: tensor.data_ptr() for name, tensor in saved.items()},
     )
-    _run("reconstruct_forward", call, memory)
     return out, Saved(*(saved.get(name, torch.empty(0)) for name in Saved._fields))
 
 
@@ -358,13 +340,14 @@ def reconstruct_backward(
     memory = Memory()
     grads = [None if t is None else memory.empty(*t.shape, dtype=t.dtype) for t in parameters]
     kept = {name: t.contiguous() for name, t in saved._asdict().items() if t.numel()}
-    call = _ReconstructBackward(
+    _run(
+        "reconstruct_backward",
+        memory,
         **_common(parameters, flags),
         grad=_view(grad),
         **{name: tensor.data_ptr() for name, tensor in kept.items()},
         **{f"d_{n}": _address(t) for n, t in zip(Parameters._fields, grads, strict=True)},
     )
-    _run("reconstruct_backward", call, memory)
     return Parameters(*grads)  # type: ignore[arg-type]
 
 
@@ -376,7 +359,9 @@ def splice_forward(inputs: SpliceInputs, scaling: float, shift: int = 0) -> Tens
     tasks, m, width = prompt.shape
     memory = Memory()
     out = memory.empty(batch, m + length, width, dtype=source.dtype, shift=shift)
-    call = _SpliceForward(
+    _run(
+        "splice_forward",
+        memory,
         batch=batch,
         length=length,
         tasks=tasks,
@@ -394,7 +379,6 @@ def splice_forward(inputs: SpliceInputs, scaling: float, shift: int = 0) -> Tens
         scaling=scaling,
         out=out.data_ptr(),
     )
-    _run("splice_forward", call, memory)
     return out
 
 
@@ -410,7 +394,9 @@ def splice_backward(
     if need_offset and offset_a is not None and offset_b is not None:
         d_a = memory.empty(*offset_a.shape, dtype=offset_a.dtype)
         d_b = memory.empty(*offset_b.shape, dtype=offset_b.dtype)
-    call = _SpliceBackward(
+    _run(
+        "splice_backward",
+        memory,
         batch=batch,
         length=total - m,
         tasks=tasks,
@@ -429,6 +415,5 @@ def splice_backward(
         d_offset_a=_address(d_a),
         d_offset_b=_address(d_b),
     )
-    _run("splice_backward", call, memory)
     empty = torch.empty(0)
     return SpliceGrads(*(empty if t is None else t for t in (d_prompt, d_a, d_b)))

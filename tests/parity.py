@@ -1,6 +1,6 @@
 """The measure of parity: a backend's error against float64 beside the definition's own.
 
-One draw of a few numbers says little: where a gradient is a sum of a handful of roundings that
+One draw of a few numbers says little: if a gradient is a sum of a handful of roundings that
 nearly cancel, the ratio of two correct computations' errors reaches six on one processor and one
 on the next. So the ratio is a geometric mean over a number of cases, and no single case may stand
 out by more than a wrong result would, which is off by orders of magnitude.

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A marked test: its cells and how it ended, ``MISSING`` where it has not been run."""
+    """A marked test: its cells and how it ended, ``MISSING`` if it was not run."""
 
     cells: tuple[Cell, ...]
     outcome: str = MISSING
@@ -185,7 +185,7 @@ def add_option(parser: pytest.Parser) -> None:
 
 
 def register(config: pytest.Config) -> None:
-    """Record this run, where it was asked for; of several processes only the one that reports."""
+    """Record this run if it was asked for; of several processes only the one that reports."""
     path = config.getoption("--support-page")
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(path), "support-recorder")
@@ -203,8 +203,7 @@ def note_cells(items: Iterable[pytest.Item]) -> None:
                 cell = Cell(*mark.args, **mark.kwargs)
             except (TypeError, ValueError) as error:
                 raise pytest.UsageError(f"{item.nodeid}: mark support: {error}") from None
-            values = [cell.row, cell.column, cell.state, cell.reason]
-            item.user_properties.append(("support", values))
+            item.user_properties.append(("support", astuple(cell)))
 
 
 class Recorder:
@@ -231,15 +230,8 @@ class Recorder:
         self.found[report.nodeid] = Evidence(cells, outcome)
 
     def pytest_sessionfinish(self) -> None:
-        tests = {
-            name: {"cells": [_values(c) for c in test.cells], "outcome": test.outcome}
-            for name, test in self.found.items()
-        }
+        tests = {name: asdict(test) for name, test in self.found.items()}
         self.path.write_text(json.dumps({"tests": tests, "versions": versions()}, indent=1))
-
-
-def _values(cell: Cell) -> list[str]:
-    return [cell.row, cell.column, cell.state, cell.reason]
 
 
 def _cells_of(properties: Iterable[tuple[str, Any]]) -> tuple[Cell, ...]:
@@ -284,7 +276,7 @@ def run(
             raise Incomplete(f"pytest: expected exit status 0 or 1, got {done.returncode} {said}")
         values = json.loads(record.read_text())
     tests = {
-        name: Evidence(tuple(Cell(*cell) for cell in test["cells"]), test["outcome"])
+        name: Evidence(tuple(Cell(**cell) for cell in test["cells"]), test["outcome"])
         for name, test in values["tests"].items()
     }
     return tests, values["versions"]

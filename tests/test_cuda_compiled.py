@@ -51,7 +51,7 @@ def _disassembler() -> str | None:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One architecture's kernels: their resources by name, and their code where it can be read."""
+    """One architecture's kernels: their resources by name, and their code if it can be read."""
 
     resources: dict[str, dict[str, int]]
     code: dict[str, str]

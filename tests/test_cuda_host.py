@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,22 +11,14 @@ import torch
 from ept_fast import splice_prompt
 from ept_fast.backends import eager
 from ept_fast.ops.types import Flags, Saved
+from tests import cases
 from tests import host_kernels as kernels
-from tests.cases import GATES, NAMED, SEVEN, Sizes, make_case, run
+from tests.cases import GATES, LARGEST, NAMED, SEVEN, Sizes, make_case, run
 from tests.parity import HOST, assert_as_exact_as_the_definition, cotangent_of, over
+from tests.processes import python
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), kernels.needs_compiler]
-SHAPES = {
-    "prime": Sizes(m=7, n=29, r=5, k=3, h=5, d=37, batch=5, length=23),
-    "tiles": Sizes(m=37, n=70, r=35, k=3, h=12, d=136, batch=9, length=67),
-    "a bank of tiles": Sizes(m=9, n=40, r=18, k=2, h=9, d=264, batch=6, length=35, tasks=3),
-}
-LARGEST = {
-    "one prompt": Sizes(m=512, n=32768, r=256, k=8, h=64, d=16384, batch=2, length=32768),
-    "many spaces": Sizes(m=512, n=32768, r=256, k=512, h=1, d=16384, batch=2, length=32768),
-    "a bank": Sizes(m=100, n=256, r=30, k=4, h=8, d=768, batch=64, length=256, tasks=4096),
-    "more rows": Sizes(m=20, n=64, r=8, k=2, h=8, d=256, batch=8192, length=64, tasks=4096),
-}
+SHAPES = {"prime": cases.SHAPES["prime"], **cases.TILES["host"]}
 
 
 # Rounding
@@ -190,7 +180,7 @@ def test_grids_and_shared_memory(s: Sizes) -> None:
 @over(HOST)
 @pytest.mark.parametrize("tasks", [None, 3])
 def test_blocks_that_take_several_tiles(tasks: int | None, backend: str) -> None:
-    """As where memory for the parts is short: each adds to what it has written before."""
+    """As if memory for the parts is short: each adds to what it has written before."""
     sizes = Sizes(m=19, n=150, r=160, k=2, h=6, d=900, batch=5, length=150, tasks=tasks)
     case = make_case(sizes, padding="holes", dtype=torch.float32)
     assert_as_exact_as_the_definition([case], backend)
@@ -202,13 +192,11 @@ def test_blocks_that_take_several_tiles(tasks: int | None, backend: str) -> None
 SANITIZED = """
 import torch
 from tests import host_kernels as kernels
-from tests.test_cuda_host import SHAPES
-from tests.test_parity import SHAPES as SMALL
 from ept_fast.ops.types import Flags
-from tests.cases import make_case
+from tests.cases import SHAPES, TILES, make_case
 
 torch.set_num_threads(1)
-for shape in (*SMALL.values(), *SHAPES.values()):
+for shape in (*SHAPES.values(), *TILES["host"].values()):
     for dtype in (torch.float32, torch.bfloat16):
         case = make_case(shape, dtype=dtype, gate="prompt")
         parameters, flags = case.tensors(), Flags(0.5, "gelu", "prompt", 1.0)
@@ -222,7 +210,7 @@ print("done")
 
 
 @pytest.mark.slow
-def test_no_access_outside_any_tensor(tmp_path: Path, root: Path) -> None:
+def test_no_access_outside_any_tensor(tmp_path: Path) -> None:
     """Under the compiler's sanitizers, which see reads as well as writes."""
     found = kernels.compiler()
     assert found is not None
@@ -232,14 +220,12 @@ def test_no_access_outside_any_tensor(tmp_path: Path, root: Path) -> None:
         pytest.skip("the compiler has no address sanitizer")
     flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     path = kernels.build(tmp_path, *flags)
-    environment = os.environ | {
-        "EPT_HOST_LIBRARY": str(path),
-        "LD_PRELOAD": str(runtime.resolve()),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": str(root),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SANITIZED], capture_output=True, text=True, env=environment, cwd=root
+    done = python(
+        *("-c", SANITIZED),
+        timeout=1800,
+        EPT_HOST_LIBRARY=str(path),
+        LD_PRELOAD=str(runtime.resolve()),
+        ASAN_OPTIONS="detect_leaks=0",
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip() == "done"

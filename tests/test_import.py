@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.processes import python
 from tests.tiny import (
     answer_rows,
     options,
@@ -39,31 +38,27 @@ print(json.dumps({
     "modules": sorted({name.partition(".")[0] for name in set(sys.modules) - before}),
     "events": events,
     "cuda": torch.cuda.is_initialized(),
-    "threads": torch.get_num_threads(),
     "dynamo": "torch._dynamo" in sys.modules and "torch._dynamo" not in before,
 }))
 """
 
 
-def probe(root: Path) -> dict[str, Any]:
-    # As a user's process runs: bytecode is written once and then read.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def told(*arguments: str, **environment: str | None) -> dict[str, Any]:
+    """What a fresh Python process tells on its last line."""
+    done = python(*arguments, timeout=300, **environment)
     assert done.returncode == 0, done.stderr
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return facts
 
 
+def probe() -> dict[str, Any]:
+    # As a user's process runs: bytecode is written once and then read.
+    return told("-c", PROBE, PYTHONDONTWRITEBYTECODE=None)
+
+
 @pytest.fixture(scope="module")
-def imported(root: Path) -> dict[str, Any]:
-    return probe(root)
+def imported() -> dict[str, Any]:
+    return probe()
 
 
 @pytest.mark.parametrize(
@@ -85,29 +80,27 @@ def test_import_leaves_alone(name: str, imported: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["EPTBank", "EPTModel", "get_ept_model"])
-def test_without_transformers_there_is_a_hint(name: str, root: Path) -> None:
-    code = f"import sys; sys.modules['transformers'] = None\nfrom ept_fast import {name}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+def test_without_transformers_there_is_a_hint(name: str) -> None:
+    done = python(
+        "-c", f"import sys; sys.modules['transformers'] = None\nfrom ept_fast import {name}"
+    )
     assert done.stderr.splitlines()[-1] == (
         "ept_fast.libraries.MissingLibraryError: transformers not installed: "
         'pip install "ept-fast[train]"'
     )
 
 
-def test_import_starts_no_process_and_loads_no_library(imported: dict[str, Any]) -> None:
+def test_import_starts_no_process_no_cuda_and_no_compiler(imported: dict[str, Any]) -> None:
     assert imported["events"] == []
-
-
-def test_import_starts_neither_cuda_nor_the_compiler(imported: dict[str, Any]) -> None:
     assert not imported["cuda"]
     assert not imported["dynamo"]
 
 
-def test_import_takes_under_50_ms_beyond_torch(root: Path, imported: dict[str, Any]) -> None:
+def test_import_takes_under_50_ms_beyond_torch(imported: dict[str, Any]) -> None:
     # CPU time, so that another process's turn does not count; no import waits for anything, as the
     # test above shows. The fixture wrote the bytecode. The least of five processes is the cost
     # of the import itself; what exceeds it is cold caches.
-    assert min(probe(root)["seconds"] for _ in range(5)) < 0.050
+    assert min(probe()["seconds"] for _ in range(5)) < 0.050
 
 
 # Python lines, what they print aside, told with the libraries that they imported and the
@@ -132,19 +125,9 @@ TASKS = {
 }
 
 
-def watch(root: Path, script: str) -> dict[str, Any]:
-    environment = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WATCH, script],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    facts: dict[str, Any] = json.loads(done.stdout)
-    return facts
+def watch(script: str) -> dict[str, Any]:
+    offline = {name: None for name in os.environ if name.endswith("_OFFLINE")}
+    return told("-W", "ignore", "-c", WATCH, script, **offline)
 
 
 def commands(*calls: list[str]) -> str:
@@ -154,9 +137,7 @@ def commands(*calls: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], dict[str, Path]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Path]]:
     """What training by the command line did, and the folder of each task."""
     calls, folders = [], {}
     for task, (save, choices) in TASKS.items():
@@ -168,14 +149,14 @@ def trained(
             folder / "model", folder / "data", folder / "run", task=task, max_steps=2, **choices
         )
         calls.append(["train", *options(settings), "--quiet"])
-    return watch(root, commands(*calls)), folders
+    return watch(commands(*calls)), folders
 
 
 NOTHING: dict[str, Any] = {"imported": [], "asked": []}
 
 
 @pytest.mark.slow
-def test_watching_sees_what_is_imported_and_asked(root: Path) -> None:
+def test_watching_sees_what_is_imported_and_asked() -> None:
     script = """
 import socket
 import bitsandbytes
@@ -184,7 +165,7 @@ try:
 except OSError:
     pass
 """
-    facts = watch(root, script)
+    facts = watch(script)
     assert facts["imported"] == ["bitsandbytes"]
     assert any("'127.0.0.1', 9" in address for address in facts["asked"])
 
@@ -196,7 +177,7 @@ def test_training_imports_no_peft_and_asks_no_hub(trained: tuple[dict[str, Any],
 
 @pytest.mark.slow
 def test_evaluation_and_prediction_import_no_peft_and_ask_no_hub(
-    root: Path, trained: tuple[Any, dict[str, Path]]
+    trained: tuple[Any, dict[str, Path]],
 ) -> None:
     calls = []
     for folder in trained[1].values():
@@ -205,13 +186,13 @@ def test_evaluation_and_prediction_import_no_peft_and_ask_no_hub(
         texts.write_text("the play was fine\n")
         calls.append(["evaluate", f"--adapter={adapter}", f"--data={data}"])
         calls.append(["predict", f"--adapter={adapter}", f"--input={texts}"])
-    assert watch(root, commands(*calls)) == NOTHING
+    assert watch(commands(*calls)) == NOTHING
 
 
 @pytest.mark.slow
-def test_demo_imports_no_peft_and_asks_no_hub(root: Path, minilm: Path, tmp_path: Path) -> None:
+def test_demo_imports_no_peft_and_asks_no_hub(minilm: Path, tmp_path: Path) -> None:
     words = ["demo", f"--output={tmp_path / 'demo'}", "--steps=1"]
-    assert watch(root, commands(words)) == NOTHING
+    assert watch(commands(words)) == NOTHING
 
 
 LIBRARY = """
@@ -230,11 +211,11 @@ import_peft({folder!r} + "-peft", model.get_input_embeddings())
 
 @pytest.mark.slow
 def test_library_imports_no_peft_and_asks_no_hub(
-    root: Path, trained: tuple[Any, dict[str, Path]], tmp_path: Path
+    trained: tuple[Any, dict[str, Path]], tmp_path: Path
 ) -> None:
     model = trained[1]["classification"] / "model"
     script = LIBRARY.format(model=str(model), folder=str(tmp_path / "adapter"))
-    assert watch(root, script) == NOTHING
+    assert watch(script) == NOTHING
 
 
 LORA = """
@@ -268,15 +249,15 @@ assert not transformers.trainer_utils._is_peft_model(backbone)
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["ept_fast.training.trainer", "transformers.trainer"])
 def test_trainer_of_transformers_trains_models_of_peft(
-    first: str, root: Path, trained: tuple[Any, dict[str, Path]], tmp_path: Path
+    first: str, trained: tuple[Any, dict[str, Path]], tmp_path: Path
 ) -> None:
     """Whichever of the two trainers is imported first."""
     model = trained[1]["causal"] / "model"
-    watch(root, LORA.format(first=first, folder=str(tmp_path), model=str(model)))
+    watch(LORA.format(first=first, folder=str(tmp_path), model=str(model)))
 
 
 @pytest.mark.slow
-def test_all_else_of_peft_is_its_own_without_peft(root: Path) -> None:
+def test_all_else_of_peft_is_its_own_without_peft() -> None:
     script = """
 import sys
 from ept_fast.libraries import without_peft
@@ -290,4 +271,4 @@ assert PeftModel is not peft.PeftModel
 assert not isinstance(LoraConfig(), PeftModel)
 assert isinstance(peft.PeftModel.__new__(peft.PeftModel), PeftModel)
 """
-    watch(root, script)
+    watch(script)

@@ -214,14 +214,8 @@ def test_workspace(name: str, types: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_workspace_of_named_shapes(shape: Shape, backend: str) -> None:
     """Under 8 MB, but for the longest text: its sums, or its softmax, take more."""
-    config = EPTConfig(
-        shape.hidden_size,
-        num_virtual_tokens=shape.num_virtual_tokens,
-        max_length=shape.max_length,
-        rank=shape.rank,
-        num_spaces=shape.num_spaces,
-        space_dim=shape.space_dim,
-    )
+    names = ("hidden_size", "num_virtual_tokens", "max_length", "rank", "num_spaces", "space_dim")
+    config = EPTConfig(**{name: getattr(shape, name) for name in names})
     step = PromptStep(config, shape.batch, shape.length, torch.bfloat16, backend=backend)
     most = step.output_bytes // 8 if shape.name == "long" else 8 * MB
     assert max(asdict(step.workspace).values()) < most
@@ -354,7 +348,7 @@ def test_report_without_data(checkpointing: bool) -> None:
     backbone = memory_report.measure_backbone(SMALL, 8, checkpointing)
     step = PromptStep(SMALL_PROMPT, SMALL.batch, SMALL.length, torch.bfloat16, backend="triton")
     share = step.parameter_bytes + step.optimizer_bytes + step.saved_bytes
-    mask = 8 * SMALL.batch * SMALL.length  # of ones, where none is given
+    mask = 8 * SMALL.batch * SMALL.length  # of ones, if none is given
     # Layers that are recomputed hold their positions, which the backbone alone was given.
     positions = checkpointing * 8 * SMALL.batch * (8 + SMALL.length)
     assert prompt.peak - backbone.peak == share + mask + positions
@@ -381,7 +375,7 @@ def test_report_with_data() -> None:
     parameters = sum(p.nbytes for p in wrapped.prompt.parameters())
     found = allocations(steps).peak + parameters
     counted = memory_report.measure(SMALL, SMALL_PROMPT).peak
-    assert 0 <= counted - found <= ids.nbytes  # a mask of ones, where none is given
+    assert 0 <= counted - found <= ids.nbytes  # a mask of ones, if none is given
 
 
 def test_page() -> None:

@@ -90,10 +90,6 @@ def _step(function: Any, case: Case) -> list[Tensor]:
     return [out.detach(), *grads]
 
 
-def _both(case: Case) -> Tensor:
-    return case.both("eager")
-
-
 def _served(backend: str) -> torch.dtype:
     """The kernels do not serve float64."""
     return torch.float32 if backend == "triton" else torch.float64
@@ -110,14 +106,7 @@ def test_compiles_into_one_graph(dynamic: bool, tasks: int | None, backend: str)
         torch.testing.assert_close(got, expected)
 
 
-def test_the_definition_compiles_into_one_graph() -> None:
-    compiled = _compiled("reference", backend="aot_eager")
-    case = make_case(Sizes(), dtype=torch.float64)
-    for got, expected in zip(_step(compiled, case), _step(_both, case), strict=True):
-        torch.testing.assert_close(got, expected)
-
-
-@each_backend
+@over("reference", EAGER, TRITON)
 def test_compiled_code_serves_new_batch_sizes_and_lengths(backend: str) -> None:
     """One graph for the first sizes and one for all others."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -197,7 +186,7 @@ def test_autocast_does_not_reach_into_compiled_code() -> None:
     case = make_case(Sizes(), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         compiled = _step(_compiled(), case)
-    for got, expected in zip(compiled, _step(_both, case), strict=True):
+    for got, expected in zip(compiled, _step(lambda c: c.both("eager"), case), strict=True):
         torch.testing.assert_close(got, expected)
 
 

@@ -19,6 +19,8 @@ from tests.cases import (
     LAYOUTS,
     PADDINGS,
     PARTS,
+    SHAPES,
+    TILES,
     TYPES,
     Case,
     Sizes,
@@ -40,24 +42,6 @@ from tests.parity import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHAPES = {
-    "one": Sizes(m=1, n=1, r=1, k=1, h=1, d=1, batch=1, length=1),
-    "prime": Sizes(m=7, n=29, r=5, k=3, h=5, d=37, batch=5, length=23),
-    "bank": Sizes(m=5, n=17, r=3, k=2, h=4, d=24, batch=7, length=13, tasks=3),
-    "more tasks than rows": Sizes(m=3, n=7, r=2, k=2, h=3, d=19, batch=2, length=5, tasks=4),
-}
-# More than one tile of everything: tokens, positions, channels, rank, columns of the spaces.
-TILES = {
-    "eager": {"tiles": Sizes(m=4, n=700, r=6, k=2, h=4, d=512, batch=3, length=601)},
-    "triton": {
-        "tiles": Sizes(m=17, n=66, r=17, k=3, h=11, d=66, batch=2, length=33),
-        "rows": Sizes(m=3, n=5, r=2, k=1, h=2, d=9, batch=9, length=5),
-    },
-    "host": {
-        "tiles": Sizes(m=37, n=70, r=35, k=3, h=12, d=136, batch=9, length=67),
-        "a bank of tiles": Sizes(m=9, n=40, r=18, k=2, h=9, d=264, batch=6, length=35, tasks=3),
-    },
-}
 
 
 def table(backend: str) -> list[tuple[Sizes, str, str]]:

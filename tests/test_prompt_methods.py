@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,8 @@ from ept_fast.prompts.base import Prompt, expected_shapes, prompt_class, prompt_
 from ept_fast.training.config import TrainConfig
 from ept_fast.transformers import adapter
 from tests.architectures import BY_NAME
-from tests.tiny import save_model, save_task, small_run
+from tests.processes import python
+from tests.tiny import options, save_model, save_task, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,20 +178,11 @@ def test_a_run_has_the_methods_own_config() -> None:
         TrainConfig(model="m", data="d", output="o", method="other")
 
 
-def test_the_command_line_trains_with_it(tmp_path: Path, root: Path) -> None:
+def test_the_command_line_trains_with_it(tmp_path: Path) -> None:
     run = small_run(save_model(tmp_path / "m"), save_task(tmp_path / "d"), tmp_path / "o")
-    options = {**run, "max_steps": 4, "method": "toy", "device": "cpu"}
-    words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    words = options({**run, "max_steps": 4, "method": "toy", "device": "cpu"})
     code = "import tests.toy_method, ept_fast.cli; ept_fast.cli.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", *words],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = python("-c", code, "train", *words, timeout=300)
     assert done.returncode == 0, done.stderr
     prompt = Prompt.from_pretrained(tmp_path / "o" / "adapter")
     assert type(prompt) is toy_method.ToyPrompt

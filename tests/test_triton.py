@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ept_fast.backends import triton
 from ept_fast.kernels import launch
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs
-from tests.cases import GATES, NAMED, PADDINGS, PARTS, Sizes, make_case, shapes_of
+from tests.cases import GATES, LARGEST, NAMED, PADDINGS, PARTS, Sizes, make_case, shapes_of
 from tests.parity import (
     TRITON,
     assert_as_exact_as_the_definition,
@@ -218,13 +218,6 @@ def test_workspace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(counted.names) == 9
 
 
-LARGEST = {
-    "one prompt": Sizes(m=512, n=32768, r=256, k=8, h=64, d=16384, batch=2, length=32768),
-    "a bank": Sizes(m=100, n=256, r=30, k=4, h=8, d=768, batch=64, length=256, tasks=4096),
-    "more rows": Sizes(m=20, n=64, r=8, k=2, h=8, d=256, batch=8192, length=64, tasks=4096),
-}
-
-
 @pytest.mark.default_algorithms
 @pytest.mark.parametrize("name", LARGEST)
 def test_grids_of_the_largest_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +236,7 @@ def test_grids_of_the_largest_sizes(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_programs_that_take_several_tiles(
     tasks: int | None, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where memory for the parts is short: each adds to what it has written before."""
+    """As if memory for the parts is short: each adds to what it has written before."""
     from ept_fast.kernels import reconstruct, splice
 
     def few(config: Any) -> Any:
@@ -276,16 +269,19 @@ def test_launches_cover_the_rank_and_the_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
+    ("sizes", "dtype", "says"),
     [
-        (Sizes(r=257), "rank 257 is more than 256"),
-        (Sizes(m=513), "513 virtual tokens are more than 512"),
-        (Sizes(k=9, h=64), "9 subspaces of width 64 are more than 512 together"),
+        (Sizes(r=257), torch.float32, "rank 257 is more than 256"),
+        (Sizes(m=513), torch.float32, "513 virtual tokens are more than 512"),
+        (Sizes(k=9, h=64), torch.float32, "9 subspaces of width 64 are more than 512 together"),
+        (Sizes(), torch.float64, "short_prompt is float64, the kernels compute in float32"),
     ],
-    ids=["rank", "tokens", "spaces"],
+    ids=["rank", "tokens", "spaces", "float64"],
 )
-def test_sizes_beyond_the_limits_are_refused(sizes: Sizes, says: str) -> None:
-    case = make_case(sizes, dtype=torch.float32)
+def test_what_the_kernels_do_not_serve_is_refused(
+    sizes: Sizes, dtype: torch.dtype, says: str
+) -> None:
+    case = make_case(sizes, dtype=dtype)
     with pytest.raises(RuntimeError, match=f"backend: 'triton' does not support this call: {says}"):
         case.reconstruct("triton")
     assert case.reconstruct("eager").shape == (sizes.m, sizes.d)
@@ -314,13 +310,6 @@ def test_the_interpreter_serves_by_name_only() -> None:
     assert triton.supports(tensors, by_name=True) == (True, "fused kernels")
     ok, reason = triton.supports(tensors)
     assert (ok, reason) == (False, "the interpreter serves a CPU only if it is asked for by name")
-
-
-def test_float64_is_refused() -> None:
-    case = make_case(Sizes())
-    says = "short_prompt is float64, the kernels compute in float32"
-    with pytest.raises(RuntimeError, match=says):
-        case.reconstruct("triton")
 
 
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def _free_memory() -> Iterator[None]:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
-    """A backend of fused kernels; skipped with its own reason where it does not work."""
+    """A backend of fused kernels; skipped with its own reason if it does not work."""
     from ept_fast.ops import dispatch
 
     name: str = request.param

@@ -18,7 +18,7 @@ CASES = (("odd", "holes"), ("odd", "right"), ("bank", "left"), ("more tasks than
 
 
 def main() -> int:
-    """1 where a result is not finite."""
+    """1 if a result is not finite."""
     print("the device answers", torch.ones(1, device=DEVICE).item(), flush=True)
     fused = [n for n, works, _ in dispatch.describe() if works and n not in ("eager", "reference")]
     for backend in fused:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests import cases
 from tests.cases import PADDINGS, Case, Sizes
 from tests.gpu.support import (
     DEVICE,
@@ -23,16 +25,13 @@ from tests.gpu.support import (
 pytestmark = [pytest.mark.gpu, pytest.mark.default_algorithms]
 
 SIZES = Sizes(m=40, n=256, r=30, k=4, h=8, d=768, batch=16, length=256, vocabulary=1000)
-SMALL = Sizes(m=7, n=29, r=5, k=3, h=5, d=37, batch=5, length=23)
 SHAPES = {
-    "one prompt": SIZES if ON_GPU else SMALL,
-    "bank": Sizes(m=20, n=64, r=16, k=2, h=8, d=256, batch=24, length=64, tasks=5)
-    if ON_GPU
-    else Sizes(**{**vars(SMALL), "tasks": 3}),
-    "more tasks than rows": Sizes(m=20, n=64, r=16, k=2, h=8, d=256, batch=5, length=64, tasks=9)
-    if ON_GPU
-    else Sizes(**{**vars(SMALL), "tasks": 9}),
+    "one prompt": SIZES,
+    "bank": Sizes(m=20, n=64, r=16, k=2, h=8, d=256, batch=24, length=64, tasks=5),
+    "more tasks than rows": Sizes(m=20, n=64, r=16, k=2, h=8, d=256, batch=5, length=64, tasks=9),
 }
+if not ON_GPU:
+    SHAPES = {name: replace(cases.SHAPES["prime"], tasks=s.tasks) for name, s in SHAPES.items()}
 RUNS = 20 if ON_GPU else 3
 
 

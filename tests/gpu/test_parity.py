@@ -193,7 +193,7 @@ def test_only_what_is_asked_for_gets_a_gradient(backend: str) -> None:
         assert torch.equal(got[name], full[name]), name
 
 
-# The golden vectors, beside the checkout, or inside it where the checkout alone has travelled.
+# The golden vectors, beside the checkout, or inside it if only the checkout was copied.
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 GOLDEN = next(

@@ -135,18 +135,15 @@ def covers(architectures: tuple[str, ...], capability: int) -> bool:
     Machine code runs on later GPUs of its generation, PTX on all later ones, and code for "90a" on
     that capability alone.
     """
-    for architecture in architectures:
-        number = _number(architecture)
-        base = architecture.removesuffix("+PTX")
-        if base.endswith("a"):
-            if number == capability:
-                return True
-            continue
-        if architecture.endswith("+PTX") and number <= capability:
-            return True
-        if number // 10 == capability // 10 and number <= capability:
-            return True
-    return False
+    return any(_runs_on(architecture, capability) for architecture in architectures)
+
+
+def _runs_on(architecture: str, capability: int) -> bool:
+    number = _number(architecture)
+    if architecture.removesuffix("+PTX").endswith("a"):
+        return number == capability
+    later = architecture.endswith("+PTX") or number // 10 == capability // 10
+    return later and number <= capability
 
 
 def _gencode(architectures: tuple[str, ...]) -> list[str]:
@@ -251,7 +248,7 @@ def _compiled() -> list[Path]:
 
 
 def sources_hash() -> str:
-    """A hash of all that the library is compiled from; empty where the sources are not there."""
+    """A hash of all that the library is compiled from; empty if they are not there."""
     if not SOURCES.joinpath("binding.cpp").is_file():
         return ""
     digest = hashlib.sha256()
@@ -295,7 +292,7 @@ def _cache_folder() -> Path:
 
 
 def cached(architectures: tuple[str, ...], tools: Tools) -> Path:
-    """Where the library for these lies once it is built.
+    """The path of the library for these architectures, built or not.
 
     Raises:
         ExtensionError: this user has no cache folder.
@@ -335,7 +332,7 @@ def is_built(library: Path) -> bool:
 
 
 def read_record(library: Path) -> Record | None:
-    """What the library was built from, read from its file; None where it does not say."""
+    """What the library was built from, read from its file; None if it does not say."""
     try:
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m:
             start = m.find(_RECORD)

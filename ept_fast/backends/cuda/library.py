@@ -1,6 +1,6 @@
-"""Finds the CUDA library, has it built where there is none, and loads it into torch.
+"""Finds the CUDA library, builds it if there is none, and loads it into torch.
 
-It lies in the package where the package was built with it, else in a cache of this user.
+It lies in the package if the package was built with it, else in a cache of this user.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class State:
     """The library as it is on this machine.
 
     Attributes:
-        path: the file; None where it is not built.
+        path: the file; None if it is not built.
         architectures: those it is built for, or would be.
         text: where it lies, how it would be built, or why it cannot be.
         usable: whether it is built or can be.
@@ -78,11 +78,11 @@ def _find() -> State:
 
 
 def problem(capability: int, prepare: bool) -> str:
-    """Why the library cannot serve a GPU of this capability (90 for sm_90); empty where it can.
+    """Why the library cannot serve a GPU of this capability (90 for sm_90); empty if it can.
 
     Args:
         capability: of the GPU.
-        prepare: build and load it now, where it is not, and call it a problem where that fails.
+        prepare: build and load it now if it is not, and call a failure of that a problem.
     """
     global _failure
     if _loaded is None and prepare and not _failure:
@@ -100,7 +100,7 @@ def problem(capability: int, prepare: bool) -> str:
 
 
 def load() -> None:
-    """Make the library's operators known to torch, once a process; build it where it is not.
+    """Make the library's operators known to torch, once per process; build it if needed.
 
     Raises:
         ExtensionError: it can neither be found nor built, or does not load.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ept_fast import EPTConfig, FusedEPTPrompt, reconstruct_prompt
 from ept_fast.ops import dispatch
@@ -49,6 +51,22 @@ def test_without_gradients(backend: str, mode: Any) -> None:
         out = case.both(backend)
     assert not out.requires_grad
     assert_same_bits([out], [case.both(backend).detach()])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(backend: str, reentrant: bool) -> None:
+    case = device_case(SIZES)
+    cotangent = make_cotangent(case)
+    names, leaves = list(case.parameters), list(case.parameters.values())
+
+    def function(*tensors: Tensor) -> Tensor:
+        return replace(case, parameters=dict(zip(names, tensors, strict=True))).both(backend)
+
+    out = checkpoint(function, *leaves, use_reentrant=reentrant)
+    out.backward(cotangent)
+    grads = [leaf.grad for leaf in leaves]
+    assert all(grad is not None for grad in grads)
+    assert_same_bits([out.detach(), *grads], step(case, backend, cotangent))  # type: ignore[list-item]
 
 
 # Ids that name nothing. A CPU refuses them, a GPU answers with NaN.

@@ -161,12 +161,13 @@ class SplicedPrompt(nn.Module):
             task_ids=task_ids,
             backend=self.backend,
         )
-        length, most = embeds.shape[1] - self.config.num_virtual_tokens, self.config.max_length
-        if self.config.rank and self.offset_a is None and length > most:  # a fold without offset
-            name = "inputs_embeds" if weight is None else "input_ids"
-            raise ValueError(
-                f"{name}: expected at most max_length {most} text positions, got {length}"
-            )
+        if self.config.rank and self.offset_a is None:  # folded without its offset
+            length, most = embeds.shape[1] - self.config.num_virtual_tokens, self.config.max_length
+            if length > most:
+                name = "inputs_embeds" if weight is None else "input_ids"
+                raise ValueError(
+                    f"{name}: expected at most max_length {most} text positions, got {length}"
+                )
         if attention_mask is None:
             kind: dict[str, Any] = {"dtype": torch.int64, "device": embeds.device}
             mask = torch.ones(embeds.shape[:2], **kind)
@@ -211,7 +212,6 @@ class Prompt(SplicedPrompt):
 
     config_class: ClassVar[type[PromptConfig]]
     groups: ClassVar[Mapping[str, tuple[str, ...]]]
-    has_gate = False  # whether there are ``gate_weights()`` to look at
     num_tasks: int | None
 
     def __init__(
@@ -247,6 +247,11 @@ class Prompt(SplicedPrompt):
                 value, dtype=dtype, device=rows.device, memory_format=torch.contiguous_format
             ).copy_(value)
         self._register(values)
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the prompt has ``gate_weights()``."""
+        return False
 
     @classmethod
     def shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:

@@ -115,7 +115,7 @@ class FusedEPTPrompt(Prompt):
         )
 
     @property
-    def has_gate(self) -> bool:  # type: ignore[override]
+    def has_gate(self) -> bool:
         """Whether the prompt has subspaces, and so a gate."""
         return self.gate_weight is not None
 

@@ -4,11 +4,15 @@ No GPU is needed. The host functions run on tensors of a CPU whose contents are 
 one target after the other; Triton specialises every launch as it would there, and a hook takes the
 specialisation in place of the launch. What is left after equal ones are put together is compiled,
 and the code is read for what would make a kernel slow or wrong: spills, float64 instructions,
-addresses in 32 bits, atomics, too much shared memory, too many registers.
+addresses in 32 bits, atomics, too much shared memory, too many registers. `LIMITS` asks more of a
+kernel of the splice: enough warps on a multiprocessor, matrix units, wide loads and stores.
 
-``--write`` records the table under ``bench/results/compiled``; its registers are the budget that
-later code is held to. Compiled code is kept where Triton keeps it (``TRITON_CACHE_DIR``): its key
-covers the sources, the arguments, the options and the compiler, so nothing stale is found there.
+``--write`` records two tables under ``bench/results/compiled``. In ``table.csv`` a row is a kernel
+at its types; its registers are the budget that later code is held to, so it is written only if no
+rule is broken and nothing is left out by ``--kernel`` or ``--target``. In ``shapes.csv`` a row is a
+kernel of the splice at a shape, with a mask. Rows of other versions of Triton stay. Compiled code
+is kept where Triton keeps it (``TRITON_CACHE_DIR``): its key covers the sources, the arguments, the
+options and the compiler, so nothing stale is found there.
 """
 
 from __future__ import annotations
@@ -17,20 +21,16 @@ import csv
 import importlib
 import itertools
 import json
-import re
-import struct
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import click
@@ -41,6 +41,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.environment import commit
+from bench.machine_code import (
+    TARGETS,
+    Code,
+    Target,
+    cuda_tools,
+    read_amdgcn,
+    read_cubins,
+    read_ttir,
+    versions,
+    warps_per_sm,
+)
 from bench.rows import aligned, write_csv
 from bench.shapes import Shape
 from ept_fast.kernels import launch
@@ -50,42 +61,40 @@ from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 RESULTS = Path(__file__).parent / "results" / "compiled"
 # Registers a kernel may gain over its record: ptxas moves by a few on unrelated changes.
 MARGIN = 8
+
+
+class Limits(NamedTuple):
+    """What a kernel of the splice has to be at every named shape with a mask, on `LIMITED`.
+
+    Attributes:
+        registers: of a thread, at most.
+        warps_per_sm: resident warps of a multiprocessor, at least.
+        matrix: whether it has to use the matrix units.
+        wide_loads, wide_stores: the least share, by bytes, of accesses that are 16 bytes wide; not
+            asked if the rows of d do not begin at multiples of them.
+        types: the columns ``types`` that it holds for.
+    """
+
+    registers: int = 128
+    warps_per_sm: int = 16
+    matrix: bool = True
+    wide_loads: float = 0.5
+    wide_stores: float = 0.5
+    types: tuple[str, ...] = ("bf16/fp32",)
+
+
+# By kernel.
+LIMITS: dict[str, Limits] = {}
+LIMITED = ("sm_80", "sm_90")
+_LIMITED_MODULE = "ept_fast.kernels.splice"
+
 # Kernels compiled in a row and then disassembled together.
 _CHUNK = 8
-_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 # Targets
 
 
-@dataclass(frozen=True)
-class Target:
-    """An architecture; ``shared_limit`` is the shared memory a block can have, in bytes.
-
-    ``disassembler``: what NVIDIA's disassembler calls it.
-    """
-
-    name: str
-    backend: str
-    arch: int | str
-    warp_size: int
-    shared_limit: int
-    disassembler: str = ""
-
-    @property
-    def gpu(self) -> GPUTarget:
-        return GPUTarget(self.backend, self.arch, self.warp_size)
-
-
-TARGETS = {
-    t.name: t
-    for t in (
-        Target("sm_80", "cuda", 80, 32, 163 * 1024, "SM80"),
-        Target("sm_90", "cuda", 90, 32, 227 * 1024, "SM90a"),
-        Target("sm_100", "cuda", 100, 32, 227 * 1024, "SM100a"),
-        Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
-    )
-}
 _devices = itertools.count()
 
 
@@ -146,209 +155,7 @@ def recorded(target: Target) -> Iterator[list[Launch]]:
         yield launches
 
 
-# Reading compiled code
-
-
-@dataclass(frozen=True)
-class Code:
-    """What one compilation came to; ``registers`` are those of a thread.
-
-    Attributes:
-        accumulators: AMD's second file of registers, not counted in ``registers``.
-        scratch: bytes of a thread in memory that is not the registers'.
-        spills: NVIDIA: loads and stores of it; AMD: vector registers kept there.
-        scalar_spills: AMD: scalar registers kept in vector ones, which is not memory.
-        matrix: the matrix instructions and how many of each.
-        double, atomics, narrow: instructions that no kernel may have.
-        error: why there is no code.
-    """
-
-    num_warps: int = 0
-    registers: int = 0
-    accumulators: int = 0
-    shared: int = 0
-    scratch: int = 0
-    spills: int = 0
-    scalar_spills: int = 0
-    instructions: int = 0
-    matrix: dict[str, int] = field(default_factory=dict)
-    double: list[str] = field(default_factory=list)
-    atomics: list[str] = field(default_factory=list)
-    narrow: list[str] = field(default_factory=list)
-    error: str = ""
-
-
-_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-_SASS_BYTES = 16  # of an instruction
-_SASS_DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP|SET|MNMX|MMA)\b|.*\.F64|.*64H")
-# REDUX and its kin reduce over a warp's registers.
-_SASS_ATOMIC = re.compile(r"(U?ATOM[A-Z]*|REDG?|REDS|REDAS|UTMARED[A-Z]*|UBLKRED[A-Z]*)\b")
-_SASS_MATRIX = re.compile(r"(UTC[A-Z]*MMA|[HIBQOF]G?MMA)\b")
-_GCN = re.compile(r"^\t([a-z][a-z0-9_]*)", re.MULTILINE)
-_GCN_DOUBLE = re.compile(r"v_.*_f64")
-_GCN_ATOMIC = re.compile(
-    r"(global|flat|buffer)_atomic|ds_(add|sub|rsub|inc|dec|min|max|and|or|xor|mskor|cmpst|cmpswap"
-    r"|wrxchg|condxchg|pk_add)_"
-)
-_GCN_MATRIX = re.compile(r"v_(mfma|smfmac)_")
-
-
-def _matching(pattern: re.Pattern[str], opcodes: list[str]) -> list[str]:
-    return sorted({opcode for opcode in opcodes if pattern.match(opcode)})
-
-
-def cuda_tools() -> str | None:
-    """Why NVIDIA's code cannot be made and read here; None if it can."""
-    missing = [n for n in ("ptxas", "cuobjdump", "nvdisasm") if not (_BINARIES / n).is_file()]
-    return f"{', '.join(missing)} not in this build of Triton" if missing else None
-
-
-def _run(tool: str, *arguments: str | Path) -> str:
-    command = [_BINARIES / tool, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _machine_code(cubin: bytes) -> bytes:
-    """The instructions in an ELF file: its sections named ``.text.``."""
-    (start,) = struct.unpack_from("<Q", cubin, 0x28)
-    size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, start + i * size) for i in range(number)]
-    code = b""
-    for name, _, _, _, offset, length in headers:
-        if cubin.startswith(b".text.", headers[names][4] + name):
-            code += cubin[offset : offset + length]
-    return code
-
-
-def read_cubins(cubins: list[bytes], target: Target) -> list[dict[str, Any]]:
-    """The fields of `Code` that stand in NVIDIA's machine code.
-
-    The disassembler takes longer to start than to read a kernel, so all are read as one.
-    """
-    codes = [_machine_code(cubin) for cubin in cubins]
-    usages = []
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "code"
-        for cubin in cubins:
-            file.write_bytes(cubin)
-            shown = _run("cuobjdump", "--dump-resource-usage", file)
-            usages.append({k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)})
-        file.write_bytes(b"".join(codes))
-        lines = _SASS.findall(_run("nvdisasm", "--binary", target.disassembler, "-ndf", file))
-    if len(lines) != sum(len(code) for code in codes) // _SASS_BYTES:
-        raise RuntimeError(f"{target.name}: nvdisasm did not show every instruction")
-    out = []
-    for code, usage in zip(codes, usages, strict=True):
-        number = len(code) // _SASS_BYTES
-        opcodes, lines = lines[:number], lines[number:]
-        # The allocator of tensor memory keeps its state in shared memory.
-        own = ("ATOMS.AND", "ATOMS.OR") if any("UTCATOMSWS" in o for o in opcodes) else ()
-        out.append(
-            {
-                "registers": usage["REG"],
-                "scratch": usage["STACK"] + usage["LOCAL"],
-                "spills": sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes),
-                "instructions": sum(opcode != "NOP" for opcode in opcodes),
-                "matrix": Counter(o for o in opcodes if _SASS_MATRIX.match(o)),
-                "double": _matching(_SASS_DOUBLE, opcodes),
-                "atomics": _matching(_SASS_ATOMIC, [o for o in opcodes if o not in own]),
-            }
-        )
-    return out
-
-
-def read_amdgcn(text: str) -> dict[str, Any]:
-    """The fields of `Code` that stand in AMD's assembly."""
-    code, _, metadata = text.partition(".amdgpu_metadata")
-    opcodes = [o for o in _GCN.findall(code) if not o.startswith("s_nop")]
-    number = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\b", metadata)}
-    return {
-        # One file holds both kinds; .vgpr_count is their sum.
-        "registers": number["vgpr_count"],
-        "accumulators": number["agpr_count"],
-        "scratch": number["private_segment_fixed_size"],
-        "spills": number["vgpr_spill_count"],
-        "scalar_spills": number["sgpr_spill_count"],
-        "instructions": len(opcodes),
-        "matrix": Counter(o for o in opcodes if _GCN_MATRIX.match(o)),
-        "double": _matching(_GCN_DOUBLE, opcodes),
-        "atomics": _matching(_GCN_ATOMIC, opcodes),
-    }
-
-
-# The type of a scalar, or of a tensor's elements.
-_WIDE = re.compile(r"(?:^|x)i64>?$")
-_NARROW = re.compile(r"(?:^|x| )i32>?$")
-_OPERATION = re.compile(r"(?:%(\w+)(?::\d+)? = )?\"?([\w.]+)\"?\(? ?(.*)")
-# A value's number of bits goes on through these, and whether it is a constant or holds a stride.
-_SHAPES = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans"}
-_WIDENS = {"arith.extsi", "arith.extui"}
-_ARITHMETIC = {"arith.addi", "arith.subi", "arith.muli", "arith.shli"}
-
-
-def _narrow_addresses(ttir: str) -> list[str]:
-    """Pointer offsets that are not 64 bits wide, and products that go into one but are not.
-
-    Of those in 32 bits, every sum and product with an argument that is named a stride counts, and
-    every product of two values that the compiler does not know, if it is an offset and not the
-    number of something that a size is yet to multiply.
-    """
-    found: list[str] = []
-    operands: dict[str, tuple[str, list[str], str]] = {}
-    roots: list[str] = []
-    constants: set[str] = set()
-    strides: set[str] = set()
-    for line in ttir.splitlines():
-        text = re.sub(r" loc\((?:[^()]|\([^()]*\))*\)$", "", line.strip())
-        if "tt.func" in text:
-            strides |= {name for name in re.findall(r"%(\w+): i\d+", text) if "stride" in name}
-            continue
-        match = _OPERATION.match(text)
-        if match is None:
-            continue
-        name, operation, rest = match.groups()
-        used = re.findall(r"%([\w]+)", rest.partition(" : ")[0])
-        kind = rest.rpartition(" : ")[2]
-        if operation == "tt.addptr":
-            offset = kind.rpartition(", ")[2]
-            if not _WIDE.search(offset):
-                found.append(f"offset {used[1]}: {offset}")
-            roots.append(used[1])
-        if name is None:
-            continue
-        operands[name] = (operation, used, kind)
-        if operation == "arith.constant" or (
-            operation in _SHAPES | _WIDENS | _ARITHMETIC and all(u in constants for u in used)
-        ):
-            constants.add(name)
-        if operation in _SHAPES and used[0] in strides:
-            strides.add(name)
-    # With each value: whether it is an address's offset itself, rather than a factor of one.
-    todo = [(root, True) for root in roots]
-    seen: set[tuple[str, bool]] = set()
-    while todo:
-        name, whole = todo.pop()
-        if (name, whole) in seen or name not in operands:
-            continue
-        seen.add((name, whole))
-        operation, used, kind = operands[name]
-        product = operation in ("arith.muli", "arith.shli")
-        if operation in _SHAPES | _WIDENS | _ARITHMETIC | {"arith.select", "arith.index_cast"}:
-            # What is taken off makes an offset no larger.
-            less = used[1:] if operation == "arith.subi" else []
-            todo += [(u, whole and not product and u not in less) for u in used]
-        if operation in _ARITHMETIC and _NARROW.search(kind):
-            held = any(u in strides for u in used)
-            runtime = whole and product and not any(u in constants for u in used)
-            if held or runtime:
-                found.append(f"{operation} {' '.join(used)}: {kind}")
-    return sorted(set(found))
-
-
-def read_ttir(ttir: str) -> dict[str, list[str]]:
-    """Addresses in 32 bits, and atomics, in Triton's own intermediate code."""
-    atomics = sorted(set(re.findall(r"tt\.(?:atomic_\w+|descriptor_reduce)", ttir)))
-    return {"narrow": _narrow_addresses(ttir), "atomics": atomics}
+# Compiling
 
 
 def _compile(launch: Launch) -> Any:
@@ -396,7 +203,20 @@ def _last_words(error: Exception) -> str:
 # Rules
 
 
-RULES = ["compiles", "spills", "float64", "addresses", "atomics", "shared", "launch", "registers"]
+RULES = [
+    "compiles",
+    "spills",
+    "float64",
+    "addresses",
+    "atomics",
+    "shared",
+    "launch",
+    "registers",
+    "occupancy",
+    "matrix",
+    "width",
+]
+_WIDE_BITS = 128
 
 
 def _registers_of_block(code: Code, target: Target) -> tuple[int, int]:
@@ -408,7 +228,9 @@ def _registers_of_block(code: Code, target: Target) -> tuple[int, int]:
     return each * -(-code.num_warps // 4), 512
 
 
-def broken(code: Code, target: Target, budget: int | None = None) -> dict[str, str]:
+def broken(
+    code: Code, target: Target, budget: int | None = None, limits: Limits | None = None
+) -> dict[str, str]:
     """The rules that the code breaks, and by what; ``budget``: registers on record."""
     if code.error:
         return {"compiles": code.error}
@@ -428,7 +250,39 @@ def broken(code: Code, target: Target, budget: int | None = None) -> dict[str, s
         if budget is not None and code.registers > budget + MARGIN
         else "",
     }
+    for rule, text in (_beyond(limits, code, target) if limits else {}).items():
+        found[rule] = "; ".join(filter(None, (found.get(rule), text)))
     return {rule: text for rule, text in found.items() if text}
+
+
+def _beyond(limits: Limits, code: Code, target: Target) -> dict[str, str]:
+    """The limits that the code breaks."""
+    warps = warps_per_sm(code, target)
+    narrow = [
+        f"{share:.0%} of the bytes of {name} are 16 bytes wide, at least {least:.0%} should be"
+        for name, accesses, least in (
+            ("loads", code.loads, limits.wide_loads),
+            ("stores", code.stores, limits.wide_stores),
+        )
+        if (share := _wide_share(accesses)) < least
+    ]
+    return {
+        "registers": f"{code.registers}, at most {limits.registers}"
+        if code.registers > limits.registers
+        else "",
+        "occupancy": f"{warps} warps on a multiprocessor, at least {limits.warps_per_sm}"
+        if warps is not None and warps < limits.warps_per_sm
+        else "",
+        "matrix": "no matrix instruction" if limits.matrix and not code.matrix else "",
+        "width": "; ".join(narrow),
+    }
+
+
+def _wide_share(accesses: dict[int, int]) -> float:
+    """The part of the bytes that goes in accesses of 16 bytes or more; 0 if there are none."""
+    moved = {bits: bits * number for bits, number in accesses.items()}
+    wide = sum(number for bits, number in moved.items() if bits >= _WIDE_BITS)
+    return wide / (sum(moved.values()) or 1)
 
 
 # Cases
@@ -456,6 +310,8 @@ FEW_ROWS = replace(BANK, name="bank-few-rows", batch=8)
 ODD = _shape("odd", 3, 29, 771, 13, 37, 5, 3, 7)
 WIDEST = _shape("limits-rank", 2, 64, 16384, 512, 4096, 256, 8, 64)
 LONGEST = _shape("limits-length", 1, 32768, 1024, 512, 32768, 32, 4, 16)
+# At which the splice is compiled.
+SHAPES = (BASE, LARGE, BANK, FEW_ROWS, ODD, WIDEST, LONGEST)
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = ("fp32", "bf16", "fp16")  # the prompt, the offset, spaces and gate
@@ -561,7 +417,7 @@ def cases() -> list[Case]:
         replace(reconstruct, offset=False),
         replace(reconstruct, spaces=False),
         *(replace(splice, types=pair) for pair in itertools.product(FLOATS, FLOATS)),
-        *(replace(splice, shape=s) for s in (LARGE, BANK, FEW_ROWS, ODD, WIDEST, LONGEST)),
+        *(replace(splice, shape=shape) for shape in SHAPES[1:]),
         replace(splice, mask=None),
         replace(splice, ids=None, mask=torch.bool),
         replace(splice, offset=False),
@@ -573,10 +429,10 @@ def cases() -> list[Case]:
 _ACTIVATION_TARGETS = ("sm_90", "gfx942")
 
 
-# The table
+# The tables
 
-# A row: a kernel at one type and target, the most of each figure over its variants; `largest` is
-# the shape whose variant has the most registers.
+# A row: a kernel at one type and target, the most of each figure over its variants and the fewest
+# warps; `largest` is the shape whose variant has the most registers.
 _KEY = ("kernel", "types", "target")
 _MOST = (
     "num_warps",
@@ -588,7 +444,11 @@ _MOST = (
     "scalar_spills",
     "instructions",
 )
-COLUMNS = (*_KEY, "variants", *_MOST, "matrix", "largest")
+_READ = ("warps_per_sm", "matrix", "loads", "stores")
+COLUMNS = (*_KEY, "variants", *_MOST, *_READ, "largest")
+# A row: a kernel of the splice at one shape with a mask.
+_SHAPE_KEY = ("kernel", "types", "shape", "target")
+SHAPE_COLUMNS = (*_SHAPE_KEY, "num_warps", "registers", "shared", "scratch", "spills", *_READ)
 Row = dict[str, Any]
 
 
@@ -596,14 +456,30 @@ Row = dict[str, Any]
 class Use:
     """One launch of a case."""
 
-    types: str
-    shape: str
+    case: Case
     launch: Launch
 
     @property
+    def types(self) -> str:
+        return self.case.label
+
+    @property
+    def shape(self) -> str:
+        return self.case.shape.name
+
+    @property
     def key(self) -> tuple[str, str, str]:
-        """Of the row that the launch belongs to."""
+        """Of the row of ``table.csv`` that the launch belongs to."""
         return self.launch.kernel, self.types, self.launch.target
+
+    @property
+    def of_a_shape(self) -> bool:
+        """Whether it belongs to ``shapes.csv``: a splice with a mask and all else by default."""
+        if not f"{self.launch.module}.".startswith(f"{_LIMITED_MODULE}."):
+            return False
+        return isinstance(self.case, Splice) and self.case == Splice(
+            self.case.shape, self.case.types
+        )
 
 
 def launches(chosen: Iterable[Case], targets: Iterable[str]) -> list[Use]:
@@ -618,7 +494,7 @@ def launches(chosen: Iterable[Case], targets: Iterable[str]) -> list[Use]:
                 continue
             with recorded(TARGETS[name]) as made:
                 case.run()
-            uses += [Use(case.label, case.shape.name, one) for one in dict.fromkeys(made)]
+            uses += [Use(case, one) for one in dict.fromkeys(made)]
     return uses
 
 
@@ -641,24 +517,75 @@ def compile_all(todo: list[Launch], jobs: int, chunk: int = _CHUNK) -> dict[Laun
     return codes
 
 
+def _counts(most: Counter[Any], reverse: bool) -> str:
+    return " ".join(f"{name}×{most[name]}" for name in sorted(most, reverse=reverse))
+
+
+def _figures(codes: list[Code], target: Target) -> Row:
+    """The most of each figure, and the fewest warps on a multiprocessor."""
+    row: Row = {name: max(getattr(code, name) for code in codes) for name in _MOST}
+    known = [w for code in codes if (w := warps_per_sm(code, target)) is not None]
+    row["warps_per_sm"] = min(known, default="")
+    most: dict[str, Counter[Any]] = {"matrix": Counter(), "loads": Counter(), "stores": Counter()}
+    for name, counter in most.items():
+        for code in codes:
+            counter |= Counter(getattr(code, name))
+        row[name] = _counts(counter, reverse=name != "matrix")
+    return row
+
+
+def _grouped(
+    uses: Iterable[Use], columns: tuple[str, ...], codes: dict[Launch, Code]
+) -> Iterator[tuple[Row, dict[Launch, str]]]:
+    """For each kernel and what else the columns name: its row, and the launches with a shape."""
+    order = list(TARGETS).index
+    groups: dict[tuple[str, ...], dict[Launch, str]] = {}
+    for use in uses:
+        known = {
+            "kernel": use.launch.kernel,
+            "types": use.types,
+            "shape": use.shape,
+            "target": use.launch.target,
+        }
+        groups.setdefault(tuple(known[c] for c in columns), {}).setdefault(use.launch, use.shape)
+    for key in sorted(groups, key=lambda k: (k[0], order(k[-1]), *k[1:-1])):
+        group = groups[key]
+        figures = _figures([codes[launch] for launch in group], TARGETS[key[-1]])
+        yield dict(zip(columns, key, strict=True)) | figures, group
+
+
 def tabulate(uses: list[Use], codes: dict[Launch, Code]) -> list[Row]:
     """One row for each kernel, type and target."""
-    groups: dict[tuple[str, str, str], dict[Launch, str]] = {}
-    for use in uses:
-        groups.setdefault(use.key, {}).setdefault(use.launch, use.shape)
-    rows = []
-    order = list(TARGETS).index
-    for key in sorted(groups, key=lambda k: (k[0], order(k[2]), k[1])):
-        found = {launch: codes[launch] for launch in groups[key]}
-        matrix: Counter[str] = Counter()
-        for code in found.values():
-            matrix |= Counter(code.matrix)  # the most of each
-        row = dict(zip(_KEY, key, strict=True)) | {"variants": len(found)}
-        row |= {name: max(getattr(code, name) for code in found.values()) for name in _MOST}
-        row["matrix"] = " ".join(f"{name}×{count}" for name, count in sorted(matrix.items()))
-        row["largest"] = groups[key][max(found, key=lambda launch: found[launch].registers)]
-        rows.append(row)
-    return rows
+    return [
+        row
+        | {
+            "variants": len(group),
+            "largest": group[max(group, key=lambda launch: codes[launch].registers)],
+        }
+        for row, group in _grouped(uses, _KEY, codes)
+    ]
+
+
+def tabulate_shapes(uses: list[Use], codes: dict[Launch, Code]) -> list[Row]:
+    """One row for each kernel of the splice, type, shape and target, with a mask."""
+    masked = [use for use in uses if use.of_a_shape]
+    return [
+        {name: row[name] for name in SHAPE_COLUMNS}
+        for row, _ in _grouped(masked, _SHAPE_KEY, codes)
+    ]
+
+
+def limits_of(use: Use) -> Limits | None:
+    """The limits that hold for a launch."""
+    limits = LIMITS.get(use.launch.kernel)
+    if limits is None or not use.of_a_shape:
+        return None
+    if use.launch.target not in LIMITED or use.types not in limits.types:
+        return None
+    # Triton takes a size for a multiple of 16 or for any number.
+    if use.case.shape.hidden_size % 16:
+        return limits._replace(wide_loads=0.0, wide_stores=0.0)
+    return limits
 
 
 def check(
@@ -667,39 +594,59 @@ def check(
     """The rules that are broken, each once for a kernel, type, target and shape."""
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for use in uses:
-        target = TARGETS[use.launch.target]
-        for rule, text in broken(codes[use.launch], target, record.get(use.key)).items():
+        code, target = codes[use.launch], TARGETS[use.launch.target]
+        for rule, text in broken(code, target, record.get(use.key), limits_of(use)).items():
             one = dict(zip(_KEY, use.key, strict=True))
             one |= {"rule": rule, "shape": use.shape, "text": text}
             found.setdefault((*use.key, rule, use.shape), one)
     return list(found.values())
 
 
-def versions() -> dict[str, str]:
-    """The compilers that the figures depend on."""
-    out = {"triton": triton.__version__}
-    for name, tool in (("ptxas", "ptxas"), ("ptxas_sm_100", "ptxas-blackwell")):
-        there = tool if (_BINARIES / tool).is_file() else "ptxas"
-        (out[name],) = re.findall(r"V(\d[\d.]*)", _run(there, "--version"))
-    return out
-
-
-def read_record(path: Path = RESULTS / "table.csv") -> tuple[str, dict[tuple[str, str, str], int]]:
-    """The Triton version of the committed table and its registers."""
+def _rows_of(path: Path) -> list[Row]:
     if not path.is_file():
-        return "", {}
+        return []
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    budget = {(r["kernel"], r["types"], r["target"]): int(r["registers"]) for r in rows}
-    return (rows[0]["triton"] if rows else ""), budget
+        return list(csv.DictReader(file))
+
+
+Budget = dict[tuple[str, str, str], int]
+
+
+def read_record(path: Path = RESULTS / "table.csv") -> dict[str, Budget]:
+    """The registers of the committed table, by version of Triton."""
+    budgets: dict[str, Budget] = {}
+    for r in _rows_of(path):
+        key = r["kernel"], r["types"], r["target"]
+        budgets.setdefault(r["triton"], {})[key] = int(r["registers"])
+    return budgets
+
+
+def record_rows(path: Path, columns: tuple[str, ...], rows: list[Row], whole: bool) -> None:
+    """Write rows of this version of Triton.
+
+    ``whole``: they are all there are; else those of other kernels and targets stay. Rows of other
+    versions stay in any case.
+    """
+    stamp = {**versions(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit()}
+    made = {(row["kernel"], row["target"]) for row in rows}
+
+    def stays(row: Row) -> bool:
+        if row["triton"] != stamp["triton"]:
+            return True
+        return not whole and (row["kernel"], row["target"]) not in made
+
+    every = [*filter(stays, _rows_of(path)), *(row | stamp for row in rows)]
+    write_csv(path, (*columns, *stamp), sorted(every, key=lambda row: row["triton"]))
 
 
 @click.command()
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(TARGETS)))
-@click.option("--kernel", "wanted", default="", help="Only kernels whose name contains this.")
+@click.option(
+    "--kernel", "wanted", default="", help="Only kernels whose module or name contains this."
+)
 @click.option("--jobs", default=2, show_default=True, help="Compilations at a time.")
 @click.option("--json", "target_json", type=click.Path(path_type=Path), help="Write all here.")
-@click.option("--write", "record", is_flag=True, help="Record the table and its budget.")
+@click.option("--write", "record", is_flag=True, help="Record the tables.")
 def main(
     targets: tuple[str, ...],
     wanted: str,
@@ -710,33 +657,35 @@ def main(
     """Compile the kernels for every target and check the code."""
     if knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
-    if record and (targets or wanted):
-        raise SystemExit("--write is of the whole table: no --target, no --kernel")
     uses = launches(cases(), targets or TARGETS)
-    uses = [use for use in uses if wanted in use.launch.kernel]
+    uses = [use for use in uses if wanted in f"{use.launch.module}.{use.launch.kernel}"]
     todo = list(dict.fromkeys(use.launch for use in uses))
 
     codes = compile_all(todo, jobs)
     rows = tabulate(uses, codes)
-    version, budget = read_record()
-    if version != triton.__version__ or record:
-        budget = {}
+    shapes = tabulate_shapes(uses, codes)
+    budget = {} if record else read_record().get(triton.__version__, {})
     findings = check(uses, codes, budget)
     if target_json is not None:
         content = {
             "compilations": len(todo),
             "triton": triton.__version__,
             "rows": rows,
+            "shapes": shapes,
             "findings": findings,
         }
         target_json.write_text(json.dumps(content, indent=1))
-    click.echo("\n".join(aligned(COLUMNS, (row.values() for row in rows))))
+    for columns, table in ((COLUMNS, rows), (SHAPE_COLUMNS, shapes)):
+        lines = aligned(columns, ([row[name] for name in columns] for row in table))
+        click.echo("\n".join([*lines, ""]))
     click.echo(f"{len(todo)} compilations, Triton {triton.__version__}")
     for f in findings:
         click.echo("{kernel} {types} {target} {shape}: {rule}: {text}".format(**f))
-    if record and not findings:
-        stamp = {**versions(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit()}
-        write_csv(RESULTS / "table.csv", (*COLUMNS, *stamp), [row | stamp for row in rows])
+    if record:
+        whole = not (targets or wanted)
+        record_rows(RESULTS / "shapes.csv", SHAPE_COLUMNS, shapes, whole)
+        if whole and not findings:
+            record_rows(RESULTS / "table.csv", COLUMNS, rows, whole)
     if findings:
         raise SystemExit(f"{len(findings)} findings")
 

@@ -1,19 +1,21 @@
 """Kernels that each break one rule of `bench.compiled`, and one that breaks none.
 
-Run as a program without ``TRITON_INTERPRET``: it prints, in JSON, the rules broken by kernel and
-target, and the targets for which a launch makes other code than the one that is checked.
+Run as a program without ``TRITON_INTERPRET``: it prints, in JSON, the rules broken by toy and
+target, and the targets for which a launch makes other code than the one that is checked. A toy is a
+kernel, what it is launched with, and limits for it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from bench.compiled import TARGETS, broken, compiled, recorded, standing_in
+from bench.compiled import LIMITED, TARGETS, Limits, broken, compiled, recorded, standing_in
 from ept_fast.kernels.launch import run
 
 
@@ -85,7 +87,40 @@ def no_code(x_ptr, out_ptr, number, stride_x, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, tl.load(x_ptr + offs))
 
 
-KERNELS = (clean, atomics, float64, narrow_offset, narrow_product, spills, shared, no_code)
+@triton.jit
+def product(x_ptr, out_ptr, number, stride_x, BLOCK: tl.constexpr):
+    offs_m, offs_k = tl.arange(0, 64).to(tl.int64), tl.arange(0, BLOCK).to(tl.int64)
+    x = tl.load(x_ptr + offs_m[:, None] * stride_x + offs_k[None, :])
+    total = tl.dot(x, tl.trans(x))
+    tl.store(out_ptr + offs_m[:, None] * 64 + offs_m[None, :], total)
+
+
+_OPTIONS = {"BLOCK": 512}
+
+
+class Toy(NamedTuple):
+    kernel: Any
+    limits: Limits | None = None
+    options: dict[str, int] = _OPTIONS
+
+
+# Every limit at what no kernel fails, for all but the one of the toy.
+_NONE = Limits(255, 0, matrix=False, wide_loads=0.0, wide_stores=0.0)
+TOYS = {
+    "clean": Toy(clean),
+    "atomics": Toy(atomics),
+    "float64": Toy(float64),
+    "narrow_offset": Toy(narrow_offset),
+    "narrow_product": Toy(narrow_product),
+    "spills": Toy(spills),
+    "shared": Toy(shared, options={"BLOCK": 512, "num_stages": 5}),
+    "no_code": Toy(no_code),
+    "within_limits": Toy(product, Limits(), {"BLOCK": 32}),
+    "many_registers": Toy(product, _NONE._replace(registers=16), {"BLOCK": 32}),
+    "few_warps": Toy(shared, _NONE._replace(warps_per_sm=16), {"BLOCK": 512, "num_stages": 2}),
+    "no_product": Toy(clean, _NONE._replace(matrix=True)),
+    "scattered_loads": Toy(clean, _NONE._replace(wide_loads=0.5)),
+}
 
 
 class WithoutLaunch:
@@ -103,19 +138,17 @@ class WithoutLaunch:
 def main() -> None:
     found: dict[str, dict[str, dict[str, str]]] = {}
     x, out = torch.empty(1 << 16), torch.empty(1 << 16)
-    for kernel in KERNELS:
+    for toy_name, (kernel, limits, options) in TOYS.items():
         for name, target in TARGETS.items():
-            options = {"BLOCK": 512}
             if kernel is spills:
                 # 256 registers a lane on NVIDIA, 512 on AMD
                 options = {"BLOCK": 256 * target.warp_size * (target.warp_size // 32)}
                 options["num_warps"] = 1
-            if kernel is shared:
-                options["num_stages"] = 5
             with recorded(target) as launches:
                 run(kernel, 1, x.device, x, out, 4096, 48, **options)
             (code,) = compiled(launches)
-            found.setdefault(kernel.fn.__name__, {})[name] = broken(code, target)
+            own = limits if name in LIMITED else None
+            found.setdefault(toy_name, {})[name] = broken(code, target, limits=own)
     differing = []
     for name, target in TARGETS.items():
         arguments = (x.device, x, out[1:], 4097, 1)

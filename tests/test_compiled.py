@@ -7,30 +7,37 @@ first.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bench import compiled
-from bench.compiled import RULES, TARGETS, Code, broken, cuda_tools
+from bench import compiled, machine_code
+from bench.compiled import RULES, Launch, Limits, Splice, Use, broken
+from bench.machine_code import TARGETS, Code, cuda_tools
 from tests.processes import ROOT, python
 
 _MISSING = cuda_tools()
 needs_tools = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
 
-# What is launched, and its file.
-KERNELS = {
-    name: file
-    for file in ("reconstruct", "splice")
-    for name in re.findall(
-        r"^def (_\w+_kernel)\(", (ROOT / "kernels" / f"{file}.py").read_text(), re.MULTILINE
-    )
-}
+
+def kernels(folder: Path) -> list[tuple[str, str]]:
+    """What is launched, and the operation that its file or its folder is named for."""
+    return [
+        (name, file.relative_to(folder).with_suffix("").parts[0])
+        for file in sorted(folder.rglob("*.py"))
+        for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.MULTILINE)
+    ]
+
+
+KERNELS = dict(kernels(ROOT / "kernels"))
 FLOATS = list(compiled.FLOATS)
 TYPES = {
     "reconstruct": {*FLOATS, "mixed"},
@@ -81,10 +88,33 @@ def test_every_kernel_type_and_target_is_compiled_and_on_record(report: dict[str
         for types in TYPES[file]
         for target in TARGETS
     }
-    version, budget = compiled.read_record()
-    assert budget, "no table: run python -m bench.compiled --write"
-    if version == report["triton"]:
-        assert made == set(budget)
+    record = compiled.read_record()
+    assert record, "no table: run python -m bench.compiled --write"
+    if report["triton"] in record:
+        assert made == set(record[report["triton"]])
+
+
+@needs_tools
+@pytest.mark.slow
+def test_every_kernel_of_the_splice_is_compiled_at_every_shape(report: dict[str, Any]) -> None:
+    made = {(row["kernel"], row["shape"], row["target"]) for row in report["shapes"]}
+    shapes = {shape.name for shape in compiled.SHAPES}
+    mine = {kernel for kernel, operation in KERNELS.items() if operation == "splice"}
+    assert made == {(k, shape, target) for k in mine for shape in shapes for target in TARGETS}
+    with (compiled.RESULTS / "shapes.csv").open(newline="") as file:
+        recorded = [row for row in csv.DictReader(file) if row["triton"] == report["triton"]]
+    if recorded:
+        assert made == {(row["kernel"], row["shape"], row["target"]) for row in recorded}
+
+
+def test_a_kernel_is_known_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("def _first_kernel(\ndef first(\n")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "parts.py").write_text("def _second_kernel(\n")
+    assert kernels(tmp_path) == [("_first_kernel", "one"), ("_second_kernel", "two")]
+    names = Counter(name for name, _ in kernels(ROOT / "kernels"))
+    assert {name for name, number in names.items() if number > 1} == set()
+    assert set(compiled.LIMITS) <= set(names)
 
 
 # The rules themselves
@@ -98,7 +128,13 @@ TOYS = {
     "spills": {"spills"},
     "shared": {"shared"},
     "no_code": {"compiles"},
+    "within_limits": set(),
+    "many_registers": {"registers"},
+    "few_warps": {"occupancy"},
+    "no_product": {"matrix"},
+    "scattered_loads": {"width"},
 }
+LIMIT_RULES = {"registers", "occupancy", "matrix", "width"}
 
 
 @needs_tools
@@ -108,7 +144,8 @@ TOYS = {
 def test_a_kernel_that_breaks_one_rule_breaks_it_alone(
     toys: dict[str, Any], kernel: str, target: str
 ) -> None:
-    assert set(toys["broken"][kernel][target]) == TOYS[kernel], toys["broken"][kernel][target]
+    expected = TOYS[kernel] - (set() if target in compiled.LIMITED else LIMIT_RULES)
+    assert set(toys["broken"][kernel][target]) == expected, toys["broken"][kernel][target]
 
 
 @needs_tools
@@ -151,6 +188,217 @@ def test_amd_holds_a_fourth_of_a_block_in_each_unit() -> None:
     assert set(broken(replace(code, num_warps=8), TARGETS["gfx942"])) == {"launch"}
 
 
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("registers", "num_warps", "shared", "target", "warps"),
+    [
+        (128, 4, 0, "sm_90", 16),
+        (128, 8, 0, "sm_80", 16),
+        (255, 8, 0, "sm_90", 8),
+        (255, 8, 0, "sm_100", 8),
+        (129, 4, 0, "sm_90", 12),  # 136 a thread: each fourth of the registers holds three warps
+        (136, 4, 0, "sm_90", 12),
+        (96, 1, 0, "sm_90", 20),  # five in each fourth, although 21 would fit in all of them
+        (32, 4, 0, "sm_90", 64),
+        (16, 4, 0, "sm_90", 64),  # the most there are
+        (32, 1, 0, "sm_90", 32),  # 32 blocks
+        (32, 4, 40 * 1024, "sm_80", 16),  # 4 blocks in 164 KiB
+        (32, 4, 41 * 1024, "sm_80", 12),
+        (32, 4, 40 * 1024, "sm_90", 20),  # 5 blocks in 228 KiB
+        (32, 8, 227 * 1024, "sm_90", 8),
+        (32, 8, 228 * 1024, "sm_90", 0),
+        (129, 16, 0, "sm_90", 0),
+        (128, 4, 0, "gfx942", None),
+    ],
+)
+def test_warps_that_a_multiprocessor_holds(
+    registers: int, num_warps: int, shared: int, target: str, warps: int | None
+) -> None:
+    code = Code(registers=registers, num_warps=num_warps, shared=shared)
+    assert machine_code.warps_per_sm(code, TARGETS[target]) == warps
+
+
+def test_without_code_no_warps_are_known() -> None:
+    assert machine_code.warps_per_sm(Code(error="none"), TARGETS["sm_90"]) is None
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128.CONSTANT R8, desc[UR4][R2.64+0x8] ;
+        /*0030*/                   LDG.E.64 R8, desc[UR4][R2.64] ;
+        /*0040*/              @P1 LDG.E R8, desc[UR4][R2.64] ;
+        /*0050*/                   LDG.E.U16 R8, desc[UR4][R2.64] ;
+        /*0060*/                   LDG.E.S8 R8, desc[UR4][R2.64] ;
+        /*0070*/                   LDG.E.LTC128B R8, desc[UR4][R2.64] ;
+        /*0080*/             @!UP0 LDGSTS.E.BYPASS.LTC128B.128 [R11], desc[UR4][R2.64] ;
+        /*0090*/                   LDGDEPBAR ;
+        /*00a0*/                   LDS.128 R4, [R2] ;
+        /*00b0*/                   STS.64 [R2], R4 ;
+        /*00c0*/                   LDG.E.ENL2.256 R4, R8, desc[UR4][R2.64] ;
+        /*00d0*/               @P0 STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00e0*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*00f0*/                   STG.E.U8 desc[UR4][R2.64], R4 ;
+"""
+
+
+def test_loads_and_stores_of_nvidia_are_told_by_their_width() -> None:
+    assert machine_code.sass_accesses(machine_code.sass_opcodes(SASS)) == {
+        "loads": {256: 1, 128: 3, 64: 1, 32: 2, 16: 1, 8: 1},
+        "stores": {128: 1, 32: 1, 8: 1},
+    }
+
+
+def test_loads_and_stores_of_amd_are_told_by_their_width() -> None:
+    opcodes = (
+        "global_load_dwordx4 buffer_load_dwordx4 buffer_load_dwordx2 global_load_dword"
+        " global_load_ushort global_load_short_d16_hi buffer_load_sbyte s_load_dwordx8"
+        " ds_read_b128 scratch_load_dword global_store_dwordx3 buffer_store_byte"
+    )
+    assert machine_code.gcn_accesses(opcodes.split()) == {
+        "loads": {128: 2, 64: 1, 32: 1, 16: 2, 8: 1},
+        "stores": {96: 1, 8: 1},
+    }
+
+
+WITHIN = Code(
+    num_warps=4, registers=128, matrix={"HMMA": 1}, loads={128: 1, 64: 2}, stores={128: 1}
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "rule"),
+    [
+        (replace(WITHIN, registers=129, num_warps=1), {"registers", "occupancy"}),
+        (replace(WITHIN, registers=160), {"registers", "occupancy"}),
+        (replace(WITHIN, shared=100 * 1024), {"occupancy"}),
+        (replace(WITHIN, matrix={}), {"matrix"}),
+        (replace(WITHIN, loads={128: 1, 64: 3}), {"width"}),
+        (replace(WITHIN, loads={}), {"width"}),
+        (replace(WITHIN, stores={16: 8}), {"width"}),
+        (replace(WITHIN, loads={256: 1}), set()),
+        (WITHIN, set()),
+    ],
+)
+def test_each_figure_breaks_its_limit(code: Code, rule: set[str]) -> None:
+    assert set(broken(code, TARGETS["sm_90"], limits=Limits())) == rule
+    assert broken(code, TARGETS["sm_90"]) == {}
+
+
+def test_what_a_kernel_need_not_do_breaks_no_limit() -> None:
+    plan = Limits(matrix=False, wide_loads=0.0, wide_stores=0.0)
+    code = replace(WITHIN, matrix={}, loads={64: 1}, stores={})
+    assert broken(code, TARGETS["sm_90"], limits=plan) == {}
+
+
+def test_registers_can_be_too_many_twice() -> None:
+    found = broken(replace(WITHIN, registers=160), TARGETS["sm_90"], 100, Limits(warps_per_sm=0))
+    assert found == {"registers": "160, on record are 100 (+ 8); 160, at most 128"}
+
+
+def use(case: compiled.Case, target: str = "sm_90", module: str = "splice.forward") -> Use:
+    return Use(case, Launch(f"ept_fast.kernels.{module}", "_forward_kernel", target, "{}"))
+
+
+SPLICE = Splice(compiled.BASE, ("bf16", "fp32"))
+
+
+@pytest.mark.parametrize(
+    ("one", "held"),
+    [
+        (use(SPLICE), True),
+        (use(SPLICE, "sm_80"), True),
+        (use(replace(SPLICE, shape=compiled.BANK)), True),
+        (use(SPLICE, module="splice"), True),
+        (use(SPLICE, module="splicer"), False),
+        (use(SPLICE, module="reconstruct"), False),
+        (use(SPLICE, "sm_100"), False),
+        (use(SPLICE, "gfx942"), False),
+        (use(replace(SPLICE, mask=None)), False),
+        (use(replace(SPLICE, offset=False)), False),
+        (use(replace(SPLICE, types=("fp32", "fp32"))), False),
+        (use(compiled.Reconstruct(compiled.BASE, ("fp32",) * 3)), False),
+    ],
+)
+def test_limits_hold_for_the_splice_with_a_mask(
+    monkeypatch: pytest.MonkeyPatch, one: Use, held: bool
+) -> None:
+    limits = Limits(registers=64)
+    monkeypatch.setattr(compiled, "LIMITS", {"_forward_kernel": limits})
+    assert compiled.limits_of(one) == (limits if held else None)
+    found = compiled.check([one], {one.launch: WITHIN}, {})
+    assert [f["rule"] for f in found] == (["registers"] if held else [])
+    monkeypatch.setattr(compiled, "LIMITS", {"_other_kernel": limits})
+    assert compiled.limits_of(one) is None
+
+
+def test_rows_that_cannot_be_read_16_bytes_at_a_time_need_not_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled, "LIMITS", {"_forward_kernel": Limits()})
+    limits = compiled.limits_of(use(replace(SPLICE, shape=compiled.ODD)))
+    assert limits == Limits(wide_loads=0.0, wide_stores=0.0)
+
+
+# The tables
+
+
+def test_a_row_has_the_most_of_each_figure_and_the_fewest_warps() -> None:
+    small, large = use(SPLICE), use(replace(SPLICE, mask=None))
+    large = replace(large, launch=replace(large.launch, data="[]"))
+    codes = {
+        small.launch: replace(WITHIN, registers=64, shared=8),
+        large.launch: replace(WITHIN, matrix={"IMMA": 2}, loads={64: 1, 8: 4}, stores={}),
+    }
+    (row,) = compiled.tabulate([small, large], codes)
+    assert (row["variants"], row["registers"], row["shared"]) == (2, 128, 8)
+    assert row["warps_per_sm"] == 16
+    assert row["matrix"] == "HMMA×1 IMMA×2"
+    assert (row["loads"], row["stores"]) == ("128×1 64×2 8×4", "128×1")
+    (row,) = compiled.tabulate_shapes([small, large], codes)  # of the one with a mask
+    assert tuple(row) == compiled.SHAPE_COLUMNS
+    assert (row["shape"], row["registers"], row["warps_per_sm"]) == ("base", 64, 32)
+    assert row["loads"] == "128×1 64×2"
+
+
+def test_shapes_are_rows_of_their_own() -> None:
+    uses = [use(replace(SPLICE, shape=s), t) for s in compiled.SHAPES for t in ("sm_90", "gfx942")]
+    rows = compiled.tabulate_shapes(uses, {one.launch: WITHIN for one in uses})
+    made = [(row["shape"], row["target"]) for row in rows]
+    assert sorted(made) == sorted((s.name, t) for s in compiled.SHAPES for t in ("sm_90", "gfx942"))
+    assert {row["warps_per_sm"] for row in rows if row["target"] == "gfx942"} == {""}
+
+
+def test_rows_of_other_versions_of_triton_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, columns = tmp_path / "table.csv", ("kernel", "types", "target", "registers")
+
+    def record(version: str, whole: bool = True, **registers: int) -> None:
+        monkeypatch.setattr(compiled, "versions", lambda: {"triton": version})
+        rows = [
+            {"kernel": kernel, "types": "bf16", "target": "sm_90", "registers": number}
+            for kernel, number in registers.items()
+        ]
+        compiled.record_rows(file, columns, rows, whole)
+
+    record("3.7.1", a=1, b=2)
+    record("3.6.0", a=3)
+    record("3.7.1", a=4)
+    record("3.6.0", a=5)
+    record("3.7.1", whole=False, b=6)
+    record("3.7.1", whole=False, b=7)
+    assert compiled.read_record(file) == {
+        "3.6.0": {("a", "bf16", "sm_90"): 5},
+        "3.7.1": {("a", "bf16", "sm_90"): 4, ("b", "bf16", "sm_90"): 7},
+    }
+    assert compiled.read_record(tmp_path / "none.csv") == {}
+
+
+# Addresses
+
 TTIR = """
   tt.func public @k(%x_ptr: !tt.ptr<f32> loc("x"(#loc)), %stride_x: i32 loc("s"(#loc)), %d: i32) {{
     %c8 = arith.constant 8 : i32 loc(#loc1)
@@ -190,4 +438,4 @@ TTIR = """
 def test_addresses_are_followed_to_what_they_are_made_of(
     lines: str, kind: str, narrow: bool
 ) -> None:
-    assert bool(compiled.read_ttir(TTIR.format(lines, kind))["narrow"]) == narrow
+    assert bool(machine_code.read_ttir(TTIR.format(lines, kind))["narrow"]) == narrow

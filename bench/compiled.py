@@ -250,8 +250,9 @@ def broken(
         if budget is not None and code.registers > budget + MARGIN
         else "",
     }
-    for rule, text in (_beyond(limits, code, target) if limits else {}).items():
-        found[rule] = "; ".join(filter(None, (found.get(rule), text)))
+    if limits is not None and code.registers:
+        for rule, text in _beyond(limits, code, target).items():
+            found[rule] = "; ".join(filter(None, (found.get(rule), text)))
     return {rule: text for rule, text in found.items() if text}
 
 

@@ -198,8 +198,8 @@ def test_amd_holds_a_fourth_of_a_block_in_each_unit() -> None:
         (128, 8, 0, "sm_80", 16),
         (255, 8, 0, "sm_90", 8),
         (255, 8, 0, "sm_100", 8),
-        (129, 4, 0, "sm_90", 12),  # 136 a thread: each fourth of the registers holds three warps
-        (136, 4, 0, "sm_90", 12),
+        (129, 4, 0, "sm_90", 12),
+        (97, 4, 0, "sm_90", 16),  # a warp takes 104 a thread; five of 97 would fit in a fourth
         (96, 1, 0, "sm_90", 20),  # five in each fourth, although 21 would fit in all of them
         (32, 4, 0, "sm_90", 64),
         (16, 4, 0, "sm_90", 64),  # the most there are
@@ -293,6 +293,10 @@ def test_what_a_kernel_need_not_do_breaks_no_limit() -> None:
     assert broken(code, TARGETS["sm_90"], limits=plan) == {}
 
 
+def test_code_that_cannot_be_read_breaks_no_limit() -> None:
+    assert broken(Code(), TARGETS["sm_90"], limits=Limits()) == {}
+
+
 def test_registers_can_be_too_many_twice() -> None:
     found = broken(replace(WITHIN, registers=160), TARGETS["sm_90"], 100, Limits(warps_per_sm=0))
     assert found == {"registers": "160, on record are 100 (+ 8); 160, at most 128"}
@@ -384,7 +388,7 @@ def test_rows_of_other_versions_of_triton_stay(
         ]
         compiled.record_rows(file, columns, rows, whole)
 
-    record("3.7.1", a=1, b=2)
+    record("3.7.1", a=1, gone=2)
     record("3.6.0", a=3)
     record("3.7.1", a=4)
     record("3.6.0", a=5)

@@ -92,8 +92,7 @@ _LIMITED_MODULE = "ept_fast.kernels.splice"
 _CHUNK = 8
 
 
-# Targets
-
+# A GPU that is not there
 
 _devices = itertools.count()
 

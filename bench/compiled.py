@@ -54,7 +54,7 @@ from bench.machine_code import (
 )
 from bench.rows import aligned, write_csv
 from bench.shapes import Shape
-from ept_fast.kernels import launch
+from ept_fast.kernels import runtime
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 
@@ -84,7 +84,12 @@ class Limits(NamedTuple):
 
 
 # By kernel.
-LIMITS: dict[str, Limits] = {}
+LIMITS: dict[str, Limits] = {
+    "splice_plan_kernel": Limits(matrix=False, wide_loads=0.0, wide_stores=0.0),
+    "splice_forward_kernel": Limits(),
+    "splice_backward_kernel": Limits(),
+    "splice_finish_kernel": Limits(matrix=False, wide_loads=0.0, wide_stores=0.0),
+}
 LIMITED = ("sm_80", "sm_90")
 _LIMITED_MODULE = "ept_fast.kernels.splice"
 
@@ -120,7 +125,7 @@ def standing_in(target: Target) -> Iterator[None]:
     before = driver._active
     driver.set_active(_Driver(target))
     try:
-        with mock.patch.object(launch, "_forced_target", target.name):
+        with mock.patch.object(runtime, "_forced_target", target.name):
             yield
     finally:
         driver._active = before
@@ -333,7 +338,7 @@ class Reconstruct:
         return self.types[0] if len(set(self.types)) == 1 else "mixed"
 
     def run(self) -> None:
-        from ept_fast.kernels.reconstruct import reconstruct_backward, reconstruct_forward
+        from ept_fast.kernels.calls import reconstruct_backward, reconstruct_forward
 
         s, t, d = self.shape, self.shape.tasks or 1, self.shape.hidden_size
         k, h = s.num_spaces, s.space_dim
@@ -372,7 +377,7 @@ class Splice:
         return "/".join(self.types)
 
     def run(self) -> None:
-        from ept_fast.kernels.splice import splice_backward, splice_forward
+        from ept_fast.kernels.calls import splice_backward, splice_forward
 
         s, t, d = self.shape, self.shape.tasks or 1, self.shape.hidden_size
         embeddings, parameters = (FLOATS[name] for name in self.types)
@@ -394,8 +399,8 @@ class Splice:
             inputs = inputs._replace(attention_mask=torch.ones(text, dtype=self.mask))
         if s.tasks:
             inputs = inputs._replace(task_ids=torch.zeros(s.batch, dtype=torch.int64))
-        out = splice_forward(inputs, 0.5)
-        splice_backward(torch.empty_like(out), inputs, 0.5, self.need_prompt, self.offset)
+        out, kept = splice_forward(inputs, 0.5)
+        splice_backward(torch.empty_like(out), inputs, kept, 0.5, self.need_prompt, self.offset)
 
 
 Case = Reconstruct | Splice
@@ -484,8 +489,7 @@ class Use:
 
 def launches(chosen: Iterable[Case], targets: Iterable[str]) -> list[Use]:
     """The launches of the cases on the targets."""
-    importlib.import_module("ept_fast.kernels.reconstruct")
-    importlib.import_module("ept_fast.kernels.splice")
+    importlib.import_module("ept_fast.kernels.calls")
     uses: list[Use] = []
     for case in chosen:
         plain = isinstance(case, Splice) or case.activation == "gelu"

@@ -21,16 +21,20 @@ weight, O is then that row of c·A to the bit, and the softmax's gradient cancel
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ept_fast.kernels.activations import activate, activation_derivative
-from ept_fast.kernels.launch import reconstruct_config, run
+from ept_fast.kernels.runtime import Operand, Plan
 from ept_fast.ops.types import Flags, Parameters, Saved
 
-__all__ = ["reconstruct_backward", "reconstruct_forward"]
+__all__ = ["backward", "forward", "saved"]
+
+_Add = Callable[[Sequence[int], torch.dtype], Any]
 
 # Tiles
 
@@ -1190,6 +1194,8 @@ def _expand_backward_kernel(
     dx_ptr,  # dX [T, m, W]
     dq_ptr,  # [T, n_chunks, m, r]
     da_parts_ptr,  # [T, groups, n, r]
+    half_a_ptr,  # [T, n, r], what is added to dA; None if nothing is
+    half_b_ptr,  # [T, r, d]
     attended_ptr,  # [T, m, r]
     hidden_ptr,  # [T, m, K·h]
     gates_ptr,  # [T, m, K]
@@ -1225,6 +1231,7 @@ def _expand_backward_kernel(
     HAS_OFFSET: tl.constexpr,
     HAS_SPACES: tl.constexpr,
     SUM_DA: tl.constexpr,
+    HAS_HALVES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -1277,6 +1284,9 @@ def _expand_backward_kernel(
             offs_b = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
             mask_b = offs_b < r
             d_b = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+            if HAS_HALVES:
+                half_b_ptr += task * r * d
+                d_b = _tile(half_b_ptr, offs_b, d, mask_b, offs_d, 1, mask_d)
             for start in range(0, m, BLOCK_M):
                 offs_m = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
                 mask_m = offs_m < m
@@ -1412,6 +1422,8 @@ def _expand_backward_kernel(
             d_a = _sum_parts(
                 da_parts_ptr + task * groups * size + offs, offs < size, groups, size, 4
             )
+            if HAS_HALVES:
+                d_a += tl.load(half_a_ptr + task * size + offs, mask=offs < size, other=0.0)
             d_a = d_a.to(da_ptr.dtype.element_ty)
             tl.store(da_ptr + (task * size + offs), d_a, mask=offs < size)
 
@@ -1441,53 +1453,71 @@ def _expand_backward_kernel(
 # Host
 
 
-def _with_stand_ins(parameters: Parameters) -> list[Tensor]:
-    """The tensors, with another in the place of each that is absent, which no kernel reads."""
-    p = parameters.short_prompt
-    wide = p.unsqueeze(-1)
-    stand_ins = (p, p, p, wide, wide, p, p)
-    return [s if t is None else t for t, s in zip(parameters, stand_ins, strict=True)]
+def _or_stand_in(tensor: Any, stand_in: Any, number: int) -> tuple[Any, tuple[int, ...]]:
+    """A tensor and its strides; if it is absent another, which no kernel reads."""
+    return (stand_in, (1,) * number) if tensor is None else (tensor, tensor.stride())
 
 
-def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, Saved]:
-    """P′ [T, m, d] and what the backward needs."""
-    tasks, m, n, r, spaces, dim, d = sizes = parameters.sizes()
+def saved(add: _Add, parameters: Parameters) -> Saved:
+    """What the backward needs, made by ``add(shape, dtype)``."""
+    tasks, m, _, r, spaces, dim, _ = parameters.sizes()
+    dims = spaces * dim
+    fused, gated = parameters.has_offset, parameters.has_spaces
+
+    def make(wanted: bool, *shape: int) -> Any:
+        return add(shape if wanted else (0,), torch.float32)
+
+    return Saved(
+        query=make(fused, tasks, m, r),
+        stats=make(fused, tasks, 2, m),
+        attended=make(fused, tasks, m, r),
+        hidden=make(gated, tasks, m, dims),
+        gates=make(gated, tasks, m, spaces),
+        cross=make(fused and gated, tasks, r, dims + spaces),
+    )
+
+
+def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: _Add, sizes: Any) -> None:
+    """Describe the forward, with an offset or subspaces.
+
+    Args:
+        plan: to be filled.
+        parameters: :class:`Parameters` of operands.
+        flags: the operation's choices.
+        out: where P′ ``[T, m, d]`` goes.
+        add: makes what the backward needs, as :func:`saved` lists it.
+        sizes: chooses the launch sizes.
+    """
+    tasks, m, n, r, spaces, dim, d = measures = parameters.sizes()
     has_offset, has_spaces = parameters.has_offset, parameters.has_spaces
     p = parameters.short_prompt
-    device = p.device
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    out = torch.empty((tasks, m, d), dtype=p.dtype, device=device)
-    query, stats, attended, hidden, gates, cross = (empty(0) for _ in Saved._fields)
-    if not has_offset and not has_spaces:
-        return out.copy_(p), Saved(query, stats, attended, hidden, gates, cross)
-    _, a, b, down, up, weight, bias = _with_stand_ins(parameters)
+    query, stats, attended, hidden, gates, cross = saved(add, parameters)
+    a, a_strides = _or_stand_in(parameters.offset_a, p, 3)
+    b, b_strides = _or_stand_in(parameters.offset_b, p, 3)
+    down, down_strides = _or_stand_in(parameters.space_down, p, 4)
+    up, up_strides = _or_stand_in(parameters.space_up, p, 4)
+    weight, weight_strides = _or_stand_in(parameters.gate_weight, p, 3)
+    bias, bias_strides = _or_stand_in(parameters.gate_bias, p, 2)
     dims = spaces * dim
     width = dims + spaces
-    config = reconstruct_config(*sizes)
+    config = sizes(*measures)
 
     rows = m + r if has_offset and has_spaces else m
     columns = r + width
-    partial = empty(tasks, config.d_splits, rows, columns)
+    partial = plan.scratch((tasks, config.d_splits, rows, columns))
     tiles = triton.cdiv(rows, config.reduce_rows) * triton.cdiv(columns, config.reduce_columns)
-    run(
+    plan.launch(
         _reduce_kernel,
         tasks * tiles * config.d_splits,
-        device,
         partial,
         p,
         *p.stride(),
         b,
-        *b.stride(),
+        *b_strides,
         down,
-        down.stride(0),
-        down.stride(1),
-        down.stride(3),
-        down.stride(2),
+        *(down_strides[i] for i in (0, 1, 3, 2)),
         weight,
-        *weight.stride(),
+        *weight_strides,
         m,
         r,
         dims,
@@ -1508,22 +1538,18 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
     )
 
     splits = config.n_splits
-    maxima, sums, attended_parts, x = partial, partial, partial, partial
+    maxima = sums = attended_parts = x = partial
     programs = 0
     if has_offset:
-        query, stats, attended = empty(tasks, m, r), empty(tasks, 2, m), empty(tasks, m, r)
-        maxima, sums = empty(tasks, splits, m), empty(tasks, splits, m)
-        attended_parts = empty(tasks, splits, m, r)
+        maxima, sums = plan.scratch((tasks, splits, m)), plan.scratch((tasks, splits, m))
+        attended_parts = plan.scratch((tasks, splits, m, r))
         programs += triton.cdiv(m, config.rows) * splits
     if has_spaces:
-        x, hidden, gates = empty(tasks, m, width), empty(tasks, m, dims), empty(tasks, m, spaces)
-        if has_offset:
-            cross = empty(tasks, r, width)
+        x = plan.scratch((tasks, m, width))
         programs += triton.cdiv(rows * width, config.elements)
-    run(
+    plan.launch(
         _core_forward_kernel,
         tasks * programs,
-        device,
         partial,
         query,
         maxima,
@@ -1532,7 +1558,7 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         x,
         cross,
         a,
-        *a.stride(),
+        *a_strides,
         flags.scaling,
         d**-0.5,
         m,
@@ -1553,10 +1579,9 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         num_warps=config.warps,
         num_stages=1,
     )
-    run(
+    plan.launch(
         _expand_forward_kernel,
         tasks * triton.cdiv(m, config.rows) * triton.cdiv(d, config.expand_depth),
-        device,
         out,
         stats,
         attended,
@@ -1570,11 +1595,11 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         p,
         *p.stride(),
         b,
-        *b.stride(),
+        *b_strides,
         up,
-        *up.stride(),
+        *up_strides,
         bias,
-        *bias.stride()[:2],
+        *bias_strides,
         d**-0.5,
         flags.temperature,
         m,
@@ -1595,54 +1620,63 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         num_warps=config.warps,
         num_stages=1,
     )
-    return out, Saved(query, stats, attended, hidden, gates, cross)
 
 
-def reconstruct_backward(
-    grad: Tensor, parameters: Parameters, saved: Saved, flags: Flags
-) -> Parameters:
-    """Gradients of the parameters in their types, from Y = dL/dP′ [T, m, d]."""
-    tasks, m, n, r, spaces, dim, d = sizes = parameters.sizes()
+def backward(
+    plan: Plan,
+    grad: Operand,
+    parameters: Any,
+    flags: Flags,
+    kept: Any,
+    into: Any,
+    halves: tuple[Operand, Operand] | None,
+    sizes: Any,
+) -> None:
+    """Describe the backward, with an offset or subspaces.
+
+    Args:
+        plan: to be filled.
+        grad: Y = dL/dP′ ``[T, m, d]``.
+        parameters: :class:`Parameters` of operands.
+        flags: the operation's choices.
+        kept: :class:`Saved` of operands, contiguous.
+        into: :class:`Parameters` of operands, where the gradients go.
+        halves: float32, what is added to the gradients of A and B before they are rounded.
+        sizes: chooses the launch sizes.
+    """
+    tasks, m, n, r, spaces, dim, d = measures = parameters.sizes()
     has_offset, has_spaces = parameters.has_offset, parameters.has_spaces
     p = parameters.short_prompt
-    device = p.device
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    def like(tensor: Tensor | None) -> Tensor:
-        if tensor is None:
-            return empty(0)
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-
-    grads = list(map(like, parameters))
-    d_p, d_a, d_b, d_down, d_up, d_gate_weight, d_gate_bias = grads
-    if not has_offset and not has_spaces:
-        d_p.copy_(grad)
-        return Parameters(*grads)
-    _, a, b, down, up, weight, _ = _with_stand_ins(parameters)
+    a, a_strides = _or_stand_in(parameters.offset_a, p, 3)
+    b, b_strides = _or_stand_in(parameters.offset_b, p, 3)
+    down, down_strides = _or_stand_in(parameters.space_down, p, 4)
+    up, up_strides = _or_stand_in(parameters.space_up, p, 4)
+    weight, weight_strides = _or_stand_in(parameters.gate_weight, p, 3)
+    query, stats, attended, hidden, gates, cross = kept
+    d_p, d_a, d_b, d_down, d_up, d_gate_weight, d_gate_bias = (
+        into.short_prompt if each is None else each for each in into
+    )
+    half_a, half_b = halves or (None, None)
     dims = spaces * dim
     width = dims + spaces
-    config = reconstruct_config(*sizes)
-    query, stats, attended, hidden, gates, cross = (tensor.contiguous() for tensor in saved)
+    config = sizes(*measures)
 
     columns = r + dims
     splits = config.backward_d_splits
-    partial = empty(tasks, splits, m, columns)
+    partial = plan.scratch((tasks, splits, m, columns))
     tiles = triton.cdiv(m, config.reduce_rows) * triton.cdiv(columns, config.reduce_columns)
-    run(
+    plan.launch(
         _reduce_kernel,
         tasks * tiles * splits,
-        device,
         partial,
         grad,
         *grad.stride(),
         b,
-        *b.stride(),
+        *b_strides,
         up,
-        *up.stride(),
+        *up_strides,
         weight,
-        *weight.stride(),
+        *weight_strides,
         m,
         r,
         dims,
@@ -1664,16 +1698,16 @@ def reconstruct_backward(
 
     n_chunks = triton.cdiv(n, config.backward_n_chunk) if has_offset else 1
     groups = config.groups
-    dx, dq, da_parts = partial, partial, partial
+    dx = dq = da_parts = partial
+    sum_da = has_offset and (groups > 1 or halves is not None)
     if has_offset:
-        dq = empty(tasks, n_chunks, m, r)
-        da_parts = empty(tasks, groups, n, r) if groups > 1 else d_a
+        dq = plan.scratch((tasks, n_chunks, m, r))
+        da_parts = plan.scratch((tasks, groups, n, r)) if sum_da else d_a
     if has_spaces:
-        dx = empty(tasks, m, width)
-    run(
+        dx = plan.scratch((tasks, m, width))
+    plan.launch(
         _core_backward_kernel,
         tasks * groups * n_chunks,
-        device,
         dx,
         dq,
         da_parts,
@@ -1685,7 +1719,7 @@ def reconstruct_backward(
         gates,
         cross,
         a,
-        *a.stride(),
+        *a_strides,
         flags.scaling,
         d**-0.5,
         flags.temperature,
@@ -1713,7 +1747,6 @@ def reconstruct_backward(
         num_stages=1,
     )
 
-    sum_da = has_offset and groups > 1
     block_b = min(config.rank, 32)
     tiles = triton.cdiv(m, config.rows)
     programs = 0
@@ -1725,10 +1758,9 @@ def reconstruct_backward(
     if sum_da:
         programs += triton.cdiv(n * r, config.elements)
     programs += tiles * triton.cdiv(d, config.expand_depth)
-    run(
+    plan.launch(
         _expand_backward_kernel,
         tasks * programs,
-        device,
         d_p,
         d_a,
         d_b,
@@ -1739,6 +1771,8 @@ def reconstruct_backward(
         dx,
         dq,
         da_parts,
+        half_a,
+        half_b,
         attended,
         hidden,
         gates,
@@ -1747,11 +1781,11 @@ def reconstruct_backward(
         p,
         *p.stride(),
         b,
-        *b.stride(),
+        *b_strides,
         down,
-        *down.stride(),
+        *down_strides,
         weight,
-        *weight.stride(),
+        *weight_strides,
         m,
         n,
         r,
@@ -1763,6 +1797,7 @@ def reconstruct_backward(
         HAS_OFFSET=has_offset,
         HAS_SPACES=has_spaces,
         SUM_DA=sum_da,
+        HAS_HALVES=halves is not None,
         ACTIVATION=flags.activation,
         BLOCK_M=config.rows,
         BLOCK_R=config.rank,
@@ -1775,4 +1810,3 @@ def reconstruct_backward(
         num_warps=config.warps,
         num_stages=1,
     )
-    return Parameters(*grads)

@@ -351,7 +351,9 @@ def reconstruct_backward(
     return Parameters(*grads)  # type: ignore[arg-type]
 
 
-def splice_forward(inputs: SpliceInputs, scaling: float, shift: int = 0) -> Tensor:
+def splice_forward(
+    inputs: SpliceInputs, scaling: float, shift: int = 0
+) -> tuple[Tensor, list[Tensor]]:
     """``shift``: elements that the output starts past a multiple of 16 bytes."""
     prompt, input_ids, _, inputs_embeds, offset_a, offset_b, attention_mask, task_ids = inputs
     text, source = inputs.text, inputs.source
@@ -379,11 +381,16 @@ def splice_forward(inputs: SpliceInputs, scaling: float, shift: int = 0) -> Tens
         scaling=scaling,
         out=out.data_ptr(),
     )
-    return out
+    return out, []
 
 
 def splice_backward(
-    grad: Tensor, inputs: SpliceInputs, scaling: float, need_prompt: bool, need_offset: bool
+    grad: Tensor,
+    inputs: SpliceInputs,
+    kept: list[Tensor],
+    scaling: float,
+    need_prompt: bool,
+    need_offset: bool,
 ) -> SpliceGrads:
     prompt, _, _, _, offset_a, offset_b, attention_mask, task_ids = inputs
     batch, total, width = grad.shape

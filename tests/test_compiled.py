@@ -33,7 +33,7 @@ def kernels(folder: Path) -> list[tuple[str, str]]:
     return [
         (name, file.relative_to(folder).with_suffix("").parts[0])
         for file in sorted(folder.rglob("*.py"))
-        for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.MULTILINE)
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
     ]
 
 

@@ -303,7 +303,7 @@ def test_calls_go_to_the_operators(operators: _Operators) -> None:
     cuda.reconstruct_forward(parameters, FLAGS)
     cuda.reconstruct_backward(p, parameters, Saved(*(p,) * 6), FLAGS)
     cuda.splice_forward(inputs, 1.0)
-    cuda.splice_backward(torch.ones(3, 9, 8), inputs, 1.0, True, True)
+    cuda.splice_backward(torch.ones(3, 9, 8), inputs, [], 1.0, True, True)
     assert operators.calls == [
         ("cuda_reconstruct_forward", 5),
         ("cuda_reconstruct_backward", 7),
@@ -322,8 +322,8 @@ def test_a_call_with_an_empty_tensor_is_eagers(operators: _Operators) -> None:
     torch.testing.assert_close((prompt, *saved), (expected[0], *expected[1]))
     grads: Any = cuda.reconstruct_backward(p, parameters, saved, FLAGS)
     assert [g.shape for g in grads[:3]] == [p.shape, a.shape, b.shape]
-    assert cuda.splice_forward(inputs, 1.0).shape == (3, 9, 8)
-    grads = cuda.splice_backward(torch.ones(3, 9, 8), inputs, 1.0, True, True)
+    assert cuda.splice_forward(inputs, 1.0)[0].shape == (3, 9, 8)
+    grads = cuda.splice_backward(torch.ones(3, 9, 8), inputs, [], 1.0, True, True)
     assert [g.shape for g in grads] == [p.shape, a.shape, b.shape]
     assert operators.calls == []
 

@@ -25,7 +25,7 @@ def test_only_what_is_needed(what: str) -> None:
     """Gradients that nobody asks for are not computed, and the others do not change."""
     case = make_case(BANK, dtype=torch.float32)
     p = torch.ones(4, 5, 24)
-    given = (cotangent_of(case), case.inputs(p), 0.4)
+    given = (cotangent_of(case), case.inputs(p), [], 0.4)
     whole = cuda.splice_backward(*given, True, True)
     need_prompt, need_offset = what == "prompt", what == "offset"
     part = cuda.splice_backward(*given, need_prompt, need_offset)

@@ -67,7 +67,9 @@ def test_conversions_to_sixteen_bits() -> None:
 
 def test_an_unaligned_output() -> None:
     case = make_case(Sizes(d=16), dtype=torch.float32)
-    plain, shifted = (kernels.splice_forward(case.inputs(), 0.5, shift=shift) for shift in (0, 1))
+    plain, shifted = (
+        kernels.splice_forward(case.inputs(), 0.5, shift=shift)[0] for shift in (0, 1)
+    )
     assert torch.equal(plain, shifted)
 
 
@@ -202,8 +204,8 @@ for shape in (*SHAPES.values(), *TILES["host"].values()):
         parameters, flags = case.tensors(), Flags(0.5, "gelu", "prompt", 1.0)
         prompt, saved = kernels.reconstruct_forward(parameters, flags)
         inputs = case.inputs(prompt)
-        out = kernels.splice_forward(inputs, 0.5)
-        d_prompt, *_ = kernels.splice_backward(out, inputs, 0.5, True, True)
+        out, kept = kernels.splice_forward(inputs, 0.5)
+        d_prompt, *_ = kernels.splice_backward(out, inputs, kept, 0.5, True, True)
         kernels.reconstruct_backward(d_prompt, parameters, saved, flags)
 print("done")
 """

@@ -39,7 +39,7 @@ def rank_of(module: str) -> int:
 
 def sources(root: Path) -> dict[str, ast.Module]:
     found = sorted((root / "ept_fast").rglob("*.py"))
-    found += sorted((root / "kernels").glob("*.py"))  # ept_fast/kernels is a link
+    found += sorted((root / "kernels").rglob("*.py"))  # ept_fast/kernels is a link
     modules = {}
     for path in found:
         name = module_of(path, root)

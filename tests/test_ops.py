@@ -68,9 +68,10 @@ def test_opcheck_splice(offset: bool, lookup: bool, backend: str) -> None:
         inputs = inputs._replace(input_ids=None, weight=None, inputs_embeds=embeds)
     torch.library.opcheck(OPS.splice_forward, (list(inputs), 0.4, backend))
     grad = torch.randn(2, 5, 5)
-    kept = list(inputs._replace(input_ids=None, weight=None, inputs_embeds=None))
+    _, *kept = OPS.splice_forward(list(inputs), 0.4, backend)
+    given = list(inputs._replace(input_ids=None, weight=None, inputs_embeds=None))
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(OPS.splice_backward, (grad, kept, 0.4, *needs, backend))
+        torch.library.opcheck(OPS.splice_backward, (grad, given, kept, 0.4, *needs, backend))
 
 
 def _compiled(ours: str = "eager", **options: Any) -> Any:

@@ -120,7 +120,7 @@ from bench import compiled, shapes
 
 case = compiled.Splice(shapes.QUICK[0], ("bf16", "fp32"), mask=None)
 uses = compiled.launches([case], ["sm_90"])
-(launch,) = {use.launch for use in uses if use.launch.kernel == "_splice_forward_kernel"}
+(launch,) = {use.launch for use in uses if use.launch.kernel == "splice_forward_kernel"}
 print(compiled.problem(launch), end="")
 """
 

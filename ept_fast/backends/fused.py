@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ept_fast.ops.types import Parameters, SpliceInputs
 
-__all__ = ["MAX_RANK", "MAX_SPACES", "has_empty", "needs_float64", "too_large"]
+__all__ = ["MAX_RANK", "MAX_SPACES", "has_empty", "is_plain", "needs_float64", "too_large"]
 
 # What a program holds at once. csrc/kernels.h has the same names.
 MAX_RANK = 256
@@ -38,3 +38,8 @@ def too_large(tensors: Parameters | SpliceInputs) -> str:
 def has_empty(*tensors: Tensor | None) -> bool:
     """Whether any tensor has no elements: the eager backend does what is left of such a call."""
     return any(tensor is not None and tensor.numel() == 0 for tensor in tensors)
+
+
+def is_plain(parameters: Parameters) -> bool:
+    """Whether nothing is left of operation 1 but a copy, or a tensor is empty."""
+    return has_empty(*parameters) or not (parameters.has_offset or parameters.has_spaces)

@@ -7,16 +7,14 @@ serves calls that name this backend and no others.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import re
 
 import torch
 from torch import Tensor
 
 from ept_fast.backends import eager
-from ept_fast.backends.fused import has_empty, needs_float64, too_large
-from ept_fast.kernels.launch import target
+from ept_fast.backends.fused import is_plain, needs_float64, too_large
+from ept_fast.kernels.runtime import launcher, target, triton_version
 from ept_fast.ops.types import Flags, Parameters, Saved, SpliceGrads, SpliceInputs
 
 __all__ = [
@@ -25,6 +23,7 @@ __all__ = [
     "reconstruct_forward",
     "splice_backward",
     "splice_forward",
+    "splice_kept",
     "supports",
 ]
 
@@ -38,18 +37,7 @@ _KNOWN_BAD = (
 _MAX_TOKENS = 512
 
 
-def _version() -> tuple[int, ...] | None:
-    """Triton's version, without importing it."""
-    for name in ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm"):
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return tuple(int(part) for part in re.findall(r"\d+", found)[:3])
-    return None
-
-
-_VERSION = _version()
+_VERSION = triton_version()
 
 
 def _dotted(version: tuple[int, ...]) -> str:
@@ -84,7 +72,7 @@ def available() -> tuple[bool, str]:
         return False, _refusal(_VERSION, "cpu") or "no GPU"
     architecture = target(torch.device("cuda", torch.cuda.current_device()))
     refusal = _refusal(_VERSION, architecture)
-    return not refusal, refusal or f"fused kernels for {architecture}"
+    return not refusal, refusal or f"fused kernels for {architecture}, {launcher()[1]}"
 
 
 def supports(tensors: Parameters | SpliceInputs, by_name: bool = False) -> tuple[bool, str]:
@@ -115,35 +103,49 @@ def _too_long(tensors: Parameters | SpliceInputs) -> str:
 
 def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, Saved]:
     """P′ [T, m, d] and what the backward needs."""
-    from ept_fast.kernels import reconstruct
+    if is_plain(parameters):
+        return eager.reconstruct_forward(parameters, flags)
+    from ept_fast.kernels import calls
 
-    owner = eager if has_empty(*parameters) else reconstruct
-    result: tuple[Tensor, Saved] = owner.reconstruct_forward(parameters, flags)
-    return result
+    return calls.reconstruct_forward(parameters, flags)
 
 
 def reconstruct_backward(
     grad: Tensor, parameters: Parameters, saved: Saved, flags: Flags
 ) -> Parameters:
     """Gradients of the parameters in their types, from Y = dL/dP′ [T, m, d]."""
-    from ept_fast.kernels import reconstruct
+    if is_plain(parameters):
+        return eager.reconstruct_backward(grad, parameters, saved, flags)
+    from ept_fast.kernels import calls
 
-    owner = eager if has_empty(*parameters) else reconstruct
-    result: Parameters = owner.reconstruct_backward(grad, parameters, saved, flags)
-    return result
+    return calls.reconstruct_backward(grad, parameters, saved, flags)
 
 
-def splice_forward(inputs: SpliceInputs, scaling: float) -> Tensor:
-    """The prompt before the text and the offset onto its real tokens, [B, m + S, d]."""
-    from ept_fast.kernels import splice
+def splice_forward(inputs: SpliceInputs, scaling: float) -> tuple[Tensor, list[Tensor]]:
+    """The prompt before the text and the low-rank offset onto its real tokens, [B, m + S, d]; and
+    where the rows' tokens lie, for the backward.
+    """
+    from ept_fast.kernels import calls
 
-    return splice.splice_forward(inputs, scaling)
+    return calls.splice_forward(inputs, scaling)
+
+
+def splice_kept(inputs: SpliceInputs) -> list[Tensor]:
+    """Empty tensors of the sizes that :func:`splice_forward` keeps."""
+    from ept_fast.kernels import calls
+
+    return calls.splice_kept(inputs)
 
 
 def splice_backward(
-    grad: Tensor, inputs: SpliceInputs, scaling: float, need_prompt: bool, need_offset: bool
+    grad: Tensor,
+    inputs: SpliceInputs,
+    kept: list[Tensor],
+    scaling: float,
+    need_prompt: bool,
+    need_offset: bool,
 ) -> SpliceGrads:
     """Gradients of prompt, offset_a and offset_b in their types from that of the output."""
-    from ept_fast.kernels import splice
+    from ept_fast.kernels import calls
 
-    return splice.splice_backward(grad, inputs, scaling, need_prompt, need_offset)
+    return calls.splice_backward(grad, inputs, kept, scaling, need_prompt, need_offset)

@@ -20,19 +20,20 @@ from ept_fast.precision import without_autocast
 __all__ = ["splice"]
 
 
-def _forward(inputs: list[Tensor | None], scaling: float, backend: str) -> Tensor:
+def _forward(inputs: list[Tensor | None], scaling: float, backend: str) -> list[Tensor]:
     given = SpliceInputs(*inputs)  # type: ignore[arg-type]
     device = given.prompt.device
     if values_are_checked(device):
         check_splice_values(given)
     with without_autocast(device):
-        result: Tensor = dispatch.load(backend).splice_forward(given, scaling)
-    return result
+        out, kept = dispatch.load(backend).splice_forward(given, scaling)
+    return [out, *kept]
 
 
 def _backward(
     grad: Tensor,
     inputs: list[Tensor | None],
+    kept: list[Tensor],
     scaling: float,
     need_prompt: bool,
     need_offset: bool,
@@ -42,6 +43,7 @@ def _backward(
         grads = dispatch.load(backend).splice_backward(
             grad,
             SpliceInputs(*inputs),  # type: ignore[arg-type]
+            kept,
             scaling,
             need_prompt,
             need_offset,
@@ -54,17 +56,19 @@ _backward_op = torch.library.custom_op("ept_fast::splice_backward", _backward, m
 
 
 @_forward_op.register_fake
-def _(inputs: list[Tensor | None], scaling: float, backend: str) -> Tensor:
+def _(inputs: list[Tensor | None], scaling: float, backend: str) -> list[Tensor]:
     given = SpliceInputs(*inputs)  # type: ignore[arg-type]
     batch, length = given.text.shape[:2]
     _, m, width = given.prompt.shape
-    return given.source.new_empty(batch, m + length, width)
+    out = given.source.new_empty(batch, m + length, width)
+    return [out, *dispatch.load(backend).splice_kept(given)]
 
 
 @_backward_op.register_fake
 def _(
     grad: Tensor,
     inputs: list[Tensor | None],
+    kept: list[Tensor],
     scaling: float,
     need_prompt: bool,
     need_offset: bool,
@@ -88,25 +92,29 @@ class _Splice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scaling: float, backend: str, *inputs: Tensor | None) -> Tensor:
         run = _forward_op if torch.compiler.is_compiling() else _forward
-        kept = SpliceInputs(*inputs)._replace(  # type: ignore[arg-type]
+        without_text = SpliceInputs(*inputs)._replace(  # type: ignore[arg-type]
             input_ids=None, weight=None, inputs_embeds=None
         )
-        ctx.save_for_backward(*kept)
+        out, *kept = run(list(inputs), scaling, backend)
+        ctx.save_for_backward(*without_text, *kept)
         ctx.scaling, ctx.backend = scaling, backend
-        return run(list(inputs), scaling, backend)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept = SpliceInputs(*ctx.saved_tensors)
+        saved: tuple[Any, ...] = ctx.saved_tensors  # once: checkpointing computes them again
+        number = len(SpliceInputs._fields)
+        inputs, kept = SpliceInputs(*saved[:number]), list(saved[number:])
         needs = SpliceInputs(*ctx.needs_input_grad[2:])
         grads: dict[str, Tensor] = {}
         if needs.inputs_embeds:
-            grads["inputs_embeds"] = grad[:, kept.prompt.shape[1] :]
+            grads["inputs_embeds"] = grad[:, inputs.prompt.shape[1] :]
         need_offset = bool(needs.offset_a or needs.offset_b)
         if needs.prompt or need_offset:
             run = _backward_op if torch.compiler.is_compiling() else _backward
-            found = run(grad, list(kept), ctx.scaling, bool(needs.prompt), need_offset, ctx.backend)
+            need = (bool(needs.prompt), need_offset)
+            found = run(grad, list(inputs), kept, ctx.scaling, *need, ctx.backend)
             grads |= dict(zip(("prompt", "offset_a", "offset_b"), found, strict=True))
         return (
             None,
@@ -124,6 +132,6 @@ def splice(inputs: SpliceInputs, scaling: float, backend: str) -> Tensor:
         floats = (inputs.prompt, inputs.inputs_embeds, inputs.offset_a, inputs.offset_b)
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats)
         if not trains:
-            return _forward(list(inputs), scaling, backend)
+            return _forward(list(inputs), scaling, backend)[0]
     result: Tensor = _Splice.apply(scaling, backend, *inputs)  # type: ignore[no-untyped-call]
     return result

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ept_fast.backends import eager
-from ept_fast.backends.fused import has_empty, needs_float64, too_large
-from ept_fast.kernels.launch import target
+from ept_fast.backends.fused import has_empty, is_plain, needs_float64, too_large
+from ept_fast.kernels.runtime import target
 from ept_fast.ops.types import Flags, Parameters, Saved, SpliceGrads, SpliceInputs
 
 __all__ = [
@@ -87,15 +87,9 @@ def _operators() -> Any:
     return torch.ops.ept_fast
 
 
-def _is_plain(parameters: Parameters) -> bool:
-    """Whether nothing is left of operation 1 but a copy, or a tensor is empty."""
-    alone = not parameters.has_offset and not parameters.has_spaces
-    return alone or has_empty(*parameters)
-
-
 def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, Saved]:
     """P′ [T, m, d] and what the backward needs."""
-    if _is_plain(parameters):
+    if is_plain(parameters):
         return eager.reconstruct_forward(parameters, flags)
     prompt, *saved = _operators().cuda_reconstruct_forward(list(parameters), *flags)
     return prompt, Saved(*saved)
@@ -105,26 +99,35 @@ def reconstruct_backward(
     grad: Tensor, parameters: Parameters, saved: Saved, flags: Flags
 ) -> Parameters:
     """Gradients of the parameters in their types, from Y = dL/dP′ [T, m, d]."""
-    if _is_plain(parameters):
+    if is_plain(parameters):
         return eager.reconstruct_backward(grad, parameters, saved, flags)
     grads = _operators().cuda_reconstruct_backward(grad, list(parameters), list(saved), *flags)
     return Parameters(*grads)
 
 
-def splice_forward(inputs: SpliceInputs, scaling: float) -> Tensor:
-    """The prompt before the text and the offset onto its real tokens, [B, m + S, d]."""
+def splice_forward(inputs: SpliceInputs, scaling: float) -> tuple[Tensor, list[Tensor]]:
+    """The prompt before the text and the low-rank offset onto its real tokens, [B, m + S, d]."""
     if has_empty(*inputs):
         return eager.splice_forward(inputs, scaling)
-    result: Tensor = _operators().cuda_splice_forward(list(inputs), scaling)
-    return result
+    return _operators().cuda_splice_forward(list(inputs), scaling), []
 
 
 def splice_backward(
-    grad: Tensor, inputs: SpliceInputs, scaling: float, need_prompt: bool, need_offset: bool
+    grad: Tensor,
+    inputs: SpliceInputs,
+    kept: list[Tensor],
+    scaling: float,
+    need_prompt: bool,
+    need_offset: bool,
 ) -> SpliceGrads:
     """Gradients of prompt, offset_a and offset_b in their types from that of the output."""
     if has_empty(grad, *inputs):
-        return eager.splice_backward(grad, inputs, scaling, need_prompt, need_offset)
+        return eager.splice_backward(grad, inputs, kept, scaling, need_prompt, need_offset)
     return SpliceGrads(
         *_operators().cuda_splice_backward(grad, list(inputs), scaling, need_prompt, need_offset)
     )
+
+
+def splice_kept(inputs: SpliceInputs) -> list[Tensor]:
+    """The forward keeps nothing."""
+    return []

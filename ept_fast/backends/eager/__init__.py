@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ept_fast.backends.eager.reconstruct import reconstruct_backward, reconstruct_forward
-from ept_fast.backends.eager.splice import splice_backward, splice_forward
+from ept_fast.backends.eager.splice import splice_backward, splice_forward, splice_kept
 from ept_fast.ops.types import Parameters, SpliceInputs
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "reconstruct_forward",
     "splice_backward",
     "splice_forward",
+    "splice_kept",
     "supports",
 ]
 

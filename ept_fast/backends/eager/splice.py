@@ -168,7 +168,12 @@ class _Text:
         return found.view(*ids.shape, width)
 
 
-def splice_forward(inputs: SpliceInputs, scaling: float) -> Tensor:
+def splice_kept(inputs: SpliceInputs) -> list[Tensor]:
+    """The forward keeps nothing."""
+    return []
+
+
+def splice_forward(inputs: SpliceInputs, scaling: float) -> tuple[Tensor, list[Tensor]]:
     """The prompt before the text and the offset onto its real tokens, [B, m + S, d]."""
     prompt, _, _, _, offset_a, offset_b, attention_mask, task_ids = inputs
     source = inputs.source
@@ -187,7 +192,7 @@ def splice_forward(inputs: SpliceInputs, scaling: float) -> Tensor:
             for first in range(0, batch, config.rows):
                 last = min(first + config.rows, batch)
                 body[first:last, low:high] = text.tile(first, last, low, high)
-        return out
+        return out, []
     for task, group in _groups(batch, length, attention_mask, task_ids).items():
         a = offset_a[task].to(dtype)
         b = None if offset_b is None else offset_b[task].to(dtype)
@@ -204,7 +209,7 @@ def splice_forward(inputs: SpliceInputs, scaling: float) -> Tensor:
                 _write_aligned(body, text, rows, tile, low, high, config.rows)
             for row in group.shifted:
                 _write_shifted(body, text, row, tile, low, min(high, row.count))
-    return out
+    return out, []
 
 
 def _write_aligned(
@@ -255,7 +260,12 @@ def _copy_padding(body: Tensor, text: _Text, row: _Row, length: int, most: int) 
 
 
 def splice_backward(
-    grad: Tensor, inputs: SpliceInputs, scaling: float, need_prompt: bool, need_offset: bool
+    grad: Tensor,
+    inputs: SpliceInputs,
+    kept: list[Tensor],
+    scaling: float,
+    need_prompt: bool,
+    need_offset: bool,
 ) -> SpliceGrads:
     """Gradients of prompt, offset_a and offset_b in their types from that of the output.
 

@@ -1,0 +1,258 @@
+"""Launch sizes of the splice, from a documented heuristic over shapes and types alone.
+
+The order of every sum follows from them, and with it every bit of the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ept_fast.kernels.tiles import terms_of
+
+__all__ = ["BackwardConfig", "ForwardConfig", "PlanConfig", "backward_config", "forward_config"]
+
+# Programs that fill the largest GPU of today: 132 to 160 multiprocessors hold two to four each.
+_PROGRAMS = 512
+# What is left when memory has to be saved: about one for each multiprocessor.
+_FEWEST_PROGRAMS = 128
+# Registers of a thread, so that a multiprocessor holds 16 warps; and for a rank above this one,
+# whose products need more.
+_REGISTERS = 128
+_NARROW_RANK = 32
+_MOST_REGISTERS = 255
+# The least that `tl.dot` multiplies, in every dimension.
+_MIN_BLOCK = 16
+_WORKSPACE_BYTES = 16 * 1024 * 1024
+# Largest tile of the backward by BLOCK_R, which covers the whole rank: what its registers hold.
+_BACKWARD_TILE = {16: (32, 64), 32: (32, 64), 64: (32, 32), 128: (16, 32), 256: (16, 16)}
+
+
+def _power_of_two(number: int) -> int:
+    """The least power of two that is no smaller."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def _within(low: int, value: int, high: int) -> int:
+    return max(low, min(value, high))
+
+
+def _registers(rank: int) -> int:
+    return _REGISTERS if rank <= _NARROW_RANK else _MOST_REGISTERS
+
+
+def order_of(dtype: torch.dtype) -> int:
+    """Of the products for a result of this type: 16 bits hide what order 1 leaves out."""
+    return 1 if dtype.itemsize == 2 else 2
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Launch of the plan.
+
+    Attributes:
+        block_b: rows whose task ids are looked at together.
+        block_s: columns of the mask that are looked at together.
+        num_warps: warps of a program.
+    """
+
+    block_b: int
+    block_s: int
+    num_warps: int
+
+    def options(self) -> dict[str, Any]:
+        """The kernel's constants and the compiler's options."""
+        return {"BLOCK_B": self.block_b, "BLOCK_S": self.block_s, "num_warps": self.num_warps}
+
+
+def plan_config(batch: int, length: int) -> PlanConfig:
+    """Eight columns a thread, and as many threads as the length needs."""
+    block_s = _within(128, _power_of_two(length), 4096)
+    return PlanConfig(
+        block_b=_within(32, _power_of_two(batch), 1024),
+        block_s=block_s,
+        num_warps=_within(1, block_s // 256, 16),
+    )
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """Launch of the forward.
+
+    Attributes:
+        rows: places in the order by task that a program writes.
+        block_s: positions of a tile.
+        block_d: channels of a tile.
+        tiles_r: products along the rank.
+        block_r: rank that one product covers.
+        order: of the products (:mod:`ept_fast.kernels.tiles`).
+        num_warps: warps of a program.
+        registers: the most that a thread has.
+    """
+
+    rows: int
+    block_s: int
+    block_d: int
+    tiles_r: int
+    block_r: int
+    order: int
+    num_warps: int
+    registers: int
+
+    def options(self) -> dict[str, Any]:
+        """The kernel's constants and the compiler's options."""
+        return {
+            "ROWS": self.rows,
+            "BLOCK_S": self.block_s,
+            "BLOCK_D": self.block_d,
+            "TILES_R": self.tiles_r,
+            "BLOCK_R": self.block_r,
+            "ORDER": self.order,
+            "num_warps": self.num_warps,
+            "num_stages": 1,
+            "maxnreg": self.registers,
+        }
+
+
+def forward_config(
+    batch: int,
+    length: int,
+    num_virtual_tokens: int,
+    hidden_size: int,
+    rank: int,
+    has_tasks: bool,
+    dtype: torch.dtype,
+) -> ForwardConfig:
+    """The launch of the splice's forward.
+
+    A tile's offset is computed once for the rows that share it, so a program takes as many rows as
+    leave enough programs. Of a bank, whose kernel needs more registers, tiles are half as long.
+    """
+    block_s = _within(_MIN_BLOCK, _power_of_two(length), 16 if has_tasks else 32)
+    block_d = _within(_MIN_BLOCK, _power_of_two(hidden_size), 64)
+    blocks = _ceil(length, block_s) + _ceil(num_virtual_tokens, block_s)
+    blocks *= _ceil(hidden_size, block_d)
+    rows = _within(1, blocks * batch // _PROGRAMS, 8)
+    block_r = _within(_MIN_BLOCK, _power_of_two(rank), 32)
+    return ForwardConfig(
+        rows=min(_power_of_two(rows), _power_of_two(batch)),
+        block_s=block_s,
+        block_d=block_d,
+        tiles_r=_ceil(rank, block_r),
+        block_r=block_r,
+        order=order_of(dtype),
+        num_warps=4,
+        registers=_registers(rank),
+    )
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Launch of the backward's sums.
+
+    Attributes:
+        rows: rows of one task whose gradients a program adds up.
+        tiles: tiles along the text that a program computes in turn.
+        tiles_d: tiles along d that it computes in turn.
+        block_s: positions of a tile.
+        block_d: channels of a tile.
+        block_r: rank that one product covers: all of it, so that no gradient is read twice.
+        order: of the products (:mod:`ept_fast.kernels.tiles`).
+        num_warps: warps of a program.
+        registers: the most that a thread has.
+    """
+
+    rows: int
+    tiles: int
+    tiles_d: int
+    block_s: int
+    block_d: int
+    block_r: int
+    order: int
+    num_warps: int
+    registers: int
+
+    def options(self) -> dict[str, Any]:
+        """The kernel's constants and the compiler's options."""
+        return {
+            "ROWS": self.rows,
+            "TILES": self.tiles,
+            "TILES_D": self.tiles_d,
+            "BLOCK_S": self.block_s,
+            "BLOCK_D": self.block_d,
+            "BLOCK_R": self.block_r,
+            "ORDER": self.order,
+            "num_warps": self.num_warps,
+            "num_stages": 1,
+            "maxnreg": self.registers,
+        }
+
+
+def backward_config(
+    batch: int,
+    length: int,
+    num_virtual_tokens: int,
+    hidden_size: int,
+    rank: int,
+    tasks: int,
+    grad_dtype: torch.dtype,
+    dtype: torch.dtype,
+    has_prompt: bool,
+    has_offset: bool,
+) -> BackwardConfig:
+    """The launch of the splice's backward; ``dtype``: of the offset's parameters.
+
+    The whole rank goes through one product; the tile is the smaller for it. The channels are split
+    into as many programs as there are tiles, then the positions and the rows until the programs
+    fill a GPU. If their parts need more memory than the workspace has, programs take more channels
+    each, then there are fewer of them; at the fewest, what needs the least memory is taken.
+    """
+    block_r = _within(_MIN_BLOCK, _power_of_two(rank), 256)
+    widest_s, widest_d = _BACKWARD_TILE[block_r]
+    block_s = _within(_MIN_BLOCK, _power_of_two(length), widest_s)
+    block_d = _within(_MIN_BLOCK, _power_of_two(hidden_size), widest_d)
+    blocks_d, blocks_s = _ceil(hidden_size, block_d), max(1, _ceil(length, block_s))
+    groups = max(1, min(tasks, batch))
+
+    def split(programs: int, tiles_d: int) -> tuple[int, int, int]:
+        """Bytes of the parts, and chunks of positions and of rows, for about so many programs."""
+        chunks_d = _ceil(blocks_d, tiles_d)
+        chunks_s = _within(1, _ceil(programs, chunks_d * groups), blocks_s)
+        chunks_b = 1
+        if tasks == 1:
+            chunks_b = _within(1, _ceil(programs, chunks_d * chunks_s), _ceil(batch, 8))
+        elements = num_virtual_tokens * hidden_size if has_prompt else 0
+        if has_offset:
+            elements += rank * (length * chunks_d + hidden_size * chunks_s)
+        return 4 * groups * chunks_b * elements, chunks_s, chunks_b
+
+    tiles = [1 << i for i in range(blocks_d.bit_length())]
+    choices = [(n, t) for n in (_PROGRAMS, _PROGRAMS // 2, _FEWEST_PROGRAMS) for t in tiles]
+    fits = (choice for choice in choices if split(*choice)[0] <= _WORKSPACE_BYTES)
+    least = min(choices[-len(tiles) :], key=lambda choice: split(*choice)[0])
+    programs, tiles_d = next(fits, least)
+    _, chunks_s, chunks_b = split(programs, tiles_d)
+    # A second loop, or tiles of float32, need the registers of as many threads again.
+    crowded = tiles_d > 1 or grad_dtype.itemsize == 4
+    return BackwardConfig(
+        rows=max(1, _ceil(batch, chunks_b)),
+        tiles=_ceil(blocks_s, chunks_s),
+        tiles_d=tiles_d,
+        block_s=block_s,
+        block_d=block_d,
+        block_r=block_r,
+        order=order_of(dtype),
+        num_warps=8 if rank > _NARROW_RANK or not crowded else 16,
+        registers=_registers(rank),
+    )
+
+
+def terms_of_sum(dtype: torch.dtype, rows: int) -> int:
+    """How many bfloat16 numbers add up to a sum of so many rows of gradients of a type."""
+    return terms_of(dtype) if rows == 1 else 3

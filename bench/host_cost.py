@@ -12,7 +12,7 @@ What is counted is counted outside of the timing: launches by the stub, allocati
 a call in microseconds; its ratio to the definition's and to the compiled definition's, each the
 median over the rounds with the ends of its 95% interval; launches of our kernels and allocations of
 one call. ``launches.csv`` has a row for each launch of a step: the number of the kernel's
-arguments, its time by ``kernels.launch.run``, which goes through Triton's JIT (``front_us``), and
+arguments, its time by ``kernels.runtime.run``, which goes through Triton's JIT (``front_us``), and
 that of the compiled kernel's own launcher with the arguments that the JIT gives it
 (``launcher_us``).
 """
@@ -112,7 +112,7 @@ def stubbed() -> Iterator[Callable[[], int]]:
         from triton.runtime import driver
 
         from ept_fast.backends import triton as backend
-        from ept_fast.kernels import launch
+        from ept_fast.kernels import runtime
         from ept_fast.ops import functional, splice
 
         class Driver(CudaDriver):  # type: ignore[misc]
@@ -134,7 +134,7 @@ def stubbed() -> Iterator[Callable[[], int]]:
             stack.enter_context(mock.patch.object(owner, name, value))
 
         # The launch sizes are a GPU's, not the interpreter's.
-        patch(launch, "_forced_target", f"sm_{_CAPABILITY[0]}{_CAPABILITY[1]}")
+        patch(runtime, "_forced_target", f"sm_{_CAPABILITY[0]}{_CAPABILITY[1]}")
         # The backend serves a CPU if it is interpreted; the variable is still asked for.
         patch(backend, "_interpreted", lambda: os.environ.get("TRITON_INTERPRET") != "1")
         # Values are looked at on a CPU; here, as on a GPU, only if the variable asks for it.
@@ -147,9 +147,11 @@ def stubbed() -> Iterator[Callable[[], int]]:
         # A launch makes the tensor's device the current one, on a GPU; so it does here, and what
         # PyTorch asks the driver for is answered.
         gpu = torch.device("cuda", 0)
-        patch(launch, "nullcontext", lambda: torch.cuda.device(gpu))
+        patch(runtime, "_as_current", lambda device: torch.cuda.device(gpu))
         patch(torch.cuda, "_exchange_device", lambda index: 0)
         patch(torch.cuda, "_maybe_exchange_device", lambda index: 0)
+        runtime.forget()  # plans of tensors that the interpreter served
+        stack.callback(runtime.forget)
         yield lambda: count.value
 
 
@@ -301,8 +303,9 @@ def _launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any], Any
 
 def launch_rows(**how: Any) -> Iterator[Row]:
     """Each launch of a step with a mask, by the front and by the launcher below it."""
-    from ept_fast.kernels import launch
+    from ept_fast.kernels import runtime
 
+    runtime.forget()  # a plan's first run goes through the front
     (inputs,) = make_inputs(SHAPE, torch.bfloat16, _CPU, 1)
     forward = peers.operation_of("prompt path", OURS)
     with _launches() as made:
@@ -314,7 +317,7 @@ def launch_rows(**how: Any) -> Iterator[Row]:
         programs = options.pop("grid")[0]
         del options["warmup"]
         calls: dict[str, Call] = {
-            "front": partial(launch.run, kernel, programs, _CPU, *arguments, **options),
+            "front": partial(runtime.run, kernel, programs, _CPU, *arguments, **options),
             "launcher": partial(launcher, *given),
         }
         times = in_turns(calls, how["rounds"], how["calls"])

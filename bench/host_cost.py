@@ -53,7 +53,7 @@ FOLDER = RESULTS / "host_cost"
 PATHS, LAUNCHES = "paths.csv", "launches.csv"
 OURS, EAGER, COMPILED = "triton", "eager", "reference-compiled"
 PEERS = (OURS, EAGER, REFERENCE, COMPILED)
-FUNCTIONS, MODULE = "two functions", "module"
+FUNCTIONS, MODULE = "function", "module"
 DIRECTIONS = ("both", "forward")
 SHAPE = Shape("host", 16, 4, 16, 3, 4, 2, 2, 2, 10, shortest=2)
 

@@ -118,24 +118,34 @@ def operation_of(operation: str, backend: str) -> Forward:
         out: Tensor = module.reconstruct_prompt(**inputs.parameters, scaling=SCALING, **options)
         return out
 
+    def text(inputs: Inputs) -> dict[str, Any]:
+        return {
+            "input_ids": inputs.input_ids,
+            "weight": inputs.weight,
+            "attention_mask": inputs.attention_mask,
+            "task_ids": inputs.task_ids,
+            "scaling": SCALING,
+            **options,
+        }
+
     def splice(inputs: Inputs, prompt: Tensor) -> Tensor:
         out: Tensor = module.splice_prompt(
             prompt,
-            input_ids=inputs.input_ids,
-            weight=inputs.weight,
             offset_a=inputs.parameters["offset_a"],
             offset_b=inputs.parameters["offset_b"],
-            scaling=SCALING,
-            attention_mask=inputs.attention_mask,
-            task_ids=inputs.task_ids,
-            **options,
+            **text(inputs),
         )
         return out
+
+    def both(inputs: Inputs) -> Tensor:
+        if plain:
+            return splice(inputs, reconstruct(inputs))
+        return ept_fast.reconstruct_and_splice(**inputs.parameters, **text(inputs))
 
     forwards: dict[str, Forward] = {
         "reconstruct": reconstruct,
         "splice": lambda inputs: splice(inputs, inputs.prompt),
-        "prompt path": lambda inputs: splice(inputs, reconstruct(inputs)),
+        "prompt path": both,
     }
     if operation not in forwards:
         raise ValueError(f"operation: expected one of {', '.join(forwards)}, got {operation!r}")

@@ -6,7 +6,7 @@ it with the same functions, in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import prod
 from typing import Any
 
@@ -17,13 +17,26 @@ from ept_fast.kernels import reconstruct, runtime, splice
 from ept_fast.kernels.reconstruct_config import reconstruct_config
 from ept_fast.kernels.runtime import Plan
 from ept_fast.kernels.splice.config import backward_config, forward_config
-from ept_fast.ops.types import Flags, Parameters, Saved, SpliceGrads, SpliceInputs
+from ept_fast.ops.types import (
+    Flags,
+    Needs,
+    Parameters,
+    Saved,
+    SpliceGrads,
+    SpliceInputs,
+    Text,
+)
 
 __all__ = [
+    "describe_path_backward",
+    "describe_path_forward",
     "describe_reconstruct_backward",
     "describe_reconstruct_forward",
     "describe_splice_backward",
     "describe_splice_forward",
+    "path_backward",
+    "path_forward",
+    "path_kept",
     "reconstruct_backward",
     "reconstruct_forward",
     "splice_backward",
@@ -145,3 +158,122 @@ def splice_backward(
     found = iter(results.returned)
     wanted = (need_prompt, *(need_offset and t is not None for t in (given[4], given[5])))
     return SpliceGrads(*(next(found) if each else grad.new_empty(0) for each in wanted))
+
+
+# Both
+
+
+def _with_task_axis(operand: Any) -> Any:
+    """An operand of a single prompt as that of a bank of one."""
+    shape, strides = operand.shape, operand.stride()
+    return runtime.Operand(operand.place, (1, *shape), (1, *strides), operand.dtype)
+
+
+def _tasked(parameters: Sequence[Any]) -> Any:
+    given = Parameters(*parameters)
+    if len(given.short_prompt.shape) == 3:
+        return given
+    return Parameters(*(None if t is None else _with_task_axis(t) for t in given))  # type: ignore[arg-type]
+
+
+def _seen(parameters: Any, fusion: bool) -> Any:
+    """What the first operation sees; None if it changes nothing."""
+    seen = parameters if fusion else parameters._replace(offset_a=None, offset_b=None)
+    return seen if seen.has_offset or seen.has_spaces else None
+
+
+def describe_path_forward(
+    plan: Plan, flags: Flags, fusion: bool, first_sizes: Any, second_sizes: Any
+) -> None:
+    """Fill a plan for the tensors of :class:`Parameters` and :class:`Text`."""
+    parameters, text = _tasked(plan.inputs[:7]), Text(*plan.inputs[7:])
+    prompt: Any = parameters.short_prompt
+    if seen := _seen(parameters, fusion):
+        prompt = plan.scratch(prompt.shape, prompt.dtype)
+        reconstruct.forward(plan, seen, flags, prompt, plan.kept, first_sizes)
+    inputs = text.behind(prompt, parameters)
+    splice.forward(plan, inputs, flags.scaling, plan.kept, second_sizes)
+
+
+def path_forward(
+    parameters: Parameters, text: Text, flags: Flags, fusion: bool, known: Hashable
+) -> list[Tensor]:
+    """The spliced text ``[B, m + S, d]`` and what the backward needs."""
+    results = runtime.call(
+        describe_path_forward,
+        (*parameters, *text),
+        flags,
+        fusion,
+        reconstruct_config,
+        forward_config,
+        known=known,
+    )
+    return [results.returned[0], _kept(results)]
+
+
+def path_kept(parameters: Parameters, text: Text, fusion: bool) -> list[Tensor]:
+    """An empty tensor of the size of what :func:`path_forward` keeps."""
+    size = _Size()
+    given = _tasked(parameters)
+    if seen := _seen(given, fusion):
+        reconstruct.saved(size, seen)
+    inputs = text.behind(given.short_prompt, given)
+    splice.kept(size, inputs, *inputs.text.shape[:2])
+    return [parameters.short_prompt.new_empty(size.bytes, dtype=torch.uint8)]
+
+
+def describe_path_backward(
+    plan: Plan, flags: Flags, fusion: bool, needs: Needs, first_sizes: Any, second_sizes: Any
+) -> None:
+    """Fill a plan for the gradient, the tensors of :class:`Parameters` and :class:`Text`, and what
+    is kept.
+    """
+    grad, *rest, memory = plan.inputs
+    parameters, text = _tasked(rest[:7]), Text(*rest[7:])
+    find = plan.pieces_of(memory)
+    seen = _seen(parameters, fusion)
+    saved = reconstruct.saved(find, seen) if seen else None
+    found = (
+        plan.returned(t.shape, t.dtype) if each else None
+        for t, each in zip(rest[:7], needs.of(parameters, fusion), strict=True)
+    )
+    into: Any = Parameters(*found)  # type: ignore[arg-type]
+    halves = None
+    ends = splice.Gradients(into.short_prompt, into.offset_a, into.offset_b)
+    if not needs.offset:
+        ends = ends._replace(offset_a=None, offset_b=None)
+    if seen and needs.prompt:
+        ends = ends._replace(prompt=plan.scratch(parameters.short_prompt.shape))
+        if seen.has_offset and needs.offset:
+            halves = (
+                plan.scratch(parameters.offset_a.shape),
+                plan.scratch(parameters.offset_b.shape),
+            )
+            ends = ends._replace(offset_a=halves[0], offset_b=halves[1])
+    inputs = text.behind(parameters.short_prompt, parameters)
+    splice.backward(plan, grad, inputs, flags.scaling, find, ends, second_sizes)
+    if seen and needs.prompt:
+        reconstruct.backward(plan, ends.prompt, seen, flags, saved, into, halves, first_sizes)
+
+
+def path_backward(
+    grad: Tensor,
+    parameters: Parameters,
+    text: Text,
+    kept: list[Tensor],
+    flags: Flags,
+    fusion: bool,
+    needs: Needs,
+) -> list[Tensor]:
+    """The gradient of each parameter in its type and shape; empty where not needed."""
+    returned = runtime.call(
+        describe_path_backward,
+        (grad, *parameters, *text, *kept),
+        flags,
+        fusion,
+        needs,
+        reconstruct_config,
+        backward_config,
+    ).returned
+    found = iter(returned)
+    return [next(found) if each else grad.new_empty(0) for each in needs.of(parameters, fusion)]

@@ -30,7 +30,7 @@ import operator
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any, NamedTuple
@@ -392,7 +392,12 @@ _lock = threading.Lock()
 _clock = itertools.count(1)
 
 
-def plan_of(describe: Callable[..., None], tensors: Sequence[Tensor | None], *choices: Any) -> Plan:
+def plan_of(
+    describe: Callable[..., None],
+    tensors: Sequence[Tensor | None],
+    *choices: Any,
+    known: Hashable = None,
+) -> Plan:
     """The plan of a call that host code describes; made now unless it was made before.
 
     Args:
@@ -400,15 +405,11 @@ def plan_of(describe: Callable[..., None], tensors: Sequence[Tensor | None], *ch
             It may depend on these and on ``choices`` only.
         tensors: the call's tensors, on one device.
         *choices: numbers, names, and the functions that choose launch sizes.
+        known: stands for what a plan depends on of the tensors: equal for the same shapes, strides,
+            types, devices and alignment, and for no others; None: look at them.
     """
-    key = (
-        describe,
-        choices,
-        *(
-            t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % _ALIGNMENT)
-            for t in tensors
-        ),
-    )
+    facts = tuple(map(_facts, tensors)) if known is None else known
+    key = (describe, choices, facts)
     plan = _plans.get(key)
     if plan is None:
         plan = Plan(tensors)
@@ -421,9 +422,21 @@ def plan_of(describe: Callable[..., None], tensors: Sequence[Tensor | None], *ch
     return plan
 
 
-def call(describe: Callable[..., None], tensors: Sequence[Tensor | None], *choices: Any) -> Results:
+def _facts(tensor: Tensor | None) -> Hashable:
+    if tensor is None:
+        return None
+    alignment = tensor.data_ptr() % _ALIGNMENT
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, alignment
+
+
+def call(
+    describe: Callable[..., None],
+    tensors: Sequence[Tensor | None],
+    *choices: Any,
+    known: Hashable = None,
+) -> Results:
     """Carry out a call by its plan (:func:`plan_of`)."""
-    return plan_of(describe, tensors, *choices).carry_out(tensors)
+    return plan_of(describe, tensors, *choices, known=known).carry_out(tensors)
 
 
 def plans() -> int:

@@ -8,6 +8,7 @@ serves calls that name this backend and no others.
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -15,10 +16,21 @@ from torch import Tensor
 from ept_fast.backends import eager
 from ept_fast.backends.fused import is_plain, needs_float64, too_large
 from ept_fast.kernels.runtime import launcher, target, triton_version
-from ept_fast.ops.types import Flags, Parameters, Saved, SpliceGrads, SpliceInputs
+from ept_fast.ops.types import (
+    Flags,
+    Needs,
+    Parameters,
+    Saved,
+    SpliceGrads,
+    SpliceInputs,
+    Text,
+)
 
 __all__ = [
     "available",
+    "path_backward",
+    "path_forward",
+    "path_kept",
     "reconstruct_backward",
     "reconstruct_forward",
     "splice_backward",
@@ -149,3 +161,37 @@ def splice_backward(
     from ept_fast.kernels import calls
 
     return calls.splice_backward(grad, inputs, kept, scaling, need_prompt, need_offset)
+
+
+def path_forward(
+    parameters: Parameters, text: Text, flags: Flags, fusion: bool, known: Hashable = None
+) -> list[Tensor]:
+    """Both operations: the spliced text [B, m + S, d] and what the backward needs.
+
+    ``known`` stands for all that the launches depend on (:func:`ept_fast.kernels.runtime.plan_of`).
+    """
+    from ept_fast.kernels import calls
+
+    return calls.path_forward(parameters, text, flags, fusion, known)
+
+
+def path_kept(parameters: Parameters, text: Text, fusion: bool) -> list[Tensor]:
+    """Empty tensors of the sizes that :func:`path_forward` keeps."""
+    from ept_fast.kernels import calls
+
+    return calls.path_kept(parameters, text, fusion)
+
+
+def path_backward(
+    grad: Tensor,
+    parameters: Parameters,
+    text: Text,
+    kept: list[Tensor],
+    flags: Flags,
+    fusion: bool,
+    needs: Needs,
+) -> list[Tensor]:
+    """The gradient of each parameter in its type; empty where ``needs`` does not ask for it."""
+    from ept_fast.kernels import calls
+
+    return calls.path_backward(grad, parameters, text, kept, flags, fusion, needs)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from ept_fast.backends import cuda, eager, triton
 from ept_fast.ops.types import Parameters, SpliceInputs
 
-__all__ = ["REFERENCE", "describe", "load", "select"]
+__all__ = ["REFERENCE", "describe", "load", "select", "supporters"]
 
 REFERENCE = "reference"
 # Modules that import no compiler and no driver; what they need beyond that they load on first use.
@@ -33,6 +34,11 @@ _logged: set[str] = set()
 def load(name: str) -> ModuleType:
     """The backend's module."""
     return _IN_ORDER[name]
+
+
+def supporters() -> tuple[Callable[..., tuple[bool, str]], ...]:
+    """What says whether a backend serves a call, in order."""
+    return tuple(module.supports for module in _IN_ORDER.values())
 
 
 def select(name: str | None, tensors: Parameters | SpliceInputs) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Flags", "Parameters", "Saved", "SpliceGrads", "SpliceInputs"]
+__all__ = ["Flags", "Needs", "Parameters", "Saved", "SpliceGrads", "SpliceInputs", "Text"]
 
 
 class Parameters(NamedTuple):
@@ -140,6 +140,64 @@ class SpliceInputs(NamedTuple):
         source = self.weight if self.inputs_embeds is None else self.inputs_embeds
         assert source is not None
         return source
+
+
+class Text(NamedTuple):
+    """What a prompt is put before: the tensors of operation 2 that are no parameters.
+
+    Attributes:
+        input_ids, weight, inputs_embeds, attention_mask, task_ids: as of :class:`SpliceInputs`.
+    """
+
+    input_ids: Tensor | None = None
+    weight: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    attention_mask: Tensor | None = None
+    task_ids: Tensor | None = None
+
+    def behind(self, prompt: Tensor, parameters: Parameters) -> SpliceInputs:
+        """The inputs of operation 2 with this prompt, and the offset of these parameters."""
+        return SpliceInputs(
+            prompt,
+            self.input_ids,
+            self.weight,
+            self.inputs_embeds,
+            parameters.offset_a,
+            parameters.offset_b,
+            self.attention_mask,
+            self.task_ids,
+        )
+
+    def without_tokens(self) -> Text:
+        """What the backward needs of it."""
+        return Text(None, None, None, self.attention_mask, self.task_ids)
+
+
+class Needs(NamedTuple):
+    """What the backward of both operations in a row has to compute.
+
+    Attributes:
+        prompt: the gradient of P′, and from it those of what the first operation sees.
+        offset: the gradients of A and B from the text.
+    """
+
+    prompt: bool
+    offset: bool
+
+    @classmethod
+    def for_gradients(cls, asked: Parameters, fusion: bool) -> Needs:
+        """For the gradients of these parameters (of bool)."""
+        offset = bool(asked.offset_a or asked.offset_b)
+        others = (each for i, each in enumerate(asked) if i not in (1, 2))
+        return cls(any(others) or (offset and fusion), offset)
+
+    def of(self, parameters: Parameters, fusion: bool) -> tuple[bool, ...]:
+        """Whether the gradient of each parameter is computed."""
+        offset = self.offset or (self.prompt and fusion)
+        return tuple(
+            each is not None and (offset if i in (1, 2) else self.prompt)
+            for i, each in enumerate(parameters)
+        )
 
 
 class SpliceGrads(NamedTuple):

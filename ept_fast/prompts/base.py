@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -111,6 +110,18 @@ class SplicedPrompt(nn.Module):
         """P′, ``[(T,) m, d]``."""
         raise NotImplementedError
 
+    def put_before(self, **text: Tensor | None) -> Tensor:
+        """The embeddings ``[B, m + S, d]`` of prompt and text.
+
+        Args:
+            **text: the fields of :class:`ept_fast.ops.types.Text`.
+        """
+        return splice_prompt(self.reconstruct(), **text, **self._offset(), backend=self.backend)
+
+    def _offset(self) -> dict[str, Any]:
+        scaling = self.config.scaling
+        return {"offset_a": self.offset_a, "offset_b": self.offset_b, "scaling": scaling}
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -147,19 +158,12 @@ class SplicedPrompt(nn.Module):
             else:
                 inputs_embeds = self._look_up(embedding, input_ids)
                 input_ids = None
-        table = getattr(self, "offset_table", None)
-        put_before = splice_prompt if table is None else partial(splice_table, table=table)
-        embeds = put_before(
-            self.reconstruct(),
+        embeds = self.put_before(
             input_ids=input_ids,
             weight=weight,
             inputs_embeds=inputs_embeds,
-            offset_a=self.offset_a,
-            offset_b=self.offset_b,
-            scaling=self.config.scaling,
             attention_mask=attention_mask,
             task_ids=task_ids,
-            backend=self.backend,
         )
         if self.config.rank and self.offset_a is None:  # folded without its offset
             length, most = embeds.shape[1] - self.config.num_virtual_tokens, self.config.max_length
@@ -460,6 +464,12 @@ class FoldedPrompt(SplicedPrompt):
     def reconstruct(self) -> Tensor:
         """The constant prompt P′, ``[(T,) m, d]``."""
         return self.prompt
+
+    def put_before(self, **text: Tensor | None) -> Tensor:
+        """The embeddings ``[B, m + S, d]`` of prompt and text; offsets from the table, if any."""
+        if self.offset_table is None:
+            return super().put_before(**text)
+        return splice_table(self.prompt, table=self.offset_table, **text, **self._offset())
 
 
 # The registry

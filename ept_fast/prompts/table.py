@@ -58,16 +58,14 @@ def splice_table(
     scaling: float,
     attention_mask: Tensor | None,
     task_ids: Tensor | None,
-    backend: str | None = None,
 ) -> Tensor:
-    """As :func:`ept_fast.splice_prompt`, the offsets read from a table of them.
+    """As :func:`ept_fast.splice_prompt`, the offsets read from a table of them in plain PyTorch.
 
     Args:
         prompt: P′, ``[(T,) m, d]``.
         table: c·A·B, ``[(T,) n, d]``.
         input_ids, weight, inputs_embeds, attention_mask, task_ids: as there.
         offset_a, offset_b, scaling: what the table was made from; arguments are checked by them.
-        backend: taken so that both functions are called alike; a table is read in plain PyTorch.
     """
     inputs = SpliceInputs(
         prompt, input_ids, weight, inputs_embeds, offset_a, offset_b, attention_mask, task_ids

@@ -1,0 +1,308 @@
+"""Both operations in a row, as registered operators, their fakes, and one autograd Function.
+
+The gradients of A and B have two halves, one from each operation: they are added here, in the type
+that sums accumulate in, and rounded once. P′ is neither kept nor given to autograd.
+
+A backend may have ``path_forward``, ``path_backward`` and ``path_kept`` of its own; for others the
+path is composed of their four functions. The operators serve compiled code and their bodies eager
+mode, as in :mod:`ept_fast.ops.reconstruct`. Tensors have no task axis here if there is but one
+prompt: adding it outside would cost autograd a view for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ept_fast.backends.fused import has_empty
+from ept_fast.checks import check_splice_values, values_are_checked
+from ept_fast.ops import dispatch
+from ept_fast.ops.reconstruct import saved_like
+from ept_fast.ops.types import Flags, Needs, Parameters, Saved, Text
+from ept_fast.precision import accumulation_dtype, without_autocast
+
+__all__ = ["path"]
+
+_PARAMETERS, _TEXT = len(Parameters._fields), len(Text._fields)
+_SAVED = len(Saved._fields)
+
+
+def _with_task_axis(parameters: Parameters) -> Parameters:
+    if parameters.short_prompt.dim() == 3:
+        return parameters
+    return Parameters(*(None if t is None else t.unsqueeze(0) for t in parameters))  # type: ignore[arg-type]
+
+
+def _seen(parameters: Parameters, fusion: bool) -> Parameters:
+    """What the first operation sees."""
+    return parameters if fusion else parameters._replace(offset_a=None, offset_b=None)
+
+
+def _own(backend: str, parameters: Parameters) -> Any:
+    """The backend's module if it has a path of its own for these tensors, else None."""
+    module = dispatch.load(backend)
+    return module if hasattr(module, "path_forward") and not has_empty(*parameters) else None
+
+
+# Composed of a backend's four functions
+
+
+def _composed_forward(
+    backend: str, parameters: Parameters, text: Text, flags: Flags, fusion: bool
+) -> list[Tensor]:
+    module = dispatch.load(backend)
+    given = _with_task_axis(parameters)
+    prompt, saved = module.reconstruct_forward(_seen(given, fusion), flags)
+    out, kept = module.splice_forward(text.behind(prompt, given), flags.scaling)
+    return [out, *saved, *kept]
+
+
+def _composed_backward(
+    backend: str,
+    grad: Tensor,
+    parameters: Parameters,
+    text: Text,
+    kept: list[Tensor],
+    flags: Flags,
+    fusion: bool,
+    needs: Needs,
+) -> list[Tensor]:
+    module = dispatch.load(backend)
+    given = _with_task_axis(parameters)
+    if needs.prompt and needs.offset and fusion:
+        # In the type of the sums, so that the sum of both halves is rounded and they are not.
+        dtype = accumulation_dtype(grad, *parameters)
+        given = given._replace(**{n: getattr(given, n).to(dtype) for n in ("offset_a", "offset_b")})
+    inputs = text.behind(given.short_prompt, given)
+    halves = module.splice_backward(
+        grad, inputs, kept[_SAVED:], flags.scaling, needs.prompt, needs.offset
+    )
+    found: list[Tensor | None] = [None] * _PARAMETERS
+    if needs.prompt:
+        seen, saved = _seen(given, fusion), Saved(*kept[:_SAVED])
+        found = list(module.reconstruct_backward(halves.prompt, seen, saved, flags))
+    if needs.offset:
+        for i, half in ((1, halves.offset_a), (2, halves.offset_b)):
+            other = found[i] if needs.prompt and fusion else None
+            found[i] = half if other is None else half.add_(other)
+    return [
+        grad.new_empty(0) if each is None or given is None else each.to(given.dtype).view_as(given)
+        for each, given in zip(found, parameters, strict=True)
+    ]
+
+
+# A call
+
+
+def _forward(
+    parameters: Parameters,
+    text: Text,
+    flags: Flags,
+    fusion: bool,
+    backend: str,
+    known: Hashable = None,
+) -> list[Tensor]:
+    """The output, then what the backward needs."""
+    device = parameters.short_prompt.device
+    if values_are_checked(device):
+        check_splice_values(text.behind(parameters.short_prompt, parameters))
+    if module := _own(backend, parameters):
+        found: list[Tensor] = module.path_forward(parameters, text, flags, fusion, known)
+        return found
+    with without_autocast(device):
+        return _composed_forward(backend, parameters, text, flags, fusion)
+
+
+def _backward(
+    grad: Tensor,
+    parameters: Parameters,
+    text: Text,
+    kept: list[Tensor],
+    flags: Flags,
+    fusion: bool,
+    needs: Needs,
+    backend: str,
+) -> list[Tensor]:
+    """A tensor for each parameter: its gradient if ``needs`` asks for it."""
+    if module := _own(backend, parameters):
+        found: list[Tensor] = module.path_backward(
+            grad, parameters, text, kept, flags, fusion, needs
+        )
+        return found
+    with without_autocast(grad.device):
+        return _composed_backward(backend, grad, parameters, text, kept, flags, fusion, needs)
+
+
+# The operators
+
+
+def _forward_body(
+    parameters: list[Tensor | None],
+    text: list[Tensor | None],
+    scaling: float,
+    activation: str,
+    gate: str,
+    temperature: float,
+    fusion: bool,
+    backend: str,
+) -> list[Tensor]:
+    flags = Flags(scaling, activation, gate, temperature)
+    return _forward(Parameters(*parameters), Text(*text), flags, fusion, backend)  # type: ignore[arg-type]
+
+
+def _backward_body(
+    grad: Tensor,
+    parameters: list[Tensor | None],
+    text: list[Tensor | None],
+    kept: list[Tensor],
+    scaling: float,
+    activation: str,
+    gate: str,
+    temperature: float,
+    fusion: bool,
+    need_prompt: bool,
+    need_offset: bool,
+    backend: str,
+) -> list[Tensor]:
+    return _backward(
+        grad,
+        Parameters(*parameters),  # type: ignore[arg-type]
+        Text(*text),
+        kept,
+        Flags(scaling, activation, gate, temperature),
+        fusion,
+        Needs(need_prompt, need_offset),
+        backend,
+    )
+
+
+_forward_op = torch.library.custom_op("ept_fast::path_forward", _forward_body, mutates_args=())
+_backward_op = torch.library.custom_op("ept_fast::path_backward", _backward_body, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(
+    parameters: list[Tensor | None],
+    text: list[Tensor | None],
+    scaling: float,
+    activation: str,
+    gate: str,
+    temperature: float,
+    fusion: bool,
+    backend: str,
+) -> list[Tensor]:
+    given, behind = Parameters(*parameters), Text(*text)  # type: ignore[arg-type]
+    inputs = behind.behind(given.short_prompt, given)
+    batch, length = inputs.text.shape[:2]
+    m, width = given.short_prompt.shape[-2:]
+    out = inputs.source.new_empty(batch, m + length, width)
+    if module := _own(backend, given):
+        return [out, *module.path_kept(given, behind, fusion)]
+    tasked = _with_task_axis(given)
+    spliced = dispatch.load(backend).splice_kept(behind.behind(tasked.short_prompt, tasked))
+    return [out, *saved_like(_seen(tasked, fusion)), *spliced]
+
+
+@_backward_op.register_fake
+def _(
+    grad: Tensor,
+    parameters: list[Tensor | None],
+    text: list[Tensor | None],
+    kept: list[Tensor],
+    scaling: float,
+    activation: str,
+    gate: str,
+    temperature: float,
+    fusion: bool,
+    need_prompt: bool,
+    need_offset: bool,
+    backend: str,
+) -> list[Tensor]:
+    given = Parameters(*parameters)  # type: ignore[arg-type]
+    needed = Needs(need_prompt, need_offset).of(given, fusion)
+    return [
+        torch.empty_like(each, memory_format=torch.contiguous_format)
+        if need and each is not None
+        else grad.new_empty(0)
+        for each, need in zip(given, needed, strict=True)
+    ]
+
+
+class _Path(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, flags: Flags, fusion: bool, backend: str, known: Hashable, *tensors: Tensor | None
+    ) -> Tensor:
+        parameters = Parameters(*tensors[:_PARAMETERS])  # type: ignore[arg-type]
+        text = Text(*tensors[_PARAMETERS:])
+        if torch.compiler.is_compiling():
+            found = _forward_op(list(parameters), list(text), *flags, fusion, backend)
+        else:
+            found = _forward(parameters, text, flags, fusion, backend, known)
+        ctx.save_for_backward(*parameters, *text.without_tokens(), *found[1:])
+        ctx.flags, ctx.fusion, ctx.backend = flags, fusion, backend
+        out: Tensor = found[0]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        saved: tuple[Any, ...] = ctx.saved_tensors  # once: checkpointing computes them again
+        parameters = Parameters(*saved[:_PARAMETERS])
+        text, kept = Text(*saved[_PARAMETERS:][:_TEXT]), list(saved[_PARAMETERS + _TEXT :])
+        asked = Parameters(*ctx.needs_input_grad[4:][:_PARAMETERS])
+        needs = Needs.for_gradients(asked, ctx.fusion)
+        grads: list[Tensor | None] = [None] * _PARAMETERS
+        if needs.prompt or needs.offset:
+            if torch.compiler.is_compiling():
+                found = _backward_op(
+                    grad,
+                    list(parameters),
+                    list(text),
+                    kept,
+                    *ctx.flags,
+                    ctx.fusion,
+                    *needs,
+                    ctx.backend,
+                )
+            else:
+                found = _backward(
+                    grad, parameters, text, kept, ctx.flags, ctx.fusion, needs, ctx.backend
+                )
+            grads = [each if need else None for each, need in zip(found, asked, strict=True)]
+        embeds = None
+        if ctx.needs_input_grad[4 + _PARAMETERS + Text._fields.index("inputs_embeds")]:
+            embeds = grad[:, parameters.short_prompt.shape[-2] :]
+        return None, None, None, None, *grads, None, None, embeds, None, None
+
+
+def path(
+    parameters: Parameters,
+    text: Text,
+    flags: Flags,
+    fusion: bool,
+    backend: str,
+    known: Hashable = None,
+) -> Tensor:
+    """``[B, m + S, d]``, differentiable.
+
+    Args:
+        parameters: with or without a task axis; the offset is spliced in any case.
+        text: what the prompt is put before.
+        flags: the choices of the first operation, and the scaling of both.
+        fusion: whether the first operation sees the offset.
+        backend: its name.
+        known: something equal for calls with the same backend, choices, and shapes, strides, types,
+            devices and alignment of all tensors, and no others; None if they are not known.
+    """
+    if backend == "eager" and not torch.compiler.is_compiling():  # which is plain PyTorch
+        floats = (*parameters, text.inputs_embeds)
+        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats)
+        if not trains:
+            return _forward(parameters, text, flags, fusion, backend)[0]
+    result: Tensor = _Path.apply(flags, fusion, backend, known, *parameters, *text)  # type: ignore[no-untyped-call]
+    return result

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ept_fast.config import EPTConfig
-from ept_fast.ops.functional import reconstruct_prompt, splice_prompt
+from ept_fast.ops.functional import reconstruct_and_splice, reconstruct_prompt, splice_prompt
 from ept_fast.prompts.base import EPTOutput
 from ept_fast.prompts.ept import FoldedEPTPrompt, FusedEPTPrompt
 from ept_fast.storage.files import CheckpointError
@@ -41,6 +41,7 @@ __all__ = [
     "import_dept",
     "import_peft",
     "import_plain",
+    "reconstruct_and_splice",
     "reconstruct_prompt",
     "splice_prompt",
 ]

@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ept_fast.backends import cuda
+from ept_fast.backends import composed, cuda
 from ept_fast.backends.cuda import library as cuda_library
 from ept_fast.config import GATES
 from ept_fast.ops import dispatch
@@ -417,3 +417,8 @@ def splice_backward(
     )
     empty = torch.empty(0)
     return SpliceGrads(*(empty if t is None else t for t in (d_prompt, d_a, d_b)))
+
+
+path_forward = functools.partial(composed.path_forward, sys.modules[__name__])
+path_backward = functools.partial(composed.path_backward, sys.modules[__name__])
+path_kept = composed.path_kept

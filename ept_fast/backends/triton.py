@@ -10,17 +10,22 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import sys
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ept_fast.backends import eager
+from ept_fast.backends import composed, eager
 from ept_fast.backends.fused import has_empty, needs_float64, too_large
 from ept_fast.kernels.launch import target
 from ept_fast.ops.types import Flags, Parameters, Saved, SpliceGrads, SpliceInputs
 
 __all__ = [
     "available",
+    "path_backward",
+    "path_forward",
+    "path_kept",
     "reconstruct_backward",
     "reconstruct_forward",
     "splice_backward",
@@ -147,3 +152,8 @@ def splice_backward(
     from ept_fast.kernels import splice
 
     return splice.splice_backward(grad, inputs, scaling, need_prompt, need_offset)
+
+
+path_forward = partial(composed.path_forward, sys.modules[__name__])
+path_backward = partial(composed.path_backward, sys.modules[__name__])
+path_kept = composed.path_kept

@@ -1,4 +1,4 @@
-"""The two operations: check the arguments, choose a backend, call it."""
+"""The two operations, and both in a row: check the arguments, choose a backend, call it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from ept_fast.checks import (
     check_reconstruct,
     check_splice,
     check_splice_values,
+    check_text,
     constant,
     values_are_checked,
 )
 from ept_fast.ops import dispatch
+from ept_fast.ops.path import path
 from ept_fast.ops.reconstruct import gate_weights as _gate_weights
 from ept_fast.ops.reconstruct import reconstruct
 from ept_fast.ops.splice import splice
-from ept_fast.ops.types import Flags, Parameters, SpliceInputs
+from ept_fast.ops.types import Flags, Parameters, SpliceInputs, Text
 
-__all__ = ["gate_weights", "reconstruct_prompt", "splice_prompt"]
+__all__ = ["gate_weights", "reconstruct_and_splice", "reconstruct_prompt", "splice_prompt"]
 
 
 def reconstruct_prompt(
@@ -111,12 +113,21 @@ def _prepared(
     parameters: Parameters, flags: Flags, fusion: bool, backend: str | None
 ) -> tuple[Parameters, Flags, str]:
     """Checked, without the offset unless it is fused; and the backend for them."""
-    check_reconstruct(parameters, flags, fusion)
-    if not fusion:
-        parameters = parameters._replace(offset_a=None, offset_b=None)
-    scaling, activation, gate, temperature = flags
-    flags = Flags(float(scaling), activation, gate, float(temperature))
+    flags = _checked(parameters, flags, fusion)
+    parameters = _seen(parameters, fusion)
     return parameters, flags, dispatch.select(backend, parameters)
+
+
+def _checked(parameters: Parameters, flags: Flags, fusion: bool) -> Flags:
+    """The flags with their numbers as floats, if operation 1 is defined for all of these."""
+    check_reconstruct(parameters, flags, fusion)
+    scaling, activation, gate, temperature = flags
+    return Flags(float(scaling), activation, gate, float(temperature))
+
+
+def _seen(parameters: Parameters, fusion: bool) -> Parameters:
+    """What operation 1 computes with: the offset only if it is fused."""
+    return parameters if fusion else parameters._replace(offset_a=None, offset_b=None)
 
 
 def _with_task_axis(tensors: tuple[Tensor | None, ...]) -> list[Any]:
@@ -192,3 +203,81 @@ def splice_prompt(
         head, a, b = _with_task_axis((prompt, offset_a, offset_b))
         inputs = inputs._replace(prompt=head, offset_a=a, offset_b=b)
     return splice(inputs, float(scaling), chosen)
+
+
+def reconstruct_and_splice(
+    short_prompt: Tensor,
+    offset_a: Tensor | None = None,
+    offset_b: Tensor | None = None,
+    space_down: Tensor | None = None,
+    space_up: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    *,
+    input_ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    task_ids: Tensor | None = None,
+    scaling: float = 1.0,
+    activation: str = "gelu",
+    gate: str = "token",
+    temperature: float = 1.0,
+    fusion: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Reconstruct the prompt, put it before the text and add the offset: both operations in one.
+
+    The result is, to the bit, that of :func:`splice_prompt` on :func:`reconstruct_prompt`'s. The
+    arguments are checked once, one autograd Function stands for both, and P′ is not kept for the
+    backward. With the ``eager`` backend the two halves of the gradients of A and B are added before
+    they are rounded. Differentiable once, in every tensor of the prompt and in ``inputs_embeds``.
+
+    Args:
+        short_prompt: P, ``[m, d]``, or ``[T, m, d]`` with ``task_ids``.
+        offset_a, offset_b, space_down, space_up, gate_weight, gate_bias: as of
+            :func:`reconstruct_prompt`; the offset with n >= S.
+        input_ids, weight, inputs_embeds, attention_mask, task_ids: as of :func:`splice_prompt`.
+        scaling: c, the factor of A·B in both operations.
+        activation, gate, temperature: as of :func:`reconstruct_prompt`.
+        fusion: whether the prompt attends to the offset, which the text gets in any case.
+        backend: as there. If each operation would go to another backend by itself, they run one
+            after the other.
+
+    Returns:
+        ``[B, m + S, d]`` in the type of the embeddings.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as the two functions; of the prompt's
+            tensors first.
+
+    Example:
+        >>> embeds = torch.zeros(1, 3, 8)
+        >>> reconstruct_and_splice(torch.ones(2, 8), inputs_embeds=embeds).shape
+        torch.Size([1, 5, 8])
+    """
+    parameters = Parameters(
+        short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias
+    )
+    text = Text(input_ids, weight, inputs_embeds, attention_mask, task_ids)
+    flags = Flags(constant(scaling), activation, gate, constant(temperature))
+    flags = _checked(parameters, flags, fusion)
+    check_text(text, "short_prompt", short_prompt, offset_a)
+    chosen = dispatch.select(backend, _seen(parameters, fusion))
+    # P′ has the shape and the type of the short prompt.
+    of_splice = dispatch.select(backend, text.spliced(short_prompt, offset_a, offset_b))
+    if chosen != of_splice or chosen == dispatch.REFERENCE:
+        prompt = reconstruct_prompt(*parameters, **_by_name(flags), fusion=fusion, backend=backend)
+        return splice_prompt(
+            prompt,
+            **_by_name(text),
+            offset_a=offset_a,
+            offset_b=offset_b,
+            scaling=flags.scaling,
+            backend=backend,
+        )
+    if weight is not None:
+        text = text._replace(weight=weight.detach())
+    if short_prompt.dim() == 2:
+        parameters = Parameters(*_with_task_axis(parameters))
+    return path(parameters, text, flags, fusion, chosen)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ept_fast.ops import dispatch
 from ept_fast.ops.types import Flags, Parameters, Saved
-from ept_fast.precision import accumulation_dtype, without_autocast
+from ept_fast.precision import without_autocast
 
 __all__ = ["gate_weights", "reconstruct"]
 
@@ -73,20 +73,8 @@ def _(
     backend: str,
 ) -> list[Tensor]:
     given = Parameters(*parameters)  # type: ignore[arg-type]
-    p, dtype = given.short_prompt, accumulation_dtype(*given)
-    tasks, m, _, r, spaces, dim, _ = given.sizes()
-    dims = spaces * dim
-    saved = Saved(
-        query=p.new_empty((tasks, m, r) if given.has_offset else 0, dtype=dtype),
-        stats=p.new_empty((tasks, 2, m) if given.has_offset else 0, dtype=dtype),
-        attended=p.new_empty((tasks, m, r) if given.has_offset else 0, dtype=dtype),
-        hidden=p.new_empty((tasks, m, dims) if given.has_spaces else 0, dtype=dtype),
-        gates=p.new_empty((tasks, m, spaces) if given.has_spaces else 0, dtype=dtype),
-        cross=p.new_empty(
-            (tasks, r, dims + spaces) if given.has_offset and given.has_spaces else 0, dtype=dtype
-        ),
-    )
-    return [torch.empty_like(p, memory_format=torch.contiguous_format), *saved]
+    prompt = torch.empty_like(given.short_prompt, memory_format=torch.contiguous_format)
+    return [prompt, *Saved.empty(given)]
 
 
 @_backward_op.register_fake

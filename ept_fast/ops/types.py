@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Flags", "Parameters", "Saved", "SpliceGrads", "SpliceInputs"]
+from ept_fast.precision import accumulation_dtype
+
+__all__ = ["Flags", "Parameters", "Saved", "SpliceGrads", "SpliceInputs", "Text"]
 
 
 class Parameters(NamedTuple):
@@ -102,6 +104,22 @@ class Saved(NamedTuple):
     gates: Tensor
     cross: Tensor
 
+    @classmethod
+    def empty(cls, parameters: Parameters) -> Saved:
+        """Tensors of these sizes without values, also of fake parameters."""
+        p, dtype = parameters.short_prompt, accumulation_dtype(*parameters)
+        tasks, m, _, r, spaces, dim, _ = parameters.sizes()
+        fused, spaced = parameters.has_offset, parameters.has_spaces
+        columns = spaces * dim + spaces
+        return cls(
+            query=p.new_empty((tasks, m, r) if fused else 0, dtype=dtype),
+            stats=p.new_empty((tasks, 2, m) if fused else 0, dtype=dtype),
+            attended=p.new_empty((tasks, m, r) if fused else 0, dtype=dtype),
+            hidden=p.new_empty((tasks, m, spaces * dim) if spaced else 0, dtype=dtype),
+            gates=p.new_empty((tasks, m, spaces) if spaced else 0, dtype=dtype),
+            cross=p.new_empty((tasks, r, columns) if fused and spaced else 0, dtype=dtype),
+        )
+
 
 class SpliceInputs(NamedTuple):
     """The tensors of operation 2; those that are not given are None.
@@ -140,6 +158,27 @@ class SpliceInputs(NamedTuple):
         source = self.weight if self.inputs_embeds is None else self.inputs_embeds
         assert source is not None
         return source
+
+
+class Text(NamedTuple):
+    """What operation 2 gets beside the prompt and the offset: the text, and where it is real.
+
+    Attributes:
+        input_ids, weight, inputs_embeds, attention_mask, task_ids: as of :class:`SpliceInputs`.
+    """
+
+    input_ids: Tensor | None = None
+    weight: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    attention_mask: Tensor | None = None
+    task_ids: Tensor | None = None
+
+    def spliced(
+        self, prompt: Tensor, offset_a: Tensor | None, offset_b: Tensor | None
+    ) -> SpliceInputs:
+        """The tensors of operation 2."""
+        ids, weight, embeds, mask, tasks = self
+        return SpliceInputs(prompt, ids, weight, embeds, offset_a, offset_b, mask, tasks)
 
 
 class SpliceGrads(NamedTuple):

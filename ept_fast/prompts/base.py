@@ -111,6 +111,24 @@ class SplicedPrompt(nn.Module):
         """P′, ``[(T,) m, d]``."""
         raise NotImplementedError
 
+    def put_before(self, **text: Any) -> Tensor:
+        """P′ before the text and the offset onto its real tokens, ``[B, m + S, d]``.
+
+        Args:
+            text: ``input_ids``, ``weight``, ``inputs_embeds``, ``attention_mask`` and ``task_ids``
+                of :func:`ept_fast.splice_prompt`.
+        """
+        table = getattr(self, "offset_table", None)
+        splice = splice_prompt if table is None else partial(splice_table, table=table)
+        return splice(
+            self.reconstruct(),
+            **text,
+            offset_a=self.offset_a,
+            offset_b=self.offset_b,
+            scaling=self.config.scaling,
+            backend=self.backend,
+        )
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -147,19 +165,12 @@ class SplicedPrompt(nn.Module):
             else:
                 inputs_embeds = self._look_up(embedding, input_ids)
                 input_ids = None
-        table = getattr(self, "offset_table", None)
-        put_before = splice_prompt if table is None else partial(splice_table, table=table)
-        embeds = put_before(
-            self.reconstruct(),
+        embeds = self.put_before(
             input_ids=input_ids,
             weight=weight,
             inputs_embeds=inputs_embeds,
-            offset_a=self.offset_a,
-            offset_b=self.offset_b,
-            scaling=self.config.scaling,
             attention_mask=attention_mask,
             task_ids=task_ids,
-            backend=self.backend,
         )
         if self.config.rank and self.offset_a is None:  # folded without its offset
             length, most = embeds.shape[1] - self.config.num_virtual_tokens, self.config.max_length

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ept_fast.config import EPTConfig, PromptConfig
-from ept_fast.ops.functional import gate_weights, reconstruct_prompt
+from ept_fast.ops.functional import (
+    gate_weights,
+    reconstruct_and_splice,
+    reconstruct_prompt,
+)
 from ept_fast.ops.types import Flags, Parameters
 from ept_fast.prompts.base import FoldedPrompt, Prompt, register
 
@@ -103,16 +107,23 @@ class FusedEPTPrompt(Prompt):
 
     def reconstruct(self) -> Tensor:
         """The reconstructed prompt P′, ``[(T,) m, d]``, in the parameters' type."""
+        return reconstruct_prompt(**self._arguments())
+
+    def put_before(self, **text: Any) -> Tensor:
+        """Reconstructed and put before the text in one, :func:`ept_fast.reconstruct_and_splice`."""
+        return reconstruct_and_splice(**self._arguments(), **text)
+
+    def _arguments(self) -> dict[str, Any]:
         c = self.config
-        return reconstruct_prompt(
-            **self.tensors(),  # type: ignore[arg-type]
-            scaling=c.scaling,
-            activation=c.activation,
-            gate=c.gate,
-            temperature=c.temperature,
-            fusion=c.fusion,
-            backend=self.backend,
-        )
+        return {
+            **self.tensors(),
+            "scaling": c.scaling,
+            "activation": c.activation,
+            "gate": c.gate,
+            "temperature": c.temperature,
+            "fusion": c.fusion,
+            "backend": self.backend,
+        }
 
     @property
     def has_gate(self) -> bool:

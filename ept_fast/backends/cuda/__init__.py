@@ -1,23 +1,30 @@
 """The fused kernels in CUDA C++, for NVIDIA GPUs on which Triton is missing, known bad or off.
 
 The library is looked for, built and loaded by the first call that needs it, and by nothing before.
-What is left of a call with an empty tensor, or of a prompt alone, is plain PyTorch's to do.
+What is left of a call with an empty tensor, or of a prompt alone, is plain PyTorch's to do. In the
+prompt path the two halves of an offset's gradient are each rounded to its type before they are
+added.
 """
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ept_fast.backends import eager
+from ept_fast.backends import composed, eager
 from ept_fast.backends.fused import has_empty, needs_float64, too_large
 from ept_fast.kernels.launch import target
 from ept_fast.ops.types import Flags, Parameters, Saved, SpliceGrads, SpliceInputs
 
 __all__ = [
     "available",
+    "path_backward",
+    "path_forward",
+    "path_kept",
     "reconstruct_backward",
     "reconstruct_forward",
     "splice_backward",
@@ -128,3 +135,8 @@ def splice_backward(
     return SpliceGrads(
         *_operators().cuda_splice_backward(grad, list(inputs), scaling, need_prompt, need_offset)
     )
+
+
+path_forward = partial(composed.path_forward, sys.modules[__name__])
+path_backward = partial(composed.path_backward, sys.modules[__name__])
+path_kept = composed.path_kept

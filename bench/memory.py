@@ -198,7 +198,6 @@ class PromptStep:
             query = t * m * r  # dQ; of the sizes of A and B are dA and dB
             moments += [
                 held + own + scores + a,
-                held + own + query + 2 * a,
                 held + own + query + a + prompt,
                 held + prompt + query + a + b,
             ]
@@ -243,7 +242,10 @@ class PromptStep:
                 moments.append(t * tile + planning)
             if self.padding == "holes":
                 read += e * tile + 8 * self.batch * self.length
-            moments.append(t * (scaled + tile) + read)
+            moments += [
+                t * (scaled + tile) + read,
+                cast * t * (scaled + r * d + tile + tasks * prompt),
+            ]
         return max(moments)
 
     def _triton_workspace(self) -> Workspace:

@@ -132,10 +132,23 @@ def operation_of(operation: str, backend: str) -> Forward:
         )
         return out
 
+    def both(inputs: Inputs) -> Tensor:
+        if plain:
+            return splice(inputs, reconstruct(inputs))
+        return ept_fast.reconstruct_and_splice(
+            **inputs.parameters,
+            input_ids=inputs.input_ids,
+            weight=inputs.weight,
+            attention_mask=inputs.attention_mask,
+            task_ids=inputs.task_ids,
+            scaling=SCALING,
+            backend=backend,
+        )
+
     forwards: dict[str, Forward] = {
         "reconstruct": reconstruct,
         "splice": lambda inputs: splice(inputs, inputs.prompt),
-        "prompt path": lambda inputs: splice(inputs, reconstruct(inputs)),
+        "prompt path": both,
     }
     if operation not in forwards:
         raise ValueError(f"operation: expected one of {', '.join(forwards)}, got {operation!r}")

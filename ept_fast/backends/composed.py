@@ -76,6 +76,6 @@ def path_backward(
     if need_offset:
         for i, half, tensor in zip((1, 2), of_text, (offset_a, offset_b), strict=True):
             assert tensor is not None
-            grads[i] = (grads[i] + half if fusion else half).to(tensor.dtype)
+            grads[i] = (half.add_(grads[i]) if fusion else half).to(tensor.dtype)
     needed: list[Any] = [g if need else None for g, need in zip(grads, needs, strict=True)]
     return Parameters(*needed)

@@ -135,13 +135,13 @@ def reconstruct_backward(
         assert d_attended is not None
         assert d_b is not None
         weights = _weights(query, a, flags.scaling, p.shape[-1])
-        d_a = (weights.mT @ d_attended) * flags.scaling
+        d_a = (weights.mT @ d_attended).mul_(flags.scaling)
         d_weights = (d_attended @ a.mT) * flags.scaling
         d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, dtype)
         del d_weights
         d_scores.mul_(flags.scaling / p.shape[-1] ** 0.5)
         d_query = d_scores @ a
-        d_a = torch.baddbmm(d_a, d_scores.mT, query)
+        d_a.baddbmm_(d_scores.mT, query)
         if not wide_offset:
             d_a = d_a.to(offset_a.dtype)
         d_p = torch.baddbmm(d_p, d_query, b)

@@ -14,6 +14,7 @@ from ept_fast.checks import (
     check_reconstruct,
     check_splice,
     check_splice_values,
+    check_text,
     constant,
     values_are_checked,
 )
@@ -258,9 +259,10 @@ def _check(
         if first_check is not None:
             first_check()
         _, numbers, first = _prepared(parameters, flags, fusion, backend)
-        inputs = text.behind(parameters.short_prompt, parameters)
-        check_splice(inputs, flags.scaling)
-        checked = _Checked(numbers, first, dispatch.select(backend, inputs))
+        prompt = parameters.short_prompt  # P′ has its shape and type
+        check_text(text, "short_prompt", prompt, parameters.offset_a)
+        second = dispatch.select(backend, text.behind(prompt, parameters))
+        checked = _Checked(numbers, first, second)
         if key is not None:
             if len(_checked) >= _CHECKED:
                 _checked.clear()

@@ -155,15 +155,16 @@ def test_only_what_is_asked_for_gets_a_gradient(backend: str) -> None:
     ("trained", "fusion", "expected"),
     [
         ("inputs_embeds", True, []),
-        ("short_prompt", True, ["splice_backward", "reconstruct_backward"]),
-        ("offset_a", True, ["splice_backward", "reconstruct_backward"]),
-        ("offset_a", False, ["splice_backward"]),
-        ("offset_b", False, ["splice_backward"]),
+        ("short_prompt", True, [("splice", True, False), ("reconstruct",)]),
+        ("offset_a", True, [("splice", True, True), ("reconstruct",)]),
+        ("offset_a", False, [("splice", False, True)]),
+        ("offset_b", False, [("splice", False, True)]),
     ],
 )
 def test_backward_computes_what_is_needed(
-    trained: str, fusion: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+    trained: str, fusion: bool, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the splice: whether for the prompt, and whether for the offset."""
     case = make_case(Sizes(), dtype=torch.float32, fusion=fusion)
     embeds = case.weight[case.input_ids]
     leaf = embeds if trained == "inputs_embeds" else case.parameters[trained]
@@ -172,16 +173,16 @@ def test_backward_computes_what_is_needed(
     called = []
 
     def recorded(name: str) -> Any:
-        function = getattr(eager, name)
+        function = getattr(eager, f"{name}_backward")
 
         def record(*args: Any, **options: Any) -> Any:
-            called.append(name)
+            called.append((name, *args[3:5]) if name == "splice" else (name,))
             return function(*args, **options)
 
         return record
 
-    for name in ("splice_backward", "reconstruct_backward"):
-        monkeypatch.setattr(eager, name, recorded(name))
+    for name in ("splice", "reconstruct"):
+        monkeypatch.setattr(eager, f"{name}_backward", recorded(name))
     replace(case, parameters=frozen).path("eager", inputs_embeds=embeds).sum().backward()
     assert leaf.grad is not None
     assert called == expected

@@ -10,22 +10,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 
-from ept_fast import EPTConfig
+from ept_fast import EPTConfig, FusedEPTPrompt
 from ept_fast.backends.eager.splice import tile_config
-from ept_fast.kernels.launch import (
-    reconstruct_config,
-    splice_backward_config,
-)
+from ept_fast.ops.types import Flags, Needs, Parameters
 
-__all__ = ["PromptStep", "Workspace"]
+__all__ = ["OfKernels", "PromptStep", "Workspace"]
+
+
+class OfKernels(NamedTuple):
+    """What the two calls of the kernels take beyond their results, in bytes: as their plans say.
+
+    Attributes:
+        kept: what the forward keeps for the backward.
+        forward, backward: workspace of each.
+    """
+
+    kept: int
+    forward: int
+    backward: int
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """What each of the four calls takes beyond its results, in bytes."""
+    """What each of the eager backend's four calls takes beyond its results, in bytes."""
 
     reconstruct_forward: int
     splice_forward: int
@@ -78,13 +89,13 @@ class PromptStep:
     @property
     def saved_bytes(self) -> int:
         """What lies between forward and backward: the core's small matrices."""
+        if self.backend == "triton":
+            return self.of_kernels.kept
         return self._sizes[0] * self._bytes[2] * self._core
 
     @property
     def workspace(self) -> Workspace:
-        """Of the backend."""
-        if self.backend == "triton":
-            return self._triton_workspace()
+        """Of the eager backend."""
         tasks, (forward, backward) = self._sizes[0], self._eager_reconstruct()
         return Workspace(
             tasks * forward,
@@ -101,20 +112,33 @@ class PromptStep:
         the forward, as ``zero_grad`` does.
         """
         (tasks, m, n, d, _, _), (_, p, t) = self._sizes, self._bytes
-        c, w = self.config, self.workspace
+        c = self.config
         held = self.parameter_bytes + self.optimizer_bytes
         between = held + self.saved_bytes
-        prompt = tasks * p * m * d  # P′
-        # Halves of the gradients of A and B: the eager backend rounds their sum only.
-        half = tasks * (n + d) * (t if self.backend == "eager" else p)
-        spliced = prompt + half * c.rank  # with the gradient of P′
-        rest = self.parameter_bytes - tasks * p * (n + d) * c.rank
         of_space = d * c.num_spaces * c.space_dim
         sizes = m * d, n * c.rank, d * c.rank, of_space, of_space
+        # One tensor after the other: the root of its second moment and that divided, while the
+        # tensor before is still there divided.
+        steps = p * tasks * max(a + 2 * b for a, b in pairwise((0, *sizes)))
+        backbone = {"backbone": between + 2 * self.output_bytes}
+        optimizer = {"optimizer": held + self.parameter_bytes + steps}
+        if self.backend == "triton":
+            k, once = self.of_kernels, between + self.output_bytes
+            return {
+                "forward": once + k.forward,
+                **backbone,
+                "backward": once + self.parameter_bytes + k.backward,
+                **optimizer,
+            }
+        w = self.workspace
+        prompt = tasks * p * m * d  # P′
+        half = tasks * (n + d) * t  # of the gradients of A and B; their sum is rounded
+        spliced = prompt + half * c.rank  # with the gradient of P′
+        rest = self.parameter_bytes - tasks * p * (n + d) * c.rank
         return {
             "reconstruct, forward": between + prompt + w.reconstruct_forward,
             "splice, forward": between + prompt + self.output_bytes + w.splice_forward,
-            "backbone": between + 2 * self.output_bytes,
+            **backbone,
             "splice, backward": between + self.output_bytes + spliced + w.splice_backward,
             "reconstruct, backward": between
             + self.output_bytes
@@ -122,12 +146,43 @@ class PromptStep:
             + rest
             + half * self._fused
             + w.reconstruct_backward,
-            # One tensor after the other: the root of its second moment and that divided, while the
-            # tensor before is still there divided.
-            "optimizer": held
-            + self.parameter_bytes
-            + p * tasks * max(a + 2 * b for a, b in pairwise((0, *sizes))),
+            **optimizer,
         }
+
+    @property
+    def of_kernels(self) -> OfKernels:
+        """Of the kernels, from their plans for tensors without memory."""
+        from ept_fast.kernels import calls
+        from ept_fast.kernels.runtime import Plan
+
+        c, (tasks, *_) = self.config, self._sizes
+        kind: dict[str, Any] = {"device": "meta"}
+        lead = () if self.tasks is None else (tasks,)
+        shapes = FusedEPTPrompt.shapes(c)
+        tensors = (shapes.get(name) for name in Parameters._fields)
+        parameters = [
+            None if s is None else torch.empty(*lead, *s, dtype=self.parameters, **kind)
+            for s in tensors
+        ]
+        ids = torch.empty(self.batch, self.length, dtype=torch.int64, **kind)
+        table = torch.empty(1, c.hidden_size, dtype=self.table, **kind)
+        mask = None if self.padding == "none" else ids
+        task_ids = None if self.tasks is None else ids[:, 0]
+        flags = Flags(c.scaling, c.activation, c.gate, c.temperature)
+        forward = Plan((*parameters, ids, table, None, mask, task_ids))
+        calls.describe_path_forward(
+            forward, flags, c.fusion, calls.reconstruct_config, calls.forward_config
+        )
+        kept, workspace = forward.sizes
+        size = (self.batch, c.num_virtual_tokens + self.length, c.hidden_size)
+        grad = torch.empty(size, dtype=self.table, **kind)
+        memory = torch.empty(kept, dtype=torch.uint8, **kind)
+        backward = Plan((grad, *parameters, None, None, None, mask, task_ids, memory))
+        needs = Needs(True, bool(c.rank))
+        calls.describe_path_backward(
+            backward, flags, c.fusion, needs, calls.reconstruct_config, calls.backward_config
+        )
+        return OfKernels(kept, workspace, backward.sizes[1])
 
     @property
     def peak(self) -> int:
@@ -247,31 +302,3 @@ class PromptStep:
                 cast * t * (scaled + r * d + tile + tasks * prompt),
             ]
         return max(moments)
-
-    def _triton_workspace(self) -> Workspace:
-        """Partial sums, as the launches ask for them."""
-        (tasks, m, n, d, dims, spaces), r = self._sizes, self._fused
-        width, rows = dims + spaces, m + (r if spaces else 0)
-        dim = self.config.space_dim if spaces else 1
-        forward = backward = 0
-        if r or spaces:
-            config = reconstruct_config(tasks, m, n if r else 0, r, spaces, dim, d)
-            forward = config.d_splits * rows * (r + width) + m * width
-            backward = config.backward_d_splits * m * (r + dims) + m * width
-        if r:
-            forward += config.n_splits * m * (r + 2)
-            backward += -(-n // config.backward_n_chunk) * m * r
-            backward += config.groups * n * r if config.groups > 1 else 0
-
-        r = self.config.rank
-        splice = splice_backward_config(self.batch, self.length, m, d, r, tasks, True, bool(r))
-        of_batch = -(-self.batch // splice.rows)
-        of_a = of_batch * -(-d // (splice.block_d * splice.tiles_d))
-        of_b = of_batch * -(-self.length // (splice.block_s * splice.tiles))
-        parts = m * d * of_batch if of_batch > 1 else 0
-        if r and (of_a > 1 or splice.tiles_d > 1):
-            parts += self.length * r * of_a
-        if r and of_b > 1:
-            parts += r * d * of_b
-        groups = min(tasks, self.batch)
-        return Workspace(4 * tasks * forward, 0, 4 * groups * parts, 4 * tasks * backward)

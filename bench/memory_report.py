@@ -97,13 +97,12 @@ LLAMA_1B = Model(
 @contextmanager
 def without_data() -> Iterator[None]:
     """Fake tensors, of which no values are asked, and kernels that are not launched."""
-    not_launched = [
-        patch(f"ept_fast.kernels.{name}.run", lambda *arguments, **options: None)
-        for name in ("reconstruct", "splice")
-    ]
+    not_launched = patch("ept_fast.kernels.runtime.Plan.launch_all", lambda *arguments: None)
+    # There are no addresses whose alignment could be asked.
+    facts = patch("ept_fast.kernels.runtime._facts", lambda t: t if t is None else t.shape)
     # Ids have no values that could be out of range.
     unchecked = patch("ept_fast.ops.path.values_are_checked", return_value=False)
-    with FakeTensorMode(), not_launched[0], not_launched[1], unchecked:
+    with FakeTensorMode(), not_launched, facts, unchecked:
         yield
 
 
@@ -206,7 +205,7 @@ def share_table() -> str:
     step = PromptStep(
         EPT, LLAMA_1B.batch, LLAMA_1B.length, torch.bfloat16, padding="side", backend="triton"
     )
-    w = step.workspace
+    kernels = step.of_kernels
     rows = [
         ("parameters, float32 (N·p)", step.parameter_bytes),
         ("their gradients", step.parameter_bytes),
@@ -214,10 +213,8 @@ def share_table() -> str:
         ("saved between forward and backward", step.saved_bytes),
         ("output, bfloat16 (E)", step.output_bytes),
         ("its gradient", step.output_bytes),
-        ("workspace: reconstruct, forward", w.reconstruct_forward),
-        ("workspace: splice, forward", w.splice_forward),
-        ("workspace: splice, backward", w.splice_backward),
-        ("workspace: reconstruct, backward", w.reconstruct_backward),
+        ("workspace of the forward", kernels.forward),
+        ("workspace of the backward", kernels.backward),
         ("**at once at most, without the backbone**", step.peak),
     ]
     return _table("part | MB", [(name, mb(size)) for name, size in rows])

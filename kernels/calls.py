@@ -253,7 +253,8 @@ def describe_path_backward(
             )
             ends = ends._replace(offset_a=halves[0], offset_b=halves[1])
     inputs = text.behind(parameters.short_prompt, parameters)
-    splice.backward(plan, grad, inputs, flags.scaling, find, ends, second_sizes)
+    with plan.passing():
+        splice.backward(plan, grad, inputs, flags.scaling, find, ends, second_sizes)
     if seen and needs.prompt:
         reconstruct.backward(plan, ends.prompt, seen, flags, saved, into, halves, first_sizes)
 

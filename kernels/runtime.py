@@ -26,8 +26,8 @@ import itertools
 import operator
 import os
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
@@ -131,7 +131,8 @@ class Plan:
         ]
         self.results: list[Operand] = []
         self.pieces: list[_Piece] = []
-        self._sizes = [0, 0]  # bytes of what is kept and of the scratch
+        self._sizes = [0, 0]  # bytes of what is kept and of the scratch, so far
+        self._most_scratch = 0
         self.launches: list[Launch] = []
         self._like: dict[int, int] = {}  # results by inputs of the same shape and strides
         self._direct: _Direct | None = None
@@ -160,6 +161,14 @@ class Plan:
     def scratch(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Operand:
         """A new tensor in the memory that is free again once the launches have run."""
         return self._piece(_SCRATCH, shape, dtype)
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Scratch that is asked for within is free for others after it, in the launches' order."""
+        before = self._sizes[_SCRATCH]
+        yield
+        self._most_scratch = max(self._most_scratch, self._sizes[_SCRATCH])
+        self._sizes[_SCRATCH] = before
 
     def pieces_of(self, memory: Operand) -> Callable[[Sequence[int], torch.dtype], Operand]:
         """For an input that another call has kept: what finds the tensors in it, in their order."""
@@ -198,7 +207,7 @@ class Plan:
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes of what is kept and of the scratch."""
-        return self._sizes[_KEPT], self._sizes[_SCRATCH]
+        return self._sizes[_KEPT], max(self._most_scratch, self._sizes[_SCRATCH])
 
     # A run
 
@@ -248,7 +257,7 @@ class Plan:
         ]
         self._new_buffers = [
             functools.partial(torch.empty, size, dtype=torch.uint8, **kind) if size else None
-            for size in self._sizes[:_FIRST_INPUT]
+            for size in self.sizes
         ]
 
 

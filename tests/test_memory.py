@@ -213,12 +213,13 @@ def test_workspace(name: str, types: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("shape", NAMED, ids=lambda shape: shape.name)
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_workspace_of_named_shapes(shape: Shape, backend: str) -> None:
-    """Under 8 MB, but for the longest text: its sums, or its softmax, take more."""
+    """Under 16 MB, but for the longest text: its sums, or its softmax, take more."""
     names = ("hidden_size", "num_virtual_tokens", "max_length", "rank", "num_spaces", "space_dim")
     config = EPTConfig(**{name: getattr(shape, name) for name in names})
     step = PromptStep(config, shape.batch, shape.length, torch.bfloat16, backend=backend)
-    most = step.output_bytes // 8 if shape.name == "long" else 8 * MB
-    assert max(asdict(step.workspace).values()) < most
+    most = step.output_bytes // 8 if shape.name == "long" else 16 * MB
+    taken = step.of_kernels if backend == "triton" else asdict(step.workspace).values()
+    assert max(taken) < most
 
 
 # Sizes far apart: n·d, B·S·r and m·n elements are more than any tile.
@@ -257,10 +258,9 @@ def test_the_definition_needs_more() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_step_of_the_kernels(name: str, types: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their launches ask for memory; what would be launched is left out."""
-    from ept_fast.kernels import reconstruct, splice
+    from ept_fast.kernels import runtime
 
-    for module in (reconstruct, splice):
-        monkeypatch.setattr(module, "run", lambda *arguments, **options: None)
+    monkeypatch.setattr(runtime.Plan, "launch_all", lambda *arguments: None)
     step = replace(CASES[name].of(types), backend="triton")
     batch = make_batch(step, CASES[name].padding, "triton")
     assert_as_the_formula(step, allocations(lambda: two_steps(batch)))
@@ -340,13 +340,18 @@ SMALL = memory_report.Model(
 SMALL_PROMPT = EPTConfig(64, num_virtual_tokens=8, max_length=96, rank=8, num_spaces=2)
 
 
+def small_step(backend: str) -> PromptStep:
+    kind = {"padding": "side", "backend": backend}
+    return PromptStep(SMALL_PROMPT, SMALL.batch, SMALL.length, torch.bfloat16, **kind)
+
+
 @needs_interpreter
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_report_without_data(checkpointing: bool) -> None:
     """Counted on tensors without data: the prompt's share of a model's step."""
     prompt = memory_report.measure(SMALL, SMALL_PROMPT, checkpointing)
     backbone = memory_report.measure_backbone(SMALL, 8, checkpointing)
-    step = PromptStep(SMALL_PROMPT, SMALL.batch, SMALL.length, torch.bfloat16, backend="triton")
+    step = small_step("triton")
     share = step.parameter_bytes + step.optimizer_bytes + step.saved_bytes
     mask = 8 * SMALL.batch * SMALL.length  # of ones, if none is given
     # Layers that are recomputed hold their positions, which the backbone alone was given.
@@ -375,7 +380,9 @@ def test_report_with_data() -> None:
     parameters = sum(p.nbytes for p in wrapped.prompt.parameters())
     found = allocations(steps).peak + parameters
     counted = memory_report.measure(SMALL, SMALL_PROMPT).peak
-    assert 0 <= counted - found <= ids.nbytes  # a mask of ones, if none is given
+    kernels, eager = (small_step(backend).saved_bytes for backend in ("triton", "eager"))
+    # Of the kernels, with a mask of ones if none is given; found: of the eager backend.
+    assert 0 <= counted - found - (kernels - eager) <= ids.nbytes
 
 
 def test_page() -> None:

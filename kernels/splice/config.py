@@ -25,7 +25,7 @@ _NARROW_RANK = 32
 _MOST_REGISTERS = 255
 # The least that `tl.dot` multiplies, in every dimension.
 _MIN_BLOCK = 16
-_WORKSPACE_BYTES = 16 * 1024 * 1024
+_WORKSPACE_BYTES = 14 * 1024 * 1024
 # Largest tile of the backward by BLOCK_R, which covers the whole rank: what its registers hold.
 _BACKWARD_TILE = {16: (32, 64), 32: (32, 64), 64: (32, 32), 128: (16, 32), 256: (16, 16)}
 
@@ -210,8 +210,9 @@ def backward_config(
 
     The whole rank goes through one product; the tile is the smaller for it. The channels are split
     into as many programs as there are tiles, then the positions and the rows until the programs
-    fill a GPU. If their parts need more memory than the workspace has, programs take more channels
-    each, then there are fewer of them; at the fewest, what needs the least memory is taken.
+    fill a GPU. If their parts need more memory than the workspace has, there are fewer programs,
+    then they take more channels each; if it is never enough, the fewest programs are split so that
+    they need the least.
     """
     block_r = _within(_MIN_BLOCK, _power_of_two(rank), 256)
     widest_s, widest_d = _BACKWARD_TILE[block_r]
@@ -233,9 +234,11 @@ def backward_config(
         return 4 * groups * chunks_b * elements, chunks_s, chunks_b
 
     tiles = [1 << i for i in range(blocks_d.bit_length())]
-    choices = [(n, t) for n in (_PROGRAMS, _PROGRAMS // 2, _FEWEST_PROGRAMS) for t in tiles]
+    numbers = (_PROGRAMS, _PROGRAMS // 2, _FEWEST_PROGRAMS)
+    choices = [(n, t) for t in tiles for n in numbers]
     fits = (choice for choice in choices if split(*choice)[0] <= _WORKSPACE_BYTES)
-    least = min(choices[-len(tiles) :], key=lambda choice: split(*choice)[0])
+    fewest = [(n, t) for n, t in choices if n == _FEWEST_PROGRAMS]
+    least = min(fewest, key=lambda choice: split(*choice)[0])
     programs, tiles_d = next(fits, least)
     _, chunks_s, chunks_b = split(programs, tiles_d)
     # A second loop, or tiles of float32, need the registers of as many threads again.

@@ -414,8 +414,9 @@ def plan_of(
     if plan is None:
         plan = Plan(tensors)
         describe(plan, *choices)
+        plan.last_used = next(_clock)
         with _lock:
-            if len(_plans) >= PLANS:
+            if key not in _plans and len(_plans) >= PLANS:
                 del _plans[min(_plans, key=lambda key: _plans[key].last_used)]
             _plans[key] = plan
     plan.last_used = next(_clock)

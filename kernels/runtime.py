@@ -349,11 +349,12 @@ class Plan:
                 return  # a hook has taken the launch's place
             slots = []
             for value in launch.arguments.values():
-                if isinstance(value, Operand):
+                if isinstance(value, Operand) and value.numel():
                     slots.append(offsets[value.place[0]] + value.place[1])
                 else:
                     slots.append(offsets[-1] + len(numbers))
-                    numbers.append(value)
+                    # The address of an empty tensor is 0, also inside a buffer.
+                    numbers.append(0 if isinstance(value, Operand) else value)
             pick = operator.itemgetter(*slots)
             packed = made.packed_metadata
             direct.append((made.run, launch.programs, made.function, packed, pick))

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-
-from ept_fast import EPTConfig
-from ept_fast.backends.eager.splice import tile_config
 from ept_fast.kernels.launch import (
     reconstruct_config,
     splice_backward_config,
 )
+
+from ept_fast import EPTConfig
+from ept_fast.backends.eager.splice import tile_config
 
 __all__ = ["PromptStep", "Workspace"]
 

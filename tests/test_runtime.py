@@ -16,9 +16,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -36,9 +37,9 @@ from bench.compiled import cuda_tools
 from ept_fast import reconstruct_and_splice
 from ept_fast.cli import main as command
 from ept_fast.kernels import calls, runtime
-from tests.cases import Case, Sizes, laid_out, make_case
+from tests.cases import Case, Sizes, make_case
 from tests.cases import run as run_functions
-from tests.parity import TRITON, cotangent_of, needs_interpreter, over
+from tests.parity import TRITON, cotangent_of, over
 from tests.processes import python
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -317,7 +318,14 @@ def test_a_new_plan_is_the_one_used_last(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == [True]
 
 
-# Without a GPU and without the interpreter
+# Processes of their own
+
+
+def _program(name: str, **variables: str | None) -> Any:
+    """What one of this file's programs prints."""
+    done = python("-m", __name__, name, timeout=900, OMP_NUM_THREADS="1", **variables)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
 
 
 def forked() -> dict[str, int]:
@@ -357,9 +365,364 @@ def forked() -> dict[str, int]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_makes_its_own_plans() -> None:
-    done = python("-m", __name__, "forked", timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"plans": 2, "free": 0, "held": 0, "afterwards": 2}
+    found = _program("forked", TRITON_INTERPRET="1")
+    assert found == {"plans": 2, "free": 0, "held": 0, "afterwards": 2}
+
+
+# Direct launches, with the stub of libcuda
+
+
+class _Memory:
+    """``torch.empty`` of a plan's runs: the second run gets the memory of the first."""
+
+    def __init__(self) -> None:
+        self.first: list[Tensor] = []
+        self.given = 0
+
+    @contextmanager
+    def of_a_run(self) -> Iterator[None]:
+        empty = torch.empty
+        self.given = 0
+
+        def given(*size: Any, **how: Any) -> Tensor:
+            if "device" not in how:  # a piece of no memory
+                return empty(*size, **how)
+            if self.given == len(self.first):
+                self.first.append(empty(*size, **how))
+            self.given += 1
+            return self.first[self.given - 1]
+
+        with mock.patch.object(torch, "empty", given):
+            yield
+        assert self.given == len(self.first)
+
+
+def _value(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        argument = argument.data_ptr()
+    return repr(argument)  # which tells 1, 1.0 and True apart
+
+
+@contextmanager
+def _launched() -> Iterator[list[dict[str, Any]]]:
+    """All that reaches the launchers of compiled kernels."""
+    from triton.compiler import CompiledKernel
+
+    launcher_of = CompiledKernel.run.fget
+    made: list[dict[str, Any]] = []
+
+    def run(kernel: Any) -> Callable[..., None]:
+        launcher = launcher_of(kernel)
+
+        def launch(*given: Any) -> None:
+            x, y, z, stream, function, packed, metadata, enter, leave, *arguments = given
+            way = "direct" if (metadata, enter, leave) == (None, None, None) else "front"
+            made.append(
+                {
+                    "way": way,
+                    "kernel": kernel.name,
+                    "compiled": kernel.hash,
+                    "grid": [x, y, z],
+                    "stream": stream,
+                    "function": _value(function),
+                    "packed": _value(packed),
+                    "arguments": [_value(argument) for argument in arguments],
+                }
+            )
+            launcher(*given)
+
+        return launch
+
+    with mock.patch.object(CompiledKernel, "run", property(run)):
+        yield made
+
+
+def _ways(made: list[dict[str, Any]]) -> list[str]:
+    """The ways that the launches since the last time have gone."""
+    found = [launch["way"] for launch in made]
+    made.clear()
+    return found
+
+
+def _calls() -> dict[str, Callable[[], object]]:
+    """Forward and backward: each operation, and both in one."""
+    found: dict[str, Callable[[], object]] = {}
+    for tasks, padding in product((None, 2, 7), ("none", "holes")):
+        case = make_case(
+            Sizes(m=5, n=33, r=3, d=16, batch=3, length=17, tasks=tasks),
+            padding=padding,
+            dtype=torch.float32,
+        ).typed("bf16 table")
+        name = f"{tasks}, {padding}"
+        embeds = case.weight[case.input_ids]
+        prompt = case.parameters["short_prompt"]
+        found[f"{name}, functions"] = partial(_functions, case)
+        found[f"{name}, path"] = partial(_path, case)
+        found[f"{name}, path, embeds"] = partial(_path, case, embeds)
+
+        def spliced(case: Case = case, prompt: Tensor = prompt, embeds: Tensor = embeds) -> None:
+            case.splice(prompt, "triton", inputs_embeds=embeds).backward(cotangent_of(case))
+
+        found[f"{name}, splice, embeds"] = spliced
+    case = make_case(Sizes(m=5, n=33, r=3, d=16, length=17), dtype=torch.float32)
+    for layout in ("transposed", "shifted"):
+        found[layout] = partial(_path, case.laid_out(layout))
+    found["a later element"] = partial(_path, case.each_tensor(_later))
+    found["no fusion"] = partial(_path, _of(fusion=False)(case))
+    return found
+
+
+def compared() -> list[dict[str, Any]]:
+    """Of each call and plan, the launches of its first run and of its second."""
+    found: list[dict[str, Any]] = []
+    with host_cost.stubbed(), _launched() as made:
+
+        def twice(describe: Any, tensors: Any, *choices: Any, **how: Any) -> runtime.Results:
+            plan = runtime.plan_of(describe, tensors, *choices, **how)
+            memory, runs = _Memory(), []
+            for _ in range(2):
+                with memory.of_a_run():
+                    results = plan.carry_out(tensors)
+                runs.append(made.copy())
+                made.clear()
+            front, direct = runs
+            found.append(
+                {"call": name, "plan": describe.__name__, "front": front, "direct": direct}
+            )
+            return results
+
+        with mock.patch.object(runtime, "call", twice):
+            for name, run in _calls().items():  # noqa: B007 (`twice` uses the name)
+                runtime.forget()
+                run()
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict[str, Any]]:
+    """What :func:`compared` finds in a process of its own."""
+    found: list[dict[str, Any]] = _program("compared")
+    return found
+
+
+@needs_tools
+@pytest.mark.slow
+def test_direct_launches_are_those_of_the_front(runs: list[dict[str, Any]]) -> None:
+    """The same compiled kernels in the same order, with the same grid, stream and arguments."""
+    for run in runs:
+        front, direct = run["front"], run["direct"]
+        assert front, run["call"]
+        for launches, way in ((front, "front"), (direct, "direct")):
+            assert [launch.pop("way") for launch in launches] == [way] * len(launches)
+        assert direct == front, (run["call"], run["plan"])
+
+
+@needs_tools
+@pytest.mark.slow
+def test_every_kernel_is_compared(runs: list[dict[str, Any]]) -> None:
+    files = ("reconstruct", "splice.plan", "splice.forward", "splice.backward")
+    kernels = {
+        name
+        for file in files
+        for name in vars(import_module(f"ept_fast.kernels.{file}"))
+        if name.endswith("_kernel")
+    }
+    assert {launch["kernel"] for run in runs for launch in run["direct"]} == kernels
+    assert {run["plan"] for run in runs} == {
+        name for name in calls.__all__ if name.startswith("describe_")
+    }
+
+
+def ways() -> dict[str, Any]:
+    """How launches of the splice's forward go: two of them with a mask, one after the other."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    found: dict[str, Any] = {}
+    torch.set_num_threads(1)
+    with host_cost.stubbed() as launches, _launched() as made:
+        case = _case()
+        inputs, choices = case.inputs(), (0.5, calls.forward_config)
+        call = partial(calls.splice_forward, inputs, *choices[:1])
+
+        def way() -> list[str]:
+            call()
+            return _ways(made)
+
+        before = launches()
+        found["first, later, later"] = [way(), way(), way()]
+        found["launches"] = launches() - before
+
+        hooked: list[str] = []
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        for name, hook in (("enter", enter), ("exit", leave)):
+
+            def note(metadata: Any) -> None:
+                hooked.append(metadata.get()["name"])
+
+            hook.add(note)
+            found[name] = [way(), hooked.copy()]
+            hooked.clear()
+            hook.remove(note)
+            found[f"after {name}"] = [way(), hooked.copy()]
+
+        for name, attribute, value in (
+            ("untried", "TRIED", ()),
+            ("another GPU", "_forced_target", "gfx942"),
+        ):
+            runtime.forget()
+            with mock.patch.object(runtime, attribute, value):
+                found[name] = [way(), way(), runtime.launcher()]
+        runtime.forget()
+        way()
+
+        class Allocations(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, function: Any, types: Any, arguments: Any = (), named: Any = None
+            ) -> Any:
+                out = function(*arguments, **(named or {}))
+                seen.append([str(function), out.numel() * out.itemsize])
+                return out
+
+        seen: list[list[Any]] = []
+        with Allocations():
+            out, (kept,) = call()
+        found["allocations"] = [seen, out.nbytes, kept.nbytes, _ways(made)]
+
+        active = driver.active
+        for stream in (5, 6):
+            with mock.patch.object(active, "get_current_stream", {0: stream}.get):
+                call()
+        call()
+        found["streams"] = [launch["stream"] for launch in made]
+        made.clear()
+
+        # A plan of another device than the current one. Its memory is a CPU's.
+        plan = runtime.plan_of(calls.describe_splice_forward, inputs, *choices)
+        memory, switched = _Memory(), []
+        with memory.of_a_run():
+            plan.carry_out(inputs)
+        made.clear()
+
+        def switch(index: int) -> int:
+            switched.append([index, len(made)])
+            return 0
+
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(plan, "device", torch.device("cuda", 1)))
+            for name in ("_exchange_device", "_maybe_exchange_device"):
+                stack.enter_context(mock.patch.object(torch.cuda, name, switch))
+            for device in (0, 1):
+                stack.enter_context(
+                    mock.patch.object(active, "get_current_device", lambda device=device: device)
+                )
+                stack.enter_context(
+                    mock.patch.object(active, "get_current_stream", lambda device: 100 + device)
+                )
+                with memory.of_a_run():
+                    plan.carry_out(inputs)
+                streams = [launch["stream"] for launch in made]
+                found[f"device 1, current {device}"] = [switched.copy(), streams, _ways(made)]
+                switched.clear()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found_ways() -> dict[str, Any]:
+    """What :func:`ways` finds in a process of its own."""
+    found: dict[str, Any] = _program("ways")
+    return found
+
+
+_FRONT, _DIRECT = ["front"] * 2, ["direct"] * 2
+_KERNELS = ["splice_plan_kernel", "splice_forward_kernel"]
+
+
+@needs_tools
+def test_a_plan_launches_directly_from_its_second_run_on(found_ways: dict[str, Any]) -> None:
+    assert found_ways["first, later, later"] == [_FRONT, _DIRECT, _DIRECT]
+    assert found_ways["launches"] == 6
+
+
+@needs_tools
+@pytest.mark.parametrize("hook", ["enter", "exit"])
+def test_a_hook_is_told_of_every_launch(hook: str, found_ways: dict[str, Any]) -> None:
+    assert found_ways[hook] == [_FRONT, _KERNELS]
+    assert found_ways[f"after {hook}"] == [_DIRECT, []]
+
+
+@needs_tools
+def test_another_triton_launches_through_the_front(found_ways: dict[str, Any]) -> None:
+    first, later, (direct, reason) = found_ways["untried"]
+    assert (first, later, direct) == (_FRONT, _FRONT, False)
+    version = ".".join(map(str, runtime.triton_version() or ()))
+    assert reason == f"through Triton's front: triton {version} is none of those tried ()"
+
+
+@needs_tools
+def test_another_gpu_launches_through_the_front(found_ways: dict[str, Any]) -> None:
+    first, later, _ = found_ways["another GPU"]
+    assert (first, later) == (_FRONT, _FRONT)
+
+
+@needs_tools
+def test_a_direct_run_allocates_the_result_and_what_is_kept(found_ways: dict[str, Any]) -> None:
+    seen, result, kept, way = found_ways["allocations"]
+    assert seen == [["aten.empty.memory_format", result], ["aten.empty.memory_format", kept]]
+    assert result == 4 * 3 * (2 + 4) * 4
+    assert kept > 0
+    assert way == _DIRECT
+
+
+@needs_tools
+def test_launches_go_to_the_current_stream(found_ways: dict[str, Any]) -> None:
+    assert found_ways["streams"] == [5, 5, 6, 6, 0, 0]
+
+
+@needs_tools
+def test_launches_go_to_the_tensors_device(found_ways: dict[str, Any]) -> None:
+    """It is made the current one before the launches, and the other one again after them."""
+    assert found_ways["device 1, current 0"] == [[[1, 0], [0, 2]], [101, 101], _DIRECT]
+    assert found_ways["device 1, current 1"] == [[], [101, 101], _DIRECT]
+
+
+# What is said of it
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ((3, 7, 1), "direct launches, triton 3.7.1"),
+        ((3, 6, 0), "direct launches, triton 3.6.0"),
+        (
+            (3, 9, 0),
+            "through Triton's front: triton 3.9.0 is none of those tried (3.6, 3.7)",
+        ),
+    ],
+)
+def test_info_says_how_launches_go(
+    version: tuple[int, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(runtime, "_forced_target", "sm_90")
+    monkeypatch.setattr(runtime, "triton_version", lambda: version)
+    for name, answer in (
+        ("is_available", True),
+        ("current_device", 0),
+        ("device_count", 1),
+        ("get_device_name", "a GPU"),
+        ("get_device_capability", (9, 0)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *index, answer=answer: answer)
+    done = CliRunner().invoke(command, ["info"])
+    assert done.exit_code == 0, done.output
+    line = next(x for x in done.stdout.splitlines() if x.startswith("backend triton "))
+    assert line.endswith(f"works (fused kernels for sm_90, {said})")
+
+
+def test_without_triton_there_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "triton_version", lambda: None)
+    assert runtime.launcher() == (False, "triton is not installed")
 
 
 if __name__ == "__main__":

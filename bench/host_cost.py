@@ -7,12 +7,12 @@ and without torch.compile. Sizes are tiny, so that what those compute takes next
 
 What is counted is counted outside of the timing: launches by the stub, allocations by the profiler.
 
-``paths.csv`` has a row for each way to do the whole path (``reconstruct_prompt`` and
-``splice_prompt`` in a row, or one call of the module), direction, mask and peer: the median time of
+``paths.csv`` has a row for each way to do the whole path (``reconstruct_and_splice``, or a call of
+the module), direction, mask and peer: the median time of
 a call in microseconds; its ratio to the definition's and to the compiled definition's, each the
 median over the rounds with the ends of its 95% interval; launches of our kernels and allocations of
 one call. ``launches.csv`` has a row for each launch of a step: the number of the kernel's
-arguments, its time by ``kernels.runtime.run``, which goes through Triton's JIT (``front_us``), and
+arguments, its time by ``kernels.launch.run``, which goes through Triton's JIT (``front_us``), and
 that of the compiled kernel's own launcher with the arguments that the JIT gives it
 (``launcher_us``).
 """
@@ -112,8 +112,8 @@ def stubbed() -> Iterator[Callable[[], int]]:
         from triton.runtime import driver
 
         from ept_fast.backends import triton as backend
-        from ept_fast.kernels import runtime
-        from ept_fast.ops import functional, splice
+        from ept_fast.kernels import launch, runtime
+        from ept_fast.ops import functional, path, splice
 
         class Driver(CudaDriver):  # type: ignore[misc]
             """Triton's own, save what it asks PyTorch, which has no GPU here."""
@@ -134,11 +134,11 @@ def stubbed() -> Iterator[Callable[[], int]]:
             stack.enter_context(mock.patch.object(owner, name, value))
 
         # The launch sizes are a GPU's, not the interpreter's.
-        patch(runtime, "_forced_target", f"sm_{_CAPABILITY[0]}{_CAPABILITY[1]}")
+        patch(launch, "_forced_target", f"sm_{_CAPABILITY[0]}{_CAPABILITY[1]}")
         # The backend serves a CPU if it is interpreted; the variable is still asked for.
         patch(backend, "_interpreted", lambda: os.environ.get("TRITON_INTERPRET") != "1")
         # Values are looked at on a CPU; here, as on a GPU, only if the variable asks for it.
-        for module in (functional, splice):
+        for module in (functional, path, splice):
             patch(
                 module,
                 "values_are_checked",
@@ -147,7 +147,7 @@ def stubbed() -> Iterator[Callable[[], int]]:
         # A launch makes the tensor's device the current one, on a GPU; so it does here, and what
         # PyTorch asks the driver for is answered.
         gpu = torch.device("cuda", 0)
-        patch(runtime, "_as_current", lambda device: torch.cuda.device(gpu))
+        patch(launch, "as_current", lambda device: torch.cuda.device(gpu))
         patch(torch.cuda, "_exchange_device", lambda index: 0)
         patch(torch.cuda, "_maybe_exchange_device", lambda index: 0)
         runtime.forget()  # plans of tensors that the interpreter served
@@ -303,7 +303,7 @@ def _launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any], Any
 
 def launch_rows(**how: Any) -> Iterator[Row]:
     """Each launch of a step with a mask, by the front and by the launcher below it."""
-    from ept_fast.kernels import runtime
+    from ept_fast.kernels import launch, runtime
 
     runtime.forget()  # a plan's first run goes through the front
     (inputs,) = make_inputs(SHAPE, torch.bfloat16, _CPU, 1)
@@ -317,7 +317,7 @@ def launch_rows(**how: Any) -> Iterator[Row]:
         programs = options.pop("grid")[0]
         del options["warmup"]
         calls: dict[str, Call] = {
-            "front": partial(runtime.run, kernel, programs, _CPU, *arguments, **options),
+            "front": partial(launch.run, kernel, programs, _CPU, *arguments, **options),
             "launcher": partial(launcher, *given),
         }
         times = in_turns(calls, how["rounds"], how["calls"])

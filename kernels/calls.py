@@ -84,7 +84,7 @@ def describe_reconstruct_backward(plan: Plan, flags: Flags, sizes: Any) -> None:
     """Fill a plan for Y and the tensors of :class:`Parameters` and :class:`Saved`."""
     grad, *rest = plan.inputs
     parameters, saved = Parameters(*rest[:7]), Saved(*rest[7:])
-    into: Any = Parameters(*(t and plan.returned(t.shape, t.dtype) for t in parameters))  # type: ignore[arg-type]
+    into: Any = Parameters(*(t and plan.returned_like(t) for t in parameters))  # type: ignore[arg-type]
     reconstruct.backward(plan, grad, parameters, flags, saved, into, None, sizes)
 
 
@@ -234,7 +234,7 @@ def describe_path_backward(
     seen = _seen(parameters, fusion)
     saved = reconstruct.saved(find, seen) if seen else None
     found = (
-        plan.returned(t.shape, t.dtype) if each else None
+        plan.returned_like(t) if each else None
         for t, each in zip(rest[:7], needs.of(parameters, fusion), strict=True)
     )
     into: Any = Parameters(*found)  # type: ignore[arg-type]

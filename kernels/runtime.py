@@ -14,140 +14,43 @@ change of any of them is another plan. At most ``PLANS`` are kept, and the one t
 longest goes first.
 
 The stream is looked up in every call and the tensors' device is made the current one, so streams,
-several devices and CUDA graphs work as with the front. With another Triton than those of ``TRIED``,
-with hooks on launches (a profiler's), and on GPUs other than NVIDIA's, every launch goes through
-the front; :func:`launcher` says which way is taken, and why.
-
-Nothing here imports Triton before a kernel is launched.
+several devices and CUDA graphs work as with the front. With another Triton than those tried, with
+hooks on launches (a profiler's), and on GPUs other than NVIDIA's, every launch goes through the
+front; :func:`ept_fast.kernels.launch.launcher` says which way is taken, and why.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import itertools
 import operator
 import os
-import re
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ept_fast.kernels.launch import hooked, launch_of, launcher, run, target, triton_runtime
+
 __all__ = [
     "PLANS",
-    "TRIED",
     "Launch",
     "Operand",
     "Plan",
     "Results",
     "call",
     "forget",
-    "launcher",
     "plan_of",
     "plans",
     "rounded",
-    "run",
-    "target",
-    "triton_version",
 ]
 
 PLANS = 512
-# Versions of Triton whose compiled kernels have been launched without its front.
-TRIED = ((3, 6), (3, 7))
 _ALIGNMENT = 16  # bytes: what Triton's front distinguishes, and the widest access
-# Registers of a multiprocessor, and so the most that one block can have.
-_BLOCK_REGISTERS = 65536
-
-
-# Which Triton, which GPU
-
-
-@functools.cache
-def triton_version() -> tuple[int, ...] | None:
-    """Triton's version, without importing it; None if it is not installed."""
-    for name in ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm"):
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return tuple(int(part) for part in re.findall(r"\d+", found)[:3])
-    return None
-
-
-_forced_target: str | None = None
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    """Asked of the driver once for each device."""
-    if torch.version.hip is not None:
-        name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return name.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-def target(device: torch.device) -> str:
-    """The architecture that kernels for this device are compiled for: "sm_90", "gfx942", "cpu"."""
-    if _forced_target is not None:
-        return _forced_target
-    return "cpu" if device.type == "cpu" else _architecture(device)
-
-
-# What `torch.compiler.assume_constant_result` does, without its import of the whole compiler: the
-# compiler asks for the target while it traces a call, and cannot trace the driver's answer.
-target._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def launcher() -> tuple[bool, str]:
-    """Whether compiled kernels are launched without Triton's front on an NVIDIA GPU, and why."""
-    version = triton_version()
-    if version is None:
-        return False, "triton is not installed"
-    name = ".".join(map(str, version))
-    if version[:2] not in TRIED:
-        tried = ", ".join(".".join(map(str, each)) for each in TRIED)
-        return False, f"through Triton's front: triton {name} is none of those tried ({tried})"
-    return True, f"direct launches, triton {name}"
-
-
-# Launches
-
-
-def _options(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
-    """The compiler's options with those that every kernel has.
-
-    Products and sums fuse into one rounding whatever the compiler's default is: Triton 3.10 changes
-    that, and with it the last bit of every result.
-    """
-    most = options.get("maxnreg", 255)
-    options = {name: value for name, value in options.items() if name != "maxnreg"}
-    options["enable_fp_fusion"] = True
-    if target(device).startswith("sm_"):
-        # Without a limit of its own, ptxas spills a few registers to fit one more block.
-        options["maxnreg"] = min(most, _BLOCK_REGISTERS // (32 * options.get("num_warps", 4)))
-    return options
-
-
-def _as_current(device: torch.device) -> AbstractContextManager[Any]:
-    """The device as the current one; on a CPU it is the interpreter that runs."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
-
-
-def run(kernel: Any, programs: int, device: torch.device, *arguments: Any, **options: Any) -> Any:
-    """Launch a kernel on a one-dimensional grid through Triton's front; return what it compiled.
-
-    An empty grid launches nothing.
-    """
-    if programs == 0:
-        return None
-    with _as_current(device):
-        return kernel[(programs,)](*arguments, **_options(device, options))
 
 
 class Operand:
@@ -226,18 +129,28 @@ class Plan:
             None if t is None else Operand((_INPUTS, i), t.shape, t.stride(), t.dtype)
             for i, t in enumerate(inputs)
         ]
-        self._returned: list[Operand] = []
-        self._pieces: list[_Piece] = []
+        self.results: list[Operand] = []
+        self.pieces: list[_Piece] = []
         self._sizes = [0, 0]  # bytes of what is kept and of the scratch
         self.launches: list[Launch] = []
-        self._direct: list[tuple[Any, ...]] | None = None
+        self._like: dict[int, int] = {}  # results by inputs of the same shape and strides
+        self._direct: _Direct | None = None
+        self._new: list[Any] = []
+        self._new_buffers: list[Any] = [None, None]
 
     # For host code
 
     def returned(self, shape: Sequence[int], dtype: torch.dtype) -> Operand:
         """A new tensor that the call returns."""
-        found = _contiguous((_RETURNED, len(self._returned)), shape, dtype)
-        self._returned.append(found)
+        found = _contiguous((_RETURNED, len(self.results)), shape, dtype)
+        self.results.append(found)
+        return found
+
+    def returned_like(self, operand: Operand) -> Operand:
+        """A new tensor of an input's shape and type, without gaps, that the call returns."""
+        found = self.returned(operand.shape, operand.dtype)
+        if operand.strides == found.strides and operand.place[0] == _INPUTS:
+            self._like[found.place[1]] = operand.place[1]
         return found
 
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> Operand:
@@ -255,8 +168,8 @@ class Plan:
         return functools.partial(self._piece, buffer)
 
     def _piece(self, buffer: int, shape: Sequence[int], dtype: torch.dtype) -> Operand:
-        found = _contiguous((_PIECES, len(self._pieces)), shape, dtype)
-        self._pieces.append(_Piece(buffer, self._sizes[buffer], found))
+        found = _contiguous((_PIECES, len(self.pieces)), shape, dtype)
+        self.pieces.append(_Piece(buffer, self._sizes[buffer], found))
         self._sizes[buffer] += rounded(found.numel() * dtype.itemsize)
         return found
 
@@ -291,27 +204,17 @@ class Plan:
 
     def carry_out(self, tensors: Sequence[Tensor | None]) -> Results:
         """Allocate, launch and return, for tensors that the plan is of."""
-        device = self.device
-        returned = [torch.empty(o.shape, dtype=o.dtype, device=device) for o in self._returned]
-        kept, scratch = (
-            torch.empty(size, dtype=torch.uint8, device=device) if size else None
-            for size in self._sizes[:2]
-        )
-        if self._direct is None or _hooked():
+        # What is made like another tensor takes a third of the time.
+        returned = [
+            new() if like is None else torch.empty_like(tensors[like]) for new, like in self._new
+        ]
+        new_kept, new_scratch = self._new_buffers
+        kept = new_kept and new_kept()
+        scratch = new_scratch and new_scratch()
+        if self._direct is None or hooked():
             self.launch_all(tensors, returned, kept, scratch)
-            return Results(returned, kept)
-        driver = _driver()
-        index = driver.get_current_device()
-        with nullcontext() if device.index in (index, None) else torch.cuda.device(device):
-            stream = driver.get_current_stream(index if device.index is None else device.index)
-            pool: list[Any] = [None if t is None else t.data_ptr() for t in tensors]
-            bases = [0 if b is None else b.data_ptr() for b in (kept, scratch)]
-            bases += pool
-            pool += [t.data_ptr() for t in returned]
-            pool += [bases[buffer] + start for buffer, start in self._starts]
-            pool += self._numbers
-            for launch, programs, function, packed, pick in self._direct:
-                launch(programs, 1, 1, stream, function, packed, None, None, None, *pick(pool))
+        else:
+            self._direct.launch_all(tensors, returned, kept, scratch)
         return Results(returned, kept)
 
     def launch_all(
@@ -323,7 +226,7 @@ class Plan:
     ) -> None:
         """Launch through Triton's front, and keep what it compiled for the runs to come."""
         buffers = [kept, scratch, *tensors]
-        pieces = [_view(buffers[p.buffer], p.start, p.operand) for p in self._pieces]
+        pieces = [_view(buffers[p.buffer], p.start, p.operand) for p in self.pieces]
         places: tuple[Sequence[Any], ...] = (tensors, returned, pieces)
 
         def resolved(value: Any) -> Any:
@@ -334,19 +237,43 @@ class Plan:
             given = {name: resolved(value) for name, value in arguments.items()}
             compiled.append(run(kernel, programs, self.device, **given, **options))
         if self._direct is None and launcher()[0] and target(self.device).startswith("sm_"):
-            self._make_direct(compiled)
+            self._direct = _Direct.of(self, compiled)
 
-    def _make_direct(self, compiled: list[Any]) -> None:
-        """Lay out the list that the launches' arguments are picked from."""
-        firsts = list(
-            itertools.accumulate((len(self.inputs), len(self._returned), len(self._pieces)))
-        )
-        offsets = [0, *firsts]
+    def seal(self) -> None:
+        """Host code has said all: prepare the allocations."""
+        kind: dict[str, Any] = {"device": self.device}
+        self._new = [
+            (functools.partial(torch.empty, o.shape, dtype=o.dtype, **kind), self._like.get(i))
+            for i, o in enumerate(self.results)
+        ]
+        self._new_buffers = [
+            functools.partial(torch.empty, size, dtype=torch.uint8, **kind) if size else None
+            for size in self._sizes[:_FIRST_INPUT]
+        ]
+
+
+class _Direct:
+    """A plan's launches without Triton's front.
+
+    A run lays all addresses and numbers of the call side by side, in the order of ``Operand.place``
+    and then the numbers; each launch picks its arguments from them.
+    """
+
+    def __init__(self, plan: Plan, launches: list[Any], numbers: list[Any]) -> None:
+        self._device = plan.device
+        self._starts = [(piece.buffer, piece.start) for piece in plan.pieces]
+        self._launches, self._numbers = launches, numbers
+
+    @classmethod
+    def of(cls, plan: Plan, compiled: list[Any]) -> _Direct | None:
+        """For what the front compiled; None if something has taken a launch's place."""
+        if not all(hasattr(made, "packed_metadata") for made in compiled):
+            return None
+        counts = len(plan.inputs), len(plan.results), len(plan.pieces)
+        offsets = [0, *itertools.accumulate(counts)]
         numbers: list[Any] = []
-        direct = []
-        for launch, made in zip(self.launches, compiled, strict=True):
-            if not all(hasattr(made, name) for name in ("run", "function", "packed_metadata")):
-                return  # a hook has taken the launch's place
+        launches = []
+        for launch, made in zip(plan.launches, compiled, strict=True):
             slots = []
             for value in launch.arguments.values():
                 if isinstance(value, Operand) and value.numel():
@@ -355,12 +282,31 @@ class Plan:
                     slots.append(offsets[-1] + len(numbers))
                     # The address of an empty tensor is 0, also inside a buffer.
                     numbers.append(0 if isinstance(value, Operand) else value)
-            pick = operator.itemgetter(*slots)
-            packed = made.packed_metadata
-            direct.append((made.run, launch.programs, made.function, packed, pick))
-        self._starts = [(piece.buffer, piece.start) for piece in self._pieces]
-        self._numbers = numbers
-        self._direct = direct  # last: another thread may be waiting to use it
+            launches.append((launch_of(made, launch.programs), operator.itemgetter(*slots)))
+        return cls(plan, launches, numbers)
+
+    def launch_all(
+        self,
+        tensors: Sequence[Tensor | None],
+        returned: list[Tensor],
+        kept: Tensor | None,
+        scratch: Tensor | None,
+    ) -> None:
+        """Make the launches, in order, on the current stream of the tensors' device."""
+        driver = triton_runtime()[0].active
+        index = current = driver.get_current_device()
+        if self._device.index is not None:
+            index = self._device.index
+        with nullcontext() if index == current else torch.cuda.device(index):
+            stream = driver.get_current_stream(index)
+            pool: list[Any] = [None if t is None else t.data_ptr() for t in tensors]
+            bases = [0 if b is None else b.data_ptr() for b in (kept, scratch)]
+            bases += pool
+            pool += [t.data_ptr() for t in returned]
+            pool += [bases[buffer] + start for buffer, start in self._starts]
+            pool += self._numbers
+            for launch, pick in self._launches:
+                launch(stream, pick(pool))
 
 
 def _view(memory: Tensor | None, start: int, operand: Operand) -> Tensor:
@@ -370,20 +316,6 @@ def _view(memory: Tensor | None, start: int, operand: Operand) -> Tensor:
         return torch.empty(operand.shape, dtype=operand.dtype)
     found = memory[start : start + operand.numel() * operand.dtype.itemsize]
     return found.view(operand.dtype).view(operand.shape)
-
-
-def _driver() -> Any:
-    from triton.runtime import driver
-
-    return driver.active
-
-
-def _hooked() -> bool:
-    """Whether something wants to know of every launch."""
-    from triton import knobs
-
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 # Plans by what they depend on
@@ -415,6 +347,7 @@ def plan_of(
     if plan is None:
         plan = Plan(tensors)
         describe(plan, *choices)
+        plan.seal()
         plan.last_used = next(_clock)
         with _lock:
             if key not in _plans and len(_plans) >= PLANS:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_fast.backends import triton
-from ept_fast.kernels import runtime
+from ept_fast.kernels import launch, runtime
 from ept_fast.kernels.reconstruct_config import reconstruct_config
 from ept_fast.kernels.splice.config import backward_config
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs
@@ -303,7 +303,7 @@ def test_the_compiler_does_not_trace_the_driver(monkeypatch: pytest.MonkeyPatch)
             return (9, 0)
 
     def function(tensor: Tensor) -> Tensor:
-        return tensor + 1 if runtime.target(tensor.device) == "sm_90" else tensor.sum()
+        return tensor + 1 if launch.target(tensor.device) == "sm_90" else tensor.sum()
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", untraceable)
     torch.compiler.reset()

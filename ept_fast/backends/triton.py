@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ept_fast.backends import eager
 from ept_fast.backends.fused import is_plain, needs_float64, too_large
-from ept_fast.kernels.runtime import launcher, target, triton_version
+from ept_fast.kernels.launch import launcher, target, triton_version
 from ept_fast.ops.types import (
     Flags,
     Needs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -24,7 +24,13 @@ from ept_fast.ops.reconstruct import reconstruct
 from ept_fast.ops.splice import splice
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs, Text
 
-__all__ = ["gate_weights", "reconstruct_and_splice", "reconstruct_prompt", "splice_prompt"]
+__all__ = [
+    "gate_weights",
+    "prompt_path",
+    "reconstruct_and_splice",
+    "reconstruct_prompt",
+    "splice_prompt",
+]
 
 
 def reconstruct_prompt(
@@ -210,7 +216,6 @@ class _Checked:
 _CHECKED = 512
 _checked: dict[Hashable, _Checked] = {}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_VARIABLES = ("EPT_FAST_BACKEND", "EPT_FAST_DISABLE", "TRITON_INTERPRET")
 _ALIGNMENT = 16  # bytes
 
 
@@ -220,9 +225,9 @@ def _key(
     """All that checks and the choice of a backend depend on; None if it is not known."""
     if torch.compiler.is_compiling():
         return None
-    found: list[Any] = [backend, fusion, *flags, *map(type, (fusion, *flags))]
-    found += map(os.environ.get, _VARIABLES)
-    found += dispatch.supporters()
+    variables = os.environ.get("EPT_FAST_BACKEND"), os.environ.get("EPT_FAST_DISABLE")
+    found: list[Any] = [backend, variables, dispatch.supporters(), fusion, flags]
+    found += map(type, (fusion, *flags))  # 1 and True are equal
     try:
         for t in tensors:
             if t is None:
@@ -239,12 +244,19 @@ def _key(
 
 
 def _check(
-    parameters: Parameters, text: Text, flags: Flags, fusion: bool, backend: str | None
+    parameters: Parameters,
+    text: Text,
+    flags: Flags,
+    fusion: bool,
+    backend: str | None,
+    first_check: Callable[[], object] | None,
 ) -> _Checked:
     """Check the arguments of both operations, or find that they were checked before."""
     key = _key((*parameters, *text), flags, fusion, backend)
     checked = _checked.get(key)
     if checked is None:
+        if first_check is not None:
+            first_check()
         _, numbers, first = _prepared(parameters, flags, fusion, backend)
         inputs = text.behind(parameters.short_prompt, parameters)
         check_splice(inputs, flags.scaling)
@@ -254,6 +266,29 @@ def _check(
                 _checked.clear()
             _checked[key] = checked
     return checked
+
+
+def prompt_path(
+    parameters: Parameters,
+    text: Text,
+    flags: Flags,
+    fusion: bool,
+    backend: str | None,
+    first_check: Callable[[], object] | None = None,
+) -> Tensor:
+    """:func:`reconstruct_and_splice` for arguments that are in their tuples already.
+
+    ``first_check`` is called unless arguments like these were checked before.
+    """
+    checked = _check(parameters, text, flags, fusion, backend, first_check)
+    flags, first, second = checked.flags, checked.first, checked.second
+    if first != second or first == dispatch.REFERENCE:
+        prompt = reconstruct_prompt(*parameters, **_by_name(flags), fusion=fusion, backend=first)
+        inputs = _by_name(text.behind(prompt, parameters))
+        return splice_prompt(**inputs, scaling=flags.scaling, backend=second)
+    if text.weight is not None and text.weight.requires_grad:
+        text = text._replace(weight=text.weight.detach())
+    return path(parameters, text, flags, fusion, first, checked)
 
 
 def reconstruct_and_splice(
@@ -308,12 +343,4 @@ def reconstruct_and_splice(
     )
     text = Text(input_ids, weight, inputs_embeds, attention_mask, task_ids)
     flags = Flags(constant(scaling), activation, gate, constant(temperature))
-    checked = _check(parameters, text, flags, fusion, backend)
-    flags, first, second = checked.flags, checked.first, checked.second
-    if first != second or first == dispatch.REFERENCE:
-        prompt = reconstruct_prompt(*parameters, **_by_name(flags), fusion=fusion, backend=first)
-        inputs = _by_name(text.behind(prompt, parameters))
-        return splice_prompt(**inputs, scaling=flags.scaling, backend=second)
-    if weight is not None and weight.requires_grad:
-        text = text._replace(weight=weight.detach())
-    return path(parameters, text, flags, fusion, first, checked)
+    return prompt_path(parameters, text, flags, fusion, backend)

@@ -254,7 +254,7 @@ class _Path(torch.autograd.Function):
         saved: tuple[Any, ...] = ctx.saved_tensors  # once: checkpointing computes them again
         parameters = Parameters(*saved[:_PARAMETERS])
         text, kept = Text(*saved[_PARAMETERS:][:_TEXT]), list(saved[_PARAMETERS + _TEXT :])
-        asked = Parameters(*ctx.needs_input_grad[4:][:_PARAMETERS])
+        asked = ctx.needs_input_grad[4 : 4 + _PARAMETERS]
         needs = Needs.for_gradients(asked, ctx.fusion)
         grads: list[Tensor | None] = [None] * _PARAMETERS
         if needs.prompt or needs.offset:

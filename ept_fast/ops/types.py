@@ -5,6 +5,7 @@ Symbols are METHOD's. Inside the operations every tensor has a task axis T, 1 fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -185,11 +186,10 @@ class Needs(NamedTuple):
     offset: bool
 
     @classmethod
-    def for_gradients(cls, asked: Parameters, fusion: bool) -> Needs:
-        """For the gradients of these parameters (of bool)."""
-        offset = bool(asked.offset_a or asked.offset_b)
-        others = (each for i, each in enumerate(asked) if i not in (1, 2))
-        return cls(any(others) or (offset and fusion), offset)
+    def for_gradients(cls, asked: Sequence[bool], fusion: bool) -> Needs:
+        """For those gradients of the parameters, in their order, that are asked for."""
+        prompt, a, b, *others = asked
+        return cls(prompt or any(others) or (fusion and (a or b)), a or b)
 
     def of(self, parameters: Parameters, fusion: bool) -> tuple[bool, ...]:
         """Whether the gradient of each parameter is computed."""

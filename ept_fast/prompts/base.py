@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ept_fast.checks import check_input_ids, check_token_ids
 from ept_fast.config import EPT, PromptConfig, check_choice, check_count
 from ept_fast.ops.functional import splice_prompt
+from ept_fast.ops.types import Text
 from ept_fast.prompts.embedding import (
     check_width,
     embedding_device,
@@ -110,17 +111,18 @@ class SplicedPrompt(nn.Module):
         """P′, ``[(T,) m, d]``."""
         raise NotImplementedError
 
-    def put_before(self, **text: Tensor | None) -> Tensor:
-        """The embeddings ``[B, m + S, d]`` of prompt and text.
+    def put_before(self, text: Text) -> Tensor:
+        """The embeddings ``[B, m + S, d]`` of prompt and text."""
+        return splice_prompt(self.reconstruct(), **self._spliced(text), backend=self.backend)
 
-        Args:
-            **text: the fields of :class:`ept_fast.ops.types.Text`.
-        """
-        return splice_prompt(self.reconstruct(), **text, **self._offset(), backend=self.backend)
-
-    def _offset(self) -> dict[str, Any]:
-        scaling = self.config.scaling
-        return {"offset_a": self.offset_a, "offset_b": self.offset_b, "scaling": scaling}
+    def _spliced(self, text: Text) -> dict[str, Any]:
+        """Arguments of the splice: the text, the offset and its scaling."""
+        return {
+            **dict(zip(Text._fields, text, strict=True)),
+            "offset_a": self.offset_a,
+            "offset_b": self.offset_b,
+            "scaling": self.config.scaling,
+        }
 
     def forward(
         self,
@@ -158,28 +160,15 @@ class SplicedPrompt(nn.Module):
             else:
                 inputs_embeds = self._look_up(embedding, input_ids)
                 input_ids = None
-        embeds = self.put_before(
-            input_ids=input_ids,
-            weight=weight,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            task_ids=task_ids,
-        )
-        if self.config.rank and self.offset_a is None:  # folded without its offset
-            length, most = embeds.shape[1] - self.config.num_virtual_tokens, self.config.max_length
-            if length > most:
-                name = "inputs_embeds" if weight is None else "input_ids"
-                raise ValueError(
-                    f"{name}: expected at most max_length {most} text positions, got {length}"
-                )
+        text = Text(input_ids, weight, inputs_embeds, attention_mask, task_ids)
+        embeds = self.put_before(text)
         if attention_mask is None:
             kind: dict[str, Any] = {"dtype": torch.int64, "device": embeds.device}
             mask = torch.ones(embeds.shape[:2], **kind)
             ranks = torch.arange(embeds.shape[1], **kind).expand(mask.shape)
         else:
-            head = attention_mask.new_ones(embeds.shape[0], self.config.num_virtual_tokens)
-            mask = torch.cat([head, attention_mask], dim=1)
-            ranks = mask.cumsum(1, dtype=torch.int64) - 1
+            mask = torch.constant_pad_nd(attention_mask, (self.config.num_virtual_tokens, 0), 1)
+            ranks = mask.cumsum(1, dtype=torch.int64).sub_(1)
         return EPTOutput(embeds, mask, ranks)
 
     @torch.no_grad()
@@ -465,11 +454,20 @@ class FoldedPrompt(SplicedPrompt):
         """The constant prompt P′, ``[(T,) m, d]``."""
         return self.prompt
 
-    def put_before(self, **text: Tensor | None) -> Tensor:
+    def put_before(self, text: Text) -> Tensor:
         """The embeddings ``[B, m + S, d]`` of prompt and text; offsets from the table, if any."""
-        if self.offset_table is None:
-            return super().put_before(**text)
-        return splice_table(self.prompt, table=self.offset_table, **text, **self._offset())
+        table = self.offset_table
+        if table is not None:
+            return splice_table(self.prompt, table=table, **self._spliced(text))
+        embeds = super().put_before(text)
+        if self.config.rank and self.offset_a is None:  # folded without its offset
+            length, most = embeds.shape[1] - self.config.num_virtual_tokens, self.config.max_length
+            if length > most:
+                name = "inputs_embeds" if text.weight is None else "input_ids"
+                raise ValueError(
+                    f"{name}: expected at most max_length {most} text positions, got {length}"
+                )
+        return embeds
 
 
 # The registry

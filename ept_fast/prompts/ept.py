@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ept_fast.config import EPTConfig, PromptConfig
-from ept_fast.ops.functional import gate_weights, reconstruct_and_splice, reconstruct_prompt
-from ept_fast.ops.types import Flags, Parameters
+from ept_fast.ops.functional import gate_weights, prompt_path, reconstruct_prompt
+from ept_fast.ops.types import Flags, Parameters, Text
 from ept_fast.prompts.base import FoldedPrompt, Prompt, register
 
 __all__ = ["FoldedEPTPrompt", "FusedEPTPrompt"]
@@ -103,24 +103,23 @@ class FusedEPTPrompt(Prompt):
 
     def reconstruct(self) -> Tensor:
         """The reconstructed prompt P′, ``[(T,) m, d]``, in the parameters' type."""
-        return reconstruct_prompt(**self._operands())
-
-    def put_before(self, **text: Tensor | None) -> Tensor:
-        """The embeddings ``[B, m + S, d]`` of prompt and text."""
-        return reconstruct_and_splice(**self._operands(), **text)
-
-    def _operands(self) -> dict[str, Any]:
-        """What both operations are called with."""
         c = self.config
-        return {
-            **self.tensors(),
-            "scaling": c.scaling,
-            "activation": c.activation,
-            "gate": c.gate,
-            "temperature": c.temperature,
-            "fusion": c.fusion,
-            "backend": self.backend,
-        }
+        return reconstruct_prompt(
+            **self.tensors(),  # type: ignore[arg-type]
+            scaling=c.scaling,
+            activation=c.activation,
+            gate=c.gate,
+            temperature=c.temperature,
+            fusion=c.fusion,
+            backend=self.backend,
+        )
+
+    def put_before(self, text: Text) -> Tensor:
+        """The embeddings ``[B, m + S, d]`` of prompt and text, by both operations in one."""
+        c = self.config
+        flags = Flags(c.scaling, c.activation, c.gate, c.temperature)
+        parameters = Parameters(*map(self._parameters.__getitem__, Parameters._fields))  # type: ignore[arg-type]
+        return prompt_path(parameters, text, flags, c.fusion, self.backend, self.tensors)
 
     @property
     def has_gate(self) -> bool:

@@ -6,7 +6,8 @@
 pos(b, s) is the number of real tokens before column s of row b, counted from the mask.
 
 With a mask or task ids, one small launch writes the plan (:mod:`.plan`) that forward and backward
-go by; the forward is one launch more (:mod:`.forward`), the backward two (:mod:`.backward`). A row
+go by; the forward is one launch more (:mod:`.forward`), the backward two (:mod:`.backward`,
+:mod:`.finish`). A row
 whose task id is not in the bank is NaN, as is a token whose id is not in the table: neither is
 read.
 
@@ -21,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ept_fast.kernels.runtime import Operand, Plan
-from ept_fast.kernels.splice.backward import splice_backward_kernel, splice_finish_kernel
+from ept_fast.kernels.splice.backward import splice_backward_kernel
 from ept_fast.kernels.splice.config import plan_config, terms_of_sum
+from ept_fast.kernels.splice.finish import splice_finish_kernel
 from ept_fast.kernels.splice.forward import splice_forward_kernel
 from ept_fast.kernels.splice.plan import splice_plan_kernel
 from ept_fast.kernels.tiles import terms_of

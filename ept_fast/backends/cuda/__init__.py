@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ept_fast.backends import eager
 from ept_fast.backends.fused import has_empty, is_plain, needs_float64, too_large
-from ept_fast.kernels.runtime import target
+from ept_fast.kernels.launch import target
 from ept_fast.ops.types import Flags, Parameters, Saved, SpliceGrads, SpliceInputs
 
 __all__ = [

@@ -36,7 +36,7 @@ from bench import host_cost
 from bench.compiled import cuda_tools
 from ept_fast import reconstruct_and_splice
 from ept_fast.cli import main as command
-from ept_fast.kernels import calls, runtime
+from ept_fast.kernels import calls, launch, runtime
 from tests.cases import Case, Sizes, make_case
 from tests.cases import run as run_functions
 from tests.parity import TRITON, cotangent_of, over
@@ -265,11 +265,11 @@ def test_threads(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [_splice(case) for case in cases]
     runtime.forget()
     monkeypatch.setattr(runtime, "PLANS", 3)
-    one_at_a_time, launch = threading.Lock(), runtime.run
+    one_at_a_time, run = threading.Lock(), runtime.run
 
     def alone(*arguments: Any, **options: Any) -> Any:
         with one_at_a_time:  # the interpreter knows one launch only
-            return launch(*arguments, **options)
+            return run(*arguments, **options)
 
     monkeypatch.setattr(runtime, "run", alone)
     begin = threading.Barrier(8)
@@ -372,74 +372,74 @@ def test_a_forked_child_makes_its_own_plans() -> None:
 # Direct launches, with the stub of libcuda
 
 
-class _Memory:
-    """``torch.empty`` of a plan's runs: the second run gets the memory of the first."""
+class _Memory(TorchDispatchMode):
+    """Gives the second run of a plan the memory that the first has taken."""
 
     def __init__(self) -> None:
-        self.first: list[Tensor] = []
-        self.given = 0
+        super().__init__()
+        self.taken: list[Tensor] = []
+        self.again: Iterator[Tensor] | None = None
 
-    @contextmanager
-    def of_a_run(self) -> Iterator[None]:
-        empty = torch.empty
-        self.given = 0
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
+        out = function(*arguments, **(named or {}))
+        takes = function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_like)
+        if not takes or out.numel() == 0:
+            return out
+        if self.again is None:
+            self.taken.append(out)
+            return out
+        found = next(self.again)
+        assert (found.shape, found.stride(), found.dtype) == (out.shape, out.stride(), out.dtype)
+        return found
 
-        def given(*size: Any, **how: Any) -> Tensor:
-            if "device" not in how:  # a piece of no memory
-                return empty(*size, **how)
-            if self.given == len(self.first):
-                self.first.append(empty(*size, **how))
-            self.given += 1
-            return self.first[self.given - 1]
-
-        with mock.patch.object(torch, "empty", given):
-            yield
-        assert self.given == len(self.first)
+    def start_again(self) -> None:
+        self.again = iter(self.taken)
 
 
-def _value(argument: Any) -> str:
+def _plain(argument: Any) -> Any:
+    """What a launch is given, as JSON has it: a tensor by its address, no hooks as nothing."""
+    from triton.compiler.compiler import LazyDict
+    from triton.knobs import HookChain
+
     if isinstance(argument, Tensor):
         argument = argument.data_ptr()
+    if isinstance(argument, LazyDict) or (isinstance(argument, HookChain) and not argument.calls):
+        argument = None
+    if isinstance(argument, (tuple, list)):
+        return [_plain(each) for each in argument]
     return repr(argument)  # which tells 1, 1.0 and True apart
 
 
 @contextmanager
 def _launched() -> Iterator[list[dict[str, Any]]]:
-    """All that reaches the launchers of compiled kernels."""
-    from triton.compiler import CompiledKernel
+    """All that reaches the function in C below the launchers of compiled kernels."""
+    from triton.backends.nvidia.driver import CudaLauncher
+    from triton.knobs import HookChain
 
-    launcher_of = CompiledKernel.run.fget
     made: list[dict[str, Any]] = []
+    prepare = CudaLauncher.__init__
 
-    def run(kernel: Any) -> Callable[..., None]:
-        launcher = launcher_of(kernel)
+    def prepared(self: Any, source: Any, metadata: Any) -> None:
+        prepare(self, source, metadata)
+        launch = self.launch
 
-        def launch(*given: Any) -> None:
-            x, y, z, stream, function, packed, metadata, enter, leave, *arguments = given
-            way = "direct" if (metadata, enter, leave) == (None, None, None) else "front"
-            made.append(
-                {
-                    "way": way,
-                    "kernel": kernel.name,
-                    "compiled": kernel.hash,
-                    "grid": [x, y, z],
-                    "stream": stream,
-                    "function": _value(function),
-                    "packed": _value(packed),
-                    "arguments": [_value(argument) for argument in arguments],
-                }
-            )
-            launcher(*given)
+        def noted(*given: Any) -> None:
+            way = "front" if any(isinstance(each, HookChain) for each in given) else "direct"
+            names = {"kernel": metadata.name, "compiled": metadata.hash}
+            made.append({"way": way, **names, "given": _plain(given), "stream": given[3]})
+            launch(*given)
 
-        return launch
+        self.launch = noted
 
-    with mock.patch.object(CompiledKernel, "run", property(run)):
+    with mock.patch.object(CudaLauncher, "__init__", prepared):
         yield made
 
 
 def _ways(made: list[dict[str, Any]]) -> list[str]:
     """The ways that the launches since the last time have gone."""
-    found = [launch["way"] for launch in made]
+    found = [each["way"] for each in made]
     made.clear()
     return found
 
@@ -481,8 +481,9 @@ def compared() -> list[dict[str, Any]]:
             plan = runtime.plan_of(describe, tensors, *choices, **how)
             memory, runs = _Memory(), []
             for _ in range(2):
-                with memory.of_a_run():
+                with memory:
                     results = plan.carry_out(tensors)
+                memory.start_again()
                 runs.append(made.copy())
                 made.clear()
             front, direct = runs
@@ -513,21 +514,24 @@ def test_direct_launches_are_those_of_the_front(runs: list[dict[str, Any]]) -> N
         front, direct = run["front"], run["direct"]
         assert front, run["call"]
         for launches, way in ((front, "front"), (direct, "direct")):
-            assert [launch.pop("way") for launch in launches] == [way] * len(launches)
+            assert [each.pop("way") for each in launches] == [way] * len(launches)
         assert direct == front, (run["call"], run["plan"])
 
 
 @needs_tools
 @pytest.mark.slow
 def test_every_kernel_is_compared(runs: list[dict[str, Any]]) -> None:
-    files = ("reconstruct", "splice.plan", "splice.forward", "splice.backward")
+    files = (
+        "reconstruct",
+        *(f"splice.{name}" for name in ("plan", "forward", "backward", "finish")),
+    )
     kernels = {
         name
         for file in files
         for name in vars(import_module(f"ept_fast.kernels.{file}"))
         if name.endswith("_kernel")
     }
-    assert {launch["kernel"] for run in runs for launch in run["direct"]} == kernels
+    assert {each["kernel"] for run in runs for each in run["direct"]} == kernels
     assert {run["plan"] for run in runs} == {
         name for name in calls.__all__ if name.startswith("describe_")
     }
@@ -571,59 +575,49 @@ def ways() -> dict[str, Any]:
             ("another GPU", "_forced_target", "gfx942"),
         ):
             runtime.forget()
-            with mock.patch.object(runtime, attribute, value):
-                found[name] = [way(), way(), runtime.launcher()]
+            with mock.patch.object(launch, attribute, value):
+                found[name] = [way(), way(), launch.launcher()]
         runtime.forget()
         way()
 
-        class Allocations(TorchDispatchMode):
-            def __torch_dispatch__(
-                self, function: Any, types: Any, arguments: Any = (), named: Any = None
-            ) -> Any:
-                out = function(*arguments, **(named or {}))
-                seen.append([str(function), out.numel() * out.itemsize])
-                return out
-
-        seen: list[list[Any]] = []
-        with Allocations():
+        memory = _Memory()
+        with memory:
             out, (kept,) = call()
-        found["allocations"] = [seen, out.nbytes, kept.nbytes, _ways(made)]
+        taken = [each.nbytes for each in memory.taken]
+        found["allocations"] = [host_cost.allocations(call), taken, out.nbytes, kept.nbytes]
+        found["allocating"] = _ways(made)
 
-        active = driver.active
         for stream in (5, 6):
-            with mock.patch.object(active, "get_current_stream", {0: stream}.get):
+            with mock.patch.object(driver.active, "get_current_stream", {0: stream}.get):
                 call()
         call()
-        found["streams"] = [launch["stream"] for launch in made]
-        made.clear()
+        found["streams"] = [each["stream"] for each in made]
 
-        # A plan of another device than the current one. Its memory is a CPU's.
+        # A plan of tensors on device 1; its memory is a CPU's.
+        runtime.forget()
         plan = runtime.plan_of(calls.describe_splice_forward, inputs, *choices)
-        memory, switched = _Memory(), []
-        with memory.of_a_run():
-            plan.carry_out(inputs)
+        plan.device = torch.device("cuda", 1)
+        plan.carry_out(inputs)
         made.clear()
+        switched: list[list[int]] = []
 
         def switch(index: int) -> int:
             switched.append([index, len(made)])
             return 0
 
-        with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(plan, "device", torch.device("cuda", 1)))
-            for name in ("_exchange_device", "_maybe_exchange_device"):
-                stack.enter_context(mock.patch.object(torch.cuda, name, switch))
-            for device in (0, 1):
-                stack.enter_context(
-                    mock.patch.object(active, "get_current_device", lambda device=device: device)
-                )
-                stack.enter_context(
-                    mock.patch.object(active, "get_current_stream", lambda device: 100 + device)
-                )
-                with memory.of_a_run():
-                    plan.carry_out(inputs)
-                streams = [launch["stream"] for launch in made]
-                found[f"device 1, current {device}"] = [switched.copy(), streams, _ways(made)]
-                switched.clear()
+        for current in (0, 1):
+            with ExitStack() as stack:
+                for name in ("_exchange_device", "_maybe_exchange_device"):
+                    stack.enter_context(mock.patch.object(torch.cuda, name, switch))
+                for name, answer in (
+                    ("get_current_device", partial(int, current)),
+                    ("get_current_stream", {0: 100, 1: 101}.get),
+                ):
+                    stack.enter_context(mock.patch.object(driver.active, name, answer))
+                plan.carry_out(inputs)
+            streams = [each["stream"] for each in made]
+            found[f"device 1, current {current}"] = [switched.copy(), streams, _ways(made)]
+            switched.clear()
     return found
 
 
@@ -655,7 +649,7 @@ def test_a_hook_is_told_of_every_launch(hook: str, found_ways: dict[str, Any]) -
 def test_another_triton_launches_through_the_front(found_ways: dict[str, Any]) -> None:
     first, later, (direct, reason) = found_ways["untried"]
     assert (first, later, direct) == (_FRONT, _FRONT, False)
-    version = ".".join(map(str, runtime.triton_version() or ()))
+    version = ".".join(map(str, launch.triton_version() or ()))
     assert reason == f"through Triton's front: triton {version} is none of those tried ()"
 
 
@@ -667,11 +661,10 @@ def test_another_gpu_launches_through_the_front(found_ways: dict[str, Any]) -> N
 
 @needs_tools
 def test_a_direct_run_allocates_the_result_and_what_is_kept(found_ways: dict[str, Any]) -> None:
-    seen, result, kept, way = found_ways["allocations"]
-    assert seen == [["aten.empty.memory_format", result], ["aten.empty.memory_format", kept]]
-    assert result == 4 * 3 * (2 + 4) * 4
+    number, taken, result, kept = found_ways["allocations"]
+    assert (number, taken) == (2, [result, kept])
     assert kept > 0
-    assert way == _DIRECT
+    assert found_ways["allocating"] == _DIRECT * 2
 
 
 @needs_tools
@@ -684,6 +677,22 @@ def test_launches_go_to_the_tensors_device(found_ways: dict[str, Any]) -> None:
     """It is made the current one before the launches, and the other one again after them."""
     assert found_ways["device 1, current 0"] == [[[1, 0], [0, 2]], [101, 101], _DIRECT]
     assert found_ways["device 1, current 1"] == [[], [101, 101], _DIRECT]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"launch": None}, {"global_scratch_size": 8}, {"profile_scratch_size": 8}],
+    ids=["no function below", "global scratch", "profile scratch"],
+)
+def test_a_launcher_that_does_more_is_called_itself(changes: dict[str, Any]) -> None:
+    """One that allocates for the kernel, or of another kind than those known."""
+    launcher = mock.Mock(global_scratch_size=0, profile_scratch_size=0)
+    launcher.configure_mock(**changes)
+    made = mock.Mock(run=launcher, function="function", packed_metadata="packed")
+    launch.launch_of(made, 3)(7, (1, 2))
+    launcher.assert_called_once_with(3, 1, 1, 7, "function", "packed", None, None, None, 1, 2)
+    if launcher.launch is not None:
+        launcher.launch.assert_not_called()
 
 
 # What is said of it
@@ -704,8 +713,8 @@ def test_info_says_how_launches_go(
     version: tuple[int, ...], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(runtime, "_forced_target", "sm_90")
-    monkeypatch.setattr(runtime, "triton_version", lambda: version)
+    monkeypatch.setattr(launch, "_forced_target", "sm_90")
+    monkeypatch.setattr(launch, "triton_version", lambda: version)
     for name, answer in (
         ("is_available", True),
         ("current_device", 0),
@@ -721,8 +730,8 @@ def test_info_says_how_launches_go(
 
 
 def test_without_triton_there_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "triton_version", lambda: None)
-    assert runtime.launcher() == (False, "triton is not installed")
+    monkeypatch.setattr(launch, "triton_version", lambda: None)
+    assert launch.launcher() == (False, "triton is not installed")
 
 
 if __name__ == "__main__":

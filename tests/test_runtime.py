@@ -695,6 +695,24 @@ def test_a_launcher_that_does_more_is_called_itself(changes: dict[str, Any]) -> 
         launcher.launch.assert_not_called()
 
 
+def test_the_function_below_is_called_as_by_the_launcher() -> None:
+    """Each argument in its place, which two that are alike in every kernel would not show."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    own = driver.CudaLauncher.__init__.__code__.co_names
+    launcher = driver.CudaLauncher.__new__(driver.CudaLauncher)
+    launcher.launch = mock.Mock()
+    launcher.global_scratch_size = launcher.profile_scratch_size = 0
+    launcher.global_scratch_align = launcher.profile_scratch_align = 1
+    for name in ("launch_cooperative_grid", "launch_pdl", "arg_annotations", "kernel_signature"):
+        if name in own:
+            setattr(launcher, name, name)
+    launcher(3, 1, 1, 7, "function", "packed", None, None, None, 1, 2)
+    made = mock.Mock(run=launcher, function="function", packed_metadata="packed")
+    launch.launch_of(made, 3)(7, (1, 2))
+    by_launcher, by_us = launcher.launch.call_args_list
+    assert by_us == by_launcher
+
+
 # What is said of it
 
 

@@ -77,9 +77,8 @@ class PromptStep:
 
     @property
     def saved_bytes(self) -> int:
-        """What lies between forward and backward: P′ and the core's small matrices."""
-        (tasks, m, _, d, _, _), (_, p, t) = self._sizes, self._bytes
-        return tasks * (p * m * d + t * self._core)
+        """What lies between forward and backward: the core's small matrices."""
+        return self._sizes[0] * self._bytes[2] * self._core
 
     @property
     def workspace(self) -> Workspace:
@@ -101,23 +100,27 @@ class PromptStep:
         it hands back the gradient. What it holds besides is left out. Gradients are dropped before
         the forward, as ``zero_grad`` does.
         """
-        (tasks, m, n, d, _, _), (_, p, _) = self._sizes, self._bytes
+        (tasks, m, n, d, _, _), (_, p, t) = self._sizes, self._bytes
         c, w = self.config, self.workspace
         held = self.parameter_bytes + self.optimizer_bytes
         between = held + self.saved_bytes
-        spliced = p * tasks * (m * d + (n + d) * c.rank)  # gradients of P′, A and B
+        prompt = tasks * p * m * d  # P′
+        # Halves of the gradients of A and B: the eager backend rounds their sum only.
+        half = tasks * (n + d) * (t if self.backend == "eager" else p)
+        spliced = prompt + half * c.rank  # with the gradient of P′
+        rest = self.parameter_bytes - tasks * p * (n + d) * c.rank
         of_space = d * c.num_spaces * c.space_dim
         sizes = m * d, n * c.rank, d * c.rank, of_space, of_space
         return {
-            "reconstruct, forward": between + w.reconstruct_forward,
-            "splice, forward": between + self.output_bytes + w.splice_forward,
+            "reconstruct, forward": between + prompt + w.reconstruct_forward,
+            "splice, forward": between + prompt + self.output_bytes + w.splice_forward,
             "backbone": between + 2 * self.output_bytes,
             "splice, backward": between + self.output_bytes + spliced + w.splice_backward,
-            # P′ went with the splice.
             "reconstruct, backward": between
-            - p * tasks * m * d
+            + self.output_bytes
             + spliced
-            + self.parameter_bytes
+            + rest
+            + half * self._fused
             + w.reconstruct_backward,
             # One tensor after the other: the root of its second moment and that divided, while the
             # tensor before is still there divided.
@@ -192,16 +195,15 @@ class PromptStep:
             held += p * (dims * d + spaces) + d_down + d_gate_weight
         if r:
             held += 2 * scores
-            query, d_a, d_b = t * m * r, p * n * r, p * r * d  # dQ, dA and dB
+            query = t * m * r  # dQ; of the sizes of A and B are dA and dB
             moments += [
                 held + own + scores + a,
-                held + own + query + 2 * a + cast * d_a,
-                held + own + query + d_a + prompt,
-                held + prompt + query + d_a + b + cast * d_b,
+                held + own + query + a + prompt,
+                held + prompt + query + a + b,
             ]
         else:
             moments.append(held + own + p * m * d * (cast or not own))
-        results = p * (m * d + (n + d) * r + d * (dims + width) + spaces)
+        results = p * (m * d + d * (dims + width) + spaces) + t * (n + d) * r
         return forward, max(moments) - results
 
     def _eager_splice_forward(self) -> int:
@@ -222,7 +224,7 @@ class PromptStep:
         return t * (n * r + (p != t) * r * d) + looked_up + tile + beside
 
     def _eager_splice_backward(self) -> int:
-        """A·c and B·c, a tile of summed gradients, and sums that are cast when they are whole."""
+        """A·c and B·c, and a tile of summed gradients."""
         (tasks, m, n, d, _, _), (e, p, t) = self._sizes, self._bytes
         r, cast = self.config.rank, p != t
         tiles = tile_config(self.length, d, t, "cpu")
@@ -230,21 +232,19 @@ class PromptStep:
         tile = tiles.positions * d
         # A sum over rows of another type copies all of them first.
         rows = t * prompt * (1 + (e != t) * self.batch)
-        moments = [cast * (t - p) * tasks * prompt + rows - p * tasks * offset]
+        moments = [cast * (t - p) * tasks * prompt + rows - t * tasks * offset]
         if r:
-            sums = cast * tasks * offset
             scaled = offset * (2 if tasks > 1 else 1)  # those of a task are there until the next's
             read = (e != t) * t * tile
             if self.padding != "none":
                 # The mask as flags, and as integers while they are counted.
                 planning = (9 * self.length + 8) * self.batch
-                moments.append(t * (tile + sums) + planning - cast * p * tasks * offset)
+                moments.append(t * tile + planning)
             if self.padding == "holes":
                 read += e * tile + 8 * self.batch * self.length
             moments += [
-                t * (scaled + tile + sums) + read - cast * p * tasks * offset,
-                t * (scaled + tile + sums),
-                cast * (t * (scaled + r * d + tile + sums + tasks * prompt) - p * tasks * offset),
+                t * (scaled + tile) + read,
+                cast * t * (scaled + r * d + tile + tasks * prompt),
             ]
         return max(moments)
 

@@ -102,7 +102,7 @@ def without_data() -> Iterator[None]:
         for name in ("reconstruct", "splice")
     ]
     # Ids have no values that could be out of range.
-    unchecked = patch("ept_fast.ops.splice.values_are_checked", return_value=False)
+    unchecked = patch("ept_fast.ops.path.values_are_checked", return_value=False)
     with FakeTensorMode(), not_launched[0], not_launched[1], unchecked:
         yield
 

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ept_fast.config import GATES, check_choice, check_flag, check_number
 from ept_fast.ops.activations import ACTIVATIONS
-from ept_fast.ops.types import Flags, Parameters, SpliceInputs
+from ept_fast.ops.types import Flags, Parameters, SpliceInputs, Text
 
 __all__ = [
     "check_input_ids",
     "check_reconstruct",
     "check_splice",
     "check_splice_values",
+    "check_text",
     "check_token_ids",
     "constant",
     "values_are_checked",
@@ -141,28 +142,42 @@ def check_splice(inputs: SpliceInputs, scaling: float) -> None:
     """Raise TypeError or ValueError unless operation 2 is defined for these types and shapes."""
     prompt, input_ids, weight, inputs_embeds, offset_a, _, attention_mask, task_ids = inputs
     lead, width = _check_prompt("prompt", prompt)
-    device = prompt.device
-    partner = f"prompt {list(prompt.shape)}"
     check_number("scaling", scaling)
+    _check_offset(inputs, lead, width, prompt.device, f"prompt {list(prompt.shape)}")
+    text = Text(input_ids, weight, inputs_embeds, attention_mask, task_ids)
+    check_text(text, "prompt", prompt, offset_a)
+
+
+def check_text(text: Text, name: str, prompt: Tensor, offset_a: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless the text fits a prompt and an offset that were checked.
+
+    Args:
+        text: what the prompt is put before.
+        name: of the argument that is the prompt.
+        prompt: ``[(T,) m, d]``.
+        offset_a: A, if there is an offset.
+    """
+    input_ids, weight, inputs_embeds, attention_mask, task_ids = text
+    lead, width, device = tuple(prompt.shape[:-2]), prompt.shape[-1], prompt.device
+    partner = f"{name} {list(prompt.shape)}"
     if (input_ids is None) == (inputs_embeds is None):
         got = "neither" if input_ids is None else "both"
         raise ValueError(f"input_ids, inputs_embeds: expected exactly one of them, got {got}")
     if input_ids is not None:
         text_name = "input_ids"
-        text = check_input_ids(input_ids, device)
+        given = check_input_ids(input_ids, device)
         if weight is None:
             raise ValueError("weight: expected the embedding table beside input_ids, got None")
         table = _check_tensor("weight", weight, _FLOATS, device)
         _check_shape("weight", table, ("V", width), f" to match {partner}")
     else:
         text_name = "inputs_embeds"
-        text = _check_tensor("inputs_embeds", inputs_embeds, _FLOATS, device)
-        _check_shape("inputs_embeds", text, ("B", "S", width), f" to match {partner}")
+        given = _check_tensor("inputs_embeds", inputs_embeds, _FLOATS, device)
+        _check_shape("inputs_embeds", given, ("B", "S", width), f" to match {partner}")
         if weight is not None:
             raise ValueError("weight: expected None beside inputs_embeds, got a tensor")
-    batch, length = text.shape[0], text.shape[1]
-    beside = f" to match {text_name} {list(text.shape)}"
-    _check_offset(inputs, lead, width, device, partner)
+    batch, length = given.shape[0], given.shape[1]
+    beside = f" to match {text_name} {list(given.shape)}"
     if offset_a is not None and length > offset_a.shape[-2]:
         raise ValueError(
             f"{text_name}: expected at most max_length {offset_a.shape[-2]} text positions "

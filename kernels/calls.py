@@ -214,7 +214,9 @@ def path_forward(
 def path_kept(parameters: Parameters, text: Text, fusion: bool) -> list[Tensor]:
     """An empty tensor of the size of what :func:`path_forward` keeps."""
     size = _Size()
-    given = _tasked(parameters)
+    given = parameters
+    if given.short_prompt.dim() == 2:
+        given = Parameters(*(None if t is None else t.unsqueeze(0) for t in given))  # type: ignore[arg-type]
     if seen := _seen(given, fusion):
         reconstruct.saved(size, seen)
     inputs = text.behind(given.short_prompt, given)

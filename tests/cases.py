@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ept_fast import reconstruct_prompt, splice_prompt
+from ept_fast import reconstruct_and_splice, reconstruct_prompt, splice_prompt
 from ept_fast.config import GATES
 from ept_fast.ops import activations
 from ept_fast.ops.types import Parameters, SpliceInputs
@@ -185,6 +185,17 @@ class Case:
     def both(self, backend: str) -> Tensor:
         return self.splice(self.reconstruct(backend), backend)
 
+    def path(self, backend: str, **text: Tensor) -> Tensor:
+        """Both operations by one function; ``inputs_embeds=`` in place of the case's ids."""
+        return reconstruct_and_splice(
+            **self.parameters,
+            **(text or {"input_ids": self.input_ids, "weight": self.weight}),
+            attention_mask=self.attention_mask,
+            task_ids=self.task_ids,
+            **self.flags,
+            backend=backend,
+        )
+
 
 def flat(
     backend: str,
@@ -314,9 +325,14 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor.new_full((*lead, last + 3), fill)[..., first : first + last].copy_(tensor)
 
 
-def run(case: Case, backend: str, cotangent: Tensor) -> dict[str, Tensor]:
+def run(
+    case: Case,
+    backend: str,
+    cotangent: Tensor,
+    forward: Callable[[Case, str], Tensor] = Case.both,
+) -> dict[str, Tensor]:
     """Output and gradients of both operations in a row."""
-    out = case.both(backend)
+    out = forward(case, backend)
     leaves = {name: t for name, t in case.parameters.items() if t.requires_grad}
     found = torch.autograd.grad(
         out, list(leaves.values()), cotangent.to(out.dtype), allow_unused=True

@@ -182,9 +182,9 @@ def calls_of(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callabl
     def recorded(name: str) -> Callable[..., Any]:
         function = getattr(eager, name)
 
-        def record(*args: Any) -> Any:
-            calls[name] = lambda: function(*args)
-            return function(*args)
+        def record(*args: Any, **options: Any) -> Any:
+            calls[name] = lambda: function(*args, **options)
+            return function(*args, **options)
 
         return record
 

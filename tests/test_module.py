@@ -487,7 +487,7 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
             (
                 {"input_ids": make_ids(), "task_ids": torch.zeros(4).long()},
                 ValueError,
-                "task_ids: expected None beside a single prompt [3, 8], got a tensor",
+                "task_ids: expected None beside a single short_prompt [3, 8], got a tensor",
             ),
         ]
     ),
@@ -512,7 +512,7 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (
         lambda: make_prompt(num_tasks=2)(make_ids()),
         ValueError,
-        "task_ids: expected [4] integers to match prompt [2, 3, 8], got None",
+        "task_ids: expected [4] integers to match short_prompt [2, 3, 8], got None",
     ),
     (
         lambda: make_prompt(num_tasks=2)(make_ids(), task_ids=torch.tensor([0, 1, 2, 0])),

@@ -64,6 +64,15 @@ def test_parity_of_types(backend: str, types: str) -> None:
 
 
 @pytest.mark.parametrize("types", TYPES)
+@each_backend
+def test_parity_of_the_path(backend: str, types: str) -> None:
+    """Both operations by one function; with each type half of the shapes and paddings or fewer."""
+    first = list(TYPES).index(types)
+    rows = table(backend)[first % 2 :: 8 if backend == "triton" else 2]
+    assert_as_exact_as_the_definition(drawn(rows, types), backend, forward=Case.path)
+
+
+@pytest.mark.parametrize("types", TYPES)
 @over(TRITON)
 def test_parity_of_types_in_pairs(backend: str, types: str) -> None:
     """In the interpreter, which is slow: each type with each shape and padding, not all three."""

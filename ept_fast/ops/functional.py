@@ -14,6 +14,7 @@ from ept_fast.checks import (
     check_reconstruct,
     check_splice,
     check_splice_values,
+    check_text,
     constant,
     values_are_checked,
 )
@@ -251,21 +252,13 @@ def _check(
     backend: str | None,
     first_check: Callable[[], object] | None,
 ) -> _Checked:
-    """Check the arguments of both operations, or find that they were checked before."""
-    key = _key((*parameters, *text), flags, fusion, backend)
-    checked = _checked.get(key)
-    if checked is None:
-        if first_check is not None:
-            first_check()
-        _, numbers, first = _prepared(parameters, flags, fusion, backend)
-        inputs = text.behind(parameters.short_prompt, parameters)
-        check_splice(inputs, flags.scaling)
-        checked = _Checked(numbers, first, dispatch.select(backend, inputs))
-        if key is not None:
-            if len(_checked) >= _CHECKED:
-                _checked.clear()
-            _checked[key] = checked
-    return checked
+    """Check the arguments of both operations, and choose the backends."""
+    if first_check is not None:
+        first_check()
+    _, numbers, first = _prepared(parameters, flags, fusion, backend)
+    prompt = parameters.short_prompt  # P′ has its shape and type
+    check_text(text, "short_prompt", prompt, parameters.offset_a)
+    return _Checked(numbers, first, dispatch.select(backend, text.behind(prompt, parameters)))
 
 
 def prompt_path(
@@ -280,7 +273,15 @@ def prompt_path(
 
     ``first_check`` is called unless arguments like these were checked before.
     """
-    checked = _check(parameters, text, flags, fusion, backend, first_check)
+    key = _key((*parameters, *text), flags, fusion, backend)
+    # Compiled code must not look into the dictionary: it would be compiled for what is in it.
+    checked = None if key is None else _checked.get(key)
+    if checked is None:
+        checked = _check(parameters, text, flags, fusion, backend, first_check)
+        if key is not None:
+            if len(_checked) >= _CHECKED:
+                _checked.clear()
+            _checked[key] = checked
     flags, first, second = checked.flags, checked.first, checked.second
     if first != second or first == dispatch.REFERENCE:
         prompt = reconstruct_prompt(*parameters, **_by_name(flags), fusion=fusion, backend=first)
@@ -288,7 +289,7 @@ def prompt_path(
         return splice_prompt(**inputs, scaling=flags.scaling, backend=second)
     if text.weight is not None and text.weight.requires_grad:
         text = text._replace(weight=text.weight.detach())
-    return path(parameters, text, flags, fusion, first, checked)
+    return path(parameters, text, flags, fusion, first, None if key is None else checked)
 
 
 def reconstruct_and_splice(

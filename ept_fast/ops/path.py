@@ -23,12 +23,13 @@ from ept_fast.checks import check_splice_values, values_are_checked
 from ept_fast.ops import dispatch
 from ept_fast.ops.reconstruct import saved_like
 from ept_fast.ops.types import Flags, Needs, Parameters, Saved, Text
-from ept_fast.precision import accumulation_dtype, without_autocast
+from ept_fast.precision import without_autocast
 
 __all__ = ["path"]
 
 _PARAMETERS, _TEXT = len(Parameters._fields), len(Text._fields)
 _SAVED = len(Saved._fields)
+_WIDE = "eager"  # the backend that can leave the offset's gradients unrounded
 
 
 def _with_task_axis(parameters: Parameters) -> Parameters:
@@ -73,25 +74,27 @@ def _composed_backward(
 ) -> list[Tensor]:
     module = dispatch.load(backend)
     given = _with_task_axis(parameters)
-    if needs.prompt and needs.offset and fusion:
-        # In the type of the sums, so that the sum of both halves is rounded and they are not.
-        dtype = accumulation_dtype(grad, *parameters)
-        given = given._replace(**{n: getattr(given, n).to(dtype) for n in ("offset_a", "offset_b")})
-    inputs = text.behind(given.short_prompt, given)
-    halves = module.splice_backward(
-        grad, inputs, kept[_SAVED:], flags.scaling, needs.prompt, needs.offset
+    # In the type of the sums, so that the sum of both halves is rounded and they are not.
+    options = {"wide_offset": True} if backend == _WIDE else {}
+    d_prompt, *of_text = module.splice_backward(
+        grad,
+        text.behind(given.short_prompt, given),  # P′ has its shape and type
+        kept[_SAVED:],
+        flags.scaling,
+        needs.prompt,
+        needs.offset,
+        **options,
     )
-    found: list[Tensor | None] = [None] * _PARAMETERS
+    found: list[Any] = [None] * _PARAMETERS
     if needs.prompt:
         seen, saved = _seen(given, fusion), Saved(*kept[:_SAVED])
-        found = list(module.reconstruct_backward(halves.prompt, seen, saved, flags))
+        found = list(module.reconstruct_backward(d_prompt, seen, saved, flags, **options))
     if needs.offset:
-        for i, half in ((1, halves.offset_a), (2, halves.offset_b)):
-            other = found[i] if needs.prompt and fusion else None
-            found[i] = half if other is None else half.add_(other)
+        for i, half in zip((1, 2), of_text, strict=True):
+            found[i] = half.add_(found[i]) if needs.prompt and fusion else half
     return [
-        grad.new_empty(0) if each is None or given is None else each.to(given.dtype).view_as(given)
-        for each, given in zip(found, parameters, strict=True)
+        grad.new_empty(0) if each is None or p is None else each.to(p.dtype).view(p.shape)
+        for each, p in zip(found, parameters, strict=True)
     ]
 
 

@@ -116,6 +116,8 @@ class FusedEPTPrompt(Prompt):
 
     def put_before(self, text: Text) -> Tensor:
         """The embeddings ``[B, m + S, d]`` of prompt and text, by both operations in one."""
+        if type(self).reconstruct is not FusedEPTPrompt.reconstruct:  # a subclass has its own
+            return super().put_before(text)
         c = self.config
         flags = Flags(c.scaling, c.activation, c.gate, c.temperature)
         parameters = Parameters(*map(self._parameters.__getitem__, Parameters._fields))  # type: ignore[arg-type]

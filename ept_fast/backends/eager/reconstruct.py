@@ -87,9 +87,12 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
 
 
 def reconstruct_backward(
-    grad: Tensor, parameters: Parameters, saved: Saved, flags: Flags
+    grad: Tensor, parameters: Parameters, saved: Saved, flags: Flags, *, wide_offset: bool = False
 ) -> Parameters:
-    """Gradients of the parameters in their types, from Y = dL/dP′ [T, m, d]."""
+    """Gradients of the parameters in their types, from Y = dL/dP′ [T, m, d].
+
+    ``wide_offset``: those of offset_a and offset_b stay in the accumulation type.
+    """
     dtype = accumulation_dtype(*parameters)
     short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias = parameters
     query, _, attended, hidden, gates, cross = saved
@@ -132,15 +135,19 @@ def reconstruct_backward(
         assert d_attended is not None
         assert d_b is not None
         weights = _weights(query, a, flags.scaling, p.shape[-1])
-        d_a = (weights.mT @ d_attended) * flags.scaling
+        d_a = (weights.mT @ d_attended).mul_(flags.scaling)
         d_weights = (d_attended @ a.mT) * flags.scaling
         d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, dtype)
         del d_weights
         d_scores.mul_(flags.scaling / p.shape[-1] ** 0.5)
         d_query = d_scores @ a
-        d_a = torch.baddbmm(d_a, d_scores.mT, query).to(offset_a.dtype)
+        d_a.baddbmm_(d_scores.mT, query)
+        if not wide_offset:
+            d_a = d_a.to(offset_a.dtype)
         d_p = torch.baddbmm(d_p, d_query, b)
-        d_b = torch.baddbmm(d_b, d_query.mT, p).to(offset_b.dtype)
+        d_b = torch.baddbmm(d_b, d_query.mT, p)
+        if not wide_offset:
+            d_b = d_b.to(offset_b.dtype)
     d_p = d_p.to(short_prompt.dtype)
     if d_p.data_ptr() == grad.data_ptr():
         d_p = d_p.clone()

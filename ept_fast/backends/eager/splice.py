@@ -266,10 +266,13 @@ def splice_backward(
     scaling: float,
     need_prompt: bool,
     need_offset: bool,
+    *,
+    wide_offset: bool = False,
 ) -> SpliceGrads:
     """Gradients of prompt, offset_a and offset_b in their types from that of the output.
 
-    Each gradient element of the text is read once.
+    Each gradient element of the text is read once. ``wide_offset``: the gradients of offset_a and
+    offset_b stay in the accumulation type.
     """
     prompt, _, _, _, offset_a, offset_b, attention_mask, task_ids = inputs
     dtype = accumulation_dtype(grad, prompt, offset_a, offset_b)
@@ -299,7 +302,9 @@ def splice_backward(
                 _sum_row(summed, body, row, low, min(high, row.count))
             torch.mm(summed, b.mT, out=d_a[task, low:high])
             d_b[task].addmm_(a[low:high].mT, summed)
-    return SpliceGrads(d_prompt, d_a.to(offset_a.dtype), d_b.to(offset_b.dtype))
+    if not wide_offset:
+        d_a, d_b = d_a.to(offset_a.dtype), d_b.to(offset_b.dtype)
+    return SpliceGrads(d_prompt, d_a, d_b)
 
 
 def _sum_row(summed: Tensor, body: Tensor, row: _Row, low: int, high: int) -> None:

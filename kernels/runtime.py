@@ -285,11 +285,12 @@ class _Direct:
         for launch, made in zip(plan.launches, compiled, strict=True):
             slots = []
             for value in launch.arguments.values():
-                if isinstance(value, Operand):
+                if isinstance(value, Operand) and value.numel():
                     slots.append(offsets[value.place[0]] + value.place[1])
                 else:
                     slots.append(offsets[-1] + len(numbers))
-                    numbers.append(value)
+                    # The address of an empty tensor is 0, also inside a buffer.
+                    numbers.append(0 if isinstance(value, Operand) else value)
             launches.append((launch_of(made, launch.programs), operator.itemgetter(*slots)))
         return cls(plan, launches, numbers)
 
@@ -356,8 +357,9 @@ def plan_of(
         plan = Plan(tensors)
         describe(plan, *choices)
         plan.seal()
+        plan.last_used = next(_clock)
         with _lock:
-            if len(_plans) >= PLANS:
+            if key not in _plans and len(_plans) >= PLANS:
                 del _plans[min(_plans, key=lambda key: _plans[key].last_used)]
             _plans[key] = plan
     plan.last_used = next(_clock)

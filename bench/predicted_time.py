@@ -4,13 +4,23 @@ Nothing is measured here. `predicted` goes by three things: every byte crosses t
 the speed of a copy, every product goes through the matrix units at the speed that they reach, and
 the multiprocessor with the most programs is done last. Caches, latency and whatever else a program
 computes are left out, so a kernel may well take longer and hardly less.
+
+``python -m bench.predicted_time`` prints the table of the splice's launches in ``docs/kernels.md``:
+what they do is read off their plans, and how many warps a multiprocessor holds off
+``results/compiled/shapes.csv``.
 """
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.shapes import PREDICTED, Shape
 
 
 class Gpu(NamedTuple):
@@ -42,7 +52,8 @@ class Work(NamedTuple):
         flops: of the products, each counted once.
         passes: how often the matrix units make each product, in units of bf16: 1 for bf16, 3 for
             bf16x3, 2 for tf32, 6 for tf32x3.
-        programs: blocks of the grid.
+        programs: blocks of the grid; of the splice those of the text, as a prompt's have little to
+            do and go first.
         warps: of a program.
         warps_per_sm: resident warps of a multiprocessor, as `python -m bench.compiled` lists them.
     """
@@ -120,3 +131,108 @@ def markdown(works: Mapping[str, Work], gpu: Gpu = H200) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+# The launches of the splice
+
+_COMPILED = Path(__file__).parent / "results" / "compiled" / "shapes.csv"
+_TARGET = "sm_90"
+
+
+def _warps_on_record(shape: str) -> dict[str, int]:
+    """Warps of a multiprocessor by kernel, for bfloat16 text and float32 parameters."""
+    with _COMPILED.open(newline="") as file:
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if (row["shape"], row["target"], row["types"]) == (shape, _TARGET, "bf16/fp32")
+        ]
+    # Of several versions of Triton the last one written.
+    return {row["kernel"]: int(row["warps_per_sm"]) for row in rows}
+
+
+def _product(arguments: Mapping[str, Any], programs: int, backward: bool) -> tuple[int, int, int]:
+    """Programs of the text in a launch, the FLOPs of all their products, and how many products of
+    bf16 each of these takes.
+    """
+    a = {name: value for name, value in arguments.items() if isinstance(value, int)}
+    once = 2 * a["BLOCK_S"] * a["BLOCK_D"] * a["BLOCK_R"]
+    blocks = -(-a["length"] // a["BLOCK_S"])
+    prompt = -(-a["num_virtual_tokens"] // a["BLOCK_S"])
+    if backward:
+        blocks = -(-blocks // a["TILES"])
+        once *= 2 * a["TILES"] * a["TILES_D"]
+    else:
+        once *= a["TILES_R"]
+    mine = programs * blocks // (blocks + prompt)
+    return mine, mine * once, {1: 3, 2: 5, 3: 6}[a["TERMS_G"]] if backward else 3
+
+
+def splice_works(shape: Shape) -> dict[str, Work]:
+    """The splice's launches by kernel, for bfloat16 text, float32 parameters and a mask.
+
+    Bytes are counted once each: the text's embeddings, the output, ids and mask; backward the
+    gradient; and the parts of sums, written by one launch and read by the next.
+    """
+    from ept_fast.kernels import calls
+    from ept_fast.kernels.runtime import Operand, Plan
+    from ept_fast.ops.types import SpliceInputs
+
+    kind: dict[str, Any] = {"device": "meta"}
+    tasks, m, d, r = shape.tasks or 1, shape.num_virtual_tokens, shape.hidden_size, shape.rank
+    ids = torch.empty(shape.batch, shape.length, dtype=torch.int64, **kind)
+    inputs = SpliceInputs(
+        torch.empty(tasks, m, d, **kind),
+        ids,
+        torch.empty(shape.vocabulary, d, dtype=torch.bfloat16, **kind),
+        None,
+        torch.empty(tasks, shape.max_length, r, **kind),
+        torch.empty(tasks, r, d, **kind),
+        ids,
+        ids[:, 0] if shape.tasks else None,
+    )
+    forward = Plan(inputs)
+    calls.describe_splice_forward(forward, 1.0, calls.forward_config)
+    size = (shape.batch, m + shape.length, d)
+    grad = torch.empty(size, dtype=torch.bfloat16, **kind)
+    memory = torch.empty(forward.sizes[0], dtype=torch.uint8, **kind)
+    backward = Plan((grad, *inputs, memory))
+    calls.describe_splice_backward(backward, 1.0, True, True, calls.backward_config)
+    text = shape.batch * shape.length * d * 2
+    out = grad.numel() * 2
+    small = sum(
+        4 * t.numel() for t in (inputs.prompt, inputs.offset_a, inputs.offset_b) if t is not None
+    )
+    parts = backward.sizes[1]
+    moved = {
+        "splice_plan_kernel": ids.numel() * 8 + forward.sizes[0] // 50,
+        "splice_forward_kernel": text + out + ids.numel() * 8 + small,
+        "splice_backward_kernel": out + small + parts,
+        "splice_finish_kernel": parts + small,
+    }
+    warps = _warps_on_record(shape.name)
+    works = {}
+    for launch in (*forward.launches, *backward.launches):
+        name = launch.kernel.fn.__name__
+        programs, flops, passes = launch.programs, 0, 1
+        if name in ("splice_forward_kernel", "splice_backward_kernel"):
+            numbers = {k: v for k, v in launch.arguments.items() if not isinstance(v, Operand)}
+            programs, flops, passes = _product(numbers, programs, "backward" in name)
+        own_warps = launch.options["num_warps"]
+        works[name] = Work(moved[name], flops, passes, programs, own_warps, warps[name])
+    return works
+
+
+def table() -> str:
+    """The launches of the splice at the sizes that are predicted."""
+    return markdown(
+        {
+            f"{shape.name}, {name.removeprefix('splice_').removesuffix('_kernel')}": work
+            for shape in PREDICTED
+            for name, work in splice_works(shape).items()
+        }
+    )
+
+
+if __name__ == "__main__":
+    print(table())

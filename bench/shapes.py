@@ -53,6 +53,8 @@ NAMED = (
 MANY_TASKS = tuple(
     replace(_T5, name=f"tasks-{tasks}", batch=64, tasks=tasks) for tasks in (1, 8, 64, 512)
 )
+# Those whose times are worked out on paper.
+PREDICTED = (_T5, _LLAMA_8B, NAMED[-1], MANY_TASKS[2])
 # The same sizes without a mask.
 UNPADDED = tuple(
     replace(shape, name=f"{shape.name}, unpadded", shortest=0)

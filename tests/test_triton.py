@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ept_fast.backends import triton
 from ept_fast.kernels import launch, runtime
 from ept_fast.kernels.reconstruct_config import reconstruct_config
-from ept_fast.kernels.splice.config import backward_config
+from ept_fast.kernels.splice.config import backward_config, forward_config
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 from tests.cases import GATES, LARGEST, NAMED, PADDINGS, PARTS, Sizes, make_case, shapes_of
 from tests.parity import (
@@ -91,6 +91,53 @@ def test_each_element_moves_once(
     expected = torch.cat([torch.ones(3, 5), real.float()], 1).unsqueeze(-1).expand(3, 38, 66)
     read = torch.from_numpy(traffic.of(grad, traffic.loads)).reshape(3, 38, 66)
     assert torch.equal(read.float(), expected)
+
+
+@over(TRITON)
+@pytest.mark.parametrize("tasks", [None, 2, 5])
+@pytest.mark.parametrize("padding", ["right", "left", "holes"])
+def test_the_mask_is_read_at_most_twice(
+    padding: str, tasks: int | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward together: once, and once more in rows with holes."""
+    sizes = Sizes(m=5, n=34, r=3, d=66, batch=3, length=33, tasks=tasks)
+    case = make_case(sizes, padding=padding, dtype=torch.float32)
+    assert case.attention_mask is not None
+    traffic = _Traffic(monkeypatch)
+    case.both(backend).sum().backward()
+    read = traffic.of(case.attention_mask, traffic.loads).reshape(3, 33)
+    real = case.attention_mask.numpy()
+    steps = np.abs(np.diff(real, axis=1, prepend=0, append=0)).sum(1)
+    assert (read == np.where(steps > 2, 2, 1)[:, None]).all()
+
+
+@over(TRITON)
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_one_product_for_each_tile(
+    tasks: int | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program multiplies A and B once for its rows of a task, by three products of bfloat16."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    sizes = Sizes(m=5, n=34, r=3, d=66, batch=6, length=33, tasks=tasks)
+    case = make_case(sizes, padding="holes", dtype=torch.float32).typed("bf16 table")
+    if tasks:
+        case = replace(case, task_ids=torch.tensor([1, 0, 1, 0, 0, 1]))
+    dots = 0
+    dot = InterpreterBuilder.create_dot
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal dots
+        dots += 1
+        return dot(*arguments)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    config = forward_config(6, 33, 5, 66, 3, bool(tasks), torch.bfloat16)
+    case.splice(case.parameters["short_prompt"].detach(), backend)
+    tiles = -(-33 // config.block_s) * -(-66 // config.block_d)
+    starts = range(0, 6, config.rows)  # of programs, in the rows sorted by task
+    runs = [{slot // 3 for slot in range(i, min(i + config.rows, 6))} for i in starts]
+    assert dots == 3 * tiles * (sum(map(len, runs)) if tasks else len(starts))
 
 
 @pytest.mark.slow

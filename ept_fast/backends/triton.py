@@ -84,7 +84,8 @@ def available() -> tuple[bool, str]:
         return False, _refusal(_VERSION, "cpu") or "no GPU"
     architecture = target(torch.device("cuda", torch.cuda.current_device()))
     refusal = _refusal(_VERSION, architecture)
-    return not refusal, refusal or f"fused kernels for {architecture}, {launcher()[1]}"
+    how = f", {launcher()[1]}" if architecture.startswith("sm_") else ""
+    return not refusal, refusal or f"fused kernels for {architecture}{how}"
 
 
 def supports(tensors: Parameters | SpliceInputs, by_name: bool = False) -> tuple[bool, str]:

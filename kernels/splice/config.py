@@ -228,12 +228,18 @@ def backward_config(
         chunks_b = 1
         if tasks == 1:
             chunks_b = _within(1, _ceil(programs, chunks_d * chunks_s), _ceil(batch, 8))
-        elements = num_virtual_tokens * hidden_size if has_prompt else 0
+        parts = [(num_virtual_tokens * hidden_size * has_prompt, chunks_b)]
         if has_offset:
-            elements += rank * (length * chunks_d + hidden_size * chunks_s)
-        return 4 * groups * chunks_b * elements, chunks_s, chunks_b
+            parts += [
+                (rank * length, chunks_b * chunks_d),
+                (rank * hidden_size, chunks_b * chunks_s),
+            ]
+        # What is in one part is written where it belongs.
+        elements = sum(size * number for size, number in parts if number > 1)
+        return 4 * groups * elements, chunks_s, chunks_b
 
-    tiles = [1 << i for i in range(blocks_d.bit_length())]
+    # The registers of the widest rank leave no room for a second loop.
+    tiles = [1 << i for i in range(blocks_d.bit_length())] if block_r < 256 else [1]
     numbers = (_PROGRAMS, _PROGRAMS // 2, _FEWEST_PROGRAMS)
     choices = [(n, t) for t in tiles for n in numbers]
     fits = (choice for choice in choices if split(*choice)[0] <= _WORKSPACE_BYTES)

@@ -172,7 +172,7 @@ def test_wheel_holds_the_package_and_nothing_else(root: Path, built: Built) -> N
         for p in (root / "ept_fast").rglob("*")
         if p.is_file() and p.suffix in {".py", ".typed", ".jsonl"}
     }
-    in_tree |= {f"ept_fast/kernels/{p.name}" for p in (root / "kernels").glob("*.py")}
+    in_tree |= {f"ept_fast/{p.relative_to(root)}" for p in (root / "kernels").rglob("*.py")}
     in_tree |= {f"ept_fast/csrc/{name}" for name in cuda_sources(root)}
     assert set(package) == in_tree
 
@@ -206,7 +206,7 @@ def test_sdist_holds_the_kernels_and_cuda_sources_once_and_no_links(
     assert not [m.name for m in members if not (m.isfile() or m.isdir())]
     files = [m.name.split("/", 1)[1] for m in members if m.isfile()]
     assert {f for f in files if f.endswith(".py") and "kernels/" in f} == {
-        f"ept_fast/kernels/{p.name}" for p in (root / "kernels").glob("*.py")
+        f"ept_fast/{p.relative_to(root)}" for p in (root / "kernels").rglob("*.py")
     }
     suffixes = (".h", ".cu", ".cpp")
     assert {f for f in files if f.endswith(suffixes)} == {

@@ -176,7 +176,7 @@ def test_backward_computes_what_is_needed(
         function = getattr(eager, f"{name}_backward")
 
         def record(*args: Any, **options: Any) -> Any:
-            called.append((name, *args[3:5]) if name == "splice" else (name,))
+            called.append((name, *args[4:6]) if name == "splice" else (name,))
             return function(*args, **options)
 
         return record

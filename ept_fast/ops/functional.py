@@ -255,6 +255,7 @@ def _check(
     """Check the arguments of both operations, and choose the backends."""
     if first_check is not None:
         first_check()
+    flags = flags._replace(scaling=constant(flags.scaling), temperature=constant(flags.temperature))
     _, numbers, first = _prepared(parameters, flags, fusion, backend)
     prompt = parameters.short_prompt  # P′ has its shape and type
     check_text(text, "short_prompt", prompt, parameters.offset_a)
@@ -343,5 +344,5 @@ def reconstruct_and_splice(
         short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias
     )
     text = Text(input_ids, weight, inputs_embeds, attention_mask, task_ids)
-    flags = Flags(constant(scaling), activation, gate, constant(temperature))
+    flags = Flags(scaling, activation, gate, temperature)
     return prompt_path(parameters, text, flags, fusion, backend)

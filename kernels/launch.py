@@ -96,9 +96,18 @@ def _options(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
     most = options.get("maxnreg", 255)
     options = {name: value for name, value in options.items() if name != "maxnreg"}
     options["enable_fp_fusion"] = True
-    if target(device).startswith("sm_"):
+    architecture = target(device)
+    warps = options.get("num_warps", 4)
+    if architecture.startswith("gfx"):
+        options["num_warps"] = min(8, warps)  # of 64 threads each
+    elif architecture.startswith("sm_"):
+        if int(architecture[3:]) >= 100:
+            # Launch sizes are chosen for sm_80 and sm_90. Here as many registers a thread, or as
+            # many warps, would make the compiler spill.
+            most, warps = 255, min(8, warps)
+            options["num_warps"] = warps
         # Without a limit of its own, ptxas spills a few registers to fit one more block.
-        options["maxnreg"] = min(most, _BLOCK_REGISTERS // (32 * options.get("num_warps", 4)))
+        options["maxnreg"] = min(most, _BLOCK_REGISTERS // (32 * warps))
     return options
 
 

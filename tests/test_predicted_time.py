@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.predicted_time import H200, Gpu, Work, markdown, predicted
+from bench.predicted_time import H200, Gpu, Work, markdown, predicted, table
 
 # 1 MB a microsecond, 100 MFLOP a microsecond, ten multiprocessors, launches of 2 µs.
 GPU = Gpu(bytes_per_s=1e12, flops_per_s=1e14, multiprocessors=10, launch_s=2e-6)
@@ -67,3 +67,10 @@ def test_the_h200_is_the_one_that_was_measured(root: Path) -> None:
     measured = 1e9 * float(copy["floor_mb"]) / float(copy["p50_ms"])
     assert pytest.approx(measured, rel=0.01) == H200.bytes_per_s
     assert pytest.approx(1e-3 * float(launch["p50_ms"]), rel=0.01) == H200.launch_s
+
+
+def test_page() -> None:
+    """The table in the documents is that of the plans and the compiled kernels on record."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    page = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert table() in page

@@ -30,12 +30,13 @@ def _group(
     end = batch
     if HAS_TASKS:
         task = group
-        count = num_tasks + 1
+        rows = tl.cast(batch, tl.int64)
+        groups = tl.cast(num_tasks, tl.int64) + 1
         if BY_ROW:
-            task = tl.load(plan_ptr + batch + group)
-            count = batch
-        begin = tl.load(plan_ptr + 2 * batch + group)
-        end = tl.load(plan_ptr + 2 * batch + count + group)
+            task = tl.load(plan_ptr + (rows + group))
+            groups = rows
+        begin = tl.load(plan_ptr + (2 * rows + group))
+        end = tl.load(plan_ptr + (2 * rows + groups + group))
         if BY_ROW:  # by the first of the task's slots
             end = tl.where((begin == group) & (task < num_tasks), end, begin)
     return task, begin + first, tl.minimum(begin + last, end)
@@ -194,6 +195,46 @@ def splice_backward_kernel(
 
 
 @triton.jit
+def _text_grad(
+    grad_ptrs,
+    plan_ptr,
+    columns_ptr,
+    slot,
+    offs_s,
+    mask_s,
+    mask_d,
+    batch,
+    length,
+    num_tasks,
+    stride_grad_b,
+    stride_grad_s,
+    HAS_MASK: tl.constexpr,
+    HAS_TASKS: tl.constexpr,
+    BY_ROW: tl.constexpr,
+):
+    """The gradient of a tile of positions and channels of the row at a slot."""
+    row = row_of_slot(plan_ptr, slot, HAS_TASKS)
+    columns, real = text_columns(
+        plan_ptr,
+        columns_ptr,
+        row,
+        offs_s,
+        mask_s,
+        batch,
+        length,
+        num_tasks,
+        HAS_MASK,
+        HAS_TASKS,
+        BY_ROW,
+    )
+    return tl.load(
+        grad_ptrs + (row * stride_grad_b + columns * stride_grad_s)[:, None],
+        mask=(mask_s & real)[:, None] & mask_d[None, :],
+        other=0.0,
+    ).to(tl.float32)
+
+
+@triton.jit
 def _text_sums(
     grad_ptr,
     part_a_ptr,
@@ -245,32 +286,44 @@ def _text_sums(
         for start_s in range(first_s, end_s, BLOCK_S):
             offs_s = start_s + tl.arange(0, BLOCK_S)
             mask_s = offs_s < length
-            summed = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-            for slot in range(first, last):
-                row = row_of_slot(plan_ptr, slot, HAS_TASKS)
-                columns, real = text_columns(
+            if ROWS == 1 and not HAS_TASKS:  # a loop would take registers
+                summed = _text_grad(
+                    grad_ptr + offs_d[None, :] * stride_grad_d,
                     plan_ptr,
                     columns_ptr,
-                    row,
+                    first,
                     offs_s,
                     mask_s,
+                    mask_d,
                     batch,
                     length,
                     num_tasks,
+                    stride_grad_b,
+                    stride_grad_s,
                     HAS_MASK,
                     HAS_TASKS,
                     BY_ROW,
                 )
-                grad_ptrs = grad_ptr + row * stride_grad_b + (columns * stride_grad_s)[:, None]
-                grad = tl.load(
-                    grad_ptrs + offs_d[None, :] * stride_grad_d,
-                    mask=(mask_s & real)[:, None] & mask_d[None, :],
-                    other=0.0,
-                ).to(tl.float32)
-                if ROWS == 1:
-                    summed = grad
-                else:
-                    summed += grad
+            else:
+                summed = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+                for slot in range(first, last):
+                    summed += _text_grad(
+                        grad_ptr + offs_d[None, :] * stride_grad_d,
+                        plan_ptr,
+                        columns_ptr,
+                        slot,
+                        offs_s,
+                        mask_s,
+                        mask_d,
+                        batch,
+                        length,
+                        num_tasks,
+                        stride_grad_b,
+                        stride_grad_s,
+                        HAS_MASK,
+                        HAS_TASKS,
+                        BY_ROW,
+                    )
             offs_p = offs_s.to(tl.int64)
             mask_a = mask_s[:, None] & mask_r[None, :]
             b = tl.load(

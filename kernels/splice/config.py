@@ -212,7 +212,8 @@ def backward_config(
     into as many programs as there are tiles, then the positions and the rows until the programs
     fill a GPU. If their parts need more memory than the workspace has, there are fewer programs,
     then they take more channels each; if it is never enough, the fewest programs are split so that
-    they need the least.
+    they need the least. One row whose rank is no multiple of 16 then needs the registers of twice
+    as many threads: its loads are 8 bytes wide, and its products take longer than these.
     """
     block_r = _within(_MIN_BLOCK, _power_of_two(rank), 256)
     widest_s, widest_d = _BACKWARD_TILE[block_r]
@@ -247,18 +248,17 @@ def backward_config(
     least = min(fewest, key=lambda choice: split(*choice)[0])
     programs, tiles_d = next(fits, least)
     _, chunks_s, chunks_b = split(programs, tiles_d)
-    # A second loop, or tiles of float32, need the registers of as many threads again.
-    crowded = tiles_d > 1 or grad_dtype.itemsize == 4
+    rows = max(1, _ceil(batch, chunks_b))
     return BackwardConfig(
-        rows=max(1, _ceil(batch, chunks_b)),
+        rows=rows,
         tiles=_ceil(blocks_s, chunks_s),
         tiles_d=tiles_d,
         block_s=block_s,
         block_d=block_d,
         block_r=block_r,
         order=order_of(dtype),
-        num_warps=8 if rank > _NARROW_RANK or not crowded else 16,
-        registers=_registers(rank),
+        num_warps=16 if rows == 1 and tiles_d > 1 and rank % _MIN_BLOCK else 8,
+        registers=_registers(rank) if dtype != torch.float16 else _MOST_REGISTERS,
     )
 
 

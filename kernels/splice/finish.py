@@ -41,9 +41,9 @@ def _group_of_task(plan_ptr, task, batch, BLOCK_B: tl.constexpr):
     group = 0
     number = 0
     for start in range(0, batch, BLOCK_B):
-        offs_b = start + tl.arange(0, BLOCK_B)
+        offs_b = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
         there = offs_b < batch
-        tasks = tl.load(plan_ptr + batch + offs_b, mask=there, other=0)
+        tasks = tl.load(plan_ptr + (tl.cast(batch, tl.int64) + offs_b), mask=there, other=0)
         group += tl.sum((there & (tasks < task)).to(tl.int32))
         number += tl.sum((there & (tasks == task)).to(tl.int32))
     return group, number > 0

@@ -63,18 +63,31 @@ def _sort_by_task(
         if BY_ROW == 0:
             group_less += tl.sum((tasks < program).to(tl.int32))
             group_same += tl.sum((tasks == program).to(tl.int32))
-    slot = less + before
-    begin_ptr = plan_ptr + 2 * batch
+    slot = tl.cast(less + before, tl.int64)
+    rows = tl.cast(batch, tl.int64)
     if program < batch:
         tl.store(plan_ptr + slot, program)
-        tl.store(plan_ptr + batch + slot, own)
+        tl.store(plan_ptr + (rows + slot), own)
         if BY_ROW:
-            tl.store(begin_ptr + slot, less)
-            tl.store(begin_ptr + batch + slot, less + same)
+            tl.store(plan_ptr + (2 * rows + slot), less)
+            tl.store(plan_ptr + (3 * rows + slot), less + same)
     if BY_ROW == 0:
         if program <= num_tasks:
-            tl.store(begin_ptr + program, group_less)
-            tl.store(begin_ptr + num_tasks + 1 + program, group_less + group_same)
+            group = tl.cast(program, tl.int64)
+            groups = tl.cast(num_tasks, tl.int64) + 1
+            tl.store(plan_ptr + (2 * rows + group), group_less)
+            tl.store(plan_ptr + (2 * rows + groups + group), group_less + group_same)
+
+
+@triton.jit
+def _past_tasks(batch, num_tasks, HAS_TASKS: tl.constexpr, BY_ROW: tl.constexpr):
+    """Where the arrays of the mask begin: behind the four of the tasks, if these are there."""
+    past = tl.cast(batch, tl.int64) * 0
+    if HAS_TASKS:
+        rows = tl.cast(batch, tl.int64)
+        groups = rows if BY_ROW else tl.cast(num_tasks, tl.int64) + 1
+        past = 2 * (rows + groups)
+    return past
 
 
 @triton.jit
@@ -116,10 +129,11 @@ def splice_plan_kernel(
         _sort_by_task(
             plan_ptr, task_ids_ptr, stride_task_ids, program, batch, num_tasks, BY_ROW, BLOCK_B
         )
-        plan_ptr += 2 * (batch + (batch if BY_ROW else num_tasks + 1))
     if HAS_MASK:
         if program < batch:
             row = program.to(tl.int64)
+            rows = tl.cast(batch, tl.int64)
+            plan_ptr += _past_tasks(batch, num_tasks, HAS_TASKS, BY_ROW) + row
             mask_ptr += row * stride_mask_b
             first = length
             last = 0
@@ -133,9 +147,9 @@ def splice_plan_kernel(
                 last = tl.maximum(last, tl.max(tl.where(real, offs_s + 1, 0)))
             first = tl.minimum(first, last)
             holes = last - first != total
-            tl.store(plan_ptr + row, first)
-            tl.store(plan_ptr + batch + row, total)
-            tl.store(plan_ptr + 2 * batch + row, holes.to(tl.int32))
+            tl.store(plan_ptr, first)
+            tl.store(plan_ptr + rows, total)
+            tl.store(plan_ptr + 2 * rows, holes.to(tl.int32))
             if holes:
                 _columns_of_positions(
                     columns_ptr + row * length, mask_ptr, stride_mask_s, length, total, BLOCK_S
@@ -145,10 +159,10 @@ def splice_plan_kernel(
 @triton.jit
 def row_of_slot(plan_ptr, slot, HAS_TASKS: tl.constexpr):
     """The row of the batch at a place in the order by task."""
-    row = slot
+    row = tl.cast(slot, tl.int64)
     if HAS_TASKS:
-        row = tl.load(plan_ptr + slot)
-    return row.to(tl.int64)
+        row = tl.load(plan_ptr + row).to(tl.int64)
+    return row
 
 
 @triton.jit
@@ -159,11 +173,12 @@ def run_of_slot(
     task = 0
     end = last
     if HAS_TASKS:
-        task = tl.load(plan_ptr + batch + slot)
+        rows = tl.cast(batch, tl.int64)
+        task = tl.load(plan_ptr + (rows + slot))
         if BY_ROW:
-            end = tl.load(plan_ptr + 3 * batch + slot)
+            end = tl.load(plan_ptr + (3 * rows + slot))
         else:
-            end = tl.load(plan_ptr + 2 * batch + num_tasks + 1 + task)
+            end = tl.load(plan_ptr + (2 * rows + num_tasks + 1 + task))
         end = tl.minimum(end, last)
     return task, end
 
@@ -190,16 +205,16 @@ def text_columns(
     columns = offs_s
     real = mask_s
     if HAS_MASK:
-        if HAS_TASKS:
-            plan_ptr += 2 * (batch + (batch if BY_ROW else num_tasks + 1))
-        first = tl.load(plan_ptr + row)
-        total = tl.load(plan_ptr + batch + row)
-        holes = tl.load(plan_ptr + 2 * batch + row)
+        rows = tl.cast(batch, tl.int64)
+        plan_ptr += _past_tasks(batch, num_tasks, HAS_TASKS, BY_ROW) + row
+        first = tl.load(plan_ptr)
+        total = tl.load(plan_ptr + rows)
+        holes = tl.load(plan_ptr + 2 * rows)
         padding = offs_s - total
         real = padding < 0
         columns = tl.where(real, offs_s + first, offs_s)
         columns = tl.where((padding >= 0) & (padding < first), padding, columns)
         # Nothing is read for a row without holes.
-        ptrs = columns_ptr + row * length + offs_s
+        ptrs = columns_ptr + (row * length + offs_s.to(tl.int64))
         columns = tl.load(ptrs, mask=mask_s & (holes != 0), other=columns)
     return columns.to(tl.int64), real

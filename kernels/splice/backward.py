@@ -136,7 +136,7 @@ def splice_backward_kernel(
                     grad_ptr + offs_m[:, None] * stride_grad_s + offs_d[None, :] * stride_grad_d
                 )
                 summed = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-                for slot in range(first, last):
+                for slot in tl.range(first, last, disable_licm=True):
                     row = row_of_slot(plan_ptr, slot, HAS_TASKS)
                     grad = tl.load(grad_ptrs + row * stride_grad_b, mask=mask, other=0.0)
                     summed += grad.to(tl.float32)
@@ -306,7 +306,7 @@ def _text_sums(
                 )
             else:
                 summed = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-                for slot in range(first, last):
+                for slot in tl.range(first, last, disable_licm=True):
                     summed += _text_grad(
                         grad_ptr + offs_d[None, :] * stride_grad_d,
                         plan_ptr,

@@ -239,11 +239,12 @@ def backward_config(
         elements = sum(size * number for size, number in parts if number > 1)
         return 4 * groups * elements, chunks_s, chunks_b
 
+    tiles = [1 << i for i in range(blocks_d.bit_length())]
     # The registers of the widest rank leave no room for a second loop.
-    tiles = [1 << i for i in range(blocks_d.bit_length())] if block_r < 256 else [1]
+    most = _WORKSPACE_BYTES * (8 if block_r == 256 else 1)
     numbers = (_PROGRAMS, _PROGRAMS // 2, _FEWEST_PROGRAMS)
     choices = [(n, t) for t in tiles for n in numbers]
-    fits = (choice for choice in choices if split(*choice)[0] <= _WORKSPACE_BYTES)
+    fits = (choice for choice in choices if split(*choice)[0] <= most)
     fewest = [(n, t) for n, t in choices if n == _FEWEST_PROGRAMS]
     least = min(fewest, key=lambda choice: split(*choice)[0])
     programs, tiles_d = next(fits, least)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 from ept_fast.kernels.runtime import Operand, Plan
 from ept_fast.kernels.splice.backward import splice_backward_kernel
@@ -82,10 +83,6 @@ def _strides(tensor: Any, number: int) -> tuple[int, ...]:
     return (0,) * number if tensor is None else tensor.stride()
 
 
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)
-
-
 def _terms(a: Any, b: Any) -> int:
     """How many bfloat16 numbers add up to one of A or B."""
     return 1 if a is None else max(terms_of(a.dtype), terms_of(b.dtype))
@@ -130,10 +127,10 @@ def forward(plan: Plan, inputs: Any, scaling: float, add: _Add, sizes: Any) -> N
             **plan_config(batch, length).options(),
         )
     config = sizes(batch, length, m, width, rank, rows.has_tasks, source.dtype)
-    blocks = _ceil(m, config.block_s) + _ceil(length, config.block_s)
+    blocks = triton.cdiv(m, config.block_s) + triton.cdiv(length, config.block_s)
     plan.launch(
         splice_forward_kernel,
-        _ceil(batch, config.rows) * blocks * _ceil(width, config.block_d),
+        triton.cdiv(batch, config.rows) * blocks * triton.cdiv(width, config.block_d),
         out,
         inputs.prompt,
         inputs.input_ids,
@@ -204,9 +201,9 @@ def backward(
     rank = inputs.offset_a.shape[2] if need_o else 0
     kind = torch.float32 if a is None else torch.promote_types(a.dtype, b.dtype)
     config = sizes(batch, length, m, width, rank, tasks, grad.dtype, kind, sum_p, sum_o)
-    chunks_b = _ceil(batch, config.rows) if batch else 0
-    chunks_s = _ceil(length, config.block_s * config.tiles)
-    chunks_d = _ceil(width, config.block_d * config.tiles_d)
+    chunks_b = triton.cdiv(batch, config.rows) if batch else 0
+    chunks_s = triton.cdiv(length, config.block_s * config.tiles)
+    chunks_d = triton.cdiv(width, config.block_d * config.tiles_d)
     parts_p, parts_a, parts_b = chunks_b, chunks_b * chunks_d, chunks_b * chunks_s
     whole_a = parts_a == 1 and config.tiles_d == 1
     size_p, size_b = m * width, rank * width
@@ -220,7 +217,7 @@ def backward(
     if sum_o and parts_b > 1:
         part_b = plan.scratch((rows.groups * parts_b, size_b))
     if sum_p or sum_o:
-        blocks = (_ceil(m, config.block_s) if sum_p else 0) + (chunks_s if sum_o else 0)
+        blocks = (triton.cdiv(m, config.block_s) if sum_p else 0) + (chunks_s if sum_o else 0)
         mask = rows.has_mask and sum_o
         plan.launch(
             splice_backward_kernel,
@@ -261,9 +258,9 @@ def backward(
     finish_o = need_o and (
         not (whole_a and parts_b == 1) or rows.by_row or covered_a < size_a or not sum_o
     )
-    blocks = _ceil(size_p, _FINISH_BLOCK) if finish_p else 0
+    blocks = triton.cdiv(size_p, _FINISH_BLOCK) if finish_p else 0
     if finish_o:
-        blocks += _ceil(size_a, _FINISH_BLOCK) + _ceil(size_b, _FINISH_BLOCK)
+        blocks += triton.cdiv(size_a, _FINISH_BLOCK) + triton.cdiv(size_b, _FINISH_BLOCK)
     plan.launch(
         splice_finish_kernel,
         tasks * blocks,

@@ -1,4 +1,4 @@
-"""What kernels share: products of float32 tiles on matrix units, the grid of tiles of an axis.
+"""Products of float32 tiles on matrix units.
 
 A float32 number is the sum of three bfloat16 numbers, to the last bit: 3 × 8 bits of significand.
 A product of two such sums is made of products of bfloat16 numbers, which are exact, added in

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.utils.parametrize
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -428,3 +429,23 @@ def test_the_module_uses_it() -> None:
     prompt = FusedEPTPrompt(config, init=torch.randn(9, 5), backend="eager")
     out = prompt(inputs_embeds=torch.randn(4, 6, 5)).inputs_embeds
     assert type(out.grad_fn).__name__ == "_PathBackward"
+
+
+def test_a_tensor_that_is_computed_from_others() -> None:
+    config = EPTConfig(5, num_virtual_tokens=3, max_length=7, rank=2, num_spaces=2)
+    prompt = FusedEPTPrompt(config, init=torch.randn(9, 5), backend="eager")
+    embeds = torch.randn(4, 6, 5)
+    expected = prompt(inputs_embeds=embeds).inputs_embeds
+    torch.nn.utils.parametrize.register_parametrization(prompt, "short_prompt", torch.nn.Identity())
+    assert torch.equal(prompt(inputs_embeds=embeds).inputs_embeds, expected)
+
+
+def test_a_subclass_may_reconstruct_otherwise() -> None:
+    class Doubled(FusedEPTPrompt):
+        def reconstruct(self) -> Tensor:
+            return 2 * super().reconstruct()
+
+    config = EPTConfig(5, num_virtual_tokens=3, max_length=7, rank=2, num_spaces=2)
+    prompt = Doubled(config, init=torch.randn(9, 5), backend="eager")
+    out = prompt(inputs_embeds=torch.randn(4, 6, 5)).inputs_embeds
+    assert torch.equal(out[0, :3], prompt.reconstruct())

@@ -118,9 +118,13 @@ class FusedEPTPrompt(Prompt):
         """The embeddings ``[B, m + S, d]`` of prompt and text, by both operations in one."""
         if type(self).reconstruct is not FusedEPTPrompt.reconstruct:  # a subclass has its own
             return super().put_before(text)
+        try:
+            tensors = [self._parameters[name] for name in Parameters._fields]
+        except KeyError:  # one is computed from others (torch.nn.utils.parametrize)
+            tensors = [getattr(self, name) for name in Parameters._fields]
+        parameters = Parameters(*tensors)  # type: ignore[arg-type]
         c = self.config
         flags = Flags(c.scaling, c.activation, c.gate, c.temperature)
-        parameters = Parameters(*map(self._parameters.__getitem__, Parameters._fields))  # type: ignore[arg-type]
         return prompt_path(parameters, text, flags, c.fusion, self.backend, self.tensors)
 
     @property

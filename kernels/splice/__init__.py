@@ -7,9 +7,8 @@ pos(b, s) is the number of real tokens before column s of row b, counted from th
 
 With a mask or task ids, one small launch writes the plan (:mod:`.plan`) that forward and backward
 go by; the forward is one launch more (:mod:`.forward`), the backward two (:mod:`.backward`,
-:mod:`.finish`). A row
-whose task id is not in the bank is NaN, as is a token whose id is not in the table: neither is
-read.
+:mod:`.finish`). A row whose task id is not in the bank is NaN, as is a token whose id is not in the
+table: neither is read.
 
 This file is the host code: it describes the launches to a :class:`ept_fast.kernels.runtime.Plan`.
 """
@@ -200,7 +199,7 @@ def backward(
     b: Any = inputs.offset_b if sum_o else None
     rank = inputs.offset_a.shape[2] if need_o else 0
     kind = torch.float32 if a is None else torch.promote_types(a.dtype, b.dtype)
-    config = sizes(batch, length, m, width, rank, tasks, grad.dtype, kind, sum_p, sum_o)
+    config = sizes(batch, length, m, width, rank, tasks, kind, sum_p, sum_o)
     chunks_b = triton.cdiv(batch, config.rows) if batch else 0
     chunks_s = triton.cdiv(length, config.block_s * config.tiles)
     chunks_d = triton.cdiv(width, config.block_d * config.tiles_d)

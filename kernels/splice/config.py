@@ -201,7 +201,6 @@ def backward_config(
     hidden_size: int,
     rank: int,
     tasks: int,
-    grad_dtype: torch.dtype,
     dtype: torch.dtype,
     has_prompt: bool,
     has_offset: bool,

@@ -214,7 +214,9 @@ def text_columns(
         real = padding < 0
         columns = tl.where(real, offs_s + first, offs_s)
         columns = tl.where((padding >= 0) & (padding < first), padding, columns)
-        # Nothing is read for a row without holes.
+        # Nothing is read for a row without holes. The mask is made of a tile, since the
+        # interpreter of Triton 3.9 takes no scalar comparison.
+        has_holes = tl.full(mask_s.shape, holes, tl.int32) != 0
         ptrs = columns_ptr + (row * length + offs_s.to(tl.int64))
-        columns = tl.load(ptrs, mask=mask_s & (holes != 0), other=columns)
+        columns = tl.load(ptrs, mask=mask_s & has_holes, other=columns)
     return columns.to(tl.int64), real

@@ -190,5 +190,5 @@ def test_launches_are_listed_and_compiled_elsewhere(tmp_path: Path) -> None:
     assert len(lines) == len(set(lines))
     kernels = [json.loads(line)["kernel"] for line in lines]
     assert {"splice_forward_kernel", "splice_backward_kernel", "_reduce_kernel"} <= set(kernels)
-    file.write_text("".join(f"{line}\n" for line in lines if "_splice_finish" in line))
+    file.write_text("".join(f"{line}\n" for line in lines if "splice_finish_kernel" in line))
     assert "1 of 1 compiled" in launches("compile", str(file))

@@ -607,7 +607,8 @@ def limits_of(use: Use) -> Limits | None:
         return None
     if use.case.shape.rank > 32:  # whose products need more registers
         return None
-    if use.shape == "long":  # its backward is bound by products; what it loads is 8 bytes wide
+    if (use.shape, use.launch.kernel) == ("long", "splice_backward_kernel"):
+        # It is bound by products, and loads 8 bytes at a time.
         return limits._replace(wide_loads=0.0)
     # Triton takes a size for a multiple of 16 or for any number.
     if use.case.shape.hidden_size % 16:

@@ -200,12 +200,11 @@ def splice_works(shape: Shape) -> dict[str, Work]:
     calls.describe_splice_backward(backward, 1.0, True, True, calls.backward_config)
     text = shape.batch * shape.length * d * 2
     out = grad.numel() * 2
-    small = sum(
-        4 * t.numel() for t in (inputs.prompt, inputs.offset_a, inputs.offset_b) if t is not None
-    )
+    small = 4 * tasks * (m * d + (shape.max_length + d) * r)
     parts = backward.sizes[1]
     moved = {
-        "splice_plan_kernel": ids.numel() * 8 + forward.sizes[0] // 50,
+        # The mask, and the plan without the columns of rows with holes.
+        "splice_plan_kernel": ids.numel() * 8 + forward.sizes[0] - ids.numel() * 4,
         "splice_forward_kernel": text + out + ids.numel() * 8 + small,
         "splice_backward_kernel": out + small + parts,
         "splice_finish_kernel": parts + small,

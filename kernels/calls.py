@@ -163,22 +163,9 @@ def splice_backward(
 # Both
 
 
-def _with_task_axis(operand: Any) -> Any:
-    """An operand of a single prompt as that of a bank of one."""
-    shape, strides = operand.shape, operand.stride()
-    return runtime.Operand(operand.place, (1, *shape), (1, *strides), operand.dtype)
-
-
-def _tasked(parameters: Sequence[Any]) -> Any:
-    given = Parameters(*parameters)
-    if len(given.short_prompt.shape) == 3:
-        return given
-    return Parameters(*(None if t is None else _with_task_axis(t) for t in given))  # type: ignore[arg-type]
-
-
 def _seen(parameters: Any, fusion: bool) -> Any:
     """What the first operation sees; None if it changes nothing."""
-    seen = parameters if fusion else parameters._replace(offset_a=None, offset_b=None)
+    seen = parameters.seen(fusion)
     return seen if seen.has_offset or seen.has_spaces else None
 
 
@@ -186,7 +173,7 @@ def describe_path_forward(
     plan: Plan, flags: Flags, fusion: bool, first_sizes: Any, second_sizes: Any
 ) -> None:
     """Fill a plan for the tensors of :class:`Parameters` and :class:`Text`."""
-    parameters, text = _tasked(plan.inputs[:7]), Text(*plan.inputs[7:])
+    parameters, text = Parameters(*plan.inputs[:7]).with_task_axis(), Text(*plan.inputs[7:])
     prompt: Any = parameters.short_prompt
     if seen := _seen(parameters, fusion):
         prompt = plan.scratch(prompt.shape, prompt.dtype)
@@ -214,9 +201,7 @@ def path_forward(
 def path_kept(parameters: Parameters, text: Text, fusion: bool) -> list[Tensor]:
     """An empty tensor of the size of what :func:`path_forward` keeps."""
     size = _Size()
-    given = parameters
-    if given.short_prompt.dim() == 2:
-        given = Parameters(*(None if t is None else t.unsqueeze(0) for t in given))  # type: ignore[arg-type]
+    given = parameters.with_task_axis()
     if seen := _seen(given, fusion):
         reconstruct.saved(size, seen)
     inputs = text.behind(given.short_prompt, given)
@@ -231,7 +216,8 @@ def describe_path_backward(
     is kept.
     """
     grad, *rest, memory = plan.inputs
-    parameters, text = _tasked(rest[:7]), Text(*rest[7:])
+    parameters: Any = Parameters(*rest[:7]).with_task_axis()
+    text = Text(*rest[7:])
     find = plan.pieces_of(memory)
     seen = _seen(parameters, fusion)
     saved = reconstruct.saved(find, seen) if seen else None

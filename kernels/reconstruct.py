@@ -21,7 +21,6 @@ weight, O is then that row of c·A to the bit, and the softmax's gradient cancel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +28,11 @@ import triton
 import triton.language as tl
 
 from ept_fast.kernels.activations import activate, activation_derivative
-from ept_fast.kernels.runtime import Operand, Plan
+from ept_fast.kernels.runtime import Add, Operand, Plan
 from ept_fast.ops.types import Flags, Parameters, Saved
 
 __all__ = ["backward", "forward", "saved"]
 
-_Add = Callable[[Sequence[int], torch.dtype], Any]
 
 # Tiles
 
@@ -1458,7 +1456,7 @@ def _or_stand_in(tensor: Any, stand_in: Any, number: int) -> tuple[Any, tuple[in
     return (stand_in, (1,) * number) if tensor is None else (tensor, tensor.stride())
 
 
-def saved(add: _Add, parameters: Parameters) -> Saved:
+def saved(add: Add, parameters: Parameters) -> Saved:
     """What the backward needs, made by ``add(shape, dtype)``."""
     tasks, m, _, r, spaces, dim, _ = parameters.sizes()
     dims = spaces * dim
@@ -1477,7 +1475,7 @@ def saved(add: _Add, parameters: Parameters) -> Saved:
     )
 
 
-def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: _Add, sizes: Any) -> None:
+def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: Add, sizes: Any) -> None:
     """Describe the forward, with an offset or subspaces.
 
     Args:

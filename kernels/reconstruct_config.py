@@ -7,16 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ept_fast.kernels.sizes import ceil_div, power_of_two
+
 __all__ = ["ReconstructConfig", "reconstruct_config"]
-
-
-def _power_of_two(number: int) -> int:
-    """The least power of two that is no smaller."""
-    return 1 << max(0, number - 1).bit_length()
-
-
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)
 
 
 # Programs that fill a GPU of today, 100 to 150 multiprocessors. A constant, not the number that
@@ -26,8 +19,8 @@ _RECONSTRUCT_PROGRAMS = 128
 
 def _chunks(length: int, block: int, most: int) -> tuple[int, int]:
     """``length`` cut into at most ``most`` equal chunks of whole blocks: (chunks, their length)."""
-    chunk = max(1, _ceil(length, block * max(1, most))) * block
-    return max(1, _ceil(length, chunk)), chunk
+    chunk = max(1, ceil_div(length, block * max(1, most))) * block
+    return max(1, ceil_div(length, chunk)), chunk
 
 
 @dataclass(frozen=True)
@@ -89,26 +82,26 @@ def reconstruct_config(
     rows = 16
     reduce_rows = reduce_columns = reduce_depth = 32
     dims = spaces * dim
-    outer = _ceil(m + rank if spaces else m, reduce_rows)
-    tiles = tasks * outer * _ceil(rank + dims + spaces, reduce_columns)
-    most = _ceil(width, 2 * reduce_depth)  # two steps of a sum at least
+    outer = ceil_div(m + rank if spaces else m, reduce_rows)
+    tiles = tasks * outer * ceil_div(rank + dims + spaces, reduce_columns)
+    most = ceil_div(width, 2 * reduce_depth)  # two steps of a sum at least
     d_splits, d_chunk = _chunks(
-        width, reduce_depth, min(_ceil(_RECONSTRUCT_PROGRAMS, tiles), 16, most)
+        width, reduce_depth, min(ceil_div(_RECONSTRUCT_PROGRAMS, tiles), 16, most)
     )
-    tiles = tasks * _ceil(m, reduce_rows) * _ceil(rank + dims, reduce_columns)
+    tiles = tasks * ceil_div(m, reduce_rows) * ceil_div(rank + dims, reduce_columns)
     backward_d_splits, backward_d_chunk = _chunks(
-        width, reduce_depth, min(_ceil(_RECONSTRUCT_PROGRAMS, tiles), 16, most)
+        width, reduce_depth, min(ceil_div(_RECONSTRUCT_PROGRAMS, tiles), 16, most)
     )
 
-    block_rank = max(16, _power_of_two(rank))
+    block_rank = max(16, power_of_two(rank))
     positions = 64 if block_rank <= 32 else 32 if block_rank <= 128 else 16
     backward_positions = min(positions, 32)
-    blocks = _ceil(m, rows)
+    blocks = ceil_div(m, rows)
     n_splits, n_chunk = _chunks(n, positions, min(_RECONSTRUCT_PROGRAMS // (tasks * blocks), 32))
     backward_chunks, backward_n_chunk = _chunks(
-        n, backward_positions, _ceil(2 * _RECONSTRUCT_PROGRAMS, tasks)
+        n, backward_positions, ceil_div(2 * _RECONSTRUCT_PROGRAMS, tasks)
     )
-    groups, group_rows = _chunks(m, rows, _ceil(_RECONSTRUCT_PROGRAMS, tasks * backward_chunks))
+    groups, group_rows = _chunks(m, rows, ceil_div(_RECONSTRUCT_PROGRAMS, tasks * backward_chunks))
     wide = tasks * blocks * (width // 64) >= _RECONSTRUCT_PROGRAMS and block_rank <= 64
     return ReconstructConfig(
         reduce_rows=reduce_rows,

@@ -38,11 +38,13 @@ from ept_fast.kernels.launch import hooked, launch_of, launcher, run, target, tr
 
 __all__ = [
     "PLANS",
+    "Add",
     "Launch",
     "Operand",
     "Plan",
     "Results",
     "call",
+    "facts_of",
     "forget",
     "plan_of",
     "plans",
@@ -76,6 +78,15 @@ class Operand:
         """As of a tensor."""
         return prod(self.shape)
 
+    def dim(self) -> int:
+        """As of a tensor."""
+        return len(self.shape)
+
+    def unsqueeze(self, dim: int) -> Operand:
+        """As of a tensor, for a new first axis."""
+        assert dim == 0
+        return Operand(self.place, (1, *self.shape), (1, *self.strides), self.dtype)
+
 
 def rounded(size: int) -> int:
     """The bytes that a piece of so many takes."""
@@ -85,6 +96,10 @@ def rounded(size: int) -> int:
 def _contiguous(place: tuple[int, int], shape: Sequence[int], dtype: torch.dtype) -> Operand:
     strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
     return Operand(place, shape, strides, dtype)
+
+
+# Makes an operand of a shape and type, or finds it in memory that another call has kept.
+Add = Callable[[Sequence[int], torch.dtype], Any]
 
 
 class _Piece(NamedTuple):
@@ -170,7 +185,7 @@ class Plan:
         self._most_scratch = max(self._most_scratch, self._sizes[_SCRATCH])
         self._sizes[_SCRATCH] = before
 
-    def pieces_of(self, memory: Operand) -> Callable[[Sequence[int], torch.dtype], Operand]:
+    def pieces_of(self, memory: Operand) -> Add:
         """For an input that another call has kept: what finds the tensors in it, in their order."""
         buffer = _FIRST_INPUT + memory.place[1]
         self._sizes += [0] * (buffer + 1 - len(self._sizes))
@@ -350,7 +365,7 @@ def plan_of(
         known: stands for what a plan depends on of the tensors: equal for the same shapes, strides,
             types, devices and alignment, and for no others; None: look at them.
     """
-    facts = tuple(map(_facts, tensors)) if known is None else known
+    facts = tuple(map(facts_of, tensors)) if known is None else known
     key = (describe, choices, facts)
     plan = _plans.get(key)
     if plan is None:
@@ -366,7 +381,8 @@ def plan_of(
     return plan
 
 
-def _facts(tensor: Tensor | None) -> Hashable:
+def facts_of(tensor: Tensor | None) -> Hashable:
+    """What a plan depends on of a tensor."""
     if tensor is None:
         return None
     alignment = tensor.data_ptr() % _ALIGNMENT

@@ -18,6 +18,7 @@ from ept_fast.checks import (
     constant,
     values_are_checked,
 )
+from ept_fast.kernels.runtime import facts_of
 from ept_fast.ops import dispatch
 from ept_fast.ops.path import path
 from ept_fast.ops.reconstruct import gate_weights as _gate_weights
@@ -94,7 +95,7 @@ def reconstruct_prompt(
         return reference.reconstruct_prompt(*parameters, **_by_name(flags))
     if short_prompt.dim() == 3:
         return reconstruct(parameters, flags, chosen)
-    return reconstruct(Parameters(*_with_task_axis(parameters)), flags, chosen).squeeze(0)
+    return reconstruct(parameters.with_task_axis(), flags, chosen).squeeze(0)
 
 
 def gate_weights(
@@ -114,7 +115,7 @@ def gate_weights(
         chosen = "eager"
     if parameters.short_prompt.dim() == 3:
         return _gate_weights(parameters, flags, chosen)
-    return _gate_weights(Parameters(*_with_task_axis(parameters)), flags, chosen).squeeze(0)
+    return _gate_weights(parameters.with_task_axis(), flags, chosen).squeeze(0)
 
 
 def _prepared(
@@ -122,15 +123,10 @@ def _prepared(
 ) -> tuple[Parameters, Flags, str]:
     """Checked, without the offset unless it is fused; and the backend for them."""
     check_reconstruct(parameters, flags, fusion)
-    if not fusion:
-        parameters = parameters._replace(offset_a=None, offset_b=None)
+    parameters = parameters.seen(fusion)
     scaling, activation, gate, temperature = flags
     flags = Flags(float(scaling), activation, gate, float(temperature))
     return parameters, flags, dispatch.select(backend, parameters)
-
-
-def _with_task_axis(tensors: tuple[Tensor | None, ...]) -> list[Any]:
-    return [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]
 
 
 def _by_name(values: tuple[Any, ...]) -> dict[str, Any]:
@@ -199,7 +195,7 @@ def splice_prompt(
     if weight is not None:
         inputs = inputs._replace(weight=weight.detach())
     if prompt.dim() == 2:
-        head, a, b = _with_task_axis((prompt, offset_a, offset_b))
+        head, a, b, *_ = Parameters(prompt, offset_a, offset_b).with_task_axis()
         inputs = inputs._replace(prompt=head, offset_a=a, offset_b=b)
     return splice(inputs, float(scaling), chosen)
 
@@ -217,7 +213,6 @@ class _Checked:
 _CHECKED = 512
 _checked: dict[Hashable, _Checked] = {}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_ALIGNMENT = 16  # bytes
 
 
 def _key(
@@ -231,12 +226,9 @@ def _key(
     found += map(type, (fusion, *flags))  # 1 and True are equal
     try:
         for t in tensors:
-            if t is None:
-                found.append(t)
-            elif type(t) in _PLAIN:
-                found += (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % _ALIGNMENT)
-            else:
+            if t is not None and type(t) not in _PLAIN:
                 return None
+            found.append(facts_of(t))
         key = tuple(found)
         hash(key)
     except (RuntimeError, TypeError):  # no storage, or not what it should be

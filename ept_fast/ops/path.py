@@ -32,17 +32,6 @@ _SAVED = len(Saved._fields)
 _WIDE = "eager"  # the backend that can leave the offset's gradients unrounded
 
 
-def _with_task_axis(parameters: Parameters) -> Parameters:
-    if parameters.short_prompt.dim() == 3:
-        return parameters
-    return Parameters(*(None if t is None else t.unsqueeze(0) for t in parameters))  # type: ignore[arg-type]
-
-
-def _seen(parameters: Parameters, fusion: bool) -> Parameters:
-    """What the first operation sees."""
-    return parameters if fusion else parameters._replace(offset_a=None, offset_b=None)
-
-
 def _own(backend: str, parameters: Parameters) -> Any:
     """The backend's module if it has a path of its own for these tensors, else None."""
     module = dispatch.load(backend)
@@ -56,8 +45,8 @@ def _composed_forward(
     backend: str, parameters: Parameters, text: Text, flags: Flags, fusion: bool
 ) -> list[Tensor]:
     module = dispatch.load(backend)
-    given = _with_task_axis(parameters)
-    prompt, saved = module.reconstruct_forward(_seen(given, fusion), flags)
+    given = parameters.with_task_axis()
+    prompt, saved = module.reconstruct_forward(given.seen(fusion), flags)
     out, kept = module.splice_forward(text.behind(prompt, given), flags.scaling)
     return [out, *saved, *kept]
 
@@ -73,7 +62,7 @@ def _composed_backward(
     needs: Needs,
 ) -> list[Tensor]:
     module = dispatch.load(backend)
-    given = _with_task_axis(parameters)
+    given = parameters.with_task_axis()
     # In the type of the sums, so that the sum of both halves is rounded and they are not.
     options = {"wide_offset": True} if backend == _WIDE else {}
     d_prompt, *of_text = module.splice_backward(
@@ -87,7 +76,7 @@ def _composed_backward(
     )
     found: list[Any] = [None] * _PARAMETERS
     if needs.prompt:
-        seen, saved = _seen(given, fusion), Saved(*kept[:_SAVED])
+        seen, saved = given.seen(fusion), Saved(*kept[:_SAVED])
         found = list(module.reconstruct_backward(d_prompt, seen, saved, flags, **options))
     if needs.offset:
         for i, half in zip((1, 2), of_text, strict=True):
@@ -205,9 +194,9 @@ def _(
     out = inputs.source.new_empty(batch, m + length, width)
     if module := _own(backend, given):
         return [out, *module.path_kept(given, behind, fusion)]
-    tasked = _with_task_axis(given)
+    tasked = given.with_task_axis()
     spliced = dispatch.load(backend).splice_kept(behind.behind(tasked.short_prompt, tasked))
-    return [out, *saved_like(_seen(tasked, fusion)), *spliced]
+    return [out, *saved_like(tasked.seen(fusion)), *spliced]
 
 
 @_backward_op.register_fake

@@ -44,6 +44,16 @@ class Parameters(NamedTuple):
         """Whether there are subspaces."""
         return self.space_down is not None
 
+    def with_task_axis(self) -> Parameters:
+        """With the leading axis T, of 1 if there is none."""
+        if self.short_prompt.dim() == 3:
+            return self
+        return Parameters(*(None if t is None else t.unsqueeze(0) for t in self))  # type: ignore[arg-type]
+
+    def seen(self, fusion: bool) -> Parameters:
+        """What operation 1 computes with: the offset only if it is fused."""
+        return self if fusion else self._replace(offset_a=None, offset_b=None)
+
     def sizes(self) -> Sizes:
         """METHOD's sizes."""
         tasks, m, d = self.short_prompt.shape

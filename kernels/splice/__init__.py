@@ -15,13 +15,12 @@ This file is the host code: it describes the launches to a :class:`ept_fast.kern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
-from ept_fast.kernels.runtime import Operand, Plan
+from ept_fast.kernels.runtime import Add, Operand, Plan
+from ept_fast.kernels.sizes import ceil_div
 from ept_fast.kernels.splice.backward import splice_backward_kernel
 from ept_fast.kernels.splice.config import plan_config, terms_of_sum
 from ept_fast.kernels.splice.finish import splice_finish_kernel
@@ -33,7 +32,6 @@ from ept_fast.ops.types import SpliceInputs
 __all__ = ["Gradients", "backward", "forward", "kept"]
 
 _FINISH_BLOCK = 512
-_Add = Callable[[Sequence[int], torch.dtype], Any]
 
 
 class _Rows(NamedTuple):
@@ -60,7 +58,7 @@ def _offset(inputs: SpliceInputs, length: int) -> bool:
     return a is not None and a.shape[-1] > 0 and length > 0
 
 
-def kept(add: _Add, inputs: SpliceInputs, batch: int, length: int) -> _Rows:
+def kept(add: Add, inputs: SpliceInputs, batch: int, length: int) -> _Rows:
     """The plan's tables, made by ``add(shape, dtype)`` where a call has any."""
     tasks = inputs.prompt.shape[0]
     has_tasks = inputs.task_ids is not None
@@ -87,7 +85,7 @@ def _terms(a: Any, b: Any) -> int:
     return 1 if a is None else max(terms_of(a.dtype), terms_of(b.dtype))
 
 
-def forward(plan: Plan, inputs: Any, scaling: float, add: _Add, sizes: Any) -> None:
+def forward(plan: Plan, inputs: Any, scaling: float, add: Add, sizes: Any) -> None:
     """Describe the forward: it returns ``[B, m + S, d]`` in the text's type.
 
     Args:
@@ -126,10 +124,10 @@ def forward(plan: Plan, inputs: Any, scaling: float, add: _Add, sizes: Any) -> N
             **plan_config(batch, length).options(),
         )
     config = sizes(batch, length, m, width, rank, rows.has_tasks, source.dtype)
-    blocks = triton.cdiv(m, config.block_s) + triton.cdiv(length, config.block_s)
+    blocks = ceil_div(m, config.block_s) + ceil_div(length, config.block_s)
     plan.launch(
         splice_forward_kernel,
-        triton.cdiv(batch, config.rows) * blocks * triton.cdiv(width, config.block_d),
+        ceil_div(batch, config.rows) * blocks * ceil_div(width, config.block_d),
         out,
         inputs.prompt,
         inputs.input_ids,
@@ -172,7 +170,7 @@ def backward(
     grad: Operand,
     inputs: Any,
     scaling: float,
-    add: _Add,
+    add: Add,
     into: Gradients,
     sizes: Any,
 ) -> None:
@@ -200,9 +198,9 @@ def backward(
     rank = inputs.offset_a.shape[2] if need_o else 0
     kind = torch.float32 if a is None else torch.promote_types(a.dtype, b.dtype)
     config = sizes(batch, length, m, width, rank, tasks, kind, sum_p, sum_o)
-    chunks_b = triton.cdiv(batch, config.rows) if batch else 0
-    chunks_s = triton.cdiv(length, config.block_s * config.tiles)
-    chunks_d = triton.cdiv(width, config.block_d * config.tiles_d)
+    chunks_b = ceil_div(batch, config.rows) if batch else 0
+    chunks_s = ceil_div(length, config.block_s * config.tiles)
+    chunks_d = ceil_div(width, config.block_d * config.tiles_d)
     parts_p, parts_a, parts_b = chunks_b, chunks_b * chunks_d, chunks_b * chunks_s
     whole_a = parts_a == 1 and config.tiles_d == 1
     size_p, size_b = m * width, rank * width
@@ -216,7 +214,7 @@ def backward(
     if sum_o and parts_b > 1:
         part_b = plan.scratch((rows.groups * parts_b, size_b))
     if sum_p or sum_o:
-        blocks = (triton.cdiv(m, config.block_s) if sum_p else 0) + (chunks_s if sum_o else 0)
+        blocks = (ceil_div(m, config.block_s) if sum_p else 0) + (chunks_s if sum_o else 0)
         mask = rows.has_mask and sum_o
         plan.launch(
             splice_backward_kernel,
@@ -257,9 +255,9 @@ def backward(
     finish_o = need_o and (
         not (whole_a and parts_b == 1) or rows.by_row or covered_a < size_a or not sum_o
     )
-    blocks = triton.cdiv(size_p, _FINISH_BLOCK) if finish_p else 0
+    blocks = ceil_div(size_p, _FINISH_BLOCK) if finish_p else 0
     if finish_o:
-        blocks += triton.cdiv(size_a, _FINISH_BLOCK) + triton.cdiv(size_b, _FINISH_BLOCK)
+        blocks += ceil_div(size_a, _FINISH_BLOCK) + ceil_div(size_b, _FINISH_BLOCK)
     plan.launch(
         splice_finish_kernel,
         tasks * blocks,

@@ -182,7 +182,6 @@ def splice_backward_kernel(
                 HAS_MASK,
                 HAS_TASKS,
                 BY_ROW,
-                ROWS,
                 TILES,
                 TILES_D,
                 BLOCK_S,
@@ -263,7 +262,6 @@ def _text_sums(
     HAS_MASK: tl.constexpr,
     HAS_TASKS: tl.constexpr,
     BY_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
     TILES: tl.constexpr,
     TILES_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -286,12 +284,13 @@ def _text_sums(
         for start_s in range(first_s, end_s, BLOCK_S):
             offs_s = start_s + tl.arange(0, BLOCK_S)
             mask_s = offs_s < length
-            if ROWS == 1 and not HAS_TASKS:  # a loop would take registers
-                summed = _text_grad(
+            summed = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+            for slot in tl.range(first, last, disable_licm=True):
+                summed += _text_grad(
                     grad_ptr + offs_d[None, :] * stride_grad_d,
                     plan_ptr,
                     columns_ptr,
-                    first,
+                    slot,
                     offs_s,
                     mask_s,
                     mask_d,
@@ -304,26 +303,6 @@ def _text_sums(
                     HAS_TASKS,
                     BY_ROW,
                 )
-            else:
-                summed = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-                for slot in tl.range(first, last, disable_licm=True):
-                    summed += _text_grad(
-                        grad_ptr + offs_d[None, :] * stride_grad_d,
-                        plan_ptr,
-                        columns_ptr,
-                        slot,
-                        offs_s,
-                        mask_s,
-                        mask_d,
-                        batch,
-                        length,
-                        num_tasks,
-                        stride_grad_b,
-                        stride_grad_s,
-                        HAS_MASK,
-                        HAS_TASKS,
-                        BY_ROW,
-                    )
             offs_p = offs_s.to(tl.int64)
             mask_a = mask_s[:, None] & mask_r[None, :]
             b = tl.load(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ept_fast.kernels.sizes import ceil_div, power_of_two
 from ept_fast.kernels.tiles import terms_of
 
 __all__ = ["BackwardConfig", "ForwardConfig", "PlanConfig", "backward_config", "forward_config"]
@@ -28,15 +29,6 @@ _MIN_BLOCK = 16
 _WORKSPACE_BYTES = 14 * 1024 * 1024
 # Largest tile of the backward by BLOCK_R, which covers the whole rank: what its registers hold.
 _BACKWARD_TILE = {16: (32, 64), 32: (32, 64), 64: (32, 32), 128: (16, 32), 256: (16, 16)}
-
-
-def _power_of_two(number: int) -> int:
-    """The least power of two that is no smaller."""
-    return 1 << max(0, number - 1).bit_length()
-
-
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)
 
 
 def _within(low: int, value: int, high: int) -> int:
@@ -73,9 +65,9 @@ class PlanConfig:
 
 def plan_config(batch: int, length: int) -> PlanConfig:
     """Eight columns a thread, and as many threads as the length needs."""
-    block_s = _within(128, _power_of_two(length), 4096)
+    block_s = _within(128, power_of_two(length), 4096)
     return PlanConfig(
-        block_b=_within(32, _power_of_two(batch), 1024),
+        block_b=_within(32, power_of_two(batch), 1024),
         block_s=block_s,
         num_warps=_within(1, block_s // 256, 16),
     )
@@ -134,17 +126,17 @@ def forward_config(
     A tile's offset is computed once for the rows that share it, so a program takes as many rows as
     leave enough programs. Of a bank, whose kernel needs more registers, tiles are half as long.
     """
-    block_s = _within(_MIN_BLOCK, _power_of_two(length), 16 if has_tasks else 32)
-    block_d = _within(_MIN_BLOCK, _power_of_two(hidden_size), 64)
-    blocks = _ceil(length, block_s) + _ceil(num_virtual_tokens, block_s)
-    blocks *= _ceil(hidden_size, block_d)
+    block_s = _within(_MIN_BLOCK, power_of_two(length), 16 if has_tasks else 32)
+    block_d = _within(_MIN_BLOCK, power_of_two(hidden_size), 64)
+    blocks = ceil_div(length, block_s) + ceil_div(num_virtual_tokens, block_s)
+    blocks *= ceil_div(hidden_size, block_d)
     rows = _within(1, blocks * batch // _PROGRAMS, 8)
-    block_r = _within(_MIN_BLOCK, _power_of_two(rank), 32)
+    block_r = _within(_MIN_BLOCK, power_of_two(rank), 32)
     return ForwardConfig(
-        rows=min(_power_of_two(rows), _power_of_two(batch)),
+        rows=min(power_of_two(rows), power_of_two(batch)),
         block_s=block_s,
         block_d=block_d,
-        tiles_r=_ceil(rank, block_r),
+        tiles_r=ceil_div(rank, block_r),
         block_r=block_r,
         order=order_of(dtype),
         num_warps=4,
@@ -214,20 +206,20 @@ def backward_config(
     they need the least. One row whose rank is no multiple of 16 then needs the registers of twice
     as many threads: its loads are 8 bytes wide, and its products take longer than these.
     """
-    block_r = _within(_MIN_BLOCK, _power_of_two(rank), 256)
+    block_r = _within(_MIN_BLOCK, power_of_two(rank), 256)
     widest_s, widest_d = _BACKWARD_TILE[block_r]
-    block_s = _within(_MIN_BLOCK, _power_of_two(length), widest_s)
-    block_d = _within(_MIN_BLOCK, _power_of_two(hidden_size), widest_d)
-    blocks_d, blocks_s = _ceil(hidden_size, block_d), max(1, _ceil(length, block_s))
+    block_s = _within(_MIN_BLOCK, power_of_two(length), widest_s)
+    block_d = _within(_MIN_BLOCK, power_of_two(hidden_size), widest_d)
+    blocks_d, blocks_s = ceil_div(hidden_size, block_d), max(1, ceil_div(length, block_s))
     groups = max(1, min(tasks, batch))
 
     def split(programs: int, tiles_d: int) -> tuple[int, int, int]:
         """Bytes of the parts, and chunks of positions and of rows, for about so many programs."""
-        chunks_d = _ceil(blocks_d, tiles_d)
-        chunks_s = _within(1, _ceil(programs, chunks_d * groups), blocks_s)
+        chunks_d = ceil_div(blocks_d, tiles_d)
+        chunks_s = _within(1, ceil_div(programs, chunks_d * groups), blocks_s)
         chunks_b = 1
         if tasks == 1:
-            chunks_b = _within(1, _ceil(programs, chunks_d * chunks_s), _ceil(batch, 8))
+            chunks_b = _within(1, ceil_div(programs, chunks_d * chunks_s), ceil_div(batch, 8))
         parts = [(num_virtual_tokens * hidden_size * has_prompt, chunks_b)]
         if has_offset:
             parts += [
@@ -248,10 +240,10 @@ def backward_config(
     least = min(fewest, key=lambda choice: split(*choice)[0])
     programs, tiles_d = next(fits, least)
     _, chunks_s, chunks_b = split(programs, tiles_d)
-    rows = max(1, _ceil(batch, chunks_b))
+    rows = max(1, ceil_div(batch, chunks_b))
     return BackwardConfig(
         rows=rows,
-        tiles=_ceil(blocks_s, chunks_s),
+        tiles=ceil_div(blocks_s, chunks_s),
         tiles_d=tiles_d,
         block_s=block_s,
         block_d=block_d,

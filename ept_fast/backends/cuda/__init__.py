@@ -1,7 +1,8 @@
 """The fused kernels in CUDA C++, for NVIDIA GPUs on which Triton is missing, known bad or off.
 
 The library is looked for, built and loaded by the first call that needs it, and by nothing before.
-What is left of a call with an empty tensor, or of a prompt alone, is plain PyTorch's to do.
+What is left of a call with an empty tensor, or of a prompt alone, is plain PyTorch's to do. Of both
+operations in a row the halves of the offset's gradients are rounded each, and added.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class PromptStep:
         flags = Flags(c.scaling, c.activation, c.gate, c.temperature)
         forward = Plan((*parameters, ids, table, None, mask, task_ids))
         calls.describe_path_forward(
-            forward, flags, c.fusion, calls.reconstruct_config, calls.forward_config
+            forward, flags, c.fusion, calls.reconstruct_forward_config, calls.forward_config
         )
         kept, workspace = forward.sizes
         size = (self.batch, c.num_virtual_tokens + self.length, c.hidden_size)
@@ -180,7 +180,12 @@ class PromptStep:
         backward = Plan((grad, *parameters, None, None, None, mask, task_ids, memory))
         needs = Needs(True, bool(c.rank))
         calls.describe_path_backward(
-            backward, flags, c.fusion, needs, calls.reconstruct_config, calls.backward_config
+            backward,
+            flags,
+            c.fusion,
+            needs,
+            calls.reconstruct_backward_config,
+            calls.backward_config,
         )
         return OfKernels(kept, workspace, backward.sizes[1])
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ept_fast.kernels import reconstruct, runtime, splice
-from ept_fast.kernels.reconstruct_config import reconstruct_config
+from ept_fast.kernels.reconstruct.config import backward_config as reconstruct_backward_config
+from ept_fast.kernels.reconstruct.config import forward_config as reconstruct_forward_config
 from ept_fast.kernels.runtime import Plan
 from ept_fast.kernels.splice.config import backward_config, forward_config
 from ept_fast.ops.types import (
@@ -75,7 +76,9 @@ def describe_reconstruct_forward(plan: Plan, flags: Flags, sizes: Any) -> None:
 
 def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, Saved]:
     """P′ ``[T, m, d]`` and what the backward needs, with an offset or subspaces."""
-    results = runtime.call(describe_reconstruct_forward, parameters, flags, reconstruct_config)
+    results = runtime.call(
+        describe_reconstruct_forward, parameters, flags, reconstruct_forward_config
+    )
     out, *saved = results.returned
     return out, Saved(*saved)
 
@@ -94,7 +97,9 @@ def reconstruct_backward(
     """Gradients of the parameters in their types; None for those that are absent."""
     tensors = (grad, *parameters, *(tensor.contiguous() for tensor in saved))
     found = iter(
-        runtime.call(describe_reconstruct_backward, tensors, flags, reconstruct_config).returned
+        runtime.call(
+            describe_reconstruct_backward, tensors, flags, reconstruct_backward_config
+        ).returned
     )
     return Parameters(*(None if t is None else next(found) for t in parameters))  # type: ignore[arg-type]
 
@@ -191,7 +196,7 @@ def path_forward(
         (*parameters, *text),
         flags,
         fusion,
-        reconstruct_config,
+        reconstruct_forward_config,
         forward_config,
         known=known,
     )
@@ -261,7 +266,7 @@ def path_backward(
         flags,
         fusion,
         needs,
-        reconstruct_config,
+        reconstruct_backward_config,
         backward_config,
     ).returned
     found = iter(returned)

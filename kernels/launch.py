@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -146,19 +148,43 @@ def hooked() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def launch_of(made: Any, programs: int) -> Callable[[int, tuple[Any, ...]], None]:
-    """What launches a compiled kernel, given a stream and all arguments.
+def _flat(slots: Any) -> list[int]:
+    return [i for each in slots for i in (_flat(each) if isinstance(each, tuple) else [each])]
 
-    The function in C below the kernel's launcher where its arguments are as in the versions tried,
-    since the launcher only adds memory that no kernel here has; else the launcher.
+
+def _picks(slots: tuple[Any, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Picks the values at the slots, in tuples as these are."""
+    if not any(isinstance(each, tuple) for each in slots):
+        return operator.itemgetter(*slots)
+    # One tuple takes less time than many: all values at once, then those of each argument.
+    flat = operator.itemgetter(*_flat(slots))
+    sizes = [len(each) if isinstance(each, tuple) else None for each in slots]
+    ends = list(itertools.accumulate(size or 1 for size in sizes))
+    cuts = [
+        end - 1 if size is None else slice(end - size, end)
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    cut = operator.itemgetter(*cuts)
+    return lambda pool: cut(flat(pool))
+
+
+def launch_of(
+    made: Any, programs: int, slots: tuple[Any, ...]
+) -> Callable[[int, Sequence[Any]], None]:
+    """What launches a compiled kernel, given a stream and a pool of all values.
+
+    ``slots`` say where in the pool the kernel's arguments are, in tuples as the kernel takes them.
+    The function in C below the kernel's launcher is called where its arguments are as in the
+    versions tried, since the launcher only adds memory that no kernel here has; else the launcher.
     """
     run, function, packed = made.run, made.function, made.packed_metadata
     below = getattr(run, "launch", None)
     sizes = [getattr(run, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
     hooks = scratch = (None, None)
+    pick = _picks(slots)
 
-    def by_launcher(stream: int, arguments: tuple[Any, ...]) -> None:
-        run(programs, 1, 1, stream, function, packed, None, *hooks, *arguments)
+    def by_launcher(stream: int, pool: Sequence[Any]) -> None:
+        run(programs, 1, 1, stream, function, packed, None, *hooks, *pick(pool))
 
     if below is None or sizes != [0, 0]:
         return by_launcher
@@ -166,13 +192,13 @@ def launch_of(made: Any, programs: int) -> Callable[[int, tuple[Any, ...]], None
     if not hasattr(run, "kernel_signature"):
         rest_3_6 = (*options, *scratch, packed, None, *hooks)
 
-        def of_3_6(stream: int, arguments: tuple[Any, ...]) -> None:
-            below(programs, 1, 1, stream, function, *rest_3_6, *arguments)
+        def of_3_6(stream: int, pool: Sequence[Any]) -> None:
+            below(programs, 1, 1, stream, function, *rest_3_6, *pick(pool))
 
         return of_3_6
     rest = (*options, packed, None, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
 
-    def of_3_7(stream: int, arguments: tuple[Any, ...]) -> None:
-        below(programs, 1, 1, stream, function, *rest, arguments)
+    def of_3_7(stream: int, pool: Sequence[Any]) -> None:
+        below(programs, 1, 1, stream, function, *rest, pick(pool))
 
     return of_3_7

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -203,7 +202,7 @@ class Plan:
         Args:
             kernel: a Triton kernel.
             programs: of the grid; 0 launches nothing.
-            *arguments: the kernel's first ones: operands, numbers, None.
+            *arguments: the kernel's first ones: operands, numbers, None, and tuples of them.
             **options: its others by name, and the compiler's options.
         """
         if programs == 0:
@@ -254,6 +253,8 @@ class Plan:
         places: tuple[Sequence[Any], ...] = (tensors, returned, pieces)
 
         def resolved(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(resolved, value))
             return places[value.place[0]][value.place[1]] if isinstance(value, Operand) else value
 
         compiled = []
@@ -280,7 +281,7 @@ class _Direct:
     """A plan's launches without Triton's front.
 
     A run lays all addresses and numbers of the call side by side, in the order of ``Operand.place``
-    and then the numbers; each launch picks its arguments from them.
+    and then the numbers; each launch picks its arguments from them by their slots.
     """
 
     def __init__(self, plan: Plan, launches: list[Any], numbers: list[Any]) -> None:
@@ -298,15 +299,18 @@ class _Direct:
         numbers: list[Any] = []
         launches = []
         for launch, made in zip(plan.launches, compiled, strict=True):
-            slots = []
-            for value in launch.arguments.values():
+
+            def slot(value: Any) -> Any:
+                if isinstance(value, tuple):
+                    return tuple(map(slot, value))
                 if isinstance(value, Operand) and value.numel():
-                    slots.append(offsets[value.place[0]] + value.place[1])
-                else:
-                    slots.append(offsets[-1] + len(numbers))
-                    # The address of an empty tensor is 0, also inside a buffer.
-                    numbers.append(0 if isinstance(value, Operand) else value)
-            launches.append((launch_of(made, launch.programs), operator.itemgetter(*slots)))
+                    return offsets[value.place[0]] + value.place[1]
+                # The address of an empty tensor is 0, also inside a buffer.
+                numbers.append(0 if isinstance(value, Operand) else value)
+                return offsets[-1] + len(numbers) - 1
+
+            slots = tuple(map(slot, launch.arguments.values()))
+            launches.append(launch_of(made, launch.programs, slots))
         return cls(plan, launches, numbers)
 
     def launch_all(
@@ -329,8 +333,8 @@ class _Direct:
             pool += [t.data_ptr() for t in returned]
             pool += [bases[buffer] + start for buffer, start in self._starts]
             pool += self._numbers
-            for launch, pick in self._launches:
-                launch(stream, pick(pool))
+            for launch in self._launches:
+                launch(stream, pool)
 
 
 def _view(memory: Tensor | None, start: int, operand: Operand) -> Tensor:

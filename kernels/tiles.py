@@ -1,4 +1,6 @@
-"""Products of float32 tiles on matrix units.
+"""Tiles of matrices in memory, and their products in float32 accuracy on matrix units.
+
+A tensor goes to a kernel as a tuple: its address and its strides.
 
 A float32 number is the sum of three bfloat16 numbers, to the last bit: 3 × 8 bits of significand.
 A product of two such sums is made of products of bfloat16 numbers, which are exact, added in
@@ -10,18 +12,98 @@ Infinities become NaN.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from triton import knobs
 
-__all__ = ["dot_split", "terms_of"]
+__all__ = [
+    "Matrix",
+    "constant",
+    "dense",
+    "dot_split",
+    "load",
+    "matrix",
+    "product",
+    "store",
+    "sum_parts",
+    "terms_of",
+    "transposed",
+]
 
 # Triton's interpreter cuts float32 to bfloat16 instead of rounding it, and multiplies the bit
 # patterns of bfloat16 numbers: there, the terms stay float32 numbers with 8 bits.
 _INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
+
+def constant(value: int) -> Any:
+    """A number that kernels are compiled with; the interpreter computes with plain numbers."""
+    return value if knobs.runtime.interpret else tl.constexpr(value)
+
+
 _TERMS = {torch.bfloat16: 1, torch.float16: 2}
+
+
+# Tiles
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory, inside a kernel."""
+
+    ptr: Any
+    stride_i: Any
+    stride_j: Any
+
+
+@triton.jit
+def matrix(tensor, task):
+    """A task's matrix of a tensor (address, strides of the task and of the two axes)."""
+    return Matrix(tensor[0] + task * tensor[1], tensor[2], tensor[3])
+
+
+@triton.jit
+def dense(ptr, task, rows, columns):
+    """A task's matrix of a contiguous tensor [T, rows, columns]."""
+    stride = tl.cast(columns, tl.int64)
+    return Matrix(ptr + task * rows * stride, stride, 1)
+
+
+@triton.jit
+def transposed(of):
+    """The same matrix with its axes exchanged."""
+    return Matrix(of.ptr, of.stride_j, of.stride_i)
+
+
+@triton.jit
+def load(of, i, mask_i, j, mask_j):
+    """A tile in float32, zero outside; ``i`` and ``j`` are int64."""
+    ptrs = of.ptr + (i[:, None] * of.stride_i + j[None, :] * of.stride_j)
+    return tl.load(ptrs, mask=mask_i[:, None] & mask_j[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(of, tile, i, mask_i, j, mask_j):
+    """Write a tile, rounded to the matrix's type."""
+    ptrs = of.ptr + (i[:, None] * of.stride_i + j[None, :] * of.stride_j)
+    tl.store(ptrs, tile.to(of.ptr.dtype.element_ty), mask=mask_i[:, None] & mask_j[None, :])
+
+
+@triton.jit
+def sum_parts(ptrs, mask, parts, stride):
+    """The sum of ``parts`` float32 tiles that lie ``stride`` apart, in order."""
+    total = tl.zeros(ptrs.shape, tl.float32)
+    for first in range(0, parts, 4):
+        for i in tl.static_range(4):  # loads that are under way together
+            part = tl.cast(first + i, tl.int64)
+            # Compared as a tile: Triton 3.9's interpreter makes no mask of a scalar comparison.
+            mask_part = mask & (tl.full(mask.shape, part, tl.int64) < parts)
+            total += tl.load(ptrs + part * stride, mask=mask_part, other=0.0)
+    return total
+
+
+# Products
 
 
 def terms_of(dtype: torch.dtype) -> int:
@@ -64,3 +146,9 @@ def dot_split(a, b, TERMS_A: tl.constexpr, TERMS_B: tl.constexpr, ORDER: tl.cons
     if TERMS_B > 1:
         product = tl.dot(a0, b1, product)
     return tl.dot(a0, b0, product)
+
+
+@triton.jit
+def product(a, b):
+    """a·b of float32 tiles to 24 bits."""
+    return dot_split(a, b, 3, 3, 2)

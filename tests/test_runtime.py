@@ -165,7 +165,8 @@ def test_what_changes_a_plan(name: str, step: Step, backend: str) -> None:
     [
         ("forward_config", {"block_s": 64}, 1),
         ("backward_config", {"block_d": 64}, 1),
-        ("reconstruct_config", {"elements": 128}, 2),
+        ("reconstruct_forward_config", {"d_tiles": 2, "chunks": 1}, 1),
+        ("reconstruct_backward_config", {"d_tiles": 2, "chunks": 1, "pieces": 1, "n_tiles": 9}, 1),
     ],
 )
 def test_other_launch_sizes_are_another_plan(
@@ -522,7 +523,7 @@ def test_direct_launches_are_those_of_the_front(runs: list[dict[str, Any]]) -> N
 @pytest.mark.slow
 def test_every_kernel_is_compared(runs: list[dict[str, Any]]) -> None:
     files = (
-        "reconstruct",
+        *(f"reconstruct.{name}" for name in ("core", "forward", "backward")),
         *(f"splice.{name}" for name in ("plan", "forward", "backward", "finish")),
     )
     kernels = {
@@ -689,7 +690,7 @@ def test_a_launcher_that_does_more_is_called_itself(changes: dict[str, Any]) -> 
     launcher = mock.Mock(global_scratch_size=0, profile_scratch_size=0)
     launcher.configure_mock(**changes)
     made = mock.Mock(run=launcher, function="function", packed_metadata="packed")
-    launch.launch_of(made, 3)(7, (1, 2))
+    launch.launch_of(made, 3, (1, 0))(7, (2, 1))
     launcher.assert_called_once_with(3, 1, 1, 7, "function", "packed", None, None, None, 1, 2)
     if launcher.launch is not None:
         launcher.launch.assert_not_called()
@@ -706,9 +707,9 @@ def test_the_function_below_is_called_as_by_the_launcher() -> None:
     for name in ("launch_cooperative_grid", "launch_pdl", "arg_annotations", "kernel_signature"):
         if name in own:
             setattr(launcher, name, name)
-    launcher(3, 1, 1, 7, "function", "packed", None, None, None, 1, 2)
+    launcher(3, 1, 1, 7, "function", "packed", None, None, None, 1, (2, 3), 4)
     made = mock.Mock(run=launcher, function="function", packed_metadata="packed")
-    launch.launch_of(made, 3)(7, (1, 2))
+    launch.launch_of(made, 3, (3, (2, 1), 0))(7, (4, 3, 2, 1))
     by_launcher, by_us = launcher.launch.call_args_list
     assert by_us == by_launcher
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_fast.backends import triton
 from ept_fast.kernels import launch, runtime
-from ept_fast.kernels.reconstruct_config import reconstruct_config
+from ept_fast.kernels.reconstruct import config as reconstruct_config
 from ept_fast.kernels.splice.config import backward_config, forward_config
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 from tests.cases import GATES, LARGEST, NAMED, PADDINGS, PARTS, Sizes, make_case, shapes_of
@@ -169,6 +169,9 @@ def test_a_bank_moves_hardly_more_than_one_prompt(monkeypatch: pytest.MonkeyPatc
 # Launches and memory
 
 
+FLAGS = Flags(0.5, "gelu", "token", 1.0)
+
+
 class _Counted:
     """Launches by kernel, in order; none of them runs."""
 
@@ -184,13 +187,13 @@ class _Counted:
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tasks=9), NAMED["t5-base"]])
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tasks=9), *NAMED.values()])
 def test_launches(sizes: Sizes, gate: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three each way for the first operation, whatever the sizes; for the second one and two, and
-    one more for where the rows' tokens lie, if there is a mask or a bank.
+    """At most three each way for the first operation; for the second one and two, and one more for
+    where the rows' tokens lie, if there is a mask or a bank.
     """
     counted = _Counted(monkeypatch)
-    case = make_case(sizes, gate=gate, dtype=torch.float32, **PARTS[part])
+    case = make_case(replace(sizes, batch=4), gate=gate, dtype=torch.float32, **PARTS[part])
     prompt = case.reconstruct("triton")
     assert len(counted.names) <= 3
     counted.names.clear()
@@ -205,6 +208,39 @@ def test_launches(sizes: Sizes, gate: str, part: str, monkeypatch: pytest.Monkey
     counted.names.clear()
     prompt.backward(torch.ones_like(prompt))
     assert len(counted.names) <= 3
+
+
+REDUCE, ATTEND, FORWARD, BACKWARD = (
+    f"reconstruct_{name}_kernel" for name in ("reduce", "attend", "forward", "backward")
+)
+
+
+@pytest.mark.default_algorithms
+@pytest.mark.parametrize(
+    ("sizes", "forward", "backward"),
+    [
+        (Sizes(), [FORWARD], [BACKWARD]),
+        (NAMED["t5-base"], [FORWARD], [BACKWARD]),
+        (replace(NAMED["t5-base"], d=800), [FORWARD], [BACKWARD]),
+        (replace(NAMED["t5-base"], d=864), [FORWARD], [REDUCE, BACKWARD]),
+        (replace(NAMED["t5-base"], d=1024), [REDUCE, FORWARD], [REDUCE, BACKWARD]),
+        (NAMED["llama-8b"], [REDUCE, FORWARD], [REDUCE, BACKWARD, BACKWARD]),
+        (NAMED["long"], [REDUCE, ATTEND, FORWARD], [REDUCE, BACKWARD, BACKWARD]),
+        (NAMED["bank"], [FORWARD], [BACKWARD]),
+    ],
+    ids=["small", "t5-base", "d=800", "d=864", "t5-large", "llama-8b", "long", "bank"],
+)
+def test_the_rule_of_launches(
+    sizes: Sizes, forward: list[str], backward: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One each way, unless the programs would repeat too much."""
+    counted = _Counted(monkeypatch)
+    parameters, _ = _tensors(sizes)
+    prompt, saved = triton.reconstruct_forward(parameters, FLAGS)
+    assert counted.names == forward
+    counted.names.clear()
+    triton.reconstruct_backward(prompt, parameters, saved, FLAGS)
+    assert counted.names == backward
 
 
 class _Allocated(TorchDispatchMode):
@@ -231,9 +267,6 @@ def _tensors(s: Sizes) -> tuple[Parameters, SpliceInputs]:
     )
     prompt, a, b = parameters[:3]
     return parameters, SpliceInputs(prompt, ids, table, None, a, b, torch.ones_like(ids), tasks)
-
-
-FLAGS = Flags(0.5, "gelu", "token", 1.0)
 
 
 @pytest.mark.default_algorithms
@@ -266,7 +299,7 @@ def test_workspace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with _Allocated() as allocated:
         three = triton.splice_backward(out, inputs, kept, 0.5, True, True)
     assert beyond(allocated, *three) < most_of_splice
-    assert len(counted.names) == 10
+    assert len(counted.names) <= 10
 
 
 @pytest.mark.default_algorithms
@@ -293,19 +326,78 @@ def test_programs_that_take_several_tiles(
     def few(config: Any) -> Any:
         return lambda *sizes: replace(config(*sizes), tiles_d=2, tiles=2, rows=9)
 
-    def fewer(*sizes: int) -> Any:
-        config = reconstruct_config(*sizes)
-        whole = {"n_splits": 1, "n_chunk": 128, "groups": 1, "group_rows": 32}
-        return replace(config, backward_n_chunk=64, **whole)
-
     monkeypatch.setattr(calls, "backward_config", few(backward_config))
-    monkeypatch.setattr(calls, "reconstruct_config", fewer)
     sizes = Sizes(m=17, n=70, r=5, k=2, h=6, d=66, batch=9, length=65, tasks=tasks)
     cases = (
         make_case(sizes, padding=padding, dtype=torch.float32, seed=seed)
         for seed, padding in enumerate(("right", "holes"))
     )
     assert_as_exact_as_the_definition(cases, "triton")
+
+
+@over(TRITON)
+@pytest.mark.parametrize("tasks", [None, 2])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    ("programs", "most", "launches"),
+    [(1, 2_000_000, 1), (128, 18_500, 2), (128, 0, 3)],
+    ids=["nothing repeated", "products first", "core first"],
+)
+def test_every_way_to_launch_reconstruct(
+    programs: int,
+    most: int,
+    launches: int,
+    gate: str,
+    tasks: int | None,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if the sizes asked for it."""
+    monkeypatch.setattr(reconstruct_config, "_PROGRAMS", programs)
+    monkeypatch.setattr(reconstruct_config, "MOST_REPEATED", most)
+    sizes = Sizes(m=17, n=70, r=5, k=2, h=6, d=66, batch=2, length=5, tasks=tasks)
+    names: list[str] = []
+    carry_out = runtime.Plan.carry_out
+
+    def counted(plan: runtime.Plan, tensors: Any) -> Any:
+        names.extend(plan.kernels)
+        return carry_out(plan, tensors)
+
+    monkeypatch.setattr(runtime.Plan, "carry_out", counted)
+    runtime.forget()
+    cases = [make_case(sizes, gate=gate, dtype=torch.float32, seed=seed) for seed in range(2)]
+    assert_as_exact_as_the_definition(cases, "triton")
+    runtime.forget()
+    assert sum(name.startswith("reconstruct_") for name in names) == 2 * launches * len(cases)
+
+
+@over(TRITON)
+@pytest.mark.parametrize("gate", GATES)
+def test_programs_that_share_a_place_store_the_same_bits(
+    gate: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what a program reads would depend on which of them came last."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    stored: dict[int, bytes] = {}
+    shared = 0
+    store = InterpreterBuilder.create_masked_store
+
+    def compared(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        nonlocal shared
+        there = mask.data.astype(bool)
+        for place, number in zip(ptrs.data[there], value.data[there], strict=True):
+            shared += int(place) in stored
+            assert stored.setdefault(int(place), number.tobytes()) == number.tobytes()
+        return store(builder, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", compared)
+    sizes = Sizes(m=17, n=70, r=5, k=2, h=6, d=66)
+    case = make_case(sizes, gate=gate, dtype=torch.float32)
+    prompt = case.reconstruct(backend)
+    stored.clear()
+    prompt.sum().backward()
+    assert shared > 0
 
 
 def test_launches_cover_the_rank_and_the_rows() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ept_fast.kernels.reconstruct.backward import reconstruct_backward_kernel
-from ept_fast.kernels.reconstruct.config import ROWS, WARPS
+from ept_fast.kernels.reconstruct.config import ROWS
 from ept_fast.kernels.reconstruct.core import reconstruct_reduce_kernel
 from ept_fast.kernels.reconstruct.expand import NUMBER_OF_KINDS
 from ept_fast.kernels.reconstruct.forward import (
@@ -48,9 +48,14 @@ def _with_strides(tensor: Any, order: tuple[int, ...] = ()) -> Any:
     return (tensor, *(strides[i] for i in order or range(len(strides))))
 
 
-def _options(width: int) -> dict[str, int]:
-    """The compiler's; accesses that are not aligned take more registers."""
-    return {"num_warps": WARPS, "maxnreg": 168 if width % 16 == 0 else 255}
+def _options(width: int, core: bool = False, expand: bool = True) -> dict[str, int]:
+    """The compiler's.
+
+    Accesses that are not aligned take more registers, and so does the whole backward in one
+    program; its core takes 8 warps.
+    """
+    most = 255 if width % 16 or (core and expand) else 168
+    return {"num_warps": 8 if core else 4, "maxnreg": most}
 
 
 def _reduce(
@@ -185,7 +190,6 @@ def backward(
     config = sizes(*measures)
     metric = (m, n, r, spaces, dim, spaces * dim, d)
     numbers = (flags.scaling, d**-0.5, flags.temperature)
-    options = _options(d)
     y, p, a, b = map(_with_strides, (grad, *parameters[:3]))
     up, gate = map(_with_strides, parameters[4:6])
     down = _with_strides(parameters.space_down, (0, 1, 3, 2))
@@ -233,5 +237,5 @@ def backward(
             EXPAND=expand,
             ACTIVATION=flags.activation,
             PROMPT=flags.gate == "prompt",
-            **options,
+            **_options(d, core, expand),
         )

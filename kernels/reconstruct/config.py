@@ -22,8 +22,6 @@ _MOST_SPLITS = 16
 _MOST_ATTENTION_SPLITS = 32
 # Of a tile: tokens; positions, or channels.
 ROWS, WIDTH = 16, 32
-# Of a program.
-WARPS = 4
 
 
 def _chunks(length: int, block: int, most: int) -> tuple[int, int]:

@@ -4,13 +4,13 @@ No GPU is needed. The host functions run on tensors of a CPU whose contents are 
 one target after the other; Triton specialises every launch as it would there, and a hook takes the
 specialisation in place of the launch. What is left after equal ones are put together is compiled,
 and the code is read for what would make a kernel slow or wrong: spills, float64 instructions,
-addresses in 32 bits, atomics, too much shared memory, too many registers. `LIMITS` asks more of a
-kernel of the splice: enough warps on a multiprocessor, matrix units, wide loads and stores.
+addresses in 32 bits, atomics, too much shared memory, too many registers. `LIMITS` asks more:
+enough warps on a multiprocessor, matrix units, and of the splice wide loads and stores.
 
 ``--write`` records two tables under ``bench/results/compiled``. In ``table.csv`` a row is a kernel
 at its types; its registers are the budget that later code is held to, so it is written only if no
 rule is broken and nothing is left out by ``--kernel`` or ``--target``. In ``shapes.csv`` a row is a
-kernel of the splice at a shape, with a mask. Rows of other versions of Triton stay. Compiled code
+kernel at a shape, of the splice with a mask. Rows of other versions of Triton stay. Compiled code
 is kept where Triton keeps it (``TRITON_CACHE_DIR``): its key covers the sources, the arguments, the
 options and the compiler, so nothing stale is found there.
 """
@@ -64,7 +64,7 @@ MARGIN = 8
 
 
 class Limits(NamedTuple):
-    """What a kernel of the splice has to be at every named shape with a mask, on `LIMITED`.
+    """What a kernel has to be at every named shape, the splice with a mask, on `LIMITED`.
 
     Attributes:
         registers: of a thread, at most.
@@ -89,9 +89,12 @@ LIMITS: dict[str, Limits] = {
     "splice_forward_kernel": Limits(),
     "splice_backward_kernel": Limits(),
     "splice_finish_kernel": Limits(matrix=False, wide_loads=0.0, wide_stores=0.0),
+    **{
+        f"reconstruct_{name}_kernel": Limits(168, warps, True, 0.0, 0.0, ("fp32",))
+        for name, warps in (("reduce", 12), ("attend", 12), ("forward", 12), ("backward", 8))
+    },
 }
 LIMITED = ("sm_80", "sm_90")
-_LIMITED_MODULE = "ept_fast.kernels.splice"
 
 # Kernels compiled in a row and then disassembled together.
 _CHUNK = 8
@@ -315,7 +318,7 @@ FEW_ROWS = replace(BANK, name="bank-few-rows", batch=8)
 ODD = _shape("odd", 3, 29, 771, 13, 37, 5, 3, 7)
 WIDEST = _shape("limits-rank", 2, 64, 16384, 512, 4096, 256, 8, 64)
 LONGEST = _shape("limits-length", 1, 32768, 1024, 512, 32768, 32, 4, 16)
-# At which the splice is compiled.
+# At which the splice is compiled; operation 1 does not depend on the rows.
 SHAPES = (BASE, LARGE, BANK, FEW_ROWS, ODD, WIDEST, LONGEST, *PREDICTED)
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -432,7 +435,10 @@ def cases() -> list[Case]:
     types: list[Any] = [*((name,) * 3 for name in FLOATS), MIXED]
     return [
         *(replace(reconstruct, types=names) for names in types),
-        *(replace(reconstruct, shape=shape) for shape in (LARGE, BANK, ODD, WIDEST, LONGEST)),
+        *(
+            replace(reconstruct, shape=shape)
+            for shape in (LARGE, BANK, ODD, WIDEST, LONGEST, *PREDICTED)
+        ),
         *(replace(reconstruct, activation=name) for name in tuple(ACTIVATIONS)[1:]),
         replace(reconstruct, gate="prompt"),
         replace(reconstruct, halves=True),
@@ -468,7 +474,7 @@ _MOST = (
 )
 _READ = ("warps_per_sm", "matrix", "loads", "stores")
 COLUMNS = (*_KEY, "variants", *_MOST, *_READ, "largest")
-# A row: a kernel of the splice at one shape with a mask.
+# A row: a kernel at one shape, of the splice with a mask.
 _SHAPE_KEY = ("kernel", "types", "shape", "target")
 SHAPE_COLUMNS = (*_SHAPE_KEY, "num_warps", "registers", "shared", "scratch", "spills", *_READ)
 Row = dict[str, Any]
@@ -496,12 +502,18 @@ class Use:
 
     @property
     def of_a_shape(self) -> bool:
-        """Whether it belongs to ``shapes.csv``: a splice with a mask and all else by default."""
-        if not f"{self.launch.module}.".startswith(f"{_LIMITED_MODULE}."):
-            return False
-        return isinstance(self.case, Splice) and self.case == Splice(
-            self.case.shape, self.case.types
-        )
+        """Whether it belongs to ``shapes.csv``: all by default, which is with a mask."""
+        if isinstance(self.case, Splice):
+            return self.case == Splice(self.case.shape, self.case.types)
+        return self.case == Reconstruct(self.case.shape, self.case.types)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the kernel is compiled for, by the names of its arguments."""
+        data = json.loads(self.launch.data)
+        names = list(data.get("signature", ()))
+        found = zip(data.get("constant_keys", ()), data.get("constant_vals", ()), strict=True)
+        return {names[key[0]]: value for key, value in found if len(key) == 1}
 
 
 def launches(chosen: Iterable[Case], targets: Iterable[str]) -> list[Use]:
@@ -516,7 +528,7 @@ def launches(chosen: Iterable[Case], targets: Iterable[str]) -> list[Use]:
             with recorded(TARGETS[name]) as made:
                 case.run()
             if isinstance(case, Reconstruct):  # which may call both operations
-                made = [one for one in made if one.module == "ept_fast.kernels.reconstruct"]
+                made = [one for one in made if one.kernel.startswith("reconstruct_")]
             uses += [Use(case, one) for one in dict.fromkeys(made)]
     return uses
 
@@ -590,11 +602,10 @@ def tabulate(uses: list[Use], codes: dict[Launch, Code]) -> list[Row]:
 
 
 def tabulate_shapes(uses: list[Use], codes: dict[Launch, Code]) -> list[Row]:
-    """One row for each kernel of the splice, type, shape and target, with a mask."""
-    masked = [use for use in uses if use.of_a_shape]
+    """One row for each kernel, type, shape and target; of the splice with a mask."""
+    shown = [use for use in uses if use.of_a_shape]
     return [
-        {name: row[name] for name in SHAPE_COLUMNS}
-        for row, _ in _grouped(masked, _SHAPE_KEY, codes)
+        {name: row[name] for name in SHAPE_COLUMNS} for row, _ in _grouped(shown, _SHAPE_KEY, codes)
     ]
 
 
@@ -605,6 +616,13 @@ def limits_of(use: Use) -> Limits | None:
         return None
     if use.launch.target not in LIMITED or use.types not in limits.types:
         return None
+    if isinstance(use.case, Reconstruct):
+        # All of the backward in one program, and accesses that are not aligned.
+        constants = use.constants
+        whole = constants.get("CORE", False) and constants.get("EXPAND", False)
+        if whole or use.case.shape.hidden_size % 16:
+            return limits._replace(registers=255, warps_per_sm=8)
+        return limits
     if use.case.shape.rank > 32:  # whose products need more registers
         return None
     if (use.shape, use.launch.kernel) == ("long", "splice_backward_kernel"):

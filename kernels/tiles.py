@@ -38,8 +38,8 @@ __all__ = [
 _INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
 
-def constant(value: int) -> Any:
-    """A number that kernels are compiled with; the interpreter computes with plain numbers."""
+def constant(value: int | None) -> Any:
+    """What kernels are compiled with; the interpreter computes with plain numbers."""
     return value if knobs.runtime.interpret else tl.constexpr(value)
 
 

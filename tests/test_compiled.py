@@ -302,8 +302,8 @@ def test_registers_can_be_too_many_twice() -> None:
     assert found == {"registers": "160, on record are 100 (+ 8); 160, at most 128"}
 
 
-def use(case: compiled.Case, target: str = "sm_90", module: str = "splice.forward") -> Use:
-    return Use(case, Launch(f"ept_fast.kernels.{module}", "_forward_kernel", target, "{}"))
+def use(case: compiled.Case, target: str = "sm_90", data: str = "{}") -> Use:
+    return Use(case, Launch("ept_fast.kernels.some", "_forward_kernel", target, data))
 
 
 SPLICE = Splice(compiled.BASE, ("bf16", "fp32"))
@@ -315,9 +315,6 @@ SPLICE = Splice(compiled.BASE, ("bf16", "fp32"))
         (use(SPLICE), True),
         (use(SPLICE, "sm_80"), True),
         (use(replace(SPLICE, shape=compiled.BANK)), True),
-        (use(SPLICE, module="splice"), True),
-        (use(SPLICE, module="splicer"), False),
-        (use(SPLICE, module="reconstruct"), False),
         (use(SPLICE, "sm_100"), False),
         (use(SPLICE, "gfx942"), False),
         (use(replace(SPLICE, mask=None)), False),
@@ -336,6 +333,34 @@ def test_limits_hold_for_the_splice_with_a_mask(
     assert [f["rule"] for f in found] == (["registers"] if held else [])
     monkeypatch.setattr(compiled, "LIMITS", {"_other_kernel": limits})
     assert compiled.limits_of(one) is None
+
+
+@pytest.mark.parametrize(
+    ("core", "expand", "shape", "registers"),
+    [
+        (True, False, compiled.BASE, 64),
+        (False, True, compiled.BASE, 64),
+        (True, True, compiled.BASE, 255),
+        (True, False, compiled.ODD, 255),
+    ],
+)
+def test_limits_hold_for_operation_1(
+    monkeypatch: pytest.MonkeyPatch,
+    core: bool,
+    expand: bool,
+    shape: compiled.Shape,
+    registers: int,
+) -> None:
+    """More registers if all of the backward is one program, and if d is odd."""
+    signature = {"sizes": ["i32", "constexpr"], "CORE": "constexpr", "EXPAND": "constexpr"}
+    constants = {"constant_keys": [[0, 1], [1], [2]], "constant_vals": [1, core, expand]}
+    data = json.dumps({"signature": signature, **constants})
+    monkeypatch.setattr(
+        compiled, "LIMITS", {"_forward_kernel": Limits(registers=64, types=("fp32",))}
+    )
+    limits = compiled.limits_of(use(compiled.Reconstruct(shape, ("fp32",) * 3), data=data))
+    assert limits is not None
+    assert limits.registers == registers
 
 
 def test_rows_that_cannot_be_read_16_bytes_at_a_time_need_not_be(

@@ -99,7 +99,7 @@ def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: Add, s
     tasks, m, n, r, spaces, dim, d = measures = parameters.sizes()
     has_offset, has_spaces = parameters.has_offset, parameters.has_spaces
     config = sizes(*measures, has_spaces and flags.gate == "prompt")
-    metric = (m, n, r, spaces, dim, spaces * dim, d)
+    metric = (m, n, r, spaces, dim, spaces * dim, spaces * dim + spaces, d)
     numbers = (flags.scaling, d**-0.5, flags.temperature)
     options = _options(d)
     kept = saved(add, parameters)
@@ -188,7 +188,7 @@ def backward(
     """
     tasks, m, n, r, spaces, dim, d = measures = parameters.sizes()
     config = sizes(*measures)
-    metric = (m, n, r, spaces, dim, spaces * dim, d)
+    metric = (m, n, r, spaces, dim, spaces * dim, spaces * dim + spaces, d)
     numbers = (flags.scaling, d**-0.5, flags.temperature)
     y, p, a, b = map(_with_strides, (grad, *parameters[:3]))
     up, gate = map(_with_strides, parameters[4:6])

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ept_fast.kernels.activations import activate, activation_derivative
-from ept_fast.kernels.reconstruct.core import BLOCK, BLOCK_M, add_product, reduce, task_of
+from ept_fast.kernels.reconstruct.core import BLOCK, BLOCK_M, Task, add_product, reduce
 from ept_fast.kernels.reconstruct.expand import KINDS, expand, grad_bias
 from ept_fast.kernels.tiles import dense, load, matrix, product, store, sum_parts, transposed
 
@@ -31,12 +31,12 @@ __all__ = ["reconstruct_backward_kernel"]
 
 
 @triton.jit
-def _space_grads(t, d_x, d_gates, sums, saved, task, offs_m, splits, ACTIVATION: tl.constexpr):
+def _space_grads(t, d_x, d_gates, sums, saved, offs_m, splits, ACTIVATION: tl.constexpr):
     """dHin and dg of a block of tokens, to memory."""
     mask_m = offs_m < t.m
     part = tl.cast(t.m, tl.int64) * sums.stride_i
-    of_hidden = dense(saved[3], task, t.m, t.dims)
-    of_gates = dense(saved[4], task, t.m, t.spaces)
+    of_hidden = dense(saved[3], t.task, t.m, t.dims)
+    of_gates = dense(saved[4], t.task, t.m, t.spaces)
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
         offs_k = (start + tl.arange(0, BLOCK)).to(tl.int64)
         d_gate = tl.zeros((BLOCK_M, BLOCK), tl.float32)
@@ -89,7 +89,7 @@ def _logit_grads(t, d_x, d_gates, gates, offs_m, temperature, PROMPT: tl.constex
 
 
 @triton.jit
-def _attended_grads(t, d_attended, d_x, sums, saved, task, offs_m, splits):
+def _attended_grads(t, d_attended, d_x, sums, saved, offs_m, splits):
     """dO = dC[:, :r] + dX·Sᵀ of a block of tokens, to memory."""
     mask_m = offs_m < t.m
     part = tl.cast(t.m, tl.int64) * sums.stride_i
@@ -99,7 +99,7 @@ def _attended_grads(t, d_attended, d_x, sums, saved, task, offs_m, splits):
         ptrs = sums.ptr + (offs_m[:, None] * sums.stride_i + offs_r[None, :])
         grad = sum_parts(ptrs, mask_m[:, None] & mask_r[None, :], splits, part)
         if t.down is not None:
-            cross = transposed(dense(saved[5], task, t.r, t.width))
+            cross = transposed(dense(saved[5], t.task, t.r, t.width))
             grad = add_product(grad, d_x, offs_m, mask_m, cross, offs_r, mask_r, t.width, 1.0)
         store(d_attended, grad, offs_m, mask_m, offs_r, mask_r)
 
@@ -132,16 +132,17 @@ def _store_inner(t, of, offs_m):
 def _score_grads(t, of, offs_n, offs_m):
     """W and the gradient of the scores, both [BLOCK, BLOCK_M]."""
     mask_n, mask_m = offs_n < t.n, offs_m < t.m
+    a = matrix(t.a, t.task)
     zeros = tl.zeros((BLOCK, BLOCK_M), tl.float32)
     scores = add_product(
-        zeros, t.a, offs_n, mask_n, transposed(of.query), offs_m, mask_m, t.r, of.scaling
+        zeros, a, offs_n, mask_n, transposed(of.query), offs_m, mask_m, t.r, of.scaling
     )
     top = tl.load(of.stats_ptr + offs_m, mask=mask_m, other=0.0)
     total = tl.load(of.stats_ptr + (t.m + offs_m), mask=mask_m, other=1.0)
     scores = tl.where(mask_n[:, None], scores, float("-inf"))
     weights = tl.exp((scores - top[None, :]) * of.score_scale) * (1.0 / total)[None, :]
     grads = add_product(
-        zeros, t.a, offs_n, mask_n, transposed(of.d_attended), offs_m, mask_m, t.r, of.scaling
+        zeros, a, offs_n, mask_n, transposed(of.d_attended), offs_m, mask_m, t.r, of.scaling
     )
     inner = tl.load(of.inner_ptr + offs_m, mask=mask_m, other=0.0)
     return weights, weights * (grads - inner[None, :]) * of.score_scale
@@ -181,7 +182,10 @@ def _store_grad_query(t, d_query, of, first, last):
             for tile in tl.range(first, last, num_stages=1, disable_licm=True):
                 offs_n = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
                 _, d_scores = _score_grads(t, of, offs_n, offs_m)
-                a = load(transposed(t.a), offs_r, mask_r, offs_n, offs_n < t.n) * of.scaling
+                a = (
+                    load(transposed(matrix(t.a, t.task)), offs_r, mask_r, offs_n, offs_n < t.n)
+                    * of.scaling
+                )
                 grad += product(a, d_scores)
             store(transposed(d_query), grad, offs_r, mask_r, offs_m, offs_m < t.m)
 
@@ -193,7 +197,6 @@ def _core_of_spaces(
     d_gates,
     sums,
     saved,
-    task,
     splits,
     temperature,
     ACTIVATION: tl.constexpr,
@@ -202,9 +205,9 @@ def _core_of_spaces(
     """dX = [dHin | dz] of all tokens, to memory."""
     for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
         offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-        _space_grads(t, d_x, d_gates, sums, saved, task, offs_m, splits, ACTIVATION)
+        _space_grads(t, d_x, d_gates, sums, saved, offs_m, splits, ACTIVATION)
     tl.debug_barrier()
-    gates = dense(saved[4], task, t.m, t.spaces)
+    gates = dense(saved[4], t.task, t.m, t.spaces)
     for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
         offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
         _logit_grads(t, d_x, d_gates, gates, offs_m, temperature, PROMPT)
@@ -242,7 +245,8 @@ def reconstruct_backward_kernel(
     """A piece of a task's gradients: the core for a chunk of n, the expansion of a chunk of d."""
     piece = tl.program_id(0) % pieces
     task = (tl.program_id(0) // pieces).to(tl.int64)
-    t = task_of(task, sizes, p, a, b, down, up, gate)
+    m, n, r, spaces, dim, dims, width, d = sizes
+    t = Task(task, m, n, r, spaces, dim, dims, width, d, p, a, b, down, up, gate)
     of_y = matrix(y, task)
     d_x = dense(work[0], task, t.m, t.width)
     attended = dense(saved[2], task, t.m, t.r)
@@ -254,9 +258,7 @@ def reconstruct_backward_kernel(
             tl.debug_barrier()  # the program's threads may read what others of them have written
         if down is not None:
             d_gates = dense(work[1], task, t.m, t.spaces)
-            _core_of_spaces(
-                t, d_x, d_gates, sums, saved, task, splits, numbers[2], ACTIVATION, PROMPT
-            )
+            _core_of_spaces(t, d_x, d_gates, sums, saved, splits, numbers[2], ACTIVATION, PROMPT)
         if b is not None:
             d_attended = dense(work[2], task, t.m, t.r)
             query = dense(saved[0], task, t.m, t.r)
@@ -266,7 +268,7 @@ def reconstruct_backward_kernel(
             )
             for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
                 offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-                _attended_grads(t, d_attended, d_x, sums, saved, task, offs_m, splits)
+                _attended_grads(t, d_attended, d_x, sums, saved, offs_m, splits)
             tl.debug_barrier()
             for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
                 _store_inner(t, of, (row + tl.arange(0, BLOCK_M)).to(tl.int64))
@@ -299,7 +301,6 @@ def reconstruct_backward_kernel(
                 grads,
                 halves,
                 saved,
-                task,
                 of_y,
                 d_x,
                 d_query,

@@ -14,11 +14,12 @@ import triton.language as tl
 
 from ept_fast.kernels.activations import activate
 from ept_fast.kernels.reconstruct.config import ROWS, WIDTH
-from ept_fast.kernels.tiles import Matrix, constant, dense, load, matrix, product, transposed
+from ept_fast.kernels.tiles import constant, dense, load, matrix, product, transposed
 
 __all__ = [
     "BLOCK",
     "BLOCK_M",
+    "NONE",
     "Task",
     "add_product",
     "blocks_of",
@@ -28,62 +29,31 @@ __all__ = [
     "reconstruct_reduce_kernel",
     "reduce",
     "space_offsets",
-    "task_of",
 ]
 
+NONE = constant(None)  # what is absent
 BLOCK_M = constant(ROWS)  # tokens of a tile
 BLOCK = constant(WIDTH)  # positions, channels, columns of the spaces, or part of the rank
 
 
-class Spaces(NamedTuple):
-    """D or U of a task, inside a kernel."""
-
-    ptr: Any
-    stride_k: Any
-    stride_j: Any
-    stride_d: Any
-
-
 class Task(NamedTuple):
-    """METHOD's sizes, and the parameters of one task; None for what is absent."""
+    """One task: METHOD's sizes and the parameters, as addresses and strides; None if absent."""
 
+    task: Any
     m: Any
     n: Any
     r: Any
     spaces: Any
     dim: Any
-    d: Any
     dims: Any  # K·h
     width: Any  # W
+    d: Any
     p: Any
     a: Any
     b: Any
-    down: Any
+    down: Any  # strides of T, k, j, d, as of U
     up: Any
     gate: Any
-
-
-@triton.jit
-def _spaces(tensor, task):
-    return Spaces(tensor[0] + task * tensor[1], tensor[2], tensor[3], tensor[4])
-
-
-@triton.jit
-def task_of(task, sizes, p, a, b, down, up, gate):
-    """From tensors as addresses and strides; those of D and U are of T, k, j and d."""
-    if a is not None:
-        a = matrix(a, task)
-    if b is not None:
-        b = matrix(b, task)
-    if down is not None:
-        down = _spaces(down, task)
-    if up is not None:
-        up = _spaces(up, task)
-    if gate is not None:
-        gate = matrix(gate, task)
-    m, n, r, spaces, dim, dims, d = sizes
-    width = dims + spaces
-    return Task(m, n, r, spaces, dim, d, dims, width, matrix(p, task), a, b, down, up, gate)
 
 
 @triton.jit
@@ -96,28 +66,32 @@ def space_offsets(columns, stride_k, stride_j, dim):
 def load_down(t, offs_d, columns):
     """[BLOCK, BLOCK] of [D | G], a channel in each row."""
     mask_d = offs_d < t.d
-    offsets = space_offsets(columns, t.down.stride_k, t.down.stride_j, t.dim)
-    of_down = Matrix(t.down.ptr, t.down.stride_d, 1)
+    offsets = space_offsets(columns, t.down[2], t.down[3], t.dim)
+    of_down = matrix((t.down[0], t.down[1], t.down[4], 1), t.task)
     tile = load(of_down, offs_d, mask_d, offsets, columns < t.dims)
     mask_k = (columns >= t.dims) & (columns < t.width)
-    return tile + load(t.gate, offs_d, mask_d, (columns - t.dims).to(tl.int64), mask_k)
+    return tile + load(
+        matrix(t.gate, t.task), offs_d, mask_d, (columns - t.dims).to(tl.int64), mask_k
+    )
 
 
 @triton.jit
 def load_up(t, columns, offs_d):
     """[BLOCK, BLOCK] of U, a column c in each row."""
-    offsets = space_offsets(columns, t.up.stride_k, t.up.stride_j, t.dim)
-    of_up = Matrix(t.up.ptr, 1, t.up.stride_d)
+    offsets = space_offsets(columns, t.up[2], t.up[3], t.dim)
+    of_up = matrix((t.up[0], t.up[1], 1, t.up[4]), t.task)
     return load(of_up, offsets, columns < t.dims, offs_d, offs_d < t.d)
 
 
 @triton.jit
-def load_gated(t, saved, task, offs_m, columns, ACTIVATION: tl.constexpr):
+def load_gated(t, saved, offs_m, columns, ACTIVATION: tl.constexpr):
     """g_k·φ(H_k) [BLOCK_M, BLOCK] of the columns c."""
     mask_m, mask_c = offs_m < t.m, columns < t.dims
-    hidden = load(dense(saved[3], task, t.m, t.dims), offs_m, mask_m, columns.to(tl.int64), mask_c)
+    hidden = load(
+        dense(saved[3], t.task, t.m, t.dims), offs_m, mask_m, columns.to(tl.int64), mask_c
+    )
     offs_k = (columns // t.dim).to(tl.int64)
-    gates = load(dense(saved[4], task, t.m, t.spaces), offs_m, mask_m, offs_k, mask_c)
+    gates = load(dense(saved[4], t.task, t.m, t.spaces), offs_m, mask_m, offs_k, mask_c)
     return gates * activate(hidden, ACTIVATION)
 
 
@@ -175,17 +149,18 @@ def _reduce_rows(t, sums, left, row, spaces, b, gate, first, steps):
     """Lines times [Bᵀ | D | G] or, backward, times [Bᵀ | Uᵀ]; they end up at ``row``."""
     if b is not None:
         for column in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
-            right = _rows(b, column, t.r, BLOCK)
+            right = _rows(matrix(b, t.task), column, t.r, BLOCK)
             _store_products(sums, left, right, row, column, first, steps, t.d)
     if spaces is not None:
         for column in tl.range(0, t.dims, BLOCK, num_stages=1, disable_licm=True):
             columns = column + tl.arange(0, BLOCK)
-            offsets = space_offsets(columns, spaces.stride_k, spaces.stride_j, t.dim)
-            right = _Lines(spaces.ptr, offsets, spaces.stride_d, columns < t.dims)
+            offsets = space_offsets(columns, spaces[2], spaces[3], t.dim)
+            ptr = spaces[0] + t.task * spaces[1]
+            right = _Lines(ptr, offsets, spaces[4], columns < t.dims)
             _store_products(sums, left, right, row, t.r + column, first, steps, t.d)
     if gate is not None:
         for k in tl.range(0, t.spaces, 16, num_stages=1, disable_licm=True):
-            right = _rows(transposed(gate), k, t.spaces, 16)
+            right = _rows(transposed(matrix(gate, t.task)), k, t.spaces, 16)
             _store_products(sums, left, right, row, t.r + t.dims + k, first, steps, t.d)
 
 
@@ -202,11 +177,11 @@ def reduce(t, sums, block, x, first, steps, FORWARD: tl.constexpr):
         if FORWARD:
             _reduce_rows(t, sums, left, row, t.down, t.b, t.gate, first, steps)
         else:
-            _reduce_rows(t, sums, left, row, t.up, t.b, None, first, steps)
+            _reduce_rows(t, sums, left, row, t.up, t.b, NONE, first, steps)
     elif FORWARD and t.b is not None and t.down is not None:
         row = (block - blocks_m) * BLOCK_M
-        left = _rows(t.b, row, t.r, BLOCK_M)
-        _reduce_rows(t, sums, left, t.m + row, t.down, None, t.gate, first, steps)
+        left = _rows(matrix(t.b, t.task), row, t.r, BLOCK_M)
+        _reduce_rows(t, sums, left, t.m + row, t.down, NONE, t.gate, first, steps)
 
 
 @triton.jit
@@ -239,8 +214,9 @@ def reconstruct_reduce_kernel(
     split = tl.program_id(0) % splits
     block = tl.program_id(0) // splits % blocks
     task = (tl.program_id(0) // (splits * blocks)).to(tl.int64)
-    t = task_of(task, sizes, x, None, b, spaces, spaces, gate)
+    m, n, r, number, dim, dims, width, d = sizes
+    t = Task(task, m, n, r, number, dim, dims, width, d, x, NONE, b, spaces, spaces, gate)
     first = split * steps
     last = tl.minimum(first + steps, tl.cdiv(t.d, BLOCK))
     sums = dense(sums_ptr, task * splits + split, rows, columns)
-    reduce(t, sums, block, t.p, first, last - first, FORWARD)
+    reduce(t, sums, block, matrix(x, task), first, last - first, FORWARD)

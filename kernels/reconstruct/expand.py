@@ -18,6 +18,7 @@ from ept_fast.kernels.tiles import (
     constant,
     dense,
     load,
+    matrix,
     product,
     store,
     sum_parts,
@@ -65,7 +66,7 @@ def _grad_prompt(t, d_prompt, y, d_x, d_query, n_parts, offs_d):
                 offs_r = (start + tl.arange(0, BLOCK)).to(tl.int64)
                 mask_r = offs_r < t.r
                 query = _query_grad(d_query, offs_m, mask_m, offs_r, mask_r, n_parts, part)
-                grad += product(query, load(t.b, offs_r, mask_r, offs_d, mask_d))
+                grad += product(query, load(matrix(t.b, t.task), offs_r, mask_r, offs_d, mask_d))
         store(d_prompt, grad, offs_m, mask_m, offs_d, mask_d)
 
 
@@ -86,7 +87,7 @@ def _grad_b(t, d_b, half_b, y, d_x, d_query, n_parts, attended, offs_d):
             of_attended = load(transposed(attended), offs_r, mask_r, offs_m, mask_m)
             grad += product(of_attended, _fused_grad(t, y, d_x, offs_m, offs_d))
             query = _query_grad(transposed(d_query), offs_r, mask_r, offs_m, mask_m, n_parts, part)
-            grad += product(query, load(t.p, offs_m, mask_m, offs_d, mask_d))
+            grad += product(query, load(matrix(t.p, t.task), offs_m, mask_m, offs_d, mask_d))
         store(d_b, grad, offs_r, mask_r, offs_d, mask_d)
 
 
@@ -101,9 +102,10 @@ def _grad_down(t, d_down, d_gate, d_x, attended, offs_d):
         for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
             offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
             mask_m = offs_m < t.m
-            fused = load(t.p, offs_m, mask_m, offs_d, mask_d)
+            fused = load(matrix(t.p, t.task), offs_m, mask_m, offs_d, mask_d)
             if t.b is not None:
-                fused = add_product(fused, attended, offs_m, mask_m, t.b, offs_d, mask_d, t.r, 1.0)
+                b = matrix(t.b, t.task)
+                fused = add_product(fused, attended, offs_m, mask_m, b, offs_d, mask_d, t.r, 1.0)
             of_space = load(transposed(d_x), offs_c, columns < t.width, offs_m, mask_m)
             grad += product(of_space, fused)
         begins = space_offsets(columns, tl.cast(t.d, tl.int64) * t.dim, 1, t.dim)
@@ -113,7 +115,7 @@ def _grad_down(t, d_down, d_gate, d_x, attended, offs_d):
 
 
 @triton.jit
-def _grad_up(t, d_up, saved, task, y, offs_d, ACTIVATION: tl.constexpr):
+def _grad_up(t, d_up, saved, y, offs_d, ACTIVATION: tl.constexpr):
     """dU = (g·Φ)ᵀ·Y."""
     mask_d = offs_d < t.d
     for start in tl.range(0, t.dims, BLOCK, num_stages=1, disable_licm=True):
@@ -121,7 +123,7 @@ def _grad_up(t, d_up, saved, task, y, offs_d, ACTIVATION: tl.constexpr):
         grad = tl.zeros((BLOCK, BLOCK), tl.float32)
         for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
             offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-            gated = load_gated(t, saved, task, offs_m, columns, ACTIVATION)
+            gated = load_gated(t, saved, offs_m, columns, ACTIVATION)
             grad += product(tl.trans(gated), load(y, offs_m, offs_m < t.m, offs_d, mask_d))
         store(d_up, grad, columns.to(tl.int64), columns < t.dims, offs_d, mask_d)
 
@@ -146,7 +148,6 @@ def expand(
     grads,
     halves,
     saved,
-    task,
     y,
     d_x,
     d_query,  # its first part
@@ -157,19 +158,19 @@ def expand(
 ):
     """The gradients of some channels: all of them, or those of a kind >= 0."""
     if (kind < 0) | (kind == 0):
-        _grad_prompt(t, dense(grads[0], task, t.m, t.d), y, d_x, d_query, n_parts, offs_d)
+        _grad_prompt(t, dense(grads[0], t.task, t.m, t.d), y, d_x, d_query, n_parts, offs_d)
     if t.b is not None:
         if (kind < 0) | (kind == 1):
             half_b = halves
             if halves is not None:
-                half_b = dense(halves[1], task, t.r, t.d)
-            d_b = dense(grads[2], task, t.r, t.d)
+                half_b = dense(halves[1], t.task, t.r, t.d)
+            d_b = dense(grads[2], t.task, t.r, t.d)
             _grad_b(t, d_b, half_b, y, d_x, d_query, n_parts, attended, offs_d)
     if t.down is not None:
         if (kind < 0) | (kind == 2):
-            d_down = Matrix(grads[3] + task * t.dims * t.d, 1, t.dim)
-            d_gate = transposed(dense(grads[5], task, t.d, t.spaces))
+            d_down = Matrix(grads[3] + t.task * t.dims * t.d, 1, t.dim)
+            d_gate = transposed(dense(grads[5], t.task, t.d, t.spaces))
             _grad_down(t, d_down, d_gate, d_x, attended, offs_d)
         if (kind < 0) | (kind == 3):
-            d_up = dense(grads[4], task, t.dims, t.d)
-            _grad_up(t, d_up, saved, task, y, offs_d, ACTIVATION)
+            d_up = dense(grads[4], t.task, t.dims, t.d)
+            _grad_up(t, d_up, saved, y, offs_d, ACTIVATION)

@@ -22,17 +22,19 @@ import triton.language as tl
 from ept_fast.kernels.reconstruct.core import (
     BLOCK,
     BLOCK_M,
+    NONE,
+    Task,
     add_product,
     blocks_of,
     load_gated,
     load_up,
     reduce,
-    task_of,
 )
 from ept_fast.kernels.tiles import (
     Matrix,
     dense,
     load,
+    matrix,
     product,
     store,
     sum_parts,
@@ -61,6 +63,7 @@ def _attend(t, query, offs_m, offs_r, first, last, scaling, score_scale):
     Maxima of the scores and sums of the exponentials [BLOCK_M]; these times c·A [BLOCK, BLOCK_M].
     """
     mask_m = offs_m < t.m
+    of_a = matrix(t.a, t.task)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     attended = tl.zeros((BLOCK, BLOCK_M), tl.float32)
@@ -69,14 +72,14 @@ def _attend(t, query, offs_m, offs_r, first, last, scaling, score_scale):
         mask_n = offs_n < t.n
         scores = tl.zeros((BLOCK, BLOCK_M), tl.float32)
         scores = add_product(
-            scores, t.a, offs_n, mask_n, transposed(query), offs_m, mask_m, t.r, scaling
+            scores, of_a, offs_n, mask_n, transposed(query), offs_m, mask_m, t.r, scaling
         )
         scores = tl.where(mask_n[:, None], scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, 0))
         scale = tl.exp((top - highest) * score_scale)
         weights = tl.exp((scores - highest[None, :]) * score_scale)
         total = total * scale + tl.sum(weights, 0)
-        a = load(transposed(t.a), offs_r, offs_r < t.r, offs_n, mask_n) * scaling
+        a = load(transposed(of_a), offs_r, offs_r < t.r, offs_n, mask_n) * scaling
         attended = attended * scale[None, :] + product(a, weights)
         top = highest
     return top, total, attended
@@ -102,7 +105,8 @@ def reconstruct_attend_kernel(
     blocks = tl.cdiv(sizes[0], BLOCK_M)
     block = tl.program_id(0) // n_splits % blocks
     task = (tl.program_id(0) // (n_splits * blocks)).to(tl.int64)
-    t = task_of(task, sizes, p, a, None, None, None, None)
+    m, n, r, spaces, dim, dims, width, d = sizes
+    t = Task(task, m, n, r, spaces, dim, dims, width, d, p, a, NONE, NONE, NONE, NONE)
     offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     mask_m = offs_m < t.m
     query = dense(query_ptr, task, t.m, t.r)
@@ -124,9 +128,9 @@ def reconstruct_attend_kernel(
 
 
 @triton.jit
-def _combine(t, parts, task, offs_m, offs_r, score_scale, n_splits):
+def _combine(t, parts, offs_m, offs_r, score_scale, n_splits):
     """What :func:`_attend` gives for all positions, from the chunks of n."""
-    first = task * n_splits
+    first = t.task * n_splits
     mask_m = offs_m < t.m
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for i in range(n_splits):
@@ -144,7 +148,7 @@ def _combine(t, parts, task, offs_m, offs_r, score_scale, n_splits):
 
 
 @triton.jit
-def _project(t, sums, saved, logits, task, offs_m, splits, part):
+def _project(t, sums, saved, logits, offs_m, splits, part):
     """[Hin | zin] = R + O·S of a block of tokens, to memory; so is S."""
     mask_m = offs_m < t.m
     for start in tl.range(0, t.width, BLOCK, num_stages=1, disable_licm=True):
@@ -158,11 +162,11 @@ def _project(t, sums, saved, logits, task, offs_m, splits, part):
                 mask_r = offs_r < t.r
                 of_b = sums.ptr + (t.m + offs_r)[:, None] * sums.stride_i + (t.r + offs_c)[None, :]
                 cross = sum_parts(of_b, mask_r[:, None] & mask_c[None, :], splits, part)
-                of_cross = dense(saved[5], task, t.r, t.width)
+                of_cross = dense(saved[5], t.task, t.r, t.width)
                 store(of_cross, cross, offs_r, mask_r, offs_c, mask_c)
-                of_attended = dense(saved[2], task, t.m, t.r)
+                of_attended = dense(saved[2], t.task, t.m, t.r)
                 x += product(load(of_attended, offs_m, mask_m, offs_r, mask_r), cross)
-        store(dense(saved[3], task, t.m, t.dims), x, offs_m, mask_m, offs_c, offs_c < t.dims)
+        store(dense(saved[3], t.task, t.m, t.dims), x, offs_m, mask_m, offs_c, offs_c < t.dims)
         store(logits, x, offs_m, mask_m, offs_c - t.dims, (offs_c >= t.dims) & mask_c)
 
 
@@ -200,17 +204,17 @@ def _gates(t, gates, logits, bias, offs_m, temperature, PROMPT: tl.constexpr):
 
 
 @triton.jit
-def _expand(t, saved, task, offs_m, offs_d, ACTIVATION: tl.constexpr):
+def _expand(t, saved, offs_m, offs_d, ACTIVATION: tl.constexpr):
     """A tile of P′ = P + [O | g_k·φ(H_k)]·[B ; U]."""
     mask_m, mask_d = offs_m < t.m, offs_d < t.d
-    out = load(t.p, offs_m, mask_m, offs_d, mask_d)
+    out = load(matrix(t.p, t.task), offs_m, mask_m, offs_d, mask_d)
     if t.b is not None:
-        attended = dense(saved[2], task, t.m, t.r)
-        out = add_product(out, attended, offs_m, mask_m, t.b, offs_d, mask_d, t.r, 1.0)
+        attended, of_b = dense(saved[2], t.task, t.m, t.r), matrix(t.b, t.task)
+        out = add_product(out, attended, offs_m, mask_m, of_b, offs_d, mask_d, t.r, 1.0)
     if t.up is not None:
         for start in tl.range(0, t.dims, BLOCK, num_stages=1, disable_licm=True):
             columns = start + tl.arange(0, BLOCK)
-            gated = load_gated(t, saved, task, offs_m, columns, ACTIVATION)
+            gated = load_gated(t, saved, offs_m, columns, ACTIVATION)
             out += product(gated, load_up(t, columns, offs_d))
     return out
 
@@ -241,12 +245,13 @@ def reconstruct_forward_kernel(
     PROMPT: tl.constexpr,
 ):
     """P′ of a block of tokens and a chunk of d, and what the backward needs of these tokens."""
-    chunks = tl.cdiv(sizes[6], d_tiles * BLOCK)
+    chunks = tl.cdiv(sizes[7], d_tiles * BLOCK)
     blocks = tl.cdiv(sizes[0], BLOCK_M)
     chunk = tl.program_id(0) % chunks
     block = tl.program_id(0) // chunks % blocks
     task = (tl.program_id(0) // (chunks * blocks)).to(tl.int64)
-    t = task_of(task, sizes, p, a, b, down, up, gate)
+    m, n, r, spaces, dim, dims, width, d = sizes
+    t = Task(task, m, n, r, spaces, dim, dims, width, d, p, a, b, down, up, gate)
     sums = dense(sums_ptr, task * splits, rows, columns)
     part = tl.cast(rows, tl.int64) * columns
     own = block * BLOCK_M
@@ -261,7 +266,7 @@ def reconstruct_forward_kernel(
         skipped = blocks - number
         for i in tl.range(blocks_of(t, True) - skipped, disable_licm=True):
             at = tl.where(i < number, first // BLOCK_M + i, skipped + i)
-            reduce(t, sums, at, t.p, 0, tl.cdiv(t.d, BLOCK), True)
+            reduce(t, sums, at, matrix(p, task), 0, tl.cdiv(t.d, BLOCK), True)
         tl.debug_barrier()  # the program's threads may read what others of them have written
     if b is not None:
         query = dense(saved[0], task, t.m, t.r)
@@ -280,9 +285,7 @@ def reconstruct_forward_kernel(
                         t, query, offs_m, offs_r, 0, n_all, numbers[0], numbers[1]
                     )
                 else:
-                    top, total, attended = _combine(
-                        t, parts, task, offs_m, offs_r, numbers[1], n_splits
-                    )
+                    top, total, attended = _combine(t, parts, offs_m, offs_r, numbers[1], n_splits)
                 stats_ptr = saved[1] + task * 2 * t.m
                 tl.store(stats_ptr + offs_m, top, mask=mask_m)
                 tl.store(stats_ptr + (t.m + offs_m), total, mask=mask_m)
@@ -294,7 +297,7 @@ def reconstruct_forward_kernel(
         logits = dense(logits_ptr, task, t.m, t.spaces)
         for row in tl.range(first, last, BLOCK_M, num_stages=1, disable_licm=True):
             offs = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-            _project(t, sums, saved, logits, task, offs, splits, part)
+            _project(t, sums, saved, logits, offs, splits, part)
         tl.debug_barrier()
         gates = dense(saved[4], task, t.m, t.spaces)
         of_bias = Matrix(bias[0] + task * bias[1], 0, bias[2])
@@ -303,5 +306,5 @@ def reconstruct_forward_kernel(
     last_tile = tl.minimum((chunk + 1) * d_tiles, tl.cdiv(t.d, BLOCK))
     for tile in tl.range(chunk * d_tiles, last_tile, num_stages=1, disable_licm=True):
         offs_d = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-        out = _expand(t, saved, task, offs_m, offs_d, ACTIVATION)
+        out = _expand(t, saved, offs_m, offs_d, ACTIVATION)
         store(dense(out_ptr, task, t.m, t.d), out, offs_m, offs_m < t.m, offs_d, offs_d < t.d)

@@ -13,7 +13,7 @@ struct Parts {
   int columns;  // W = K·h + K, of [D | G]
   View p, a, b, down, up, gate_weight, gate_bias;
   float scaling;      // c
-  float score_scale;        // 1 / √d
+  float score_scale;  // 1 / √d
   float temperature;  // τ
   Activation activation;
   Gate gate;
@@ -26,12 +26,26 @@ struct Line {
   int64_t stride;
   Type type;
 
-  EPT_BOTH float at(int d) const {
-    return data == nullptr ? 0.0f : load(data, type, start + d * stride);
+  // An element as it is stored, so that many loads can be on their way before the first is needed.
+  EPT_BOTH uint32_t bits(int d) const {
+    if (data == nullptr) return 0;
+    const int64_t at = start + d * stride;
+    if (type == Type::float32) return bits_of(static_cast<const float*>(data)[at]);
+    return static_cast<const uint16_t*>(data)[at];
   }
+
+  EPT_BOTH float number(uint32_t bits) const {
+    if (type == Type::float32) return float_of(bits);
+    const uint16_t half = static_cast<uint16_t>(bits);
+    return type == Type::float16 ? to_float(Half{half}) : to_float(BFloat16{half});
+  }
+
+  EPT_BOTH float at(int d) const { return number(bits(d)); }
 };
 
-EPT_BOTH Line line_of(const View& matrix, int task, int row) {
+// A row of P, B or Y; `rows` of the matrix are inside.
+EPT_BOTH Line line_of(const View& matrix, int task, int row, int rows) {
+  if (row >= rows) return {};
   return {matrix.data, task * matrix.stride[0] + row * matrix.stride[1], matrix.stride[2],
           matrix.type};
 }
@@ -57,33 +71,40 @@ EPT_BOTH Line line_of_up(const Parts& parts, int task, int c) {
           up.type};
 }
 
-// The kernels over d work on tiles of 8 tokens × 64 channels: a thread has one channel of four
-// tokens.
+// An element of A, times c; a position past the end has zeros.
+EPT_DEVICE float row_element(const Parts& parts, int task, int position, int end, int column) {
+  const View& a = parts.a;
+  const int64_t at = task * a.stride[0] + position * a.stride[1] + column * a.stride[2];
+  return position < end ? load(a.data, a.type, at) * parts.scaling : 0.0f;
+}
+
+// All kernels have blocks of 256 threads and work on eight tokens at a time.
+inline constexpr int reconstruct_threads = 256;
+inline constexpr int reconstruct_tokens = 8;
+
+// Eight tokens × 64 channels: a thread has one channel of two tokens.
 struct ExpandTile {
-  static constexpr int threads = 128;
-  static constexpr int tokens = 8;
+  static constexpr int tokens = reconstruct_tokens;
   static constexpr int channels = 64;
-  static constexpr int own = tokens / (threads / channels);
+  static constexpr int own = tokens / (reconstruct_threads / channels);
+  static constexpr int step = 32;  // columns summed by themselves: fewer roundings in a row
 
   EPT_BOTH static int channel(int thread) { return thread % channels; }
   EPT_BOTH static int token(int thread, int i) { return thread / channels * own + i; }
 
-  // Columns that are summed by themselves first: fewer roundings follow one another.
-  static constexpr int step = 32;
-
-  // acc += C·M for a factor C [8, count], stored [count][8] in shared memory, and the lines of M.
-  template <class LineOf>
-  EPT_DEVICE static void add_product(float* acc, const float* factor, int count, int thread, int d,
-                                     LineOf line) {
-    const float* own_factor = factor + thread / channels * own;
+  // acc += C·M for a factor C [8, count], stored [count][8] in shared memory, and a matrix M of
+  // which `value(c)` is the element of row c in the thread's channel.
+  template <class Value>
+  EPT_DEVICE static void add_product(float* acc, const float* factor, int count, int thread,
+                                     Value value) {
     for (int first = 0; first < count; first += step) {
       const int end = least(first + step, count);
       float sum[own] = {};
-      EPT_UNROLL_BY(4)
+      EPT_UNROLL_BY(8)
       for (int c = first; c < end; ++c) {
-        const float value = line(c).at(d);
+        const float of_row = value(c);
         EPT_UNROLL
-        for (int i = 0; i < own; ++i) sum[i] += own_factor[c * tokens + i] * value;
+        for (int i = 0; i < own; ++i) sum[i] += factor[c * tokens + token(thread, i)] * of_row;
       }
       EPT_UNROLL
       for (int i = 0; i < own; ++i) acc[i] += sum[i];
@@ -91,123 +112,143 @@ struct ExpandTile {
   }
 };
 
-// Products over d of rows with columns, [rows, columns] a task, in parts of d.
+// X·Yᵀ over all of d, for eight lines X and up to 64 lines Y.
 //
-// Forward, rows [P ; B] and columns [B | D | G]: Q, R, S. Backward, rows Y and columns [B | U]: dC.
-struct ReduceCall {
-  Parts parts;
-  View grad;    // Y; not given: forward
-  float* sums;  // [T, splits, rows, columns]
-  int rows;
-  int columns;
-  int splits;
-  int chunk;  // channels of a part
-  int tiles_i, tiles_j;
-};
+// A step takes 64 channels of every line to shared memory, while those of the next step are loaded.
+// A warp multiplies eight of the channels: a thread has two rows and every eighth column. The sums
+// of the warps are added at the end, in order.
+struct LongProduct {
+  static constexpr int rows = reconstruct_tokens;
+  static constexpr int columns = 64;
+  static constexpr int most_fused = 32;
+  static constexpr int most_lines = rows + columns + most_fused;
+  static constexpr int depth = ExpandTile::channels;
+  static constexpr int padded = depth + 4;  // keeps 16 bytes of neighbouring lines off one bank
+  static constexpr int warps = reconstruct_threads / 32;
+  static constexpr int own_rows = 2, own_columns = columns / 8;
+  static constexpr int loads = most_lines * depth / reconstruct_threads;
+  static constexpr int per_load = reconstruct_threads / depth;
 
-struct ReduceKernel {
-  static constexpr const char* name = "reconstruct_reduce";
-  static constexpr int threads = 128;
-  static constexpr int side = 32;   // of a tile
-  static constexpr int depth = 32;  // channels at a time
-  static constexpr int own_i = 2, own_j = 4;
-  static constexpr int across = side / own_j;
-  static constexpr int down = threads / across;
-  using Call = ReduceCall;
-
-  struct Shared {
-    float x[side][depth + 1];
-    float y[side][depth + 1];
-    Line lines[2 * side];
+  struct alignas(16) Four {
+    float of[4];
   };
 
   struct State {
-    float sum[own_i][own_j];
+    uint32_t bits[loads];
+    float sum[own_rows][own_columns];
   };
 
-  EPT_DEVICE static Line row_line(const Call& call, int task, int i) {
-    if (i >= call.rows) return {};
-    if (call.grad.data != nullptr) return line_of(call.grad, task, i);
-    if (i < call.parts.m) return line_of(call.parts.p, task, i);
-    return line_of(call.parts.b, task, i - call.parts.m);
+  // Shared memory, for eight lines X, `count` lines Y and the lines that are fused.
+  EPT_BOTH static int floats(int count, int fused) {
+    const int lines = rows + least(count, columns) + fused;
+    return lines * (padded + static_cast<int>(sizeof(Line) / sizeof(float)));
   }
 
-  EPT_DEVICE static Line column_line(const Call& call, int task, int j) {
-    if (j >= call.columns) return {};
-    if (j < call.parts.r) return line_of(call.parts.b, task, j);
-    j -= call.parts.r;
-    return call.grad.data != nullptr ? line_of_up(call.parts, task, j)
-                                     : line_of_down(call.parts, task, j);
-  }
-
-  template <class B>
-  EPT_DEVICE static void run(const B& block, Shared& shared, const Call& call) {
-    Digits digits{block.index};
-    const int first_j = digits.next(call.tiles_j) * side;
-    const int first_i = digits.next(call.tiles_i) * side;
-    const int split = digits.next(call.splits);
-    const int task = static_cast<int>(digits.rest);
-    // B·Bᵀ is of no use.
-    if (first_i >= call.parts.m && first_j + side <= call.parts.r) return;
-    const int first_d = split * call.chunk, end_d = least(first_d + call.chunk, call.parts.d);
-
+  // `line(i)`: X, then Y, then the lines that are fused; `put(i, j, value)` takes the result.
+  // With a factor C, X + C·M is multiplied instead of X, where the `fused` lines are M's.
+  template <class B, class LineAt, class Put>
+  EPT_DEVICE static void run(const B& block, float* memory, int count, const float* factor,
+                             int fused, int d, LineAt line, Put put) {
+    const int number = rows + count + fused;
+    float* tile = memory;
+    Line* lines = reinterpret_cast<Line*>(memory + number * padded);
     typename B::template Local<State> local;
     block.each([&](int thread) {
+      if (thread < number) lines[thread] = line(thread);
       EPT_UNROLL
-      for (int i = 0; i < own_i; ++i) {
+      for (int i = 0; i < own_rows; ++i) {
         EPT_UNROLL
-        for (int j = 0; j < own_j; ++j) local[thread].sum[i][j] = 0.0f;
-      }
-      if (thread < side) shared.lines[thread] = row_line(call, task, first_i + thread);
-      if (thread >= side && thread < 2 * side) {
-        shared.lines[thread] = column_line(call, task, first_j + thread - side);
+        for (int j = 0; j < own_columns; ++j) local[thread].sum[i][j] = 0.0f;
       }
     });
-    for (int d = first_d; d < end_d; d += depth) {
+    block.apart([&](int thread) { load(local[thread], lines, number, thread, 0, d); });
+    for (int first = 0; first < d; first += depth) {
       block.each([&](int thread) {
-        const int c = thread % depth;
-        EPT_UNROLL_BY(4)
-        for (int i = thread / depth; i < side; i += threads / depth) {
-          const bool inside = d + c < end_d;
-          shared.x[i][c] = inside ? shared.lines[i].at(d + c) : 0.0f;
-          shared.y[i][c] = inside ? shared.lines[side + i].at(d + c) : 0.0f;
+        EPT_UNROLL
+        for (int i = 0; i < loads; ++i) {
+          const int at = thread / depth + i * per_load;
+          if (i * per_load >= number) break;
+          if (at >= number) continue;
+          tile[at * padded + thread % depth] = lines[at].number(local[thread].bits[i]);
         }
       });
-      block.each([&](int thread) {
-        // The step's own sum comes first: fewer roundings follow one another.
-        float sum[own_i][own_j] = {};
-        EPT_UNROLL_BY(8)
-        for (int c = 0; c < depth; ++c) {
-          float y[own_j];
+      if (factor != nullptr) {
+        block.each([&](int thread) {
+          const int c = ExpandTile::channel(thread);
+          float acc[ExpandTile::own] = {};
+          ExpandTile::add_product(acc, factor, fused, thread, [&](int i) {
+            return tile[(rows + count + i) * padded + c];
+          });
           EPT_UNROLL
-          for (int j = 0; j < own_j; ++j) y[j] = shared.y[thread % across + j * across][c];
-          EPT_UNROLL
-          for (int i = 0; i < own_i; ++i) {
-            const float x = shared.x[thread / across + i * down][c];
-            EPT_UNROLL
-            for (int j = 0; j < own_j; ++j) sum[i][j] += x * y[j];
+          for (int i = 0; i < ExpandTile::own; ++i) {
+            tile[ExpandTile::token(thread, i) * padded + c] += acc[i];
           }
-        }
-        EPT_UNROLL
-        for (int i = 0; i < own_i; ++i) {
-          EPT_UNROLL
-          for (int j = 0; j < own_j; ++j) local[thread].sum[i][j] += sum[i][j];
-        }
+        });
+      }
+      block.each([&](int thread) {
+        load(local[thread], lines, number, thread, first + depth, d);
+        multiply(local[thread], tile, count, thread);
       });
     }
-    const int64_t begin = (int64_t{task} * call.splits + split) * call.rows;
-    block.apart([&](int thread) {
+    const int wide = (count + 7) / 8 * 8;
+    block.each([&](int thread) {
       EPT_UNROLL
-      for (int i = 0; i < own_i; ++i) {
-        const int row = first_i + thread / across + i * down;
+      for (int i = 0; i < own_rows; ++i) {
         EPT_UNROLL
-        for (int j = 0; j < own_j; ++j) {
-          const int column = first_j + thread % across + j * across;
-          if (row >= call.rows || column >= call.columns) continue;
-          call.sums[(begin + row) * call.columns + column] = local[thread].sum[i][j];
+        for (int j = 0; j < own_columns; ++j) {
+          if (j * 8 >= count) break;
+          tile[(thread / 32 * rows + row(thread, i)) * wide + column(thread, j)] =
+              local[thread].sum[i][j];
         }
       }
     });
+    block.each([&](int thread) {
+      for (int at = thread; at < rows * count; at += reconstruct_threads) {
+        const int i = at / count, j = at % count;
+        float sum = 0.0f;
+        EPT_UNROLL
+        for (int warp = 0; warp < warps; ++warp) sum += tile[(warp * rows + i) * wide + j];
+        put(i, j, sum);
+      }
+    });
+  }
+
+ private:
+  EPT_BOTH static int row(int thread, int i) { return thread % 32 / 8 + i * 4; }
+  EPT_BOTH static int column(int thread, int j) { return thread % 8 + j * 8; }
+
+  // A thread takes one channel of every fourth line.
+  EPT_DEVICE static void load(State& state, const Line* lines, int number, int thread, int first,
+                              int d) {
+    const int c = first + thread % depth;
+    EPT_UNROLL
+    for (int i = 0; i < loads; ++i) {
+      const int at = thread / depth + i * per_load;
+      if (i * per_load >= number) break;
+      state.bits[i] = at < number && c < d ? lines[at].bits(c) : 0;
+    }
+  }
+
+  EPT_DEVICE static void multiply(State& state, const float* tile, int count, int thread) {
+    const float* own = tile + thread / 32 * (depth / warps);
+    EPT_UNROLL
+    for (int i = 0; i < own_rows; ++i) {
+      float sum[own_columns] = {};  // of this step
+      EPT_UNROLL
+      for (int k = 0; k < depth / warps; k += 4) {
+        const Four x = *reinterpret_cast<const Four*>(own + row(thread, i) * padded + k);
+        EPT_UNROLL
+        for (int j = 0; j < own_columns; ++j) {
+          if (j * 8 >= count) break;
+          const int y_line = least(column(thread, j), count - 1);
+          const Four y = *reinterpret_cast<const Four*>(own + (rows + y_line) * padded + k);
+          EPT_UNROLL
+          for (int e = 0; e < 4; ++e) sum[j] += x.of[e] * y.of[e];
+        }
+      }
+      EPT_UNROLL
+      for (int j = 0; j < own_columns; ++j) state.sum[i][j] += sum[j];
+    }
   }
 };
 
@@ -217,32 +258,6 @@ EPT_BOTH float sum_of_parts(const float* part, int number, int64_t size) {
   EPT_UNROLL_BY(8)
   for (int i = 0; i < number; ++i) sum += part[i * size];
   return sum;
-}
-
-// The mean over all tokens of `term(token, column)` for each column. The threads of a
-// column take turns at the tokens; their sums, one for each thread in `sums`, are added in order.
-template <class B, class Term>
-EPT_DEVICE void mean_of_tokens(const B& block, float* sums, float* mean, int columns, int tokens,
-                               Term term) {
-  int wide = 1;
-  while (wide < columns && wide < B::threads) wide *= 2;
-  const int groups = B::threads / wide;
-  for (int first = 0; first < columns; first += wide) {
-    block.each([&](int thread) {
-      const int column = first + thread % wide;
-      float sum = 0.0f;
-      if (column < columns) {
-        for (int token = thread / wide; token < tokens; token += groups) sum += term(token, column);
-      }
-      sums[thread] = sum;
-    });
-    block.each([&](int thread) {
-      if (thread >= wide || first + thread >= columns) return;
-      float sum = 0.0f;
-      for (int group = 0; group < groups; ++group) sum += sums[thread + group * wide];
-      mean[first + thread] = sum / static_cast<float>(tokens);
-    });
-  }
 }
 
 }  // namespace ept

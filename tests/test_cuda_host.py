@@ -149,13 +149,13 @@ def _counts(s: Sizes, has_mask: bool = True) -> dict[str, kernels.Counted]:
 
 @pytest.mark.parametrize("s", [Sizes(), Sizes(tasks=9), *SHAPES.values(), *NAMED.values()])
 def test_launches(s: Sizes) -> None:
-    """Three each way for the first operation; one and two for the second, and one for a plan of
+    """One or two each way for the first operation; for the second one and two, and one for a plan of
     its masks and task ids."""
     for has_mask in (False, True):
         plans = int(has_mask or s.tasks is not None)
         counted = {name: each.launches for name, each in _counts(s, has_mask).items()}
-        assert counted["reconstruct_forward"] == 3
-        assert counted["reconstruct_backward"] == 3
+        assert counted["reconstruct_forward"] in (1, 2)
+        assert counted["reconstruct_backward"] == 2
         assert counted["splice_forward"] == 1 + plans
         assert counted["splice_backward"] <= 2 + plans
 

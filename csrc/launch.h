@@ -290,82 +290,69 @@ inline bool takes_one_launch(const Parts& parts, int64_t blocks) {
   return parts.columns <= 2 * LongProduct::columns;
 }
 
-inline ReconstructForwardCall plan_of(Workspace& workspace, const Parts& parts) {
+inline ReconstructForwardCall plan_of(Workspace& workspace, const ReconstructForward& call) {
   using Kernel = ReconstructForwardKernel;
   ReconstructForwardCall of{};
-  of.parts = parts;
+  of.tensors = call;
+  const Parts& parts = of.parts = parts_of(call);
   of.tiles_m = narrow(pieces_of(parts.m, Kernel::tokens));
-  of.tiles_d = narrow(pieces_of(parts.d, ExpandTile::channels));
+  of.across = narrow(pieces_of(parts.d, ExpandTile::channels));
   of.pieces = 1;
   of.chunk = parts.n;
-  if (takes_one_launch(parts, int64_t{parts.tasks} * of.tiles_m * of.tiles_d)) return of;
+  const int64_t tiles_c = pieces_of(parts.columns, Kernel::side);
+  of.products = narrow(pieces_of(parts.r, Kernel::tokens) * tiles_c);
+  if (takes_one_launch(parts, int64_t{parts.tasks} * of.tiles_m * of.across)) return of;
   of.launch = Launch::first;
   if (parts.r > 0) {
     of.chunk = chunk_of(parts, 256, Kernel::positions);
     of.pieces = narrow(pieces_of(parts.n, of.chunk));
   }
+  of.across = parts.r > 0 ? of.pieces : 0;
+  of.products += narrow(of.tiles_m * tiles_c);
   const int64_t rows = int64_t{parts.tasks} * parts.m;
-  const int64_t attention = parts.r > 0 ? rows * of.pieces : 0;
-  of.maxima = workspace.take<float>(attention);
-  of.totals = workspace.take<float>(attention);
-  of.attended_parts = workspace.take<float>(attention * parts.r);
   of.x = workspace.take<float>(rows * parts.columns);
+  of.softmax = workspace.take<float>(rows * of.across * (2 + parts.r));
   return of;
 }
 
 inline int64_t reconstruct_forward_bytes(const ReconstructForward& call) {
   Workspace workspace(nullptr);
-  plan_of(workspace, parts_of(call));
+  plan_of(workspace, call);
   return workspace.bytes();
 }
 
 template <class Launcher>
 Status run_reconstruct_forward(const Launcher& launcher, const ReconstructForward& call) {
-  using Kernel = ReconstructForwardKernel;
   Workspace workspace(call.workspace);
-  ReconstructForwardCall of = plan_of(workspace, parts_of(call));
-  of.prompt = call.prompt;
-  of.query = call.query;
-  of.stats = call.stats;
-  of.attended = call.attended;
-  of.hidden = call.hidden;
-  of.gates = call.gates;
-  of.cross = call.cross;
+  ReconstructForwardCall of = plan_of(workspace, call);
   const auto run = [&] {
-    return launcher.template run<Kernel>(
-        int64_t{of.parts.tasks} * (int64_t{of.tiles_m} * of.across + of.products), of);
+    const int64_t blocks = int64_t{of.tiles_m} * of.across + of.products;
+    return launcher.template run<ReconstructForwardKernel>(call.tasks * blocks, of);
   };
-  const int64_t across = pieces_of(of.parts.columns, Kernel::side);
-  const int64_t tiles_r = pieces_of(of.parts.r, Kernel::tokens);
-  if (of.launch == Launch::first) {
-    of.across = of.parts.r > 0 ? of.pieces : 0;
-    of.products = narrow((of.tiles_m + tiles_r) * across);
-    const Status done = run();
-    if (done.error != 0) return done;
-    of.launch = Launch::second;
-    of.products = 0;
-  } else {
-    of.products = narrow(tiles_r * across);
-  }
-  of.across = of.tiles_d;
+  const Status done = run();
+  if (of.launch == Launch::only || done.error != 0) return done;
+  of.launch = Launch::second;
+  of.across = narrow(pieces_of(call.width, ExpandTile::channels));
+  of.products = 0;
   return run();
 }
 
-inline ReconstructBackwardCall plan_of_backward(Workspace& workspace, const Parts& parts) {
+inline ReconstructBackwardCall plan_of(Workspace& workspace, const ReconstructBackward& call) {
   using Kernel = BackwardExpandKernel;
   ReconstructBackwardCall of{};
-  of.parts = parts;
+  of.tensors = call;
+  const Parts& parts = of.parts = parts_of(call);
   of.tiles_m = narrow(pieces_of(parts.m, Kernel::tokens));
-  of.pieces = of.chunk = 1;
+  of.pieces = 1;
   if (parts.r > 0) {
     of.chunk = chunk_of(parts, 128, ScoreTile::positions);
     of.pieces = narrow(pieces_of(parts.n, of.chunk));
+    of.tiles_a = narrow(pieces_of(parts.n, ScoreTile::positions));
   }
   of.tiles_d = narrow(pieces_of(parts.d, ExpandTile::channels));
   of.tiles_b = narrow(pieces_of(parts.r, Kernel::columns));
   of.tiles_down = narrow(pieces_of(parts.columns, Kernel::columns));
   of.tiles_up = narrow(pieces_of(parts.dims, Kernel::columns));
-  of.tiles_a = parts.r > 0 ? narrow(pieces_of(parts.n, ScoreTile::positions)) : 0;
   of.tiles_bias = narrow(pieces_of(parts.spaces, Kernel::threads));
   const int64_t rows = int64_t{parts.tasks} * parts.m;
   of.d_x = workspace.take<float>(rows * parts.columns);
@@ -377,36 +364,21 @@ inline ReconstructBackwardCall plan_of_backward(Workspace& workspace, const Part
 
 inline int64_t reconstruct_backward_bytes(const ReconstructBackward& call) {
   Workspace workspace(nullptr);
-  plan_of_backward(workspace, parts_of(call));
+  plan_of(workspace, call);
   return workspace.bytes();
 }
 
 template <class Launcher>
 Status run_reconstruct_backward(const Launcher& launcher, const ReconstructBackward& call) {
   Workspace workspace(call.workspace);
-  ReconstructBackwardCall of = plan_of_backward(workspace, parts_of(call));
-  of.grad = call.grad;
-  of.query = call.query;
-  of.stats = call.stats;
-  of.attended = call.attended;
-  of.hidden = call.hidden;
-  of.gates = call.gates;
-  of.cross = call.cross;
-  of.d_p = call.d_short_prompt;
-  of.d_a = call.d_offset_a;
-  of.d_b = call.d_offset_b;
-  of.d_down = call.d_space_down;
-  of.d_up = call.d_space_up;
-  of.d_gate_weight = call.d_gate_weight;
-  of.d_gate_bias = call.d_gate_bias;
-  const int64_t tasks = of.parts.tasks;
+  const ReconstructBackwardCall of = plan_of(workspace, call);
   if (of.parts.r > 0 || of.parts.spaces > 0) {
-    const Status done =
-        launcher.template run<BackwardCoreKernel>(tasks * of.tiles_m * of.pieces, of);
+    const int64_t blocks = call.tasks * of.tiles_m * of.pieces;
+    const Status done = launcher.template run<BackwardCoreKernel>(blocks, of);
     if (done.error != 0) return done;
   }
-  const int64_t blocks = int64_t{of.tiles()} * of.tiles_d + of.tiles_a + of.tiles_bias;
-  return launcher.template run<BackwardExpandKernel>(tasks * blocks, of);
+  const int64_t blocks = of.tiles() + of.tiles_a + of.tiles_bias;
+  return launcher.template run<BackwardExpandKernel>(call.tasks * blocks, of);
 }
 
 }  // namespace ept

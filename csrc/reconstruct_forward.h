@@ -1,9 +1,9 @@
 // Operation 1, forward, in one launch or in two.
 //
-// In one, a block has eight tokens and 64 channels of the result. It repeats what its tokens need of
-// the products over d and of the softmax over n; [Hin | z] = F·[D | G] with F = P + O·B. In two, the
-// first launch has blocks for eight tokens and a piece of n, and blocks for R and S; the second adds
-// up the pieces in order, and [Hin | z] = R + O·S. S is saved in either case.
+// In one, a block has eight tokens and 64 channels of the result, and repeats what its tokens need of
+// the products over d and of the softmax over n: [Hin | z] = F·[D | G] with F = P + O·B. In two, the
+// first has blocks for eight tokens and a piece of n, and blocks for R; the second adds up the pieces
+// in order, and [Hin | z] = R + O·S. The blocks for S, which is saved, are in the first or only one.
 //
 // The softmax runs with a running maximum and sum, so that no matrix of weights is stored.
 #pragma once
@@ -16,18 +16,14 @@ enum class Launch { only, first, second };
 
 struct ReconstructForwardCall {
   Parts parts;
+  ReconstructForward tensors;
   Launch launch;
-  void* prompt;  // P′ [T, m, d], P's type
-  // What is saved, as in kernels.h.
-  float *query, *stats, *attended, *hidden, *gates, *cross;
-  // From the first launch to the second.
-  float* maxima;          // [T, pieces, m]
-  float* totals;          // [T, pieces, m]
-  float* attended_parts;  // [T, pieces, m, r], relative to the maximum of the piece
-  float* x;               // R [T, m, W]
+  // From the first launch to the second: R [T, m, W], and the softmax in pieces of n as
+  // [T, m, pieces, 2 + r]: the largest score, the sum of the exponentials, and the sum of the rows of
+  // c·A with these as weights.
+  float *x, *softmax;
   // The grid of a task: tiles of tokens, times tiles of d or pieces of n; then tiles of R and S.
   int tiles_m, across, products;
-  int tiles_d;
   int pieces, chunk;  // of n
 };
 
@@ -44,56 +40,54 @@ struct ReconstructForwardKernel {
 
   struct State {
     float attended[own];
-    float maximum;
-    float total;
+    float maximum, total;
   };
 
   // Shared memory: the factor C = [O | g_k·φ(H_k)] as [r + K·h, 8], at first with Q in O's place;
-  // logits [8, K]; and what a step needs for itself.
-  EPT_BOTH static int factor_floats(const Call& call) {
+  // the logits [8, K], at first the softmax; and what a step needs for itself.
+  EPT_BOTH static int kept_floats(const Call& call) {
     const Parts& parts = call.parts;
-    return tokens * (parts.r + (call.launch == Launch::first ? 0 : parts.columns));
+    if (call.launch == Launch::first) return tokens * parts.r;
+    return tokens * (parts.r + parts.dims + greatest(parts.spaces, 2 + parts.r));
   }
 
   static int64_t shared_floats(const Call& call) {
     const Parts& parts = call.parts;
-    const int attention = positions * (parts.r | 1) + 2 * threads;
-    const int query = LongProduct::floats(parts.r, 0);
-    int most = parts.r + threads;
-    if (call.launch == Launch::first) {
-      most = greatest(LongProduct::floats(least(side, parts.columns), 0), query);
-    } else if (call.launch == Launch::only) {
-      most = greatest(LongProduct::floats(parts.columns, parts.r), query);
-    }
-    return factor_floats(call) + greatest(most, attention);
+    if (call.launch == Launch::second) return kept_floats(call) + parts.r;
+    const int fused = call.launch == Launch::only ? parts.r : 0;
+    return kept_floats(call) +
+           greatest(positions * (parts.r | 1) + 2 * threads,
+                    LongProduct::floats(greatest(parts.r, parts.columns), fused));
   }
 
   template <class B>
   EPT_DEVICE static void run(const B& block, float* memory, const Call& call) {
     Digits digits{block.index};
     const Parts& parts = call.parts;
-    const int own_tiles = call.tiles_m * call.across;
-    const int number = digits.next(own_tiles + call.products);
+    const int tiles = call.tiles_m * call.across;
+    const int number = digits.next(tiles + call.products);
     const int task = static_cast<int>(digits.rest);
-    if (number >= own_tiles) {
-      multiply(block, memory, call, task, number - own_tiles);
-      return;
-    }
+    if (number >= tiles) return multiply(block, memory, call, task, number - tiles);
     const int first_m = number % call.tiles_m * tokens, other = number / call.tiles_m;
     const bool saves = other == 0;
     float* factor = memory;
-    float* logits = factor + tokens * (parts.r + parts.dims);
-    float* rest = memory + factor_floats(call);
-    if (parts.r > 0 && call.launch != Launch::second) {
-      attend(block, factor, rest, call, task, first_m, other);
+    float* logits = memory + tokens * (parts.r + parts.dims);
+    float* rest = memory + kept_floats(call);
+    float* softmax = call.softmax + (int64_t{task} * parts.m + first_m) * call.pieces * (2 + parts.r);
+    if (call.launch == Launch::first) {
+      softmax += other * (2 + parts.r);
+      return attend(block, factor, softmax, rest, call, task, first_m, other, saves);
     }
-    if (call.launch == Launch::first) return;
-    if (parts.r > 0 && call.launch == Launch::second) {
-      combine(block, call, factor, task, first_m, saves);
+    const bool averages = parts.spaces > 0 && parts.gate == Gate::prompt;
+    if (averages) average(block, call, factor, logits, rest, task);
+    if (parts.r > 0) {
+      if (call.launch == Launch::only) {
+        attend(block, factor, softmax = logits, rest, call, task, first_m, 0, saves);
+      }
+      combine(block, call, softmax, factor, task, first_m, saves);
     }
     if (parts.spaces > 0) {
       project(block, call, factor, logits, rest, task, first_m, saves);
-      if (parts.gate == Gate::prompt) average(block, call, logits, rest, task);
       weigh(block, call, factor, logits, task, first_m, saves);
     }
     expand(block, call, factor, task, first_m, other * Tile::channels);
@@ -104,13 +98,12 @@ struct ReconstructForwardKernel {
   EPT_DEVICE static void multiply(const B& block, float* memory, const Call& call, int task,
                                   int tile) {
     const Parts& parts = call.parts;
-    const int across = (parts.columns + side - 1) / side;
+    const int across = (parts.columns + side - 1) / side, down = tile / across;
     const int first_c = tile % across * side, count = least(side, parts.columns - first_c);
-    int first = tile / across * tokens;
-    const bool of_p = call.launch == Launch::first && first < call.tiles_m * tokens;
-    if (call.launch == Launch::first && !of_p) first -= call.tiles_m * tokens;
-    const int rows = of_p ? parts.m : parts.r;
-    float* out = (of_p ? call.x : call.cross) + int64_t{task} * rows * parts.columns + first_c;
+    const int tiles_p = call.launch == Launch::first ? call.tiles_m : 0;
+    const bool of_p = down < tiles_p;
+    const int first = (of_p ? down : down - tiles_p) * tokens, rows = of_p ? parts.m : parts.r;
+    float* out = (of_p ? call.x : call.tensors.cross) + int64_t{task} * rows * parts.columns + first_c;
     LongProduct::run(
         block, memory, count, nullptr, 0, parts.d,
         [&](int i) {
@@ -125,12 +118,10 @@ struct ReconstructForwardKernel {
   // Q, and the softmax over a piece of n or all of it. A warp has a token, a thread every 32nd
   // column of its O.
   template <class B>
-  EPT_DEVICE static void attend(const B& block, float* factor, float* rest, const Call& call,
-                                int task, int first_m, int other) {
+  EPT_DEVICE static void attend(const B& block, float* query, float* softmax, float* rest,
+                                const Call& call, int task, int first_m, int piece, bool saves) {
     const Parts& parts = call.parts;
     const int r = parts.r, padded = r | 1;  // an odd width keeps a column's elements off one bank
-    const bool saves = other == 0;
-    const int piece = call.launch == Launch::first ? other : 0;
     for (int first = 0; first < r; first += LongProduct::columns) {
       LongProduct::run(
           block, rest, least(LongProduct::columns, r - first), nullptr, 0, parts.d,
@@ -139,9 +130,9 @@ struct ReconstructForwardKernel {
                               : line_of(parts.b, task, first + i - tokens, r);
           },
           [&](int i, int j, float value) {
-            factor[(first + j) * tokens + i] = value;
+            query[(first + j) * tokens + i] = value;
             if (!saves || first_m + i >= parts.m) return;
-            call.query[(int64_t{task} * parts.m + first_m + i) * r + first + j] = value;
+            call.tensors.query[(int64_t{task} * parts.m + first_m + i) * r + first + j] = value;
           });
     }
     float* rows = rest;                         // [positions, padded]
@@ -157,18 +148,12 @@ struct ReconstructForwardKernel {
     });
     const int end = least((piece + 1) * call.chunk, parts.n);
     for (int first = piece * call.chunk; first < end; first += positions) {
-      block.each([&](int thread) {
-        EPT_UNROLL_BY(4)
-        for (int at = thread; at < positions * r; at += threads) {
-          const int s = at / r, column = at % r;
-          rows[s * padded + column] = row_element(parts, task, first + s, end, column);
-        }
-      });
+      load_rows(block, parts, rows, positions, task, first, end);
       block.each([&](int thread) {
         const int token = thread / lanes, s = thread % lanes;
         const float* row = rows + s * padded;
         const float score =
-            sum_of_terms(r, [&](int c) { return factor[c * tokens + token] * row[c]; });
+            sum_of_terms(r, [&](int c) { return query[c * tokens + token] * row[c]; });
         scores[thread] = first + s < end ? score : -INFINITY;
       });
       block.each([&](int thread) {
@@ -203,91 +188,45 @@ struct ReconstructForwardKernel {
     block.each([&](int thread) {
       const State& state = local[thread];
       const int token = thread / lanes, row = first_m + token;
-      const bool inside = row < parts.m;
-      const int64_t at = (int64_t{task} * call.pieces + piece) * parts.m + row;
-      if (call.launch == Launch::only) {
-        if (thread % lanes == 0 && inside && saves) {
-          save_stats(call, task, row, {state.maximum, state.total});
-        }
-      } else if (thread % lanes == 0 && inside) {
-        call.maxima[at] = state.maximum;
-        call.totals[at] = state.total;
-      }
+      if (row >= parts.m) return;
+      float* of_token = softmax + int64_t{token} * call.pieces * (2 + r);
+      of_token[0] = state.maximum;
+      of_token[1] = state.total;
       EPT_UNROLL
       for (int i = 0; i < own; ++i) {
         const int column = thread % lanes + i * lanes;
         if (column >= r) break;
-        if (call.launch == Launch::only) {
-          put_attended(call, factor, task, first_m, token, column,
-                       state.attended[i] / state.total, saves);
-        } else if (inside) {
-          call.attended_parts[at * r + column] = state.attended[i];
-        }
+        of_token[2 + column] = state.attended[i];
       }
     });
   }
 
-  // Of a row of the softmax: its largest score and the sum of its exponentials.
-  struct Stats {
-    float maximum, total;
-  };
-
-  EPT_DEVICE static void save_stats(const Call& call, int task, int row, const Stats& stats) {
-    float* saved = call.stats + int64_t{task} * 2 * call.parts.m + row;
-    saved[0] = stats.maximum;
-    saved[call.parts.m] = stats.total;
-  }
-
-  EPT_DEVICE static void put_attended(const Call& call, float* factor, int task, int first_m,
-                                      int token, int column, float value, bool saves) {
-    const int row = first_m + token;
-    factor[column * tokens + token] = value;
-    if (!saves || row >= call.parts.m) return;
-    call.attended[(int64_t{task} * call.parts.m + row) * call.parts.r + column] = value;
-  }
-
-  EPT_DEVICE static Stats stats_of(const Call& call, int task, int token) {
-    const int m = call.parts.m;
-    const int64_t first = int64_t{task} * call.pieces * m + token;
-    Stats stats{-INFINITY, 0.0f};
-    for (int i = 0; i < call.pieces; ++i) {
-      stats.maximum = greatest(stats.maximum, call.maxima[first + int64_t{i} * m]);
-    }
-    for (int i = 0; i < call.pieces; ++i) {
-      const int64_t at = first + int64_t{i} * m;
-      stats.total +=
-          call.totals[at] * expf((call.maxima[at] - stats.maximum) * call.parts.score_scale);
-    }
-    return stats;
-  }
-
-  // One element of O, from the pieces of n.
-  EPT_DEVICE static float attended_of(const Call& call, int task, int token, int column,
-                                      const Stats& stats) {
-    const int m = call.parts.m, r = call.parts.r;
-    const int64_t first = int64_t{task} * call.pieces * m + token;
-    float attended = 0.0f;
-    for (int i = 0; i < call.pieces; ++i) {
-      const int64_t at = first + int64_t{i} * m;
-      attended += call.attended_parts[at * r + column] *
-                  expf((call.maxima[at] - stats.maximum) * call.parts.score_scale);
-    }
-    return attended / stats.total;
-  }
-
-  // O into the factor. Threads of a token share its row's statistics by computing them each.
+  // O into the factor, from the pieces of n.
   template <class B>
-  EPT_DEVICE static void combine(const B& block, const Call& call, float* factor, int task,
-                                 int first_m, bool saves) {
+  EPT_DEVICE static void combine(const B& block, const Call& call, const float* softmax,
+                                 float* factor, int task, int first_m, bool saves) {
     const Parts& parts = call.parts;
+    const int r = parts.r, m = parts.m;
     block.each([&](int thread) {
       const int token = thread % tokens, row = first_m + token;
-      const bool inside = row < parts.m;
-      const Stats stats = inside ? stats_of(call, task, row) : Stats{0.0f, 1.0f};
-      if (saves && inside && thread < tokens) save_stats(call, task, row, stats);
-      for (int column = thread / tokens; column < parts.r; column += threads / tokens) {
-        const float value = inside ? attended_of(call, task, row, column, stats) : 0.0f;
-        put_attended(call, factor, task, first_m, token, column, value, saves);
+      const float* of_token = softmax + int64_t{token} * call.pieces * (2 + r);
+      for (int column = thread / tokens; column < r; column += threads / tokens) {
+        float maximum = -INFINITY, total = 0.0f, sum = 0.0f;
+        factor[column * tokens + token] = 0.0f;
+        if (row >= m) continue;
+        for (int i = 0; i < call.pieces; ++i) maximum = greatest(maximum, of_token[i * (2 + r)]);
+        for (int i = 0; i < call.pieces; ++i) {
+          const float* piece = of_token + i * (2 + r);
+          const float weight = expf((piece[0] - maximum) * parts.score_scale);
+          total += weight * piece[1];
+          sum += weight * piece[2 + column];
+        }
+        factor[column * tokens + token] = sum / total;
+        if (!saves) continue;
+        call.tensors.attended[(int64_t{task} * m + row) * r + column] = sum / total;
+        if (column > 0) continue;
+        call.tensors.stats[int64_t{task} * 2 * m + row] = maximum;
+        call.tensors.stats[(int64_t{task} * 2 + 1) * m + row] = total;
       }
     });
   }
@@ -297,39 +236,62 @@ struct ReconstructForwardKernel {
     return load(bias.data, bias.type, task * bias.stride[0] + space * bias.stride[1]);
   }
 
-  // One element of S, column c of [D | G].
-  EPT_DEVICE static float cross_of(const Call& call, int task, int row, int c) {
-    return call.cross[(int64_t{task} * call.parts.r + row) * call.parts.columns + c];
+  // With one gate for all tokens: the mean of the logits, from the means of O and R.
+  template <class B>
+  EPT_DEVICE static void average(const B& block, const Call& call, float* factor, float* logits,
+                                 float* mean, int task) {
+    const Parts& parts = call.parts;
+    const int r = parts.r;
+    const auto number = static_cast<float>(parts.m);
+    for (int first_m = 0; first_m < parts.m && r > 0; first_m += tokens) {
+      combine(block, call, call.softmax + (int64_t{task} * parts.m + first_m) * call.pieces * (2 + r),
+              factor, task, first_m, false);
+      block.each([&](int thread) {
+        for (int column = thread; column < r; column += threads) {
+          const float sum = sum_of_parts(factor + column * tokens, tokens, 1) / number;
+          mean[column] = (first_m > 0 ? mean[column] : 0.0f) + sum;
+        }
+      });
+    }
+    block.each([&](int thread) {
+      for (int k = thread; k < parts.spaces; k += threads) {
+        const int c = parts.dims + k;
+        const float* x = call.x + int64_t{task} * parts.m * parts.columns + c;
+        const float* cross = call.tensors.cross + int64_t{task} * r * parts.columns + c;
+        const float z = sum_of_parts(x, parts.m, parts.columns) / number +
+                        sum_of_terms(r, [&](int i) { return mean[i] * cross[i * parts.columns]; });
+        for (int token = 0; token < tokens; ++token) {
+          logits[token * parts.spaces + k] = (z + bias_of(parts, task, k)) / parts.temperature;
+        }
+      }
+    });
   }
 
-  // [Hin | z], Hin into the factor and z / τ into the logits.
+  // [Hin | z], Hin into the factor and z / τ into the logits, if these are not there.
   template <class B>
   EPT_DEVICE static void project(const B& block, const Call& call, float* factor, float* logits,
                                  float* rest, int task, int first_m, bool saves) {
     const Parts& parts = call.parts;
     const auto put = [&](int token, int c, float value) {
-      const int row = first_m + token;
-      if (c >= parts.dims) {
-        const int k = c - parts.dims;
+      const int row = first_m + token, k = c - parts.dims;
+      if (k < 0) {
+        factor[(parts.r + c) * tokens + token] = value;
+        if (!saves || row >= parts.m) return;
+        call.tensors.hidden[(int64_t{task} * parts.m + row) * parts.dims + c] = value;
+      } else if (parts.gate == Gate::token) {
         logits[token * parts.spaces + k] = (value + bias_of(parts, task, k)) / parts.temperature;
-        return;
       }
-      factor[(parts.r + c) * tokens + token] = value;
-      if (!saves || row >= parts.m) return;
-      call.hidden[(int64_t{task} * parts.m + row) * parts.dims + c] = value;
     };
     if (call.launch == Launch::second) {
       block.each([&](int thread) {
-        const int token = thread % tokens, row = first_m + token;
+        const int token = thread % tokens;
+        const int64_t row = int64_t{task} * parts.m + least(first_m + token, parts.m - 1);
         for (int c = thread / tokens; c < parts.columns; c += threads / tokens) {
-          float sum = 0.0f;
-          if (row < parts.m) {
-            sum = call.x[(int64_t{task} * parts.m + row) * parts.columns + c] +
-                  sum_of_terms(parts.r, [&](int i) {
-                    return factor[i * tokens + token] * cross_of(call, task, i, c);
-                  });
-          }
-          put(token, c, sum);
+          const float* cross = call.tensors.cross + int64_t{task} * parts.r * parts.columns + c;
+          const float product = sum_of_terms(parts.r, [&](int i) {
+            return factor[i * tokens + token] * cross[i * parts.columns];
+          });
+          put(token, c, call.x[row * parts.columns + c] + product);
         }
       });
       return;
@@ -337,7 +299,7 @@ struct ReconstructForwardKernel {
     for (int first = 0; first < parts.columns; first += LongProduct::columns) {
       const int count = least(LongProduct::columns, parts.columns - first);
       LongProduct::run(
-          block, rest, count, parts.r > 0 ? factor : nullptr, parts.r, parts.d,
+          block, rest, count, factor, parts.r, parts.d,
           [&](int i) {
             if (i < tokens) return line_of(parts.p, task, first_m + i, parts.m);
             i -= tokens;
@@ -348,56 +310,6 @@ struct ReconstructForwardKernel {
     }
   }
 
-  // The mean over all tokens of `term(token, column)` for each column. The threads of a column take
-  // turns at the tokens; their sums, one of each thread in `sums`, are added in order.
-  template <class B, class Term>
-  EPT_DEVICE static void mean_of_tokens(const B& block, float* sums, float* mean, int columns,
-                                        int number, Term term) {
-    int wide = 1;
-    while (wide < columns && wide < threads) wide *= 2;
-    const int groups = threads / wide;
-    for (int first = 0; first < columns; first += wide) {
-      block.each([&](int thread) {
-        const int column = first + thread % wide;
-        float sum = 0.0f;
-        if (column < columns) {
-          for (int token = thread / wide; token < number; token += groups) {
-            sum += term(token, column);
-          }
-        }
-        sums[thread] = sum;
-      });
-      block.each([&](int thread) {
-        if (thread >= wide || first + thread >= columns) return;
-        mean[first + thread] =
-            sum_of_parts(sums + thread, groups, wide) / static_cast<float>(number);
-      });
-    }
-  }
-
-  // With one gate for all tokens: the mean of the logits, from the means of O and R.
-  template <class B>
-  EPT_DEVICE static void average(const B& block, const Call& call, float* logits, float* rest,
-                                 int task) {
-    const Parts& parts = call.parts;
-    float *mean = rest, *sums = rest + parts.r;
-    mean_of_tokens(block, sums, mean, parts.r, parts.m, [&](int token, int column) {
-      return attended_of(call, task, token, column, stats_of(call, task, token));
-    });
-    mean_of_tokens(block, sums, logits, parts.spaces, parts.m, [&](int token, int k) {
-      return call.x[(int64_t{task} * parts.m + token) * parts.columns + parts.dims + k];
-    });
-    block.each([&](int thread) {
-      for (int k = thread; k < parts.spaces; k += threads) {
-        const float sum = logits[k] + sum_of_terms(parts.r, [&](int i) {
-                            return mean[i] * cross_of(call, task, i, parts.dims + k);
-                          });
-        const float logit = (sum + bias_of(parts, task, k)) / parts.temperature;
-        for (int token = 0; token < tokens; ++token) logits[token * parts.spaces + k] = logit;
-      }
-    });
-  }
-
   // The gates, and what they make of the hidden columns: g_k·φ(H_k).
   template <class B>
   EPT_DEVICE static void weigh(const B& block, const Call& call, float* factor, float* logits,
@@ -405,15 +317,14 @@ struct ReconstructForwardKernel {
     const Parts& parts = call.parts;
     block.each([&](int thread) {
       if (thread >= tokens) return;
-      float* of_token = logits + thread * parts.spaces;
+      float* gates = logits + thread * parts.spaces;
       float maximum = -INFINITY, total = 0.0f;
-      for (int k = 0; k < parts.spaces; ++k) maximum = greatest(maximum, of_token[k]);
-      for (int k = 0; k < parts.spaces; ++k) total += of_token[k] = expf(of_token[k] - maximum);
+      for (int k = 0; k < parts.spaces; ++k) maximum = greatest(maximum, gates[k]);
+      for (int k = 0; k < parts.spaces; ++k) total += gates[k] = expf(gates[k] - maximum);
       for (int k = 0; k < parts.spaces; ++k) {
-        of_token[k] /= total;
-        if (saves && first_m + thread < parts.m) {
-          call.gates[(int64_t{task} * parts.m + first_m + thread) * parts.spaces + k] = of_token[k];
-        }
+        gates[k] /= total;
+        if (!saves || first_m + thread >= parts.m) continue;
+        call.tensors.gates[(int64_t{task} * parts.m + first_m + thread) * parts.spaces + k] = gates[k];
       }
     });
     block.each([&](int thread) {
@@ -438,15 +349,14 @@ struct ReconstructForwardKernel {
       for (int i = 0; i < Tile::own; ++i) {
         acc[i] = line_of(parts.p, task, first_m + Tile::token(thread, i), parts.m).at(d);
       }
-      Tile::add_product(acc, factor, parts.r, thread,
-                        [&](int c) { return line_of(parts.b, task, c, parts.r).at(d); });
-      Tile::add_product(acc, factor + tokens * parts.r, parts.dims, thread,
-                        [&](int c) { return line_of_up(parts, task, c).at(d); });
+      Tile::add_product(acc, factor, parts.r + parts.dims, thread,
+                        [&](int c) { return line_of_factors(parts, task, c).at(d); });
       EPT_UNROLL
       for (int i = 0; i < Tile::own; ++i) {
         const int token = first_m + Tile::token(thread, i);
         if (token >= parts.m) continue;
-        store(call.prompt, parts.p.type, (int64_t{task} * parts.m + token) * parts.d + d, acc[i]);
+        store(call.tensors.prompt, parts.p.type, (int64_t{task} * parts.m + token) * parts.d + d,
+              acc[i]);
       }
     });
   }

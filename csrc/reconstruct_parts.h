@@ -63,19 +63,13 @@ EPT_BOTH Line line_of_down(const Parts& parts, int task, int c) {
           down.stride[2], down.type};
 }
 
-// Row c of U.
-EPT_BOTH Line line_of_up(const Parts& parts, int task, int c) {
+// Row c of [B ; U].
+EPT_BOTH Line line_of_factors(const Parts& parts, int task, int c) {
+  if (c < parts.r) return line_of(parts.b, task, c, parts.r);
   const View& up = parts.up;
-  const int k = c / parts.dim, j = c % parts.dim;
+  const int k = (c - parts.r) / parts.dim, j = (c - parts.r) % parts.dim;
   return {up.data, task * up.stride[0] + k * up.stride[1] + j * up.stride[2], up.stride[3],
           up.type};
-}
-
-// An element of A, times c; a position past the end has zeros.
-EPT_DEVICE float row_element(const Parts& parts, int task, int position, int end, int column) {
-  const View& a = parts.a;
-  const int64_t at = task * a.stride[0] + position * a.stride[1] + column * a.stride[2];
-  return position < end ? load(a.data, a.type, at) * parts.scaling : 0.0f;
 }
 
 // All kernels have blocks of 256 threads and work on eight tokens at a time.
@@ -145,7 +139,7 @@ struct LongProduct {
   }
 
   // `line(i)`: X, then Y, then the lines that are fused; `put(i, j, value)` takes the result.
-  // With a factor C, X + C·M is multiplied instead of X, where the `fused` lines are M's.
+  // With `fused` lines M and their factor C, X + C·M is multiplied instead of X.
   template <class B, class LineAt, class Put>
   EPT_DEVICE static void run(const B& block, float* memory, int count, const float* factor,
                              int fused, int d, LineAt line, Put put) {
@@ -172,7 +166,7 @@ struct LongProduct {
           tile[at * padded + thread % depth] = lines[at].number(local[thread].bits[i]);
         }
       });
-      if (factor != nullptr) {
+      if (fused > 0) {
         block.each([&](int thread) {
           const int c = ExpandTile::channel(thread);
           float acc[ExpandTile::own] = {};
@@ -258,6 +252,23 @@ EPT_BOTH float sum_of_parts(const float* part, int number, int64_t size) {
   EPT_UNROLL_BY(8)
   for (int i = 0; i < number; ++i) sum += part[i * size];
   return sum;
+}
+
+// Rows of c·A to shared memory, [number, r | 1]; those of `end` and after it are zeros.
+template <class B>
+EPT_DEVICE void load_rows(const B& block, const Parts& parts, float* rows, int number, int task,
+                          int first, int end) {
+  const View& a = parts.a;
+  block.each([&](int thread) {
+    EPT_UNROLL_BY(4)
+    for (int at = thread; at < number * parts.r; at += reconstruct_threads) {
+      const int s = at / parts.r, column = at % parts.r;
+      const int64_t from =
+          task * a.stride[0] + (first + s) * a.stride[1] + column * a.stride[2];
+      rows[s * (parts.r | 1) + column] =
+          first + s < end ? load(a.data, a.type, from) * parts.scaling : 0.0f;
+    }
+  });
 }
 
 }  // namespace ept

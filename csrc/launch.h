@@ -274,20 +274,20 @@ inline int chunk_of(const Parts& parts, int64_t blocks, int64_t step) {
   return narrow(pieces_of(steps, within(1, blocks / tiles, least<int64_t>(steps, 64))) * step);
 }
 
-// Multiplications of a block that repeats the products over d and the softmax, and of all blocks
-// together, up to which that takes less time than a second launch: about 10 µs, by estimate.
-inline constexpr int64_t most_repeated = 1 << 20;
-inline constexpr int64_t most_repeated_in_all = 1 << 27;
+// Whether blocks that repeat so many multiplications each take longer than a launch that makes their
+// results once: beyond about 10 µs for one block, or for all of them on a GPU, by estimate.
+inline bool repeats_too_much(int64_t multiplications, int64_t blocks) {
+  return multiplications > 1 << 20 || multiplications * blocks > 1 << 27;
+}
 
-// Whether one launch is the faster way. One gate for all tokens needs O of all of them.
+// Whether the forward takes one launch. One gate for all tokens needs O of all of them.
 inline bool takes_one_launch(const Parts& parts, int64_t blocks) {
   if (parts.r == 0 && parts.spaces == 0) return true;
-  if (parts.r > LongProduct::most_fused) return false;
   if (parts.spaces > 0 && parts.gate == Gate::prompt) return false;
+  if (parts.r > LongProduct::most_fused || parts.columns > 2 * LongProduct::columns) return false;
   const int64_t over_d = int64_t{parts.d} * (2 * parts.r + parts.columns);
-  const int64_t repeated = reconstruct_tokens * (over_d + 2 * int64_t{parts.n} * parts.r);
-  if (repeated > most_repeated || repeated * blocks > most_repeated_in_all) return false;
-  return parts.columns <= 2 * LongProduct::columns;
+  const int64_t over_n = int64_t{parts.n} * 2 * parts.r;
+  return !repeats_too_much(reconstruct_tokens * (over_d + over_n), blocks);
 }
 
 inline ReconstructForwardCall plan_of(Workspace& workspace, const ReconstructForward& call) {
@@ -350,11 +350,18 @@ inline ReconstructBackwardCall plan_of(Workspace& workspace, const ReconstructBa
     of.tiles_a = narrow(pieces_of(parts.n, ScoreTile::positions));
   }
   of.tiles_d = narrow(pieces_of(parts.d, ExpandTile::channels));
-  of.tiles_b = narrow(pieces_of(parts.r, Kernel::columns));
-  of.tiles_down = narrow(pieces_of(parts.columns, Kernel::columns));
-  of.tiles_up = narrow(pieces_of(parts.dims, Kernel::columns));
+  const int64_t rows_of[] = {parts.r, parts.columns, parts.dims};
+  for (int i = 0; i < 3; ++i) of.tiles_of[i] = narrow(pieces_of(rows_of[i], Kernel::columns));
+  of.tiles_of[3] = of.tiles_m;
   of.tiles_bias = narrow(pieces_of(parts.spaces, Kernel::threads));
   const int64_t rows = int64_t{parts.tasks} * parts.m;
+  if (parts.spaces > 0 && parts.gate == Gate::prompt) {
+    const int64_t repeated = parts.m * int64_t{parts.d} * parts.dims;
+    if (repeats_too_much(repeated, int64_t{parts.tasks} * of.tiles_m * of.pieces)) {
+      of.launch = Launch::first;
+      of.d_gates = workspace.take<float>(int64_t{parts.tasks} * of.tiles_m * parts.spaces);
+    }
+  }
   of.d_x = workspace.take<float>(rows * parts.columns);
   of.d_attended = workspace.take<float>(rows * parts.r);
   of.inner = workspace.take<float>(rows);
@@ -371,10 +378,19 @@ inline int64_t reconstruct_backward_bytes(const ReconstructBackward& call) {
 template <class Launcher>
 Status run_reconstruct_backward(const Launcher& launcher, const ReconstructBackward& call) {
   Workspace workspace(call.workspace);
-  const ReconstructBackwardCall of = plan_of(workspace, call);
+  ReconstructBackwardCall of = plan_of(workspace, call);
+  const auto run_core = [&](const ReconstructBackwardCall& core) {
+    return launcher.template run<BackwardCoreKernel>(call.tasks * core.tiles_m * core.pieces, core);
+  };
+  if (of.launch == Launch::first) {
+    ReconstructBackwardCall gates = of;
+    gates.pieces = 1;
+    const Status done = run_core(gates);
+    if (done.error != 0) return done;
+    of.launch = Launch::second;
+  }
   if (of.parts.r > 0 || of.parts.spaces > 0) {
-    const int64_t blocks = call.tasks * of.tiles_m * of.pieces;
-    const Status done = launcher.template run<BackwardCoreKernel>(blocks, of);
+    const Status done = run_core(of);
     if (done.error != 0) return done;
   }
   const int64_t blocks = of.tiles() + of.tiles_a + of.tiles_bias;

@@ -1,9 +1,12 @@
-// Operation 1, backward, in two launches.
+// Operation 1, backward, in two launches: core and expand.
 //
-// The first has blocks for eight tokens and a piece of n. Each makes dC = Y·[B ; U]ᵀ of its tokens,
-// from it dX and dO, and its part of dQ. The second expands over d, and makes dA: a block for sixteen
-// positions goes through all tokens, so that no parts of dA are stored. The weights of the softmax
-// are made again in both, from Q and the statistics of its rows.
+// Core has blocks for eight tokens and a piece of n. Each makes dC = Y·[B ; U]ᵀ of its tokens,
+// from it dX and dO, and its part of dQ. Expand has blocks for 64 channels, and for dA: a block for
+// sixteen positions goes through all tokens, so that no parts of dA are stored. The weights of the
+// softmax are made again in both, from Q and the statistics of its rows.
+//
+// One gate for all tokens needs the sum of their dg before dX. Every block of core makes it for
+// itself, or if that is too much, a launch of core before the others does.
 //
 // With F = P + O·B and dF = Y + dX·[D | G]ᵀ:
 //     dP = dF + dQ·B    dB = Oᵀ·dF + dQᵀ·P    d[D | G] = Fᵀ·dX    dU = (g·Φ)ᵀ·Y    db = Σ dz
@@ -16,19 +19,26 @@ namespace ept {
 struct ReconstructBackwardCall {
   Parts parts;
   ReconstructBackward tensors;
-  // From the first launch to the second.
+  Launch launch;  // of core: the first one makes sums of dg only
+  // From launch to launch.
+  float* d_gates;     // dg of eight tokens, [T, tiles_m, K]
   float* d_x;         // [dHin | dz / τ], [T, m, W]
   float* d_attended;  // dO [T, m, r]
   float* inner;       // rows of dO·O, [T, m]
   float* d_query;     // dQ in parts, [T, pieces, m, r]
   int tiles_m;
   int pieces, chunk;  // of n
-  // The second grid of a task: tiles of dB, d[D | G], dU and dP for every tile of d, then of dA, then
+  // The second grid of a task: for every tile of d tiles of each result over d, then tiles of dA and
   // of db.
-  int tiles_d, tiles_b, tiles_down, tiles_up, tiles_a, tiles_bias;
+  int tiles_d, tiles_of[4], tiles_a, tiles_bias;
 
-  EPT_BOTH int tiles() const { return (tiles_b + tiles_down + tiles_up + tiles_m) * tiles_d; }
+  EPT_BOTH int tiles() const {
+    return (tiles_of[0] + tiles_of[1] + tiles_of[2] + tiles_of[3]) * tiles_d;
+  }
 };
+
+// The results over d, as tiles_of has them: dB, d[D | G], dU, dP.
+enum class Result { b, down, up, prompt };
 
 // The softmax of eight tokens and sixteen positions, made again.
 struct ScoreTile {
@@ -119,8 +129,22 @@ struct BackwardCoreKernel {
     float* d_gates = memory + kept_floats(parts);
     float* d_x = d_gates + (parts.spaces + 3) / 4 * 4;
     float* rest = d_x + tokens * parts.dims;
-    if (parts.spaces > 0 && parts.gate == Gate::prompt) {
-      add_gates(block, call, d_gates, d_x, rest, task);
+    if (call.launch == Launch::first) {
+      add_gates(block, call, d_gates, d_x, rest, task, first_m, first_m + tokens);
+      return block.apart([&](int thread) {
+        float* out = call.d_gates + block.index * parts.spaces;
+        for (int k = thread; k < parts.spaces; k += threads) out[k] = d_gates[k];
+      });
+    }
+    if (call.launch == Launch::second) {
+      const float* sums = call.d_gates + int64_t{task} * call.tiles_m * parts.spaces;
+      block.each([&](int thread) {
+        for (int k = thread; k < parts.spaces; k += threads) {
+          d_gates[k] = sum_of_parts(sums + k, call.tiles_m, parts.spaces);
+        }
+      });
+    } else if (parts.spaces > 0 && parts.gate == Gate::prompt) {
+      add_gates(block, call, d_gates, d_x, rest, task, 0, parts.m);
     }
     multiply(block, rest, call, task, first_m, 0, [&](int token, int c, float value) {
       if (c < parts.r) {
@@ -156,12 +180,12 @@ struct BackwardCoreKernel {
     return activate(call.tensors.hidden[at], call.parts.activation);
   }
 
-  // With one gate for all tokens: the sum of their dg.
+  // The sum of the dg of some tokens.
   template <class B>
   EPT_DEVICE static void add_gates(const B& block, const Call& call, float* d_gates, float* d_x,
-                                   float* rest, int task) {
+                                   float* rest, int task, int begin, int end) {
     const Parts& parts = call.parts;
-    for (int first_m = 0; first_m < parts.m; first_m += tokens) {
+    for (int first_m = begin; first_m < end; first_m += tokens) {
       multiply(block, rest, call, task, first_m, parts.r, [&](int token, int c, float value) {
         const int row = first_m + token;
         c -= parts.r;
@@ -171,7 +195,7 @@ struct BackwardCoreKernel {
         for (int k = thread; k < parts.spaces; k += threads) {
           const float* columns = d_x + k * parts.dim * tokens;
           const float sum = sum_of_terms(parts.dim * tokens, [&](int i) { return columns[i]; });
-          d_gates[k] = (first_m > 0 ? d_gates[k] : 0.0f) + sum;
+          d_gates[k] = (first_m > begin ? d_gates[k] : 0.0f) + sum;
         }
       });
     }
@@ -298,17 +322,16 @@ struct BackwardExpandKernel {
   static constexpr int tokens = reconstruct_tokens;
   static constexpr int columns = 32;                                // of a tile of a sum
   static constexpr int own = columns / (threads / Tile::channels);  // of a thread
-  static constexpr int depth = 64;                                  // of a factor at a time
+  static constexpr int depth = Tile::lines;                         // of a factor at a time
   static constexpr int lanes_a = threads / ScoreTile::positions;    // threads of a row of dA
   static constexpr int own_a = max_rank / lanes_a;
   using Call = ReconstructBackwardCall;
-
-  enum class Result { b, down, up, prompt };
 
   // What the rows of a matrix are multiplied by, [m, columns].
   enum class Factor { attended, d_query, d_x, gated };
 
   struct Sums {
+    Line lines[depth];
     float factor[depth * tokens];
     float left[tokens][columns];
     float right[tokens][Tile::channels];
@@ -319,8 +342,7 @@ struct BackwardExpandKernel {
     return greatest(sums, call.tiles_a > 0 ? ScoreTile::floats(call.parts.r) : 0);
   }
 
-  struct State {
-    float acc[Tile::own];
+  struct State : Tile::State {
     float sum[own];
   };
   struct RowState {
@@ -335,18 +357,9 @@ struct BackwardExpandKernel {
     const int rest = number - call.tiles();
     if (rest >= call.tiles_a) return make_bias(block, call, task, rest - call.tiles_a);
     if (rest >= 0) return make_a(block, memory, call, task, rest * ScoreTile::positions);
-    int tile = number / call.tiles_d;
-    Result result = Result::b;
-    const auto skip = [&](int tiles, Result next) {
-      if (tile < tiles) return false;
-      tile -= tiles;
-      result = next;
-      return true;
-    };
-    if (skip(call.tiles_b, Result::down) && skip(call.tiles_down, Result::up)) {
-      skip(call.tiles_up, Result::prompt);
-    }
-    expand(block, *reinterpret_cast<Sums*>(memory), call, task, result, tile,
+    int tile = number / call.tiles_d, result = 0;
+    while (tile >= call.tiles_of[result]) tile -= call.tiles_of[result++];
+    expand(block, *reinterpret_cast<Sums*>(memory), call, task, static_cast<Result>(result), tile,
            number % call.tiles_d * Tile::channels);
   }
 
@@ -376,16 +389,8 @@ struct BackwardExpandKernel {
       EPT_UNROLL
       for (int i = 0; i < own; ++i) local[thread].sum[i] = 0.0f;
     });
-    // acc = rows of a matrix
     const auto start = [&](const View& matrix) {
-      block.apart([&](int thread) {
-        const int d = first_d + Tile::channel(thread);
-        EPT_UNROLL
-        for (int i = 0; i < Tile::own; ++i) {
-          const Line line = line_of(matrix, task, first_m + Tile::token(thread, i), parts.m);
-          local[thread].acc[i] = d < parts.d ? line.at(d) : 0.0f;
-        }
-      });
+      Tile::start(block, local, matrix, task, first_m, parts.m, first_d, parts.d);
     };
     // acc += factor·M, where M is [D | G]ᵀ for dX and B for others
     const auto multiply = [&](Factor factor, int count) {
@@ -398,14 +403,16 @@ struct BackwardExpandKernel {
             shared.factor[c * tokens + token] =
                 inside ? element(call, task, factor, first_m + token, first + c) : 0.0f;
           }
+          if (thread >= number) return;
+          shared.lines[thread] = factor == Factor::d_x
+                                     ? line_of_down(parts, task, first + thread)
+                                     : line_of(parts.b, task, first + thread, parts.r);
         });
         block.each([&](int thread) {
           const int d = first_d + Tile::channel(thread);
           if (d >= parts.d) return;
-          Tile::add_product(local[thread].acc, shared.factor, number, thread, [&](int c) {
-            return (factor == Factor::d_x ? line_of_down(parts, task, first + c)
-                                          : line_of(parts.b, task, first + c, parts.r)).at(d);
-          });
+          Tile::add_product(local[thread].acc, shared.factor, number, thread,
+                            [&](int c) { return shared.lines[c].at(d); });
         });
       }
     };
@@ -453,34 +460,28 @@ struct BackwardExpandKernel {
         add(Factor::d_query, parts.r);
       }
     }
+    if (result == Result::prompt) {
+      Tile::store(block, local, call.tensors.d_short_prompt, parts.p.type, task, tile * tokens,
+                  parts.m, first_d, parts.d);
+      return;
+    }
     block.apart([&](int thread) {
       const int d = first_d + Tile::channel(thread);
-      if (d >= parts.d) return;
-      if (result == Result::prompt) {
-        EPT_UNROLL
-        for (int i = 0; i < Tile::own; ++i) {
-          const int token = tile * tokens + Tile::token(thread, i);
-          if (token < parts.m) put(call, task, result, token, d, local[thread].acc[i]);
-        }
-      } else {
-        EPT_UNROLL
-        for (int i = 0; i < own; ++i) {
-          const int c = first_c + thread / Tile::channels * own + i;
-          put(call, task, result, c, d, local[thread].sum[i]);
-        }
+      EPT_UNROLL
+      for (int i = 0; i < own; ++i) {
+        const int c = first_c + thread / Tile::channels * own + i;
+        if (d < parts.d) put(call, task, result, c, d, local[thread].sum[i]);
       }
     });
   }
 
-  // An element of a gradient, by row of the result and channel; rows past the last one are not.
+  // An element of dB, d[D | G]ᵀ or dU, unless it is past the last row.
   EPT_DEVICE static void put(const Call& call, int task, Result result, int row, int d,
                              float value) {
     const Parts& parts = call.parts;
     const ReconstructBackward& to = call.tensors;
     const int k = row - parts.dims;
-    if (result == Result::prompt) {
-      store(to.d_short_prompt, parts.p.type, (int64_t{task} * parts.m + row) * parts.d + d, value);
-    } else if (result == Result::b) {
+    if (result == Result::b) {
       if (row >= parts.r) return;
       store(to.d_offset_b, parts.b.type, (int64_t{task} * parts.r + row) * parts.d + d, value);
     } else if (result == Result::up) {

@@ -12,8 +12,6 @@
 
 namespace ept {
 
-enum class Launch { only, first, second };
-
 struct ReconstructForwardCall {
   Parts parts;
   ReconstructForward tensors;
@@ -53,7 +51,8 @@ struct ReconstructForwardKernel {
 
   static int64_t shared_floats(const Call& call) {
     const Parts& parts = call.parts;
-    if (call.launch == Launch::second) return kept_floats(call) + parts.r;
+    constexpr int lines = Tile::lines * static_cast<int>(sizeof(Line) / sizeof(float));
+    if (call.launch == Launch::second) return kept_floats(call) + greatest(parts.r, lines);
     const int fused = call.launch == Launch::only ? parts.r : 0;
     return kept_floats(call) +
            greatest(positions * (parts.r | 1) + 2 * threads,
@@ -90,7 +89,7 @@ struct ReconstructForwardKernel {
       project(block, call, factor, logits, rest, task, first_m, saves);
       weigh(block, call, factor, logits, task, first_m, saves);
     }
-    expand(block, call, factor, task, first_m, other * Tile::channels);
+    expand(block, call, factor, rest, task, first_m, other * Tile::channels);
   }
 
   // A tile of R or S: eight lines of P or B with 32 columns of [D | G].
@@ -338,27 +337,26 @@ struct ReconstructForwardKernel {
 
   // P′ = P + C·[B ; U] in 64 channels.
   template <class B>
-  EPT_DEVICE static void expand(const B& block, const Call& call, const float* factor, int task,
-                                int first_m, int first_d) {
+  EPT_DEVICE static void expand(const B& block, const Call& call, const float* factor, float* rest,
+                                int task, int first_m, int first_d) {
     const Parts& parts = call.parts;
-    block.apart([&](int thread) {
-      const int d = first_d + Tile::channel(thread);
-      if (d >= parts.d) return;
-      float acc[Tile::own];
-      EPT_UNROLL
-      for (int i = 0; i < Tile::own; ++i) {
-        acc[i] = line_of(parts.p, task, first_m + Tile::token(thread, i), parts.m).at(d);
-      }
-      Tile::add_product(acc, factor, parts.r + parts.dims, thread,
-                        [&](int c) { return line_of_factors(parts, task, c).at(d); });
-      EPT_UNROLL
-      for (int i = 0; i < Tile::own; ++i) {
-        const int token = first_m + Tile::token(thread, i);
-        if (token >= parts.m) continue;
-        store(call.tensors.prompt, parts.p.type, (int64_t{task} * parts.m + token) * parts.d + d,
-              acc[i]);
-      }
-    });
+    Line* lines = reinterpret_cast<Line*>(rest);
+    typename B::template Local<Tile::State> local;
+    Tile::start(block, local, parts.p, task, first_m, parts.m, first_d, parts.d);
+    for (int first = 0; first < parts.r + parts.dims; first += Tile::lines) {
+      const int number = least(Tile::lines, parts.r + parts.dims - first);
+      block.each([&](int thread) {
+        if (thread < number) lines[thread] = line_of_factors(parts, task, first + thread);
+      });
+      block.each([&](int thread) {
+        const int d = first_d + Tile::channel(thread);
+        if (d >= parts.d) return;
+        Tile::add_product(local[thread].acc, factor + first * tokens, number, thread,
+                          [&](int c) { return lines[c].at(d); });
+      });
+    }
+    Tile::store(block, local, call.tensors.prompt, parts.p.type, task, first_m, parts.m, first_d,
+                parts.d);
   }
 };
 

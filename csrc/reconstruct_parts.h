@@ -72,6 +72,9 @@ EPT_BOTH Line line_of_factors(const Parts& parts, int task, int c) {
           up.type};
 }
 
+// Which of a kernel's launches it is.
+enum class Launch { only, first, second };
+
 // All kernels have blocks of 256 threads and work on eight tokens at a time.
 inline constexpr int reconstruct_threads = 256;
 inline constexpr int reconstruct_tokens = 8;
@@ -81,10 +84,44 @@ struct ExpandTile {
   static constexpr int tokens = reconstruct_tokens;
   static constexpr int channels = 64;
   static constexpr int own = tokens / (reconstruct_threads / channels);
-  static constexpr int step = 32;  // columns summed by themselves: fewer roundings in a row
+  static constexpr int step = 32;   // columns summed by themselves: fewer roundings in a row
+  static constexpr int lines = 64;  // of a matrix at a time
 
   EPT_BOTH static int channel(int thread) { return thread % channels; }
   EPT_BOTH static int token(int thread, int i) { return thread / channels * own + i; }
+
+  struct State {
+    float acc[own];
+  };
+
+  // acc = rows of P or Y
+  template <class B, class Local>
+  EPT_DEVICE static void start(const B& block, Local& local, const View& matrix, int task,
+                               int first_m, int m, int first_d, int d) {
+    block.apart([&](int thread) {
+      const int c = first_d + channel(thread);
+      EPT_UNROLL
+      for (int i = 0; i < own; ++i) {
+        const Line line = line_of(matrix, task, first_m + token(thread, i), m);
+        local[thread].acc[i] = c < d ? line.at(c) : 0.0f;
+      }
+    });
+  }
+
+  // To rows of P′ or dP.
+  template <class B, class Local>
+  EPT_DEVICE static void store(const B& block, Local& local, void* out, Type type, int task,
+                               int first_m, int m, int first_d, int d) {
+    block.apart([&](int thread) {
+      const int c = first_d + channel(thread);
+      EPT_UNROLL
+      for (int i = 0; i < own; ++i) {
+        const int row = first_m + token(thread, i);
+        if (row >= m || c >= d) continue;
+        ept::store(out, type, (int64_t{task} * m + row) * d + c, local[thread].acc[i]);
+      }
+    });
+  }
 
   // acc += C·M for a factor C [8, count], stored [count][8] in shared memory, and a matrix M of
   // which `value(c)` is the element of row c in the thread's channel.
@@ -122,10 +159,6 @@ struct LongProduct {
   static constexpr int own_rows = 2, own_columns = columns / 8;
   static constexpr int loads = most_lines * depth / reconstruct_threads;
   static constexpr int per_load = reconstruct_threads / depth;
-
-  struct alignas(16) Four {
-    float of[4];
-  };
 
   struct State {
     uint32_t bits[loads];
@@ -230,14 +263,14 @@ struct LongProduct {
       float sum[own_columns] = {};  // of this step
       EPT_UNROLL
       for (int k = 0; k < depth / warps; k += 4) {
-        const Four x = *reinterpret_cast<const Four*>(own + row(thread, i) * padded + k);
+        const Packed x = load_packed(own + row(thread, i) * padded + k);
         EPT_UNROLL
         for (int j = 0; j < own_columns; ++j) {
           if (j * 8 >= count) break;
           const int y_line = least(column(thread, j), count - 1);
-          const Four y = *reinterpret_cast<const Four*>(own + (rows + y_line) * padded + k);
+          const Packed y = load_packed(own + (rows + y_line) * padded + k);
           EPT_UNROLL
-          for (int e = 0; e < 4; ++e) sum[j] += x.of[e] * y.of[e];
+          for (int e = 0; e < 4; ++e) sum[j] += unpack<float>(x, e) * unpack<float>(y, e);
         }
       }
       EPT_UNROLL

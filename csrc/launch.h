@@ -284,7 +284,7 @@ inline bool repeats_too_much(int64_t multiplications, int64_t blocks) {
 inline bool takes_one_launch(const Parts& parts, int64_t blocks) {
   if (parts.r == 0 && parts.spaces == 0) return true;
   if (parts.spaces > 0 && parts.gate == Gate::prompt) return false;
-  if (parts.r > LongProduct::most_fused || parts.columns > 2 * LongProduct::columns) return false;
+  if (parts.r > 32 || parts.columns > 128) return false;
   const int64_t over_d = int64_t{parts.d} * (2 * parts.r + parts.columns);
   const int64_t over_n = int64_t{parts.n} * 2 * parts.r;
   return !repeats_too_much(reconstruct_tokens * (over_d + over_n), blocks);

@@ -97,6 +97,7 @@ struct ScoreTile {
 
 struct BackwardCoreKernel {
   static constexpr const char* name = "reconstruct_backward_core";
+  using Product = LongProduct<0>;
   static constexpr int threads = reconstruct_threads;
   static constexpr int tokens = reconstruct_tokens;
   static constexpr int lanes = 32;              // threads of a token
@@ -113,7 +114,7 @@ struct BackwardCoreKernel {
 
   static int64_t shared_floats(const Call& call) {
     const Parts& parts = call.parts;
-    const int product = LongProduct::floats(parts.r + parts.dims, 0);
+    const int product = Product::floats(parts.r + parts.dims);
     const int dims = tokens * parts.dims + (parts.spaces + 3) / 4 * 4;
     return greatest(kept_floats(parts) + dims + greatest(tokens * parts.spaces, product),
                     ScoreTile::floats(parts.r));
@@ -129,13 +130,7 @@ struct BackwardCoreKernel {
     float* d_gates = memory + kept_floats(parts);
     float* d_x = d_gates + (parts.spaces + 3) / 4 * 4;
     float* rest = d_x + tokens * parts.dims;
-    if (call.launch == Launch::first) {
-      add_gates(block, call, d_gates, d_x, rest, task, first_m, first_m + tokens);
-      return block.apart([&](int thread) {
-        float* out = call.d_gates + block.index * parts.spaces;
-        for (int k = thread; k < parts.spaces; k += threads) out[k] = d_gates[k];
-      });
-    }
+    const bool alone = call.launch == Launch::first;
     if (call.launch == Launch::second) {
       const float* sums = call.d_gates + int64_t{task} * call.tiles_m * parts.spaces;
       block.each([&](int thread) {
@@ -144,7 +139,14 @@ struct BackwardCoreKernel {
         }
       });
     } else if (parts.spaces > 0 && parts.gate == Gate::prompt) {
-      add_gates(block, call, d_gates, d_x, rest, task, 0, parts.m);
+      add_gates(block, call, d_gates, d_x, rest, task, alone ? first_m : 0,
+                alone ? first_m + tokens : parts.m);
+    }
+    if (alone) {
+      return block.apart([&](int thread) {
+        float* out = call.d_gates + block.index * parts.spaces;
+        for (int k = thread; k < parts.spaces; k += threads) out[k] = d_gates[k];
+      });
     }
     multiply(block, rest, call, task, first_m, 0, [&](int token, int c, float value) {
       if (c < parts.r) {
@@ -162,10 +164,9 @@ struct BackwardCoreKernel {
   EPT_DEVICE static void multiply(const B& block, float* memory, const Call& call, int task,
                                   int first_m, int first, Put put) {
     const Parts& parts = call.parts;
-    for (; first < parts.r + parts.dims; first += LongProduct::columns) {
-      LongProduct::run(
-          block, memory, least(LongProduct::columns, parts.r + parts.dims - first), nullptr, 0,
-          parts.d,
+    for (; first < parts.r + parts.dims; first += Product::columns) {
+      Product::run(
+          block, memory, least(Product::columns, parts.r + parts.dims - first), parts.d,
           [&](int i) {
             return i < tokens ? line_of(call.tensors.grad, task, first_m + i, parts.m)
                               : line_of_factors(parts, task, first + i - tokens);

@@ -28,6 +28,8 @@ struct ReconstructForwardCall {
 struct ReconstructForwardKernel {
   static constexpr const char* name = "reconstruct_forward";
   using Tile = ExpandTile;
+  using Product = LongProduct<0>;
+  using FusedProduct = LongProduct<32>;
   static constexpr int threads = reconstruct_threads;
   static constexpr int tokens = reconstruct_tokens;
   static constexpr int positions = 32;          // of n at a time
@@ -56,7 +58,7 @@ struct ReconstructForwardKernel {
     const int fused = call.launch == Launch::only ? parts.r : 0;
     return kept_floats(call) +
            greatest(positions * (parts.r | 1) + 2 * threads,
-                    LongProduct::floats(greatest(parts.r, parts.columns), fused));
+                    FusedProduct::floats(greatest(parts.r, parts.columns), fused));
   }
 
   template <class B>
@@ -103,8 +105,8 @@ struct ReconstructForwardKernel {
     const bool of_p = down < tiles_p;
     const int first = (of_p ? down : down - tiles_p) * tokens, rows = of_p ? parts.m : parts.r;
     float* out = (of_p ? call.x : call.tensors.cross) + int64_t{task} * rows * parts.columns + first_c;
-    LongProduct::run(
-        block, memory, count, nullptr, 0, parts.d,
+    Product::run(
+        block, memory, count, parts.d,
         [&](int i) {
           return i < tokens ? line_of(of_p ? parts.p : parts.b, task, first + i, rows)
                             : line_of_down(parts, task, first_c + i - tokens);
@@ -121,9 +123,9 @@ struct ReconstructForwardKernel {
                                 const Call& call, int task, int first_m, int piece, bool saves) {
     const Parts& parts = call.parts;
     const int r = parts.r, padded = r | 1;  // an odd width keeps a column's elements off one bank
-    for (int first = 0; first < r; first += LongProduct::columns) {
-      LongProduct::run(
-          block, rest, least(LongProduct::columns, r - first), nullptr, 0, parts.d,
+    for (int first = 0; first < r; first += Product::columns) {
+      Product::run(
+          block, rest, least(Product::columns, r - first), parts.d,
           [&](int i) {
             return i < tokens ? line_of(parts.p, task, first_m + i, parts.m)
                               : line_of(parts.b, task, first + i - tokens, r);
@@ -295,17 +297,17 @@ struct ReconstructForwardKernel {
       });
       return;
     }
-    for (int first = 0; first < parts.columns; first += LongProduct::columns) {
-      const int count = least(LongProduct::columns, parts.columns - first);
-      LongProduct::run(
-          block, rest, count, factor, parts.r, parts.d,
+    for (int first = 0; first < parts.columns; first += FusedProduct::columns) {
+      const int count = least(FusedProduct::columns, parts.columns - first);
+      FusedProduct::run(
+          block, rest, count, parts.d,
           [&](int i) {
             if (i < tokens) return line_of(parts.p, task, first_m + i, parts.m);
             i -= tokens;
             return i < count ? line_of_down(parts, task, first + i)
                              : line_of(parts.b, task, i - count, parts.r);
           },
-          [&](int i, int j, float value) { put(i, first + j, value); });
+          [&](int i, int j, float value) { put(i, first + j, value); }, parts.r, factor);
     }
   }
 

@@ -148,11 +148,13 @@ struct ExpandTile {
 // A step takes 64 channels of every line to shared memory, while those of the next step are loaded.
 // A warp multiplies eight of the channels: a thread has two rows and every eighth column. The sums
 // of the warps are added at the end, in order.
+//
+// With up to `MostFused` lines M and their factor C, [count, 8], X + C·M is multiplied instead of X.
+template <int MostFused>
 struct LongProduct {
   static constexpr int rows = reconstruct_tokens;
   static constexpr int columns = 64;
-  static constexpr int most_fused = 32;
-  static constexpr int most_lines = rows + columns + most_fused;
+  static constexpr int most_lines = rows + columns + MostFused;
   static constexpr int depth = ExpandTile::channels;
   static constexpr int padded = depth + 4;  // keeps 16 bytes of neighbouring lines off one bank
   static constexpr int warps = reconstruct_threads / 32;
@@ -165,17 +167,16 @@ struct LongProduct {
     float sum[own_rows][own_columns];
   };
 
-  // Shared memory, for eight lines X, `count` lines Y and the lines that are fused.
-  EPT_BOTH static int floats(int count, int fused) {
+  // Shared memory for `count` lines Y and `fused` lines M.
+  EPT_BOTH static int floats(int count, int fused = 0) {
     const int lines = rows + least(count, columns) + fused;
     return lines * (padded + static_cast<int>(sizeof(Line) / sizeof(float)));
   }
 
-  // `line(i)`: X, then Y, then the lines that are fused; `put(i, j, value)` takes the result.
-  // With `fused` lines M and their factor C, X + C·M is multiplied instead of X.
+  // `line(i)`: of X, then Y, then M; `put(i, j, value)` takes the result.
   template <class B, class LineAt, class Put>
-  EPT_DEVICE static void run(const B& block, float* memory, int count, const float* factor,
-                             int fused, int d, LineAt line, Put put) {
+  EPT_DEVICE static void run(const B& block, float* memory, int count, int d, LineAt line, Put put,
+                             int fused = 0, const float* factor = nullptr) {
     const int number = rows + count + fused;
     float* tile = memory;
     Line* lines = reinterpret_cast<Line*>(memory + number * padded);
@@ -199,7 +200,7 @@ struct LongProduct {
           tile[at * padded + thread % depth] = lines[at].number(local[thread].bits[i]);
         }
       });
-      if (fused > 0) {
+      if (MostFused > 0 && fused > 0) {
         block.each([&](int thread) {
           const int c = ExpandTile::channel(thread);
           float acc[ExpandTile::own] = {};

@@ -105,7 +105,7 @@ struct BackwardCoreKernel {
   using Call = ReconstructBackwardCall;
 
   struct State {
-    float d_query[own];
+    float d_query[own] = {};
   };
 
   // Shared memory: dO and the rest of a tile of scores. Until the rest is needed, in its place: the
@@ -164,15 +164,10 @@ struct BackwardCoreKernel {
   EPT_DEVICE static void multiply(const B& block, float* memory, const Call& call, int task,
                                   int first_m, int first, Put put) {
     const Parts& parts = call.parts;
-    for (; first < parts.r + parts.dims; first += Product::columns) {
-      Product::run(
-          block, memory, least(Product::columns, parts.r + parts.dims - first), parts.d,
-          [&](int i) {
-            return i < tokens ? line_of(call.tensors.grad, task, first_m + i, parts.m)
-                              : line_of_factors(parts, task, first + i - tokens);
-          },
-          [&](int i, int j, float value) { put(i, first + j, value); });
-    }
+    Product::run(
+        block, memory, parts.r + parts.dims - first, parts.d,
+        [&](int i) { return line_of(call.tensors.grad, task, first_m + i, parts.m); },
+        [&](int j) { return line_of_factors(parts, task, first + j); }, put);
   }
 
   // φ(H) of a token.
@@ -189,7 +184,6 @@ struct BackwardCoreKernel {
     for (int first_m = begin; first_m < end; first_m += tokens) {
       multiply(block, rest, call, task, first_m, parts.r, [&](int token, int c, float value) {
         const int row = first_m + token;
-        c -= parts.r;
         d_x[c * tokens + token] = row < parts.m ? value * activated(call, task, row, c) : 0.0f;
       });
       block.each([&](int thread) {
@@ -261,8 +255,6 @@ struct BackwardCoreKernel {
     typename B::template Local<State> local;
     // dO = dC + dX·Sᵀ
     block.each([&](int thread) {
-      EPT_UNROLL
-      for (int i = 0; i < own; ++i) local[thread].d_query[i] = 0.0f;
       const int token = thread % tokens;
       if (first_m + token >= parts.m) return;
       for (int column = thread / tokens; column < r; column += threads / tokens) {
@@ -292,26 +284,20 @@ struct BackwardCoreKernel {
       tile.score(block, call, task, first_m, end - first);
       block.each([&](int thread) {
         const float* d_scores = tile.d_scores + thread / lanes * ScoreTile::positions;
-        EPT_UNROLL
-        for (int i = 0; i < own; ++i) {
-          const int column = thread % lanes + i * lanes;
-          if (i * lanes >= r) break;
-          if (column >= r) continue;
+        each_column<lanes>(thread, r, [&](int i, int column) {
           local[thread].d_query[i] += sum_of_terms(ScoreTile::positions, [&](int s) {
             return d_scores[s] * tile.rows[s * (r | 1) + column];
           });
-        }
+        });
       });
     }
     block.apart([&](int thread) {
       const int row = first_m + thread / lanes;
       if (row >= parts.m) return;
       const int64_t at = ((int64_t{task} * call.pieces + piece) * parts.m + row) * r;
-      EPT_UNROLL
-      for (int i = 0; i < own; ++i) {
-        const int column = thread % lanes + i * lanes;
-        if (column < r) call.d_query[at + column] = local[thread].d_query[i];
-      }
+      each_column<lanes>(thread, r, [&](int i, int column) {
+        call.d_query[at + column] = local[thread].d_query[i];
+      });
     });
   }
 };
@@ -344,10 +330,10 @@ struct BackwardExpandKernel {
   }
 
   struct State : Tile::State {
-    float sum[own];
+    float sum[own] = {};
   };
   struct RowState {
-    float sum[own_a];
+    float sum[own_a] = {};
   };
 
   template <class B>
@@ -386,10 +372,6 @@ struct BackwardExpandKernel {
     int first_m = result == Result::prompt ? tile * tokens : 0;
     const int end_m = result == Result::prompt ? first_m + 1 : parts.m;
     typename B::template Local<State> local;
-    block.apart([&](int thread) {
-      EPT_UNROLL
-      for (int i = 0; i < own; ++i) local[thread].sum[i] = 0.0f;
-    });
     const auto start = [&](const View& matrix) {
       Tile::start(block, local, matrix, task, first_m, parts.m, first_d, parts.d);
     };
@@ -505,10 +487,6 @@ struct BackwardExpandKernel {
     const int r = parts.r, number = least(ScoreTile::positions, parts.n - first);
     const ScoreTile tile(memory, r);
     typename B::template Local<RowState> local;
-    block.apart([&](int thread) {
-      EPT_UNROLL
-      for (int i = 0; i < own_a; ++i) local[thread].sum[i] = 0.0f;
-    });
     load_rows(block, parts, tile.rows, ScoreTile::positions, task, first, parts.n);
     for (int first_m = 0; first_m < parts.m; first_m += tokens) {
       block.each([&](int thread) {
@@ -525,11 +503,7 @@ struct BackwardExpandKernel {
       tile.score(block, call, task, first_m, number);
       block.each([&](int thread) {
         const int s = thread / lanes_a;
-        EPT_UNROLL
-        for (int i = 0; i < own_a; ++i) {
-          const int column = thread % lanes_a + i * lanes_a;
-          if (i * lanes_a >= r) break;
-          if (column >= r) continue;
+        each_column<lanes_a>(thread, r, [&](int i, int column) {
           float sum = 0.0f;
           EPT_UNROLL
           for (int token = 0; token < tokens; ++token) {
@@ -538,19 +512,17 @@ struct BackwardExpandKernel {
             sum += tile.d_scores[pair] * tile.query[token * r + column];
           }
           local[thread].sum[i] += sum;
-        }
+        });
       });
     }
     block.apart([&](int thread) {
       const int s = thread / lanes_a;
       if (s >= number) return;
-      EPT_UNROLL
-      for (int i = 0; i < own_a; ++i) {
-        const int column = thread % lanes_a + i * lanes_a;
-        if (column >= r) break;
-        store(call.tensors.d_offset_a, parts.a.type, (int64_t{task} * parts.n + first + s) * r + column,
+      const int64_t row = int64_t{task} * parts.n + first + s;
+      each_column<lanes_a>(thread, r, [&](int i, int column) {
+        store(call.tensors.d_offset_a, parts.a.type, row * r + column,
               local[thread].sum[i] * parts.scaling);
-      }
+      });
     });
   }
 

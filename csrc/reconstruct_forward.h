@@ -39,8 +39,8 @@ struct ReconstructForwardKernel {
   using Call = ReconstructForwardCall;
 
   struct State {
-    float attended[own];
-    float maximum, total;
+    float attended[own] = {};
+    float maximum = -INFINITY, total = 0.0f;
   };
 
   // Shared memory: the factor C = [O | g_k·φ(H_k)] as [r + K·h, 8], at first with Q in O's place;
@@ -53,8 +53,9 @@ struct ReconstructForwardKernel {
 
   static int64_t shared_floats(const Call& call) {
     const Parts& parts = call.parts;
-    constexpr int lines = Tile::lines * static_cast<int>(sizeof(Line) / sizeof(float));
-    if (call.launch == Launch::second) return kept_floats(call) + greatest(parts.r, lines);
+    if (call.launch == Launch::second) {
+      return kept_floats(call) + greatest(parts.r, Tile::lines * line_floats);
+    }
     const int fused = call.launch == Launch::only ? parts.r : 0;
     return kept_floats(call) +
            greatest(positions * (parts.r | 1) + 2 * threads,
@@ -107,10 +108,8 @@ struct ReconstructForwardKernel {
     float* out = (of_p ? call.x : call.tensors.cross) + int64_t{task} * rows * parts.columns + first_c;
     Product::run(
         block, memory, count, parts.d,
-        [&](int i) {
-          return i < tokens ? line_of(of_p ? parts.p : parts.b, task, first + i, rows)
-                            : line_of_down(parts, task, first_c + i - tokens);
-        },
+        [&](int i) { return line_of(of_p ? parts.p : parts.b, task, first + i, rows); },
+        [&](int j) { return line_of_down(parts, task, first_c + j); },
         [&](int i, int j, float value) {
           if (first + i < rows) out[int64_t{first + i} * parts.columns + j] = value;
         });
@@ -123,30 +122,19 @@ struct ReconstructForwardKernel {
                                 const Call& call, int task, int first_m, int piece, bool saves) {
     const Parts& parts = call.parts;
     const int r = parts.r, padded = r | 1;  // an odd width keeps a column's elements off one bank
-    for (int first = 0; first < r; first += Product::columns) {
-      Product::run(
-          block, rest, least(Product::columns, r - first), parts.d,
-          [&](int i) {
-            return i < tokens ? line_of(parts.p, task, first_m + i, parts.m)
-                              : line_of(parts.b, task, first + i - tokens, r);
-          },
-          [&](int i, int j, float value) {
-            query[(first + j) * tokens + i] = value;
-            if (!saves || first_m + i >= parts.m) return;
-            call.tensors.query[(int64_t{task} * parts.m + first_m + i) * r + first + j] = value;
-          });
-    }
+    Product::run(
+        block, rest, r, parts.d,
+        [&](int i) { return line_of(parts.p, task, first_m + i, parts.m); },
+        [&](int j) { return line_of(parts.b, task, j, r); },
+        [&](int i, int j, float value) {
+          query[j * tokens + i] = value;
+          if (!saves || first_m + i >= parts.m) return;
+          call.tensors.query[(int64_t{task} * parts.m + first_m + i) * r + j] = value;
+        });
     float* rows = rest;                         // [positions, padded]
     float* scores = rows + positions * padded;  // [tokens, positions]
     float* weights = scores + threads;          // [tokens, positions]
     typename B::template Local<State> local;
-    block.apart([&](int thread) {
-      State& state = local[thread];
-      EPT_UNROLL
-      for (int i = 0; i < own; ++i) state.attended[i] = 0.0f;
-      state.maximum = -INFINITY;
-      state.total = 0.0f;
-    });
     const int end = least((piece + 1) * call.chunk, parts.n);
     for (int first = piece * call.chunk; first < end; first += positions) {
       load_rows(block, parts, rows, positions, task, first, end);
@@ -177,12 +165,9 @@ struct ReconstructForwardKernel {
         for (int s = 0; s < positions; ++s) {
           const float weight = weights[thread / lanes * positions + s];
           state.total += weight;
-          EPT_UNROLL
-          for (int i = 0; i < own; ++i) {
-            const int column = thread % lanes + i * lanes;
-            if (i * lanes >= r) break;
-            if (column < r) state.attended[i] += weight * rows[s * padded + column];
-          }
+          each_column<lanes>(thread, r, [&](int i, int column) {
+            state.attended[i] += weight * rows[s * padded + column];
+          });
         }
       });
     }
@@ -193,12 +178,9 @@ struct ReconstructForwardKernel {
       float* of_token = softmax + int64_t{token} * call.pieces * (2 + r);
       of_token[0] = state.maximum;
       of_token[1] = state.total;
-      EPT_UNROLL
-      for (int i = 0; i < own; ++i) {
-        const int column = thread % lanes + i * lanes;
-        if (column >= r) break;
+      each_column<lanes>(thread, r, [&](int i, int column) {
         of_token[2 + column] = state.attended[i];
-      }
+      });
     });
   }
 
@@ -297,18 +279,11 @@ struct ReconstructForwardKernel {
       });
       return;
     }
-    for (int first = 0; first < parts.columns; first += FusedProduct::columns) {
-      const int count = least(FusedProduct::columns, parts.columns - first);
-      FusedProduct::run(
-          block, rest, count, parts.d,
-          [&](int i) {
-            if (i < tokens) return line_of(parts.p, task, first_m + i, parts.m);
-            i -= tokens;
-            return i < count ? line_of_down(parts, task, first + i)
-                             : line_of(parts.b, task, i - count, parts.r);
-          },
-          [&](int i, int j, float value) { put(i, first + j, value); }, parts.r, factor);
-    }
+    FusedProduct::run(
+        block, rest, parts.columns, parts.d,
+        [&](int i) { return line_of(parts.p, task, first_m + i, parts.m); },
+        [&](int j) { return line_of_down(parts, task, j); }, put, parts.r, factor,
+        [&](int i) { return line_of(parts.b, task, i, parts.r); });
   }
 
   // The gates, and what they make of the hidden columns: g_k·φ(H_k).

@@ -72,12 +72,32 @@ EPT_BOTH Line line_of_factors(const Parts& parts, int task, int c) {
           up.type};
 }
 
+// One element of the sum of all parts, in order.
+EPT_BOTH float sum_of_parts(const float* part, int number, int64_t size) {
+  float sum = 0.0f;
+  EPT_UNROLL_BY(8)
+  for (int i = 0; i < number; ++i) sum += part[i * size];
+  return sum;
+}
+
 // Which of a kernel's launches it is.
 enum class Launch { only, first, second };
 
 // All kernels have blocks of 256 threads and work on eight tokens at a time.
 inline constexpr int reconstruct_threads = 256;
 inline constexpr int reconstruct_tokens = 8;
+inline constexpr int line_floats = sizeof(Line) / sizeof(float);
+
+// The columns of a row of r that a thread has: every so many from its own lane on.
+template <int Lanes, class Act>
+EPT_DEVICE void each_column(int thread, int r, Act act) {
+  EPT_UNROLL
+  for (int i = 0; i < max_rank / Lanes; ++i) {
+    if (i * Lanes >= r) break;
+    const int column = thread % Lanes + i * Lanes;
+    if (column < r) act(i, column);
+  }
+}
 
 // Eight tokens × 64 channels: a thread has one channel of two tokens.
 struct ExpandTile {
@@ -143,7 +163,7 @@ struct ExpandTile {
   }
 };
 
-// X·Yᵀ over all of d, for eight lines X and up to 64 lines Y.
+// X·Yᵀ over all of d, for eight lines X and any number of lines Y, 64 at a time.
 //
 // A step takes 64 channels of every line to shared memory, while those of the next step are loaded.
 // A warp multiplies eight of the channels: a thread has two rows and every eighth column. The sums
@@ -154,40 +174,55 @@ template <int MostFused>
 struct LongProduct {
   static constexpr int rows = reconstruct_tokens;
   static constexpr int columns = 64;
-  static constexpr int most_lines = rows + columns + MostFused;
   static constexpr int depth = ExpandTile::channels;
   static constexpr int padded = depth + 4;  // keeps 16 bytes of neighbouring lines off one bank
   static constexpr int warps = reconstruct_threads / 32;
   static constexpr int own_rows = 2, own_columns = columns / 8;
-  static constexpr int loads = most_lines * depth / reconstruct_threads;
-  static constexpr int per_load = reconstruct_threads / depth;
+  static constexpr int per_load = reconstruct_threads / depth;  // lines
+  static constexpr int loads = (rows + columns + MostFused) / per_load;
 
   struct State {
     uint32_t bits[loads];
-    float sum[own_rows][own_columns];
+    float sum[own_rows][own_columns] = {};
   };
 
-  // Shared memory for `count` lines Y and `fused` lines M.
+  // Shared memory for so many lines Y and M.
   EPT_BOTH static int floats(int count, int fused = 0) {
-    const int lines = rows + least(count, columns) + fused;
-    return lines * (padded + static_cast<int>(sizeof(Line) / sizeof(float)));
+    return (rows + least(count, columns) + fused) * (padded + line_floats);
   }
 
-  // `line(i)`: of X, then Y, then M; `put(i, j, value)` takes the result.
+  // `x(i)`, `y(j)` and `m(i)` are the lines, d long; `put(i, j, value)` takes the result.
+  template <class B, class X, class Y, class Put>
+  EPT_DEVICE static void run(const B& block, float* memory, int count, int d, X x, Y y, Put put) {
+    run(block, memory, count, d, x, y, put, 0, nullptr, [](int) { return Line{}; });
+  }
+
+  template <class B, class X, class Y, class Put, class M>
+  EPT_DEVICE static void run(const B& block, float* memory, int count, int d, X x, Y y, Put put,
+                             int fused, const float* factor, M m) {
+    for (int first = 0; first < count; first += columns) {
+      const int number = least(columns, count - first);
+      multiply(
+          block, memory, number, d, fused, factor,
+          [&](int i) {
+            if (i < rows) return x(i);
+            i -= rows;
+            return i < number ? y(first + i) : m(i - number);
+          },
+          [&](int i, int j, float value) { put(i, first + j, value); });
+    }
+  }
+
+ private:
   template <class B, class LineAt, class Put>
-  EPT_DEVICE static void run(const B& block, float* memory, int count, int d, LineAt line, Put put,
-                             int fused = 0, const float* factor = nullptr) {
+  EPT_DEVICE static void multiply(const B& block, float* memory, int count, int d, int fused,
+                                  const float* factor, LineAt line, Put put) {
     const int number = rows + count + fused;
     float* tile = memory;
     Line* lines = reinterpret_cast<Line*>(memory + number * padded);
     typename B::template Local<State> local;
     block.each([&](int thread) {
       if (thread < number) lines[thread] = line(thread);
-      EPT_UNROLL
-      for (int i = 0; i < own_rows; ++i) {
-        EPT_UNROLL
-        for (int j = 0; j < own_columns; ++j) local[thread].sum[i][j] = 0.0f;
-      }
     });
     block.apart([&](int thread) { load(local[thread], lines, number, thread, 0, d); });
     for (int first = 0; first < d; first += depth) {
@@ -215,7 +250,7 @@ struct LongProduct {
       }
       block.each([&](int thread) {
         load(local[thread], lines, number, thread, first + depth, d);
-        multiply(local[thread], tile, count, thread);
+        add(local[thread], tile, count, thread);
       });
     }
     const int wide = (count + 7) / 8 * 8;
@@ -233,15 +268,11 @@ struct LongProduct {
     block.each([&](int thread) {
       for (int at = thread; at < rows * count; at += reconstruct_threads) {
         const int i = at / count, j = at % count;
-        float sum = 0.0f;
-        EPT_UNROLL
-        for (int warp = 0; warp < warps; ++warp) sum += tile[(warp * rows + i) * wide + j];
-        put(i, j, sum);
+        put(i, j, sum_of_parts(tile + i * wide + j, warps, rows * wide));
       }
     });
   }
 
- private:
   EPT_BOTH static int row(int thread, int i) { return thread % 32 / 8 + i * 4; }
   EPT_BOTH static int column(int thread, int j) { return thread % 8 + j * 8; }
 
@@ -257,7 +288,7 @@ struct LongProduct {
     }
   }
 
-  EPT_DEVICE static void multiply(State& state, const float* tile, int count, int thread) {
+  EPT_DEVICE static void add(State& state, const float* tile, int count, int thread) {
     const float* own = tile + thread / 32 * (depth / warps);
     EPT_UNROLL
     for (int i = 0; i < own_rows; ++i) {
@@ -279,14 +310,6 @@ struct LongProduct {
     }
   }
 };
-
-// One element of the sum of all parts, in order.
-EPT_BOTH float sum_of_parts(const float* part, int number, int64_t size) {
-  float sum = 0.0f;
-  EPT_UNROLL_BY(8)
-  for (int i = 0; i < number; ++i) sum += part[i * size];
-  return sum;
-}
 
 // Rows of c·A to shared memory, [number, r | 1]; those of `end` and after it are zeros.
 template <class B>

@@ -274,8 +274,8 @@ inline int chunk_of(const Parts& parts, int64_t blocks, int64_t step) {
   return narrow(pieces_of(steps, within(1, blocks / tiles, least<int64_t>(steps, 64))) * step);
 }
 
-// Whether blocks that repeat so many multiplications each take longer than a launch that makes their
-// results once: beyond about 10 µs for one block, or for all of them on a GPU, by estimate.
+// Whether blocks that repeat so many multiplications each take longer than a launch that makes
+// their results once: beyond about 10 µs for one block, or for all of them on a GPU, by estimate.
 inline bool repeats_too_much(int64_t multiplications, int64_t blocks) {
   return multiplications > 1 << 20 || multiplications * blocks > 1 << 27;
 }

@@ -28,8 +28,8 @@ struct ReconstructBackwardCall {
   float* d_query;     // dQ in parts, [T, pieces, m, r]
   int tiles_m;
   int pieces, chunk;  // of n
-  // The second grid of a task: for every tile of d tiles of each result over d, then tiles of dA and
-  // of db.
+  // The grid of expand for a task: for every tile of d tiles of each result over d, then tiles of
+  // dA and of db.
   int tiles_d, tiles_of[4], tiles_a, tiles_bias;
 
   EPT_BOTH int tiles() const {

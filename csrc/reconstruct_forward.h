@@ -1,9 +1,9 @@
 // Operation 1, forward, in one launch or in two.
 //
-// In one, a block has eight tokens and 64 channels of the result, and repeats what its tokens need of
-// the products over d and of the softmax over n: [Hin | z] = F·[D | G] with F = P + O·B. In two, the
-// first has blocks for eight tokens and a piece of n, and blocks for R; the second adds up the pieces
-// in order, and [Hin | z] = R + O·S. The blocks for S, which is saved, are in the first or only one.
+// In one, a block has eight tokens and 64 channels of the result, and repeats what its tokens need
+// of the products over d and of the softmax over n: [Hin | z] = F·[D | G] with F = P + O·B. In two,
+// the first has blocks for eight tokens and a piece of n, and blocks for R; the second adds up the
+// pieces in order, and [Hin | z] = R + O·S. S, which is saved, has blocks in the first or only one.
 //
 // The softmax runs with a running maximum and sum, so that no matrix of weights is stored.
 #pragma once
@@ -17,8 +17,8 @@ struct ReconstructForwardCall {
   ReconstructForward tensors;
   Launch launch;
   // From the first launch to the second: R [T, m, W], and the softmax in pieces of n as
-  // [T, m, pieces, 2 + r]: the largest score, the sum of the exponentials, and the sum of the rows of
-  // c·A with these as weights.
+  // [T, m, pieces, 2 + r]: the largest score, the sum of the exponentials, and the sum of the rows
+  // of c·A with these as weights.
   float *x, *softmax;
   // The grid of a task: tiles of tokens, times tiles of d or pieces of n; then tiles of R and S.
   int tiles_m, across, products;
@@ -75,7 +75,7 @@ struct ReconstructForwardKernel {
     float* factor = memory;
     float* logits = memory + tokens * (parts.r + parts.dims);
     float* rest = memory + kept_floats(call);
-    float* softmax = call.softmax + (int64_t{task} * parts.m + first_m) * call.pieces * (2 + parts.r);
+    float* softmax = softmax_of(call, task, first_m);
     if (call.launch == Launch::first) {
       softmax += other * (2 + parts.r);
       return attend(block, factor, softmax, rest, call, task, first_m, other, saves);
@@ -95,6 +95,11 @@ struct ReconstructForwardKernel {
     expand(block, call, factor, rest, task, first_m, other * Tile::channels);
   }
 
+  EPT_DEVICE static float* softmax_of(const Call& call, int task, int token) {
+    const int64_t row = int64_t{task} * call.parts.m + token;
+    return call.softmax + row * call.pieces * (2 + call.parts.r);
+  }
+
   // A tile of R or S: eight lines of P or B with 32 columns of [D | G].
   template <class B>
   EPT_DEVICE static void multiply(const B& block, float* memory, const Call& call, int task,
@@ -105,7 +110,8 @@ struct ReconstructForwardKernel {
     const int tiles_p = call.launch == Launch::first ? call.tiles_m : 0;
     const bool of_p = down < tiles_p;
     const int first = (of_p ? down : down - tiles_p) * tokens, rows = of_p ? parts.m : parts.r;
-    float* out = (of_p ? call.x : call.tensors.cross) + int64_t{task} * rows * parts.columns + first_c;
+    float* out = of_p ? call.x : call.tensors.cross;
+    out += int64_t{task} * rows * parts.columns + first_c;
     Product::run(
         block, memory, count, parts.d,
         [&](int i) { return line_of(of_p ? parts.p : parts.b, task, first + i, rows); },
@@ -227,8 +233,8 @@ struct ReconstructForwardKernel {
     const int r = parts.r;
     const auto number = static_cast<float>(parts.m);
     for (int first_m = 0; first_m < parts.m && r > 0; first_m += tokens) {
-      combine(block, call, call.softmax + (int64_t{task} * parts.m + first_m) * call.pieces * (2 + r),
-              factor, task, first_m, false);
+      const float* softmax = softmax_of(call, task, first_m);
+      combine(block, call, softmax, factor, task, first_m, false);
       block.each([&](int thread) {
         for (int column = thread; column < r; column += threads) {
           const float sum = sum_of_parts(factor + column * tokens, tokens, 1) / number;
@@ -300,7 +306,8 @@ struct ReconstructForwardKernel {
       for (int k = 0; k < parts.spaces; ++k) {
         gates[k] /= total;
         if (!saves || first_m + thread >= parts.m) continue;
-        call.tensors.gates[(int64_t{task} * parts.m + first_m + thread) * parts.spaces + k] = gates[k];
+        const int64_t row = int64_t{task} * parts.m + first_m + thread;
+        call.tensors.gates[row * parts.spaces + k] = gates[k];
       }
     });
     block.each([&](int thread) {

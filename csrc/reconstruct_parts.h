@@ -169,7 +169,7 @@ struct ExpandTile {
 // A warp multiplies eight of the channels: a thread has two rows and every eighth column. The sums
 // of the warps are added at the end, in order.
 //
-// With up to `MostFused` lines M and their factor C, [count, 8], X + C·M is multiplied instead of X.
+// With up to `MostFused` lines M and their factor C, [count, 8], X + C·M takes the place of X.
 template <int MostFused>
 struct LongProduct {
   static constexpr int rows = reconstruct_tokens;

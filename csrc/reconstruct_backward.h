@@ -70,7 +70,7 @@ struct ScoreTile {
 
   // Half of the threads multiply the rows by Q, the others by dO.
   template <class B>
-  EPT_DEVICE void score(const B& block, const ReconstructBackwardCall& call, int task, int first_m,
+  EPT_DEVICE void score(const B& block, const ReconstructBackwardCall& call, const Tokens& at,
                         int number) const {
     static_assert(2 * pairs == threads);
     block.each([&](int thread) {
@@ -84,8 +84,8 @@ struct ScoreTile {
       const Parts& parts = call.parts;
       const int token = thread / positions;
       float weight = 0.0f, d_score = 0.0f;
-      if (first_m + token < parts.m && thread % positions < number) {
-        const float* stats = call.tensors.stats + int64_t{task} * 2 * parts.m + first_m + token;
+      if (at.has(token) && thread % positions < number) {
+        const float* stats = call.tensors.stats + at.row(token) + int64_t{at.task} * at.m;
         weight = expf((weights[thread] - stats[0]) * parts.score_scale) / stats[parts.m];
         d_score = weight * (d_scores[thread] - inner[token]) * parts.score_scale;
       }
@@ -124,23 +124,23 @@ struct BackwardCoreKernel {
   EPT_DEVICE static void run(const B& block, float* memory, const Call& call) {
     Digits digits{block.index};
     const Parts& parts = call.parts;
-    const int first_m = digits.next(call.tiles_m) * tokens;
+    Tokens at{0, digits.next(call.tiles_m) * tokens, parts.m};
     const int piece = digits.next(call.pieces);
-    const int task = static_cast<int>(digits.rest);
+    at.task = static_cast<int>(digits.rest);
     float* d_gates = memory + kept_floats(parts);
     float* d_x = d_gates + (parts.spaces + 3) / 4 * 4;
     float* rest = d_x + tokens * parts.dims;
     const bool alone = call.launch == Launch::first;
     if (call.launch == Launch::second) {
-      const float* sums = call.d_gates + int64_t{task} * call.tiles_m * parts.spaces;
+      const float* sums = call.d_gates + int64_t{at.task} * call.tiles_m * parts.spaces;
       block.each([&](int thread) {
         for (int k = thread; k < parts.spaces; k += threads) {
           d_gates[k] = sum_of_parts(sums + k, call.tiles_m, parts.spaces);
         }
       });
     } else if (parts.spaces > 0 && parts.gate == Gate::prompt) {
-      add_gates(block, call, d_gates, d_x, rest, task, alone ? first_m : 0,
-                alone ? first_m + tokens : parts.m);
+      add_gates(block, call, d_gates, d_x, rest, {at.task, alone ? at.first : 0, parts.m},
+                alone ? 1 : call.tiles_m);
     }
     if (alone) {
       return block.apart([&](int thread) {
@@ -148,49 +148,47 @@ struct BackwardCoreKernel {
         for (int k = thread; k < parts.spaces; k += threads) out[k] = d_gates[k];
       });
     }
-    multiply(block, rest, call, task, first_m, 0, [&](int token, int c, float value) {
+    multiply(block, rest, call, at, 0, [&](int token, int c, float value) {
       if (c < parts.r) {
         memory[token * parts.r + c] = value;
       } else {
         d_x[(c - parts.r) * tokens + token] = value;
       }
     });
-    if (parts.spaces > 0) project(block, call, d_gates, d_x, task, first_m, piece == 0);
-    if (parts.r > 0) attend(block, memory, call, d_x, task, piece, first_m);
+    if (parts.spaces > 0) project(block, call, d_gates, d_x, at, piece == 0);
+    if (parts.r > 0) attend(block, memory, call, d_x, at, piece);
   }
 
   // dC = Y·[B ; U]ᵀ of eight tokens, from a column on.
   template <class B, class Put>
-  EPT_DEVICE static void multiply(const B& block, float* memory, const Call& call, int task,
-                                  int first_m, int first, Put put) {
+  EPT_DEVICE static void multiply(const B& block, float* memory, const Call& call, const Tokens& at,
+                                  int first, Put put) {
     const Parts& parts = call.parts;
     Product::run(
         block, memory, parts.r + parts.dims - first, parts.d,
-        [&](int i) { return line_of(call.tensors.grad, task, first_m + i, parts.m); },
-        [&](int j) { return line_of_factors(parts, task, first + j); }, put);
+        [&](int i) { return at.line(call.tensors.grad, i); },
+        [&](int j) { return line_of_factors(parts, at.task, first + j); }, put);
   }
 
   // φ(H) of a token.
-  EPT_DEVICE static float activated(const Call& call, int task, int row, int c) {
-    const int64_t at = (int64_t{task} * call.parts.m + row) * call.parts.dims + c;
-    return activate(call.tensors.hidden[at], call.parts.activation);
+  EPT_DEVICE static float activated(const Call& call, int64_t row, int c) {
+    return activate(call.tensors.hidden[row * call.parts.dims + c], call.parts.activation);
   }
 
-  // The sum of the dg of some tokens.
+  // The sum of the dg of some tiles of tokens.
   template <class B>
   EPT_DEVICE static void add_gates(const B& block, const Call& call, float* d_gates, float* d_x,
-                                   float* rest, int task, int begin, int end) {
+                                   float* rest, Tokens at, int tiles) {
     const Parts& parts = call.parts;
-    for (int first_m = begin; first_m < end; first_m += tokens) {
-      multiply(block, rest, call, task, first_m, parts.r, [&](int token, int c, float value) {
-        const int row = first_m + token;
-        d_x[c * tokens + token] = row < parts.m ? value * activated(call, task, row, c) : 0.0f;
+    for (int tile = 0; tile < tiles; ++tile, at.first += tokens) {
+      multiply(block, rest, call, at, parts.r, [&](int token, int c, float value) {
+        d_x[c * tokens + token] = at.has(token) ? value * activated(call, at.row(token), c) : 0.0f;
       });
       block.each([&](int thread) {
         for (int k = thread; k < parts.spaces; k += threads) {
           const float* columns = d_x + k * parts.dim * tokens;
           const float sum = sum_of_terms(parts.dim * tokens, [&](int i) { return columns[i]; });
-          d_gates[k] = (first_m > begin ? d_gates[k] : 0.0f) + sum;
+          d_gates[k] = (tile > 0 ? d_gates[k] : 0.0f) + sum;
         }
       });
     }
@@ -199,25 +197,25 @@ struct BackwardCoreKernel {
   // dX = [dHin | dz / τ] of eight tokens, from Y·Uᵀ.
   template <class B>
   EPT_DEVICE static void project(const B& block, const Call& call, const float* d_gates, float* d_x,
-                                 int task, int first_m, bool saves) {
+                                 const Tokens& at, bool saves) {
     const Parts& parts = call.parts;
-    const float* gates = call.tensors.gates + (int64_t{task} * parts.m + first_m) * parts.spaces;
+    const float* gates = call.tensors.gates + at.row(0) * parts.spaces;
     block.each([&](int thread) {
-      const int token = thread % tokens, row = first_m + token;
+      const int token = thread % tokens;
       for (int k = thread / tokens; k < parts.spaces; k += threads / tokens) {
         float sum = 0.0f;
         if (parts.gate == Gate::prompt) {
           sum = d_gates[k] / static_cast<float>(parts.m);
-        } else if (row < parts.m) {
+        } else if (at.has(token)) {
           for (int c = k * parts.dim; c < (k + 1) * parts.dim; ++c) {
-            sum += d_x[c * tokens + token] * activated(call, task, row, c);
+            sum += d_x[c * tokens + token] * activated(call, at.row(token), c);
           }
         }
         d_x[(parts.dims + k) * tokens + token] = sum;
       }
     });
     block.each([&](int thread) {
-      if (thread >= tokens || first_m + thread >= parts.m) return;
+      if (thread >= tokens || !at.has(thread)) return;
       const float* own_gates = gates + thread * parts.spaces;
       float* d_logits = d_x + parts.dims * tokens + thread;
       float inner = 0.0f;
@@ -229,8 +227,8 @@ struct BackwardCoreKernel {
     });
     block.each([&](int thread) {
       const int token = thread % tokens;
-      if (first_m + token >= parts.m) return;
-      const int64_t row = int64_t{task} * parts.m + first_m + token;
+      if (!at.has(token)) return;
+      const int64_t row = at.row(token);
       for (int c = thread / tokens; c < parts.columns; c += threads / tokens) {
         float& value = d_x[c * tokens + token];
         if (c < parts.dims) {
@@ -247,41 +245,39 @@ struct BackwardCoreKernel {
   // column of its dQ.
   template <class B>
   EPT_DEVICE static void attend(const B& block, float* memory, const Call& call, const float* d_x,
-                                int task, int piece, int first_m) {
+                                const Tokens& at, int piece) {
     const Parts& parts = call.parts;
     const int r = parts.r;
-    const int64_t first_row = int64_t{task} * parts.m + first_m;
     const ScoreTile tile(memory, r);
     typename B::template Local<State> local;
     // dO = dC + dX·Sᵀ
     block.each([&](int thread) {
       const int token = thread % tokens;
-      if (first_m + token >= parts.m) return;
+      if (!at.has(token)) return;
       for (int column = thread / tokens; column < r; column += threads / tokens) {
-        const float* cross = call.tensors.cross + (int64_t{task} * r + column) * parts.columns;
+        const float* cross = call.tensors.cross + (int64_t{at.task} * r + column) * parts.columns;
         float& value = tile.d_attended[token * r + column];
         value += sum_of_terms(parts.columns,
                               [&](int c) { return d_x[c * tokens + token] * cross[c]; });
-        if (piece == 0) call.d_attended[(first_row + token) * r + column] = value;
+        if (piece == 0) call.d_attended[at.row(token) * r + column] = value;
       }
     });
     // Q; and dO·O, the sum over n of weight times gradient of weight.
     block.each([&](int thread) {
-      for (int at = thread; at < tokens * r; at += threads) {
-        const bool inside = first_m + at / r < parts.m;
-        tile.query[at] = inside ? call.tensors.query[first_row * r + at] : 0.0f;
+      for (int i = thread; i < tokens * r; i += threads) {
+        tile.query[i] = at.has(i / r) ? call.tensors.query[at.row(0) * r + i] : 0.0f;
       }
-      if (thread >= tokens || first_m + thread >= parts.m) return;
-      const float* attended = call.tensors.attended + (first_row + thread) * r;
+      if (thread >= tokens || !at.has(thread)) return;
+      const float* attended = call.tensors.attended + at.row(thread) * r;
       const float* d_attended = tile.d_attended + thread * r;
       const float inner = sum_of_terms(r, [&](int i) { return d_attended[i] * attended[i]; });
       tile.inner[thread] = inner;
-      if (piece == 0) call.inner[first_row + thread] = inner;
+      if (piece == 0) call.inner[at.row(thread)] = inner;
     });
     const int end = least((piece + 1) * call.chunk, parts.n);
     for (int first = piece * call.chunk; first < end; first += ScoreTile::positions) {
-      load_rows(block, parts, tile.rows, ScoreTile::positions, task, first, end);
-      tile.score(block, call, task, first_m, end - first);
+      load_rows(block, parts, tile.rows, ScoreTile::positions, at.task, first, end);
+      tile.score(block, call, at, end - first);
       block.each([&](int thread) {
         const float* d_scores = tile.d_scores + thread / lanes * ScoreTile::positions;
         each_column<lanes>(thread, r, [&](int i, int column) {
@@ -292,11 +288,11 @@ struct BackwardCoreKernel {
       });
     }
     block.apart([&](int thread) {
-      const int row = first_m + thread / lanes;
-      if (row >= parts.m) return;
-      const int64_t at = ((int64_t{task} * call.pieces + piece) * parts.m + row) * r;
+      if (!at.has(thread / lanes)) return;
+      const int64_t part = int64_t{at.task} * call.pieces + piece;
+      float* d_query = call.d_query + (part * at.m + at.first + thread / lanes) * r;
       each_column<lanes>(thread, r, [&](int i, int column) {
-        call.d_query[at + column] = local[thread].d_query[i];
+        d_query[column] = local[thread].d_query[i];
       });
     });
   }
@@ -350,17 +346,19 @@ struct BackwardExpandKernel {
            number % call.tiles_d * Tile::channels);
   }
 
-  EPT_DEVICE static float element(const Call& call, int task, Factor factor, int token, int c) {
+  EPT_DEVICE static float element(const Call& call, Factor factor, const Tokens& at, int token,
+                                  int c) {
+    if (!at.has(token)) return 0.0f;
     const Parts& parts = call.parts;
-    const int64_t row = int64_t{task} * parts.m + token, size = int64_t{parts.m} * parts.r;
+    const int64_t row = at.row(token), size = int64_t{parts.m} * parts.r;
     if (factor == Factor::attended) return call.tensors.attended[row * parts.r + c];
     if (factor == Factor::d_x) return call.d_x[row * parts.columns + c];
     if (factor == Factor::gated) {
       return call.tensors.gates[row * parts.spaces + c / parts.dim] *
-             BackwardCoreKernel::activated(call, task, token, c);
+             BackwardCoreKernel::activated(call, row, c);
     }
-    return sum_of_parts(call.d_query + task * call.pieces * size + token * parts.r + c,
-                        call.pieces, size);
+    const int64_t first = at.task * call.pieces * size + int64_t{at.first + token} * parts.r + c;
+    return sum_of_parts(call.d_query + first, call.pieces, size);
   }
 
   // 64 channels of 32 rows of dB, d[D | G]ᵀ or dU, or of eight tokens of dP.
@@ -369,11 +367,12 @@ struct BackwardExpandKernel {
                                 Result result, int tile, int first_d) {
     const Parts& parts = call.parts;
     const int first_c = tile * columns;
-    int first_m = result == Result::prompt ? tile * tokens : 0;
-    const int end_m = result == Result::prompt ? first_m + 1 : parts.m;
+    const bool of_prompt = result == Result::prompt;
+    Tokens at{task, of_prompt ? tile * tokens : 0, parts.m};
+    const int tiles = of_prompt ? 1 : call.tiles_m;
     typename B::template Local<State> local;
     const auto start = [&](const View& matrix) {
-      Tile::start(block, local, matrix, task, first_m, parts.m, first_d, parts.d);
+      Tile::start(block, local, matrix, at, first_d, parts.d);
     };
     // acc += factor·M, where M is [D | G]ᵀ for dX and B for others
     const auto multiply = [&](Factor factor, int count) {
@@ -382,9 +381,7 @@ struct BackwardExpandKernel {
         block.each([&](int thread) {
           const int token = thread % tokens;
           for (int c = thread / tokens; c < number; c += threads / tokens) {
-            const bool inside = first_m + token < parts.m;
-            shared.factor[c * tokens + token] =
-                inside ? element(call, task, factor, first_m + token, first + c) : 0.0f;
+            shared.factor[c * tokens + token] = element(call, factor, at, token, first + c);
           }
           if (thread >= number) return;
           shared.lines[thread] = factor == Factor::d_x
@@ -404,9 +401,8 @@ struct BackwardExpandKernel {
       static_assert(tokens * columns == threads);
       block.each([&](int thread) {
         const int token = thread / columns, c = first_c + thread % columns;
-        const bool inside = first_m + token < parts.m && c < count;
         shared.left[token][thread % columns] =
-            inside ? element(call, task, factor, first_m + token, c) : 0.0f;
+            c < count ? element(call, factor, at, token, c) : 0.0f;
         EPT_UNROLL
         for (int i = 0; i < Tile::own; ++i) {
           shared.right[Tile::token(thread, i)][Tile::channel(thread)] = local[thread].acc[i];
@@ -423,7 +419,7 @@ struct BackwardExpandKernel {
         }
       });
     };
-    for (; first_m < end_m; first_m += tokens) {
+    for (int i = 0; i < tiles; ++i, at.first += tokens) {
       if (result == Result::up) {
         start(call.tensors.grad);
         add(Factor::gated, parts.dims);
@@ -434,19 +430,15 @@ struct BackwardExpandKernel {
       } else {
         start(call.tensors.grad);
         multiply(Factor::d_x, parts.columns);
-        if (result == Result::prompt) {
+        if (of_prompt) {
           multiply(Factor::d_query, parts.r);
-          continue;
+          return Tile::store(block, local, call.tensors.d_short_prompt, parts.p.type, at, first_d,
+                             parts.d);
         }
         add(Factor::attended, parts.r);
         start(parts.p);
         add(Factor::d_query, parts.r);
       }
-    }
-    if (result == Result::prompt) {
-      Tile::store(block, local, call.tensors.d_short_prompt, parts.p.type, task, tile * tokens,
-                  parts.m, first_d, parts.d);
-      return;
     }
     block.apart([&](int thread) {
       const int d = first_d + Tile::channel(thread);
@@ -488,19 +480,16 @@ struct BackwardExpandKernel {
     const ScoreTile tile(memory, r);
     typename B::template Local<RowState> local;
     load_rows(block, parts, tile.rows, ScoreTile::positions, task, first, parts.n);
-    for (int first_m = 0; first_m < parts.m; first_m += tokens) {
+    for (Tokens at{task, 0, parts.m}; at.has(0); at.first += tokens) {
       block.each([&](int thread) {
-        const int64_t row = int64_t{task} * parts.m + first_m;
-        for (int at = thread; at < tokens * r; at += threads) {
-          const bool inside = first_m + at / r < parts.m;
-          tile.query[at] = inside ? call.tensors.query[row * r + at] : 0.0f;
-          tile.d_attended[at] = inside ? call.d_attended[row * r + at] : 0.0f;
+        for (int i = thread; i < tokens * r; i += threads) {
+          const int64_t from = at.row(0) * r + i;
+          tile.query[i] = at.has(i / r) ? call.tensors.query[from] : 0.0f;
+          tile.d_attended[i] = at.has(i / r) ? call.d_attended[from] : 0.0f;
         }
-        if (thread < tokens && first_m + thread < parts.m) {
-          tile.inner[thread] = call.inner[row + thread];
-        }
+        if (thread < tokens && at.has(thread)) tile.inner[thread] = call.inner[at.row(thread)];
       });
-      tile.score(block, call, task, first_m, number);
+      tile.score(block, call, at, number);
       block.each([&](int thread) {
         const int s = thread / lanes_a;
         each_column<lanes_a>(thread, r, [&](int i, int column) {

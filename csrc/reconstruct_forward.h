@@ -70,34 +70,34 @@ struct ReconstructForwardKernel {
     const int number = digits.next(tiles + call.products);
     const int task = static_cast<int>(digits.rest);
     if (number >= tiles) return multiply(block, memory, call, task, number - tiles);
-    const int first_m = number % call.tiles_m * tokens, other = number / call.tiles_m;
+    const Tokens at{task, number % call.tiles_m * tokens, parts.m};
+    const int other = number / call.tiles_m;
     const bool saves = other == 0;
     float* factor = memory;
     float* logits = memory + tokens * (parts.r + parts.dims);
     float* rest = memory + kept_floats(call);
-    float* softmax = softmax_of(call, task, first_m);
+    float* softmax = softmax_of(call, at);
     if (call.launch == Launch::first) {
       softmax += other * (2 + parts.r);
-      return attend(block, factor, softmax, rest, call, task, first_m, other, saves);
+      return attend(block, factor, softmax, rest, call, at, other, saves);
     }
     const bool averages = parts.spaces > 0 && parts.gate == Gate::prompt;
     if (averages) average(block, call, factor, logits, rest, task);
     if (parts.r > 0) {
       if (call.launch == Launch::only) {
-        attend(block, factor, softmax = logits, rest, call, task, first_m, 0, saves);
+        attend(block, factor, softmax = logits, rest, call, at, 0, saves);
       }
-      combine(block, call, softmax, factor, task, first_m, saves);
+      combine(block, call, softmax, factor, at, saves);
     }
     if (parts.spaces > 0) {
-      project(block, call, factor, logits, rest, task, first_m, saves);
-      weigh(block, call, factor, logits, task, first_m, saves);
+      project(block, call, factor, logits, rest, at, saves);
+      weigh(block, call, factor, logits, at, saves);
     }
-    expand(block, call, factor, rest, task, first_m, other * Tile::channels);
+    expand(block, call, factor, rest, at, other * Tile::channels);
   }
 
-  EPT_DEVICE static float* softmax_of(const Call& call, int task, int token) {
-    const int64_t row = int64_t{task} * call.parts.m + token;
-    return call.softmax + row * call.pieces * (2 + call.parts.r);
+  EPT_DEVICE static float* softmax_of(const Call& call, const Tokens& at) {
+    return call.softmax + at.row(0) * call.pieces * (2 + call.parts.r);
   }
 
   // A tile of R or S: eight lines of P or B with 32 columns of [D | G].
@@ -125,17 +125,16 @@ struct ReconstructForwardKernel {
   // column of its O.
   template <class B>
   EPT_DEVICE static void attend(const B& block, float* query, float* softmax, float* rest,
-                                const Call& call, int task, int first_m, int piece, bool saves) {
+                                const Call& call, const Tokens& at, int piece, bool saves) {
     const Parts& parts = call.parts;
     const int r = parts.r, padded = r | 1;  // an odd width keeps a column's elements off one bank
     Product::run(
         block, rest, r, parts.d,
-        [&](int i) { return line_of(parts.p, task, first_m + i, parts.m); },
-        [&](int j) { return line_of(parts.b, task, j, r); },
+        [&](int i) { return at.line(parts.p, i); },
+        [&](int j) { return line_of(parts.b, at.task, j, r); },
         [&](int i, int j, float value) {
           query[j * tokens + i] = value;
-          if (!saves || first_m + i >= parts.m) return;
-          call.tensors.query[(int64_t{task} * parts.m + first_m + i) * r + j] = value;
+          if (saves && at.has(i)) call.tensors.query[at.row(i) * r + j] = value;
         });
     float* rows = rest;                         // [positions, padded]
     float* scores = rows + positions * padded;  // [tokens, positions]
@@ -143,7 +142,7 @@ struct ReconstructForwardKernel {
     typename B::template Local<State> local;
     const int end = least((piece + 1) * call.chunk, parts.n);
     for (int first = piece * call.chunk; first < end; first += positions) {
-      load_rows(block, parts, rows, positions, task, first, end);
+      load_rows(block, parts, rows, positions, at.task, first, end);
       block.each([&](int thread) {
         const int token = thread / lanes, s = thread % lanes;
         const float* row = rows + s * padded;
@@ -179,8 +178,8 @@ struct ReconstructForwardKernel {
     }
     block.each([&](int thread) {
       const State& state = local[thread];
-      const int token = thread / lanes, row = first_m + token;
-      if (row >= parts.m) return;
+      const int token = thread / lanes;
+      if (!at.has(token)) return;
       float* of_token = softmax + int64_t{token} * call.pieces * (2 + r);
       of_token[0] = state.maximum;
       of_token[1] = state.total;
@@ -193,16 +192,16 @@ struct ReconstructForwardKernel {
   // O into the factor, from the pieces of n.
   template <class B>
   EPT_DEVICE static void combine(const B& block, const Call& call, const float* softmax,
-                                 float* factor, int task, int first_m, bool saves) {
+                                 float* factor, const Tokens& at, bool saves) {
     const Parts& parts = call.parts;
-    const int r = parts.r, m = parts.m;
+    const int r = parts.r;
     block.each([&](int thread) {
-      const int token = thread % tokens, row = first_m + token;
+      const int token = thread % tokens;
       const float* of_token = softmax + int64_t{token} * call.pieces * (2 + r);
       for (int column = thread / tokens; column < r; column += threads / tokens) {
         float maximum = -INFINITY, total = 0.0f, sum = 0.0f;
         factor[column * tokens + token] = 0.0f;
-        if (row >= m) continue;
+        if (!at.has(token)) continue;
         for (int i = 0; i < call.pieces; ++i) maximum = greatest(maximum, of_token[i * (2 + r)]);
         for (int i = 0; i < call.pieces; ++i) {
           const float* piece = of_token + i * (2 + r);
@@ -212,10 +211,11 @@ struct ReconstructForwardKernel {
         }
         factor[column * tokens + token] = sum / total;
         if (!saves) continue;
-        call.tensors.attended[(int64_t{task} * m + row) * r + column] = sum / total;
+        call.tensors.attended[at.row(token) * r + column] = sum / total;
         if (column > 0) continue;
-        call.tensors.stats[int64_t{task} * 2 * m + row] = maximum;
-        call.tensors.stats[(int64_t{task} * 2 + 1) * m + row] = total;
+        float* stats = call.tensors.stats + at.row(token) + int64_t{at.task} * at.m;
+        stats[0] = maximum;
+        stats[at.m] = total;
       }
     });
   }
@@ -232,13 +232,12 @@ struct ReconstructForwardKernel {
     const Parts& parts = call.parts;
     const int r = parts.r;
     const auto number = static_cast<float>(parts.m);
-    for (int first_m = 0; first_m < parts.m && r > 0; first_m += tokens) {
-      const float* softmax = softmax_of(call, task, first_m);
-      combine(block, call, softmax, factor, task, first_m, false);
+    for (Tokens at{task, 0, parts.m}; at.has(0) && r > 0; at.first += tokens) {
+      combine(block, call, softmax_of(call, at), factor, at, false);
       block.each([&](int thread) {
         for (int column = thread; column < r; column += threads) {
           const float sum = sum_of_parts(factor + column * tokens, tokens, 1) / number;
-          mean[column] = (first_m > 0 ? mean[column] : 0.0f) + sum;
+          mean[column] = (at.first > 0 ? mean[column] : 0.0f) + sum;
         }
       });
     }
@@ -259,43 +258,42 @@ struct ReconstructForwardKernel {
   // [Hin | z], Hin into the factor and z / τ into the logits, if these are not there.
   template <class B>
   EPT_DEVICE static void project(const B& block, const Call& call, float* factor, float* logits,
-                                 float* rest, int task, int first_m, bool saves) {
+                                 float* rest, const Tokens& at, bool saves) {
     const Parts& parts = call.parts;
     const auto put = [&](int token, int c, float value) {
-      const int row = first_m + token, k = c - parts.dims;
+      const int k = c - parts.dims;
       if (k < 0) {
         factor[(parts.r + c) * tokens + token] = value;
-        if (!saves || row >= parts.m) return;
-        call.tensors.hidden[(int64_t{task} * parts.m + row) * parts.dims + c] = value;
+        if (saves && at.has(token)) call.tensors.hidden[at.row(token) * parts.dims + c] = value;
       } else if (parts.gate == Gate::token) {
-        logits[token * parts.spaces + k] = (value + bias_of(parts, task, k)) / parts.temperature;
+        logits[token * parts.spaces + k] = (value + bias_of(parts, at.task, k)) / parts.temperature;
       }
     };
     if (call.launch == Launch::second) {
       block.each([&](int thread) {
         const int token = thread % tokens;
-        const int64_t row = int64_t{task} * parts.m + least(first_m + token, parts.m - 1);
+        const float* x = call.x + at.row(at.has(token) ? token : 0) * parts.columns;
         for (int c = thread / tokens; c < parts.columns; c += threads / tokens) {
-          const float* cross = call.tensors.cross + int64_t{task} * parts.r * parts.columns + c;
+          const float* cross = call.tensors.cross + int64_t{at.task} * parts.r * parts.columns + c;
           const float product = sum_of_terms(parts.r, [&](int i) {
             return factor[i * tokens + token] * cross[i * parts.columns];
           });
-          put(token, c, call.x[row * parts.columns + c] + product);
+          put(token, c, x[c] + product);
         }
       });
       return;
     }
     FusedProduct::run(
         block, rest, parts.columns, parts.d,
-        [&](int i) { return line_of(parts.p, task, first_m + i, parts.m); },
-        [&](int j) { return line_of_down(parts, task, j); }, put, parts.r, factor,
-        [&](int i) { return line_of(parts.b, task, i, parts.r); });
+        [&](int i) { return at.line(parts.p, i); },
+        [&](int j) { return line_of_down(parts, at.task, j); }, put, parts.r, factor,
+        [&](int i) { return line_of(parts.b, at.task, i, parts.r); });
   }
 
   // The gates, and what they make of the hidden columns: g_k·φ(H_k).
   template <class B>
   EPT_DEVICE static void weigh(const B& block, const Call& call, float* factor, float* logits,
-                               int task, int first_m, bool saves) {
+                               const Tokens& at, bool saves) {
     const Parts& parts = call.parts;
     block.each([&](int thread) {
       if (thread >= tokens) return;
@@ -305,9 +303,8 @@ struct ReconstructForwardKernel {
       for (int k = 0; k < parts.spaces; ++k) total += gates[k] = expf(gates[k] - maximum);
       for (int k = 0; k < parts.spaces; ++k) {
         gates[k] /= total;
-        if (!saves || first_m + thread >= parts.m) continue;
-        const int64_t row = int64_t{task} * parts.m + first_m + thread;
-        call.tensors.gates[row * parts.spaces + k] = gates[k];
+        if (!saves || !at.has(thread)) continue;
+        call.tensors.gates[at.row(thread) * parts.spaces + k] = gates[k];
       }
     });
     block.each([&](int thread) {
@@ -322,15 +319,15 @@ struct ReconstructForwardKernel {
   // P′ = P + C·[B ; U] in 64 channels.
   template <class B>
   EPT_DEVICE static void expand(const B& block, const Call& call, const float* factor, float* rest,
-                                int task, int first_m, int first_d) {
+                                const Tokens& at, int first_d) {
     const Parts& parts = call.parts;
     Line* lines = reinterpret_cast<Line*>(rest);
     typename B::template Local<Tile::State> local;
-    Tile::start(block, local, parts.p, task, first_m, parts.m, first_d, parts.d);
+    Tile::start(block, local, parts.p, at, first_d, parts.d);
     for (int first = 0; first < parts.r + parts.dims; first += Tile::lines) {
       const int number = least(Tile::lines, parts.r + parts.dims - first);
       block.each([&](int thread) {
-        if (thread < number) lines[thread] = line_of_factors(parts, task, first + thread);
+        if (thread < number) lines[thread] = line_of_factors(parts, at.task, first + thread);
       });
       block.each([&](int thread) {
         const int d = first_d + Tile::channel(thread);
@@ -339,8 +336,7 @@ struct ReconstructForwardKernel {
                           [&](int c) { return lines[c].at(d); });
       });
     }
-    Tile::store(block, local, call.tensors.prompt, parts.p.type, task, first_m, parts.m, first_d,
-                parts.d);
+    Tile::store(block, local, call.tensors.prompt, parts.p.type, at, first_d, parts.d);
   }
 };
 

@@ -88,6 +88,17 @@ inline constexpr int reconstruct_threads = 256;
 inline constexpr int reconstruct_tokens = 8;
 inline constexpr int line_floats = sizeof(Line) / sizeof(float);
 
+// Eight rows of P, of a task.
+struct Tokens {
+  int task, first, m;
+
+  EPT_BOTH bool has(int token) const { return first + token < m; }
+  EPT_BOTH int64_t row(int token) const { return int64_t{task} * m + first + token; }
+  EPT_BOTH Line line(const View& matrix, int token) const {
+    return line_of(matrix, task, first + token, m);
+  }
+};
+
 // The columns of a row of r that a thread has: every so many from its own lane on.
 template <int Lanes, class Act>
 EPT_DEVICE void each_column(int thread, int r, Act act) {
@@ -116,29 +127,27 @@ struct ExpandTile {
 
   // acc = rows of P or Y
   template <class B, class Local>
-  EPT_DEVICE static void start(const B& block, Local& local, const View& matrix, int task,
-                               int first_m, int m, int first_d, int d) {
+  EPT_DEVICE static void start(const B& block, Local& local, const View& matrix, const Tokens& at,
+                               int first_d, int d) {
     block.apart([&](int thread) {
       const int c = first_d + channel(thread);
       EPT_UNROLL
       for (int i = 0; i < own; ++i) {
-        const Line line = line_of(matrix, task, first_m + token(thread, i), m);
-        local[thread].acc[i] = c < d ? line.at(c) : 0.0f;
+        local[thread].acc[i] = c < d ? at.line(matrix, token(thread, i)).at(c) : 0.0f;
       }
     });
   }
 
   // To rows of P′ or dP.
   template <class B, class Local>
-  EPT_DEVICE static void store(const B& block, Local& local, void* out, Type type, int task,
-                               int first_m, int m, int first_d, int d) {
+  EPT_DEVICE static void store(const B& block, Local& local, void* out, Type type,
+                               const Tokens& at, int first_d, int d) {
     block.apart([&](int thread) {
       const int c = first_d + channel(thread);
       EPT_UNROLL
       for (int i = 0; i < own; ++i) {
-        const int row = first_m + token(thread, i);
-        if (row >= m || c >= d) continue;
-        ept::store(out, type, (int64_t{task} * m + row) * d + c, local[thread].acc[i]);
+        if (!at.has(token(thread, i)) || c >= d) continue;
+        ept::store(out, type, at.row(token(thread, i)) * d + c, local[thread].acc[i]);
       }
     });
   }

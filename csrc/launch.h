@@ -284,7 +284,8 @@ inline bool repeats_too_much(int64_t multiplications, int64_t blocks) {
 inline bool takes_one_launch(const Parts& parts, int64_t blocks) {
   if (parts.r == 0 && parts.spaces == 0) return true;
   if (parts.spaces > 0 && parts.gate == Gate::prompt) return false;
-  if (parts.r > 32 || parts.columns > 128) return false;
+  // What shared memory has room for.
+  if (parts.r > ReconstructForwardKernel::most_fused || parts.columns > 128) return false;
   const int64_t over_d = int64_t{parts.d} * (2 * parts.r + parts.columns);
   const int64_t over_n = int64_t{parts.n} * 2 * parts.r;
   return !repeats_too_much(reconstruct_tokens * (over_d + over_n), blocks);
@@ -345,7 +346,9 @@ inline ReconstructBackwardCall plan_of(Workspace& workspace, const ReconstructBa
   of.tiles_m = narrow(pieces_of(parts.m, Kernel::tokens));
   of.pieces = 1;
   if (parts.r > 0) {
+    // Each piece repeats the products over d, so only long ones are cut further.
     of.chunk = chunk_of(parts, 128, ScoreTile::positions);
+    if (of.chunk > 512) of.chunk = chunk_of(parts, 256, ScoreTile::positions);
     of.pieces = narrow(pieces_of(parts.n, of.chunk));
     of.tiles_a = narrow(pieces_of(parts.n, ScoreTile::positions));
   }

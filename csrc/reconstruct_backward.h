@@ -409,14 +409,17 @@ struct BackwardExpandKernel {
         }
       });
       block.each([&](int thread) {
+        float sum[own] = {};  // of these tokens
         EPT_UNROLL
         for (int token = 0; token < tokens; ++token) {
           const float right = shared.right[token][Tile::channel(thread)];
           EPT_UNROLL
           for (int i = 0; i < own; ++i) {
-            local[thread].sum[i] += shared.left[token][thread / Tile::channels * own + i] * right;
+            sum[i] += shared.left[token][thread / Tile::channels * own + i] * right;
           }
         }
+        EPT_UNROLL
+        for (int i = 0; i < own; ++i) local[thread].sum[i] += sum[i];
       });
     };
     for (int i = 0; i < tiles; ++i, at.first += tokens) {

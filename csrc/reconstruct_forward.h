@@ -29,7 +29,8 @@ struct ReconstructForwardKernel {
   static constexpr const char* name = "reconstruct_forward";
   using Tile = ExpandTile;
   using Product = LongProduct<0>;
-  using FusedProduct = LongProduct<32>;
+  static constexpr int most_fused = 32;  // r, in one launch
+  using FusedProduct = LongProduct<most_fused>;
   static constexpr int threads = reconstruct_threads;
   static constexpr int tokens = reconstruct_tokens;
   static constexpr int positions = 32;          // of n at a time
@@ -76,19 +77,16 @@ struct ReconstructForwardKernel {
     float* factor = memory;
     float* logits = memory + tokens * (parts.r + parts.dims);
     float* rest = memory + kept_floats(call);
-    float* softmax = softmax_of(call, at);
-    if (call.launch == Launch::first) {
-      softmax += other * (2 + parts.r);
-      return attend(block, factor, softmax, rest, call, at, other, saves);
+    float* softmax = call.launch == Launch::only ? logits : softmax_of(call, at);
+    if (parts.r > 0 && call.launch != Launch::second) {
+      const int piece = call.launch == Launch::first ? other : 0;
+      attend(block, factor, softmax, rest, call, at, piece, saves);
     }
-    const bool averages = parts.spaces > 0 && parts.gate == Gate::prompt;
-    if (averages) average(block, call, factor, logits, rest, task);
-    if (parts.r > 0) {
-      if (call.launch == Launch::only) {
-        attend(block, factor, softmax = logits, rest, call, at, 0, saves);
-      }
-      combine(block, call, softmax, factor, at, saves);
+    if (call.launch == Launch::first) return;
+    if (parts.spaces > 0 && parts.gate == Gate::prompt) {
+      average(block, call, factor, logits, rest, task);
     }
+    if (parts.r > 0) combine(block, call, softmax, factor, at, saves);
     if (parts.spaces > 0) {
       project(block, call, factor, logits, rest, at, saves);
       weigh(block, call, factor, logits, at, saves);
@@ -180,7 +178,7 @@ struct ReconstructForwardKernel {
       const State& state = local[thread];
       const int token = thread / lanes;
       if (!at.has(token)) return;
-      float* of_token = softmax + int64_t{token} * call.pieces * (2 + r);
+      float* of_token = softmax + (int64_t{token} * call.pieces + piece) * (2 + r);
       of_token[0] = state.maximum;
       of_token[1] = state.total;
       each_column<lanes>(thread, r, [&](int i, int column) {

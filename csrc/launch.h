@@ -270,7 +270,7 @@ Parts parts_of(const Call& call) {
 // Positions of a piece of n, so that there are about so many blocks; `step` at a time.
 inline int chunk_of(const Parts& parts, int64_t blocks, int64_t step) {
   const int64_t steps = pieces_of(parts.n, step);
-  const int64_t tiles = int64_t{parts.tasks} * pieces_of(parts.m, reconstruct_tokens);
+  const int64_t tiles = int64_t{parts.tasks} * pieces_of(parts.m, ReconstructBlock::tokens);
   return narrow(pieces_of(steps, within(1, blocks / tiles, least<int64_t>(steps, 64))) * step);
 }
 
@@ -288,7 +288,7 @@ inline bool takes_one_launch(const Parts& parts, int64_t blocks) {
   if (parts.r > ReconstructForwardKernel::most_fused || parts.columns > 128) return false;
   const int64_t over_d = int64_t{parts.d} * (2 * parts.r + parts.columns);
   const int64_t over_n = int64_t{parts.n} * 2 * parts.r;
-  return !repeats_too_much(reconstruct_tokens * (over_d + over_n), blocks);
+  return !repeats_too_much(ReconstructBlock::tokens * (over_d + over_n), blocks);
 }
 
 inline ReconstructForwardCall plan_of(Workspace& workspace, const ReconstructForward& call) {

@@ -41,9 +41,7 @@ struct ReconstructBackwardCall {
 enum class Result { b, down, up, prompt };
 
 // The softmax of eight tokens and sixteen positions, made again.
-struct ScoreTile {
-  static constexpr int threads = reconstruct_threads;
-  static constexpr int tokens = reconstruct_tokens;
+struct ScoreTile : ReconstructBlock {
   static constexpr int positions = 16;
   static constexpr int pairs = tokens * positions;
 
@@ -95,11 +93,9 @@ struct ScoreTile {
   }
 };
 
-struct BackwardCoreKernel {
+struct BackwardCoreKernel : ReconstructBlock {
   static constexpr const char* name = "reconstruct_backward_core";
   using Product = LongProduct<0>;
-  static constexpr int threads = reconstruct_threads;
-  static constexpr int tokens = reconstruct_tokens;
   static constexpr int lanes = 32;              // threads of a token
   static constexpr int own = max_rank / lanes;  // columns of dQ that a thread may have
   using Call = ReconstructBackwardCall;
@@ -298,11 +294,9 @@ struct BackwardCoreKernel {
   }
 };
 
-struct BackwardExpandKernel {
+struct BackwardExpandKernel : ReconstructBlock {
   static constexpr const char* name = "reconstruct_backward_expand";
   using Tile = ExpandTile;
-  static constexpr int threads = reconstruct_threads;
-  static constexpr int tokens = reconstruct_tokens;
   static constexpr int columns = 32;                                // of a tile of a sum
   static constexpr int own = columns / (threads / Tile::channels);  // of a thread
   static constexpr int depth = Tile::lines;                         // of a factor at a time
@@ -378,22 +372,17 @@ struct BackwardExpandKernel {
     const auto multiply = [&](Factor factor, int count) {
       for (int first = 0; first < count; first += depth) {
         const int number = least(depth, count - first);
-        block.each([&](int thread) {
+        block.apart([&](int thread) {
           const int token = thread % tokens;
           for (int c = thread / tokens; c < number; c += threads / tokens) {
             shared.factor[c * tokens + token] = element(call, factor, at, token, first + c);
           }
-          if (thread >= number) return;
-          shared.lines[thread] = factor == Factor::d_x
-                                     ? line_of_down(parts, task, first + thread)
-                                     : line_of(parts.b, task, first + thread, parts.r);
         });
-        block.each([&](int thread) {
-          const int d = first_d + Tile::channel(thread);
-          if (d >= parts.d) return;
-          Tile::add_product(local[thread].acc, shared.factor, number, thread,
-                            [&](int c) { return shared.lines[c].at(d); });
-        });
+        Tile::add_lines(block, shared.lines, local, shared.factor, number, first_d, parts.d,
+                        [&](int i) {
+                          return factor == Factor::d_x ? line_of_down(parts, task, first + i)
+                                                       : line_of(parts.b, task, first + i, parts.r);
+                        });
       }
     };
     // sum += factorᵀ·acc

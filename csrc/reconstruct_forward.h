@@ -25,14 +25,12 @@ struct ReconstructForwardCall {
   int pieces, chunk;  // of n
 };
 
-struct ReconstructForwardKernel {
+struct ReconstructForwardKernel : ReconstructBlock {
   static constexpr const char* name = "reconstruct_forward";
   using Tile = ExpandTile;
   using Product = LongProduct<0>;
   static constexpr int most_fused = 32;  // r, in one launch
   using FusedProduct = LongProduct<most_fused>;
-  static constexpr int threads = reconstruct_threads;
-  static constexpr int tokens = reconstruct_tokens;
   static constexpr int positions = 32;          // of n at a time
   static constexpr int lanes = 32;              // threads of a token
   static constexpr int own = max_rank / lanes;  // columns of O that a thread may have
@@ -323,16 +321,9 @@ struct ReconstructForwardKernel {
     typename B::template Local<Tile::State> local;
     Tile::start(block, local, parts.p, at, first_d, parts.d);
     for (int first = 0; first < parts.r + parts.dims; first += Tile::lines) {
-      const int number = least(Tile::lines, parts.r + parts.dims - first);
-      block.each([&](int thread) {
-        if (thread < number) lines[thread] = line_of_factors(parts, at.task, first + thread);
-      });
-      block.each([&](int thread) {
-        const int d = first_d + Tile::channel(thread);
-        if (d >= parts.d) return;
-        Tile::add_product(local[thread].acc, factor + first * tokens, number, thread,
-                          [&](int c) { return lines[c].at(d); });
-      });
+      Tile::add_lines(block, lines, local, factor + first * tokens,
+                      least(Tile::lines, parts.r + parts.dims - first), first_d, parts.d,
+                      [&](int i) { return line_of_factors(parts, at.task, first + i); });
     }
     Tile::store(block, local, call.tensors.prompt, parts.p.type, at, first_d, parts.d);
   }

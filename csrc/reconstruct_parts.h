@@ -84,8 +84,10 @@ EPT_BOTH float sum_of_parts(const float* part, int number, int64_t size) {
 enum class Launch { only, first, second };
 
 // All kernels have blocks of 256 threads and work on eight tokens at a time.
-inline constexpr int reconstruct_threads = 256;
-inline constexpr int reconstruct_tokens = 8;
+struct ReconstructBlock {
+  static constexpr int threads = 256;
+  static constexpr int tokens = 8;
+};
 inline constexpr int line_floats = sizeof(Line) / sizeof(float);
 
 // Eight rows of P, of a task.
@@ -111,10 +113,9 @@ EPT_DEVICE void each_column(int thread, int r, Act act) {
 }
 
 // Eight tokens × 64 channels: a thread has one channel of two tokens.
-struct ExpandTile {
-  static constexpr int tokens = reconstruct_tokens;
+struct ExpandTile : ReconstructBlock {
   static constexpr int channels = 64;
-  static constexpr int own = tokens / (reconstruct_threads / channels);
+  static constexpr int own = tokens / (threads / channels);
   static constexpr int step = 32;   // columns summed by themselves: fewer roundings in a row
   static constexpr int lines = 64;  // of a matrix at a time
 
@@ -152,8 +153,23 @@ struct ExpandTile {
     });
   }
 
-  // acc += C·M for a factor C [8, count], stored [count][8] in shared memory, and a matrix M of
-  // which `value(c)` is the element of row c in the thread's channel.
+  // acc += C·M for a factor C [8, number], stored [number][8] in shared memory, and up to 64 lines
+  // of M, for which there is a place there.
+  template <class B, class Local, class LineAt>
+  EPT_DEVICE static void add_lines(const B& block, Line* place, Local& local, const float* factor,
+                                   int number, int first_d, int d, LineAt line) {
+    block.each([&](int thread) {
+      if (thread < number) place[thread] = line(thread);
+    });
+    block.each([&](int thread) {
+      const int c = first_d + channel(thread);
+      if (c >= d) return;
+      add_product(local[thread].acc, factor, number, thread,
+                  [&](int i) { return place[i].at(c); });
+    });
+  }
+
+  // The same for a thread, for which `value(c)` is the element of row c of M in its channel.
   template <class Value>
   EPT_DEVICE static void add_product(float* acc, const float* factor, int count, int thread,
                                      Value value) {
@@ -180,14 +196,14 @@ struct ExpandTile {
 //
 // With up to `MostFused` lines M and their factor C, [count, 8], X + C·M takes the place of X.
 template <int MostFused>
-struct LongProduct {
-  static constexpr int rows = reconstruct_tokens;
+struct LongProduct : ReconstructBlock {
+  static constexpr int rows = tokens;
   static constexpr int columns = 64;
   static constexpr int depth = ExpandTile::channels;
   static constexpr int padded = depth + 4;  // keeps 16 bytes of neighbouring lines off one bank
-  static constexpr int warps = reconstruct_threads / 32;
+  static constexpr int warps = threads / 32;
   static constexpr int own_rows = 2, own_columns = columns / 8;
-  static constexpr int per_load = reconstruct_threads / depth;  // lines
+  static constexpr int per_load = threads / depth;  // lines
   static constexpr int loads = (rows + columns + MostFused) / per_load;
 
   struct State {
@@ -275,7 +291,7 @@ struct LongProduct {
       }
     });
     block.each([&](int thread) {
-      for (int at = thread; at < rows * count; at += reconstruct_threads) {
+      for (int at = thread; at < rows * count; at += threads) {
         const int i = at / count, j = at % count;
         put(i, j, sum_of_parts(tile + i * wide + j, warps, rows * wide));
       }
@@ -327,7 +343,7 @@ EPT_DEVICE void load_rows(const B& block, const Parts& parts, float* rows, int n
   const View& a = parts.a;
   block.each([&](int thread) {
     EPT_UNROLL_BY(4)
-    for (int at = thread; at < number * parts.r; at += reconstruct_threads) {
+    for (int at = thread; at < number * parts.r; at += ReconstructBlock::threads) {
       const int s = at / parts.r, column = at % parts.r;
       const int64_t from =
           task * a.stride[0] + (first + s) * a.stride[1] + column * a.stride[2];

@@ -200,6 +200,16 @@ def test_launches_with_one_gate_for_all_tokens(name: str, backward: int) -> None
 
 
 @over(HOST)
+def test_the_most_that_one_launch_has_room_for(backend: str) -> None:
+    sizes = Sizes(m=9, n=70, r=32, k=4, h=31, d=72, batch=1, length=4)
+    assert _counts(sizes)["reconstruct_forward"].launches == 1
+    assert _counts(replace(sizes, r=33))["reconstruct_forward"].launches == 2
+    assert _counts(replace(sizes, h=32))["reconstruct_forward"].launches == 2
+    cases = (make_case(sizes, dtype=torch.float32, seed=seed) for seed in range(4))
+    assert_as_exact_as_the_definition(cases, backend)
+
+
+@over(HOST)
 @pytest.mark.parametrize("offset", [True, False])
 def test_a_launch_for_the_sums_of_gates(offset: bool, backend: str) -> None:
     """A size at which the backward does not leave them to every block."""

@@ -90,7 +90,7 @@ struct ReconstructForward {
   float* gates = nullptr;   // g [T, m, K]                with the spaces
   float* cross = nullptr;   // S [T, r, K·h + K]          with both
 
-  void* workspace = nullptr;  // reconstruct_forward_workspace bytes, aligned to 16; may be 0 bytes
+  void* workspace = nullptr;  // reconstruct_forward_workspace bytes, aligned to 16
 };
 
 // Operation 1, backward. Sizes, tensors and flags as in the forward.

@@ -234,10 +234,9 @@ def test_workspace(name: str) -> None:
         assert counted.workspace < most, operation
 
 
-@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("s", [*NAMED.values(), *LARGEST.values()])
-def test_grids_and_shared_memory(s: Sizes, gate: str) -> None:
-    for counted in _counts(s, gate=gate).values():
+def test_grids_and_shared_memory(s: Sizes) -> None:
+    for counted in [each for gate in GATES for each in _counts(s, gate=gate).values()]:
         assert counted.grid < 2**31
         assert counted.shared <= SHARED_BYTES
 

@@ -17,18 +17,23 @@ EPT_BOTH T greatest(T a, T b) {
   return a < b ? b : a;
 }
 
-// The sum of `term(i)` for i < count, in four interleaved sums: their additions overlap, and fewer
+// The sum of `term(i)` for i < count, in eight interleaved sums: their additions overlap, and fewer
 // roundings follow one another.
 template <class Term>
 EPT_BOTH float sum_of_terms(int count, Term term) {
-  float sums[4] = {};
-  int i = 0;
-  for (; i + 4 <= count; i += 4) {
+  float sums[8] = {};
+  for (int i = 0; i < count; i += 8) {
     EPT_UNROLL
-    for (int j = 0; j < 4; ++j) sums[j] += term(i + j);
+    for (int j = 0; j < 8; ++j) {
+      if (i + j < count) sums[j] += term(i + j);
+    }
   }
-  for (; i < count; ++i) sums[0] += term(i);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  EPT_UNROLL
+  for (int width = 4; width > 0; width /= 2) {
+    EPT_UNROLL
+    for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
+  }
+  return sums[0];
 }
 
 EPT_BOTH float logistic(float x) { return 1.0f / (1.0f + expf(-x)); }

@@ -23,7 +23,7 @@ __global__ void __maxnreg__(most_registers)
 template <class Kernel>
 __global__ void __maxnreg__(most_registers)
     sized_kernel(const __grid_constant__ typename Kernel::Call call) {
-  extern __shared__ float memory[];
+  extern __shared__ __align__(16) float memory[];
   Kernel::run(Block<Kernel::threads>(), memory, call);
 }
 

@@ -267,226 +267,137 @@ Parts parts_of(const Call& call) {
   return parts;
 }
 
-// Blocks that fill a GPU of today: pieces of d and of n are made until there are about so many, and
-// no more, since every part is written and read again.
-inline constexpr int64_t reconstruct_blocks = 128;
-
-// The grid of the reduction over d, and with it the shape of its sums.
-inline ReduceCall reduction_of(const Parts& parts, const View& grad) {
-  const bool forward = !given(grad);
-  ReduceCall of{};
-  of.parts = parts;
-  of.grad = grad;
-  of.rows = forward && parts.spaces > 0 ? parts.m + parts.r : parts.m;
-  of.columns = parts.r + (forward ? parts.columns : parts.dims);
-  of.tiles_i = narrow(pieces_of(of.rows, ReduceKernel::side));
-  of.tiles_j = narrow(pieces_of(of.columns, ReduceKernel::side));
-  const int64_t depth = ReduceKernel::depth;
-  const int64_t tiles = greatest<int64_t>(1, int64_t{parts.tasks} * of.tiles_i * of.tiles_j);
-  const int64_t most = pieces_of(parts.d, 2 * depth);
-  const int64_t wanted = within(1, least(pieces_of(reconstruct_blocks, tiles), most), 16);
-  of.chunk = narrow(pieces_of(pieces_of(parts.d, wanted), depth) * depth);
-  of.splits = narrow(pieces_of(parts.d, of.chunk));
-  return of;
+// Positions of a piece of n, so that there are about so many blocks; `step` at a time.
+inline int chunk_of(const Parts& parts, int64_t blocks, int64_t step) {
+  const int64_t steps = pieces_of(parts.n, step);
+  const int64_t tiles = int64_t{parts.tasks} * pieces_of(parts.m, ReconstructBlock::tokens);
+  return narrow(pieces_of(steps, within(1, blocks / tiles, least<int64_t>(steps, 64))) * step);
 }
 
-inline int64_t blocks_of(const ReduceCall& of) {
-  return int64_t{of.parts.tasks} * of.splits * of.tiles_i * of.tiles_j;
+// Whether blocks that repeat so many multiplications each take longer than a launch that makes
+// their results once: beyond about 10 µs for one block, or for all of them on a GPU, by estimate.
+inline bool repeats_too_much(int64_t multiplications, int64_t blocks) {
+  return multiplications > 1 << 20 || multiplications * blocks > 1 << 27;
 }
 
-inline int64_t sums_of(const ReduceCall& of) {
-  return int64_t{of.parts.tasks} * of.splits * of.rows * of.columns;
+// Whether the forward takes one launch. One gate for all tokens needs O of all of them.
+inline bool takes_one_launch(const Parts& parts, int64_t blocks) {
+  if (parts.r == 0 && parts.spaces == 0) return true;
+  if (parts.spaces > 0 && parts.gate == Gate::prompt) return false;
+  // What shared memory has room for.
+  if (parts.r > ReconstructForwardKernel::most_fused || parts.columns > 128) return false;
+  const int64_t over_d = int64_t{parts.d} * (2 * parts.r + parts.columns);
+  const int64_t over_n = int64_t{parts.n} * 2 * parts.r;
+  return !repeats_too_much(ReconstructBlock::tokens * (over_d + over_n), blocks);
 }
 
-struct ForwardPlaces {
-  ReduceCall reduction;
-  int tiles;          // of m
-  int pieces, chunk;  // of n
-  float *maxima, *totals, *attended_parts, *x;
-};
-
-inline ForwardPlaces take_places(Workspace& workspace, const Parts& parts) {
-  ForwardPlaces places{};
-  places.reduction = reduction_of(parts, {});
-  places.tiles = narrow(pieces_of(parts.m, ForwardCoreKernel::tokens));
-  places.pieces = places.chunk = 1;
+inline ReconstructForwardCall plan_of(Workspace& workspace, const ReconstructForward& call) {
+  using Kernel = ReconstructForwardKernel;
+  ReconstructForwardCall of{};
+  of.tensors = call;
+  const Parts& parts = of.parts = parts_of(call);
+  of.tiles_m = narrow(pieces_of(parts.m, Kernel::tokens));
+  of.across = narrow(pieces_of(parts.d, ExpandTile::channels));
+  of.pieces = 1;
+  of.chunk = parts.n;
+  const int64_t tiles_c = pieces_of(parts.columns, Kernel::side);
+  of.products = narrow(pieces_of(parts.r, Kernel::tokens) * tiles_c);
+  if (takes_one_launch(parts, int64_t{parts.tasks} * of.tiles_m * of.across)) return of;
+  of.launch = Launch::first;
   if (parts.r > 0) {
-    const int64_t tile = ForwardCoreKernel::positions, most = pieces_of(parts.n, tile);
-    const int64_t wanted = reconstruct_blocks / (int64_t{parts.tasks} * places.tiles);
-    const int64_t pieces = within(1, wanted, least<int64_t>(most, 32));
-    places.chunk = narrow(pieces_of(most, pieces) * tile);
-    places.pieces = narrow(pieces_of(parts.n, places.chunk));
+    of.chunk = chunk_of(parts, 256, Kernel::positions);
+    of.pieces = narrow(pieces_of(parts.n, of.chunk));
   }
+  of.across = parts.r > 0 ? of.pieces : 0;
+  of.products += narrow(of.tiles_m * tiles_c);
   const int64_t rows = int64_t{parts.tasks} * parts.m;
-  const int64_t attention = parts.r > 0 ? rows * places.pieces : 0;
-  places.reduction.sums = workspace.take<float>(sums_of(places.reduction));
-  places.maxima = workspace.take<float>(attention);
-  places.totals = workspace.take<float>(attention);
-  places.attended_parts = workspace.take<float>(attention * parts.r);
-  places.x = workspace.take<float>(rows * parts.columns);
-  return places;
+  of.x = workspace.take<float>(rows * parts.columns);
+  of.softmax = workspace.take<float>(rows * of.across * (2 + parts.r));
+  return of;
 }
 
 inline int64_t reconstruct_forward_bytes(const ReconstructForward& call) {
   Workspace workspace(nullptr);
-  take_places(workspace, parts_of(call));
+  plan_of(workspace, call);
   return workspace.bytes();
 }
 
 template <class Launcher>
 Status run_reconstruct_forward(const Launcher& launcher, const ReconstructForward& call) {
-  const Parts parts = parts_of(call);
   Workspace workspace(call.workspace);
-  const ForwardPlaces places = take_places(workspace, parts);
-  const ReduceCall& reduction = places.reduction;
-  if (reduction.columns > 0) {
-    const Status reduced = launcher.template run<ReduceKernel>(blocks_of(reduction), reduction);
-    if (reduced.error != 0) return reduced;
-    ForwardCoreCall core{};
-    core.parts = parts;
-    core.sums = reduction.sums;
-    core.splits = reduction.splits;
-    core.rows = reduction.rows;
-    core.columns = reduction.columns;
-    core.query = call.query;
-    core.maxima = places.maxima;
-    core.totals = places.totals;
-    core.attended_parts = places.attended_parts;
-    core.x = places.x;
-    core.cross = call.cross;
-    core.pieces = places.pieces;
-    core.chunk = places.chunk;
-    core.tiles = places.tiles;
-    core.blocks_x = narrow(pieces_of(int64_t{reduction.rows} * parts.columns,
-                                     ForwardCoreKernel::threads * ForwardCoreKernel::each));
-    const int64_t attention = parts.r > 0 ? int64_t{core.tiles} * core.pieces : 0;
-    const Status done = launcher.template run<ForwardCoreKernel>(
-        parts.tasks * (attention + core.blocks_x), core);
-    if (done.error != 0) return done;
-  }
-  ForwardExpandCall expand{};
-  expand.parts = parts;
-  expand.maxima = places.maxima;
-  expand.totals = places.totals;
-  expand.attended_parts = places.attended_parts;
-  expand.x = places.x;
-  expand.cross = call.cross;
-  expand.pieces = places.pieces;
-  expand.prompt = call.prompt;
-  expand.stats = call.stats;
-  expand.attended = call.attended;
-  expand.hidden = call.hidden;
-  expand.gates = call.gates;
-  expand.tiles_m = places.tiles;
-  expand.tiles_d = narrow(pieces_of(parts.d, ExpandTile::channels));
-  return launcher.template run<ForwardExpandKernel>(
-      int64_t{parts.tasks} * expand.tiles_m * expand.tiles_d, expand);
+  ReconstructForwardCall of = plan_of(workspace, call);
+  const auto run = [&] {
+    const int64_t blocks = int64_t{of.tiles_m} * of.across + of.products;
+    return launcher.template run<ReconstructForwardKernel>(call.tasks * blocks, of);
+  };
+  const Status done = run();
+  if (of.launch == Launch::only || done.error != 0) return done;
+  of.launch = Launch::second;
+  of.across = narrow(pieces_of(call.width, ExpandTile::channels));
+  of.products = 0;
+  return run();
 }
 
-struct BackwardPlaces {
-  ReduceCall reduction;
-  int groups, tiles;  // of m
-  int chunks, chunk;  // of n
-  bool whole_a;
-  float *d_x, *d_query, *d_a;
-};
-
-inline BackwardPlaces take_places(Workspace& workspace, const ReconstructBackward& call,
-                                  const Parts& parts) {
-  using Kernel = BackwardCoreKernel;
-  BackwardPlaces places{};
-  places.reduction = reduction_of(parts, call.grad);
-  const int64_t tiles_m = pieces_of(parts.m, Kernel::tokens);
-  int64_t groups = within(1, pieces_of(reconstruct_blocks, parts.tasks), tiles_m);
-  places.chunks = places.chunk = 1;
+inline ReconstructBackwardCall plan_of(Workspace& workspace, const ReconstructBackward& call) {
+  using Kernel = BackwardExpandKernel;
+  ReconstructBackwardCall of{};
+  of.tensors = call;
+  const Parts& parts = of.parts = parts_of(call);
+  of.tiles_m = narrow(pieces_of(parts.m, Kernel::tokens));
+  of.pieces = 1;
   if (parts.r > 0) {
-    // The parts of dA are one for each group: a quarter of the workspace, or else one.
-    const int64_t size = 4 * int64_t{parts.tasks} * parts.n * parts.r;
-    groups = within(1, workspace_limit / 4 / size, groups);
+    // Each piece repeats the products over d, so only long ones are cut further.
+    of.chunk = chunk_of(parts, 128, ScoreTile::positions);
+    if (of.chunk > 512) of.chunk = chunk_of(parts, 256, ScoreTile::positions);
+    of.pieces = narrow(pieces_of(parts.n, of.chunk));
+    of.tiles_a = narrow(pieces_of(parts.n, ScoreTile::positions));
   }
-  places.tiles = narrow(pieces_of(tiles_m, groups));
-  places.groups = narrow(pieces_of(tiles_m, places.tiles));
-  if (parts.r > 0) {
-    const int64_t tile = Kernel::positions, most = pieces_of(parts.n, tile);
-    const int64_t wanted = pieces_of(reconstruct_blocks, int64_t{parts.tasks} * places.groups);
-    const int64_t chunks = within(1, least<int64_t>(wanted, 64), most);
-    places.chunk = narrow(pieces_of(most, chunks) * tile);
-    places.chunks = narrow(pieces_of(parts.n, places.chunk));
-  }
-  // What is added to group by group, or tile by tile, has to be float32.
-  places.whole_a =
-      places.groups == 1 && (places.tiles == 1 || call.offset_a.type == Type::float32);
+  of.tiles_d = narrow(pieces_of(parts.d, ExpandTile::channels));
+  const int64_t rows_of[] = {parts.r, parts.columns, parts.dims};
+  for (int i = 0; i < 3; ++i) of.tiles_of[i] = narrow(pieces_of(rows_of[i], Kernel::columns));
+  of.tiles_of[3] = of.tiles_m;
+  of.tiles_bias = narrow(pieces_of(parts.spaces, Kernel::threads));
   const int64_t rows = int64_t{parts.tasks} * parts.m;
-  places.reduction.sums = workspace.take<float>(sums_of(places.reduction));
-  places.d_x = workspace.take<float>(rows * parts.columns);
-  places.d_query = workspace.take<float>(rows * places.chunks * parts.r);
-  const int64_t parts_a = int64_t{parts.tasks} * places.groups * parts.n * parts.r;
-  places.d_a = workspace.take<float>(places.whole_a ? 0 : parts_a);
-  return places;
+  if (parts.spaces > 0 && parts.gate == Gate::prompt) {
+    const int64_t repeated = parts.m * int64_t{parts.d} * parts.dims;
+    if (repeats_too_much(repeated, int64_t{parts.tasks} * of.tiles_m * of.pieces)) {
+      of.launch = Launch::first;
+      of.d_gates = workspace.take<float>(int64_t{parts.tasks} * of.tiles_m * parts.spaces);
+    }
+  }
+  of.d_x = workspace.take<float>(rows * parts.columns);
+  of.d_attended = workspace.take<float>(rows * parts.r);
+  of.inner = workspace.take<float>(rows);
+  of.d_query = workspace.take<float>(rows * of.pieces * parts.r);
+  return of;
 }
 
 inline int64_t reconstruct_backward_bytes(const ReconstructBackward& call) {
   Workspace workspace(nullptr);
-  take_places(workspace, call, parts_of(call));
+  plan_of(workspace, call);
   return workspace.bytes();
 }
 
 template <class Launcher>
 Status run_reconstruct_backward(const Launcher& launcher, const ReconstructBackward& call) {
-  const Parts parts = parts_of(call);
   Workspace workspace(call.workspace);
-  const BackwardPlaces places = take_places(workspace, call, parts);
-  const ReduceCall& reduction = places.reduction;
-  const Saved saved{call.query, call.stats, call.attended, call.hidden, call.gates, call.cross};
-  if (reduction.columns > 0) {
-    const Status reduced = launcher.template run<ReduceKernel>(blocks_of(reduction), reduction);
-    if (reduced.error != 0) return reduced;
-    BackwardCoreCall core{};
-    core.parts = parts;
-    core.saved = saved;
-    core.sums = reduction.sums;
-    core.splits = reduction.splits;
-    core.d_x = places.d_x;
-    core.d_query = places.d_query;
-    core.d_a = places.whole_a ? call.d_offset_a : places.d_a;
-    core.type_a = places.whole_a ? call.offset_a.type : Type::float32;
-    core.groups = places.groups;
-    core.tiles = places.tiles;
-    core.chunks = places.chunks;
-    core.chunk = places.chunk;
-    const Status done = launcher.template run<BackwardCoreKernel>(
-        int64_t{parts.tasks} * core.groups * core.chunks, core);
+  ReconstructBackwardCall of = plan_of(workspace, call);
+  const auto run_core = [&](const ReconstructBackwardCall& core) {
+    return launcher.template run<BackwardCoreKernel>(call.tasks * core.tiles_m * core.pieces, core);
+  };
+  if (of.launch == Launch::first) {
+    ReconstructBackwardCall gates = of;
+    gates.pieces = 1;
+    const Status done = run_core(gates);
+    if (done.error != 0) return done;
+    of.launch = Launch::second;
+  }
+  if (of.parts.r > 0 || of.parts.spaces > 0) {
+    const Status done = run_core(of);
     if (done.error != 0) return done;
   }
-  using Kernel = BackwardExpandKernel;
-  BackwardExpandCall expand{};
-  expand.parts = parts;
-  expand.saved = saved;
-  expand.grad = call.grad;
-  expand.d_x = places.d_x;
-  expand.d_query = places.d_query;
-  expand.d_a_parts = places.d_a;
-  expand.chunks = places.chunks;
-  expand.groups = places.groups;
-  expand.d_p = call.d_short_prompt;
-  expand.d_a = call.d_offset_a;
-  expand.d_b = call.d_offset_b;
-  expand.d_down = call.d_space_down;
-  expand.d_up = call.d_space_up;
-  expand.d_gate_weight = call.d_gate_weight;
-  expand.d_gate_bias = call.d_gate_bias;
-  expand.tiles_d = narrow(pieces_of(parts.d, ExpandTile::channels));
-  expand.tiles_p = narrow(pieces_of(parts.m, Kernel::tokens));
-  expand.tiles_b = narrow(pieces_of(parts.r, Kernel::columns));
-  expand.tiles_down = narrow(pieces_of(parts.columns, Kernel::columns));
-  expand.tiles_up = narrow(pieces_of(parts.dims, Kernel::columns));
-  const bool sums_a = parts.r > 0 && !places.whole_a;
-  expand.blocks_a =
-      sums_a ? narrow(pieces_of(int64_t{parts.n} * parts.r, Kernel::threads * Kernel::each)) : 0;
-  expand.blocks_bias = narrow(pieces_of(parts.spaces, Kernel::threads));
-  const int64_t tiles = expand.tiles_p + expand.tiles_b + expand.tiles_down + expand.tiles_up;
-  return launcher.template run<BackwardExpandKernel>(
-      parts.tasks * (tiles * expand.tiles_d + expand.blocks_a + expand.blocks_bias), expand);
+  const int64_t blocks = of.tiles() + of.tiles_a + of.tiles_bias;
+  return launcher.template run<BackwardExpandKernel>(call.tasks * blocks, of);
 }
 
 }  // namespace ept

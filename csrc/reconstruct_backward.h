@@ -1,5 +1,12 @@
-// Operation 1, backward: after dC = Y·[B ; U]ᵀ come the softmax's gradients and the expansion over
-// d.
+// Operation 1, backward, in two launches: core and expand.
+//
+// Core has blocks for eight tokens and a piece of n. Each makes dC = Y·[B ; U]ᵀ of its tokens,
+// from it dX and dO, and its part of dQ. Expand has blocks for 64 channels, and for dA: a block for
+// sixteen positions goes through all tokens, so that no parts of dA are stored. The weights of the
+// softmax are made again in both, from Q and the statistics of its rows.
+//
+// One gate for all tokens needs the sum of their dg before dX. Every block of core makes it for
+// itself, or if that is too much, a launch of core before the others does.
 //
 // With F = P + O·B and dF = Y + dX·[D | G]ᵀ:
 //     dP = dF + dQ·B    dB = Oᵀ·dF + dQᵀ·P    d[D | G] = Fᵀ·dX    dU = (g·Φ)ᵀ·Y    db = Σ dz
@@ -9,617 +16,506 @@
 
 namespace ept {
 
-// What the forward saved.
-struct Saved {
-  const float* query;   // Q [T, m, r]
-  const float* stats;   // [T, 2, m]
-  const float* attended;     // O [T, m, r]
-  const float* hidden;  // Hin [T, m, K·h]
-  const float* gates;   // g [T, m, K]
-  const float* cross;   // S [T, r, W]
-};
-
-struct BackwardCoreCall {
+struct ReconstructBackwardCall {
   Parts parts;
-  Saved saved;
-  const float* sums;  // of the reduction, dC in parts, [T, splits, m, r + K·h]
-  int splits;
-  float* d_x;       // [dHin | dz], [T, m, W]
-  float* d_query;   // dQ [T, chunks, m, r]
-  void* d_a;        // dA [T, groups, n, r], or the gradient itself
-  Type type_a;
-  int groups, tiles;         // of tokens, and tiles of a group
-  int chunks, chunk;         // of n
+  ReconstructBackward tensors;
+  Launch launch;  // of core: the first one makes sums of dg only
+  // From launch to launch.
+  float* d_gates;     // dg of eight tokens, [T, tiles_m, K]
+  float* d_x;         // [dHin | dz / τ], [T, m, W]
+  float* d_attended;  // dO [T, m, r]
+  float* inner;       // rows of dO·O, [T, m]
+  float* d_query;     // dQ in parts, [T, pieces, m, r]
+  int tiles_m;
+  int pieces, chunk;  // of n
+  // The grid of expand for a task: for every tile of d tiles of each result over d, then tiles of
+  // dA and of db.
+  int tiles_d, tiles_of[4], tiles_a, tiles_bias;
+
+  EPT_BOTH int tiles() const {
+    return (tiles_of[0] + tiles_of[1] + tiles_of[2] + tiles_of[3]) * tiles_d;
+  }
 };
 
-// A block takes a chunk of positions for a group of tokens, eight tokens and sixteen positions at a
-// time. The weights of the softmax are made again from Q and the statistics of its rows.
-struct BackwardCoreKernel {
-  static constexpr const char* name = "reconstruct_backward_core";
-  static constexpr int threads = 128;
-  static constexpr int tokens = 8;
-  static constexpr int positions = 16;
-  static constexpr int lanes_q = threads / tokens;     // threads of a token
-  static constexpr int lanes_a = threads / positions;  // threads of a position
-  static constexpr int own_q = max_rank / lanes_q;
-  static constexpr int own_a = max_rank / lanes_a;
-  using Call = BackwardCoreCall;
+// The results over d, as tiles_of has them: dB, d[D | G], dU, dP.
+enum class Result { b, down, up, prompt };
 
-  // Shared memory: first dX [W, 8] and a sum of each thread, then in their place Q [8, r],
-  // A [16, r], weights and dS [8, 16] each; beside them dO [8, r], their products with O [8], and
-  // the mean of dg [K].
-  EPT_BOTH static int first_floats(const Parts& parts) {
-    const int attention = tokens * parts.r + positions * (parts.r | 1) + 2 * tokens * positions;
-    return greatest(tokens * parts.columns + threads + parts.dims, attention);
+// The softmax of eight tokens and sixteen positions, made again.
+struct ScoreTile : ReconstructBlock {
+  static constexpr int positions = 16;
+  static constexpr int pairs = tokens * positions;
+
+  int r;
+  float* d_attended;  // [tokens, r]
+  float* inner;       // [tokens]
+  float* query;       // [tokens, r]
+  float* rows;        // c·A [positions, r | 1]
+  float* weights;     // [tokens, positions], at first the scores
+  float* d_scores;    // [tokens, positions], at first the gradients of the weights
+
+  EPT_BOTH static int floats(int r) {
+    return 2 * tokens * r + tokens + positions * (r | 1) + 2 * pairs;
   }
+
+  EPT_DEVICE ScoreTile(float* memory, int rank) : r(rank) {
+    d_attended = memory;
+    inner = d_attended + tokens * r;
+    query = inner + tokens;
+    rows = query + tokens * r;
+    weights = rows + positions * (r | 1);
+    d_scores = weights + pairs;
+  }
+
+  // Half of the threads multiply the rows by Q, the others by dO.
+  template <class B>
+  EPT_DEVICE void score(const B& block, const ReconstructBackwardCall& call, const Tokens& at,
+                        int number) const {
+    static_assert(2 * pairs == threads);
+    block.each([&](int thread) {
+      const int token = thread % pairs / positions;
+      const float* left = (thread < pairs ? query : d_attended) + token * r;
+      const float* row = rows + thread % positions * (r | 1);
+      weights[thread] = sum_of_terms(r, [&](int i) { return left[i] * row[i]; });
+    });
+    block.each([&](int thread) {
+      if (thread >= pairs) return;
+      const Parts& parts = call.parts;
+      const int token = thread / positions;
+      float weight = 0.0f, d_score = 0.0f;
+      if (at.has(token) && thread % positions < number) {
+        const float* stats = call.tensors.stats + at.row(token) + int64_t{at.task} * at.m;
+        weight = expf((weights[thread] - stats[0]) * parts.score_scale) / stats[parts.m];
+        d_score = weight * (d_scores[thread] - inner[token]) * parts.score_scale;
+      }
+      weights[thread] = weight;
+      d_scores[thread] = d_score;
+    });
+  }
+};
+
+struct BackwardCoreKernel : ReconstructBlock {
+  static constexpr const char* name = "reconstruct_backward_core";
+  using Product = LongProduct<0>;
+  static constexpr int lanes = 32;              // threads of a token
+  static constexpr int own = max_rank / lanes;  // columns of dQ that a thread may have
+  using Call = ReconstructBackwardCall;
+
+  struct State {
+    float d_query[own] = {};
+  };
+
+  // Shared memory: dO and the rest of a tile of scores. Until the rest is needed, in its place: the
+  // sums of dg over all tokens [K], dHin [K·h, 8], and dz [K, 8] or before it the long product.
+  EPT_BOTH static int kept_floats(const Parts& parts) { return tokens * (parts.r + 1); }
 
   static int64_t shared_floats(const Call& call) {
     const Parts& parts = call.parts;
-    return first_floats(parts) + tokens * parts.r + tokens + parts.spaces;
-  }
-
-  struct State {
-    float d_query[own_q];
-  };
-
-  struct Memory {
-    float* d_x;
-    float* sums;
-    float* columns;  // [K·h]
-    float* query;
-    float* rows;
-    float* weights;
-    float* d_scores;
-    float* d_attended;
-    float* inner;
-    float* d_gates;
-  };
-
-  EPT_DEVICE static Memory share(float* memory, const Parts& parts) {
-    Memory shared;
-    shared.d_x = memory;
-    shared.sums = shared.d_x + tokens * parts.columns;
-    shared.columns = shared.sums + threads;
-    shared.query = memory;
-    shared.rows = shared.query + tokens * parts.r;
-    shared.weights = shared.rows + positions * (parts.r | 1);
-    shared.d_scores = shared.weights + tokens * positions;
-    shared.d_attended = memory + first_floats(parts);
-    shared.inner = shared.d_attended + tokens * parts.r;
-    shared.d_gates = shared.inner + tokens;
-    return shared;
+    const int product = Product::floats(parts.r + parts.dims);
+    const int dims = tokens * parts.dims + (parts.spaces + 3) / 4 * 4;
+    return greatest(kept_floats(parts) + dims + greatest(tokens * parts.spaces, product),
+                    ScoreTile::floats(parts.r));
   }
 
   template <class B>
   EPT_DEVICE static void run(const B& block, float* memory, const Call& call) {
     Digits digits{block.index};
     const Parts& parts = call.parts;
-    const int chunk = digits.next(call.chunks);
-    const int group = digits.next(call.groups);
-    const int task = static_cast<int>(digits.rest);
-    const Memory shared = share(memory, parts);
-    if (parts.spaces > 0 && parts.gate == Gate::prompt) average_gates(block, shared, call, task);
-    const int first = group * call.tiles * tokens;
-    const int end = least(first + call.tiles * tokens, parts.m);
-    for (int first_m = first; first_m < end; first_m += tokens) {
-      if (parts.spaces > 0) project(block, shared, call, task, first_m, chunk == 0);
-      if (parts.r > 0) attend(block, shared, call, task, group, chunk, first_m, first_m > first);
+    Tokens at{0, digits.next(call.tiles_m) * tokens, parts.m};
+    const int piece = digits.next(call.pieces);
+    at.task = static_cast<int>(digits.rest);
+    float* d_gates = memory + kept_floats(parts);
+    float* d_x = d_gates + (parts.spaces + 3) / 4 * 4;
+    float* rest = d_x + tokens * parts.dims;
+    const bool alone = call.launch == Launch::first;
+    if (call.launch == Launch::second) {
+      const float* sums = call.d_gates + int64_t{at.task} * call.tiles_m * parts.spaces;
+      block.each([&](int thread) {
+        for (int k = thread; k < parts.spaces; k += threads) {
+          d_gates[k] = sum_of_parts(sums + k, call.tiles_m, parts.spaces);
+        }
+      });
+    } else if (parts.spaces > 0 && parts.gate == Gate::prompt) {
+      add_gates(block, call, d_gates, d_x, rest, {at.task, alone ? at.first : 0, parts.m},
+                alone ? 1 : call.tiles_m);
+    }
+    if (alone) {
+      return block.apart([&](int thread) {
+        float* out = call.d_gates + block.index * parts.spaces;
+        for (int k = thread; k < parts.spaces; k += threads) out[k] = d_gates[k];
+      });
+    }
+    multiply(block, rest, call, at, 0, [&](int token, int c, float value) {
+      if (c < parts.r) {
+        memory[token * parts.r + c] = value;
+      } else {
+        d_x[(c - parts.r) * tokens + token] = value;
+      }
+    });
+    if (parts.spaces > 0) project(block, call, d_gates, d_x, at, piece == 0);
+    if (parts.r > 0) attend(block, memory, call, d_x, at, piece);
+  }
+
+  // dC = Y·[B ; U]ᵀ of eight tokens, from a column on.
+  template <class B, class Put>
+  EPT_DEVICE static void multiply(const B& block, float* memory, const Call& call, const Tokens& at,
+                                  int first, Put put) {
+    const Parts& parts = call.parts;
+    Product::run(
+        block, memory, parts.r + parts.dims - first, parts.d,
+        [&](int i) { return at.line(call.tensors.grad, i); },
+        [&](int j) { return line_of_factors(parts, at.task, first + j); }, put);
+  }
+
+  // φ(H) of a token.
+  EPT_DEVICE static float activated(const Call& call, int64_t row, int c) {
+    return activate(call.tensors.hidden[row * call.parts.dims + c], call.parts.activation);
+  }
+
+  // The sum of the dg of some tiles of tokens.
+  template <class B>
+  EPT_DEVICE static void add_gates(const B& block, const Call& call, float* d_gates, float* d_x,
+                                   float* rest, Tokens at, int tiles) {
+    const Parts& parts = call.parts;
+    for (int tile = 0; tile < tiles; ++tile, at.first += tokens) {
+      multiply(block, rest, call, at, parts.r, [&](int token, int c, float value) {
+        d_x[c * tokens + token] = at.has(token) ? value * activated(call, at.row(token), c) : 0.0f;
+      });
+      block.each([&](int thread) {
+        for (int k = thread; k < parts.spaces; k += threads) {
+          const float* columns = d_x + k * parts.dim * tokens;
+          const float sum = sum_of_terms(parts.dim * tokens, [&](int i) { return columns[i]; });
+          d_gates[k] = (tile > 0 ? d_gates[k] : 0.0f) + sum;
+        }
+      });
     }
   }
 
-  // One element of dC.
-  EPT_DEVICE static float d_factor(const Call& call, int task, int token, int column) {
-    const Parts& parts = call.parts;
-    const int64_t columns = parts.r + parts.dims, size = parts.m * columns;
-    return sum_of_parts(call.sums + task * call.splits * size + token * columns + column,
-                        call.splits, size);
-  }
-
-  // dL/dφ(H), times φ(H): what a column adds to the gradient of its gate.
-  EPT_DEVICE static float d_gate_of(const Call& call, int task, int token, int c) {
-    const Parts& parts = call.parts;
-    const float hidden = call.saved.hidden[(int64_t{task} * parts.m + token) * parts.dims + c];
-    return d_factor(call, task, token, parts.r + c) * activate(hidden, parts.activation);
-  }
-
-  // With one gate for all tokens: the mean of their dg.
+  // dX = [dHin | dz / τ] of eight tokens, from Y·Uᵀ.
   template <class B>
-  EPT_DEVICE static void average_gates(const B& block, const Memory& shared, const Call& call,
-                                       int task) {
+  EPT_DEVICE static void project(const B& block, const Call& call, const float* d_gates, float* d_x,
+                                 const Tokens& at, bool saves) {
     const Parts& parts = call.parts;
-    mean_of_tokens(block, shared.sums, shared.columns, parts.dims, parts.m,
-                   [&](int token, int c) { return d_gate_of(call, task, token, c); });
+    const float* gates = call.tensors.gates + at.row(0) * parts.spaces;
     block.each([&](int thread) {
-      for (int k = thread; k < parts.spaces; k += threads) {
-        float sum = 0.0f;
-        for (int j = 0; j < parts.dim; ++j) sum += shared.columns[k * parts.dim + j];
-        shared.d_gates[k] = sum;
-      }
-    });
-  }
-
-  // dX = [dHin | dz / τ] of eight tokens, and what O gets through it.
-  template <class B>
-  EPT_DEVICE static void project(const B& block, const Memory& shared, const Call& call, int task,
-                                 int first_m, bool saves) {
-    const Parts& parts = call.parts;
-    float* d_x = shared.d_x;
-    block.each([&](int thread) {
-      const int token = thread % tokens, row = first_m + token;
-      if (row >= parts.m) return;
-      for (int c = thread / tokens; c < parts.dims; c += threads / tokens) {
-        d_x[c * tokens + token] = d_factor(call, task, row, parts.r + c);
-      }
-    });
-    block.each([&](int thread) {
-      const int token = thread % tokens, row = first_m + token;
-      if (row >= parts.m) return;
+      const int token = thread % tokens;
       for (int k = thread / tokens; k < parts.spaces; k += threads / tokens) {
         float sum = 0.0f;
         if (parts.gate == Gate::prompt) {
-          sum = shared.d_gates[k];
-        } else {
+          sum = d_gates[k] / static_cast<float>(parts.m);
+        } else if (at.has(token)) {
           for (int c = k * parts.dim; c < (k + 1) * parts.dim; ++c) {
-            const float hidden =
-                call.saved.hidden[(int64_t{task} * parts.m + row) * parts.dims + c];
-            sum += d_x[c * tokens + token] * activate(hidden, parts.activation);
+            sum += d_x[c * tokens + token] * activated(call, at.row(token), c);
           }
         }
         d_x[(parts.dims + k) * tokens + token] = sum;
       }
     });
     block.each([&](int thread) {
-      if (thread >= tokens || first_m + thread >= parts.m) return;
-      const int64_t row = int64_t{task} * parts.m + first_m + thread;
-      const float* gates = call.saved.gates + row * parts.spaces;
-      float* d_gates = d_x + parts.dims * tokens + thread;
+      if (thread >= tokens || !at.has(thread)) return;
+      const float* own_gates = gates + thread * parts.spaces;
+      float* d_logits = d_x + parts.dims * tokens + thread;
       float inner = 0.0f;
-      for (int k = 0; k < parts.spaces; ++k) inner += gates[k] * d_gates[k * tokens];
+      for (int k = 0; k < parts.spaces; ++k) inner += own_gates[k] * d_logits[k * tokens];
       for (int k = 0; k < parts.spaces; ++k) {
-        d_gates[k * tokens] = gates[k] * (d_gates[k * tokens] - inner) / parts.temperature;
+        float& value = d_logits[k * tokens];
+        value = own_gates[k] * (value - inner) / parts.temperature;
       }
     });
     block.each([&](int thread) {
-      const int token = thread % tokens, row = first_m + token;
-      const int64_t at = int64_t{task} * parts.m + row;
+      const int token = thread % tokens;
+      if (!at.has(token)) return;
+      const int64_t row = at.row(token);
       for (int c = thread / tokens; c < parts.columns; c += threads / tokens) {
         float& value = d_x[c * tokens + token];
-        if (row >= parts.m) {
-          value = 0.0f;
-          continue;
-        }
         if (c < parts.dims) {
-          const float gate = call.saved.gates[at * parts.spaces + c / parts.dim];
-          value *= gate * derivative_of(call.saved.hidden[at * parts.dims + c], parts.activation);
+          const float hidden = call.tensors.hidden[row * parts.dims + c];
+          value *= gates[token * parts.spaces + c / parts.dim] *
+                   derivative_of(hidden, parts.activation);
         }
-        if (saves) call.d_x[at * parts.columns + c] = value;
+        if (saves) call.d_x[row * parts.columns + c] = value;
       }
     });
   }
 
+  // dO, and the part of dQ that comes from a piece of n. A warp has a token, a thread every 32nd
+  // column of its dQ.
   template <class B>
-  EPT_DEVICE static void attend(const B& block, const Memory& shared, const Call& call, int task,
-                                int group, int chunk, int first_m, bool add) {
+  EPT_DEVICE static void attend(const B& block, float* memory, const Call& call, const float* d_x,
+                                const Tokens& at, int piece) {
     const Parts& parts = call.parts;
     const int r = parts.r;
+    const ScoreTile tile(memory, r);
     typename B::template Local<State> local;
     // dO = dC + dX·Sᵀ
     block.each([&](int thread) {
-      const int token = thread % tokens, row = first_m + token;
+      const int token = thread % tokens;
+      if (!at.has(token)) return;
       for (int column = thread / tokens; column < r; column += threads / tokens) {
-        float sum = 0.0f;
-        if (row < parts.m) {
-          const float* cross = call.saved.cross + (int64_t{task} * r + column) * parts.columns;
-          sum = d_factor(call, task, row, column) + sum_of_terms(parts.columns, [&](int c) {
-                  return shared.d_x[c * tokens + token] * cross[c];
-                });
-        }
-        shared.d_attended[token * r + column] = sum;
+        const float* cross = call.tensors.cross + (int64_t{at.task} * r + column) * parts.columns;
+        float& value = tile.d_attended[token * r + column];
+        value += sum_of_terms(parts.columns,
+                              [&](int c) { return d_x[c * tokens + token] * cross[c]; });
+        if (piece == 0) call.d_attended[at.row(token) * r + column] = value;
       }
-      EPT_UNROLL
-      for (int i = 0; i < own_q; ++i) local[thread].d_query[i] = 0.0f;
     });
-    // Q in the place of dX; dO·O, the sum over n of weight times gradient of weight
+    // Q; and dO·O, the sum over n of weight times gradient of weight.
     block.each([&](int thread) {
-      for (int at = thread; at < tokens * r; at += threads) {
-        const int row = first_m + at / r;
-        shared.query[at] =
-            row < parts.m ? call.saved.query[(int64_t{task} * parts.m + row) * r + at % r] : 0.0f;
+      for (int i = thread; i < tokens * r; i += threads) {
+        tile.query[i] = at.has(i / r) ? call.tensors.query[at.row(0) * r + i] : 0.0f;
       }
-      if (thread >= tokens) return;
-      float inner = 0.0f;
-      if (first_m + thread < parts.m) {
-        const float* attended = call.saved.attended + (int64_t{task} * parts.m + first_m + thread) * r;
-        const float* d_attended = shared.d_attended + thread * r;
-        inner = sum_of_terms(r, [&](int i) { return d_attended[i] * attended[i]; });
-      }
-      shared.inner[thread] = inner;
+      if (thread >= tokens || !at.has(thread)) return;
+      const float* attended = call.tensors.attended + at.row(thread) * r;
+      const float* d_attended = tile.d_attended + thread * r;
+      const float inner = sum_of_terms(r, [&](int i) { return d_attended[i] * attended[i]; });
+      tile.inner[thread] = inner;
+      if (piece == 0) call.inner[at.row(thread)] = inner;
     });
-    const int end = least((chunk + 1) * call.chunk, parts.n);
-    for (int first = chunk * call.chunk; first < end; first += positions) {
-      load_rows(block, shared, parts, task, first, end);
-      score(block, shared, call, task, first_m, first, end);
-      block.apart([&](int thread) { add_query(shared, r, thread, local[thread]); });
+    const int end = least((piece + 1) * call.chunk, parts.n);
+    for (int first = piece * call.chunk; first < end; first += ScoreTile::positions) {
+      load_rows(block, parts, tile.rows, ScoreTile::positions, at.task, first, end);
+      tile.score(block, call, at, end - first);
       block.each([&](int thread) {
-        add_rows(shared, call, int64_t{task} * call.groups + group, first, end, add, thread);
+        const float* d_scores = tile.d_scores + thread / lanes * ScoreTile::positions;
+        each_column<lanes>(thread, r, [&](int i, int column) {
+          local[thread].d_query[i] += sum_of_terms(ScoreTile::positions, [&](int s) {
+            return d_scores[s] * tile.rows[s * (r | 1) + column];
+          });
+        });
       });
     }
     block.apart([&](int thread) {
-      const int row = first_m + thread / lanes_q;
-      if (row >= parts.m) return;
-      const int64_t at = ((int64_t{task} * call.chunks + chunk) * parts.m + row) * r;
-      EPT_UNROLL
-      for (int i = 0; i < own_q; ++i) {
-        const int column = thread % lanes_q + i * lanes_q;
-        if (column < r) call.d_query[at + column] = local[thread].d_query[i];
-      }
+      if (!at.has(thread / lanes)) return;
+      const int64_t part = int64_t{at.task} * call.pieces + piece;
+      float* d_query = call.d_query + (part * at.m + at.first + thread / lanes) * r;
+      each_column<lanes>(thread, r, [&](int i, int column) {
+        d_query[column] = local[thread].d_query[i];
+      });
     });
-    block.each([](int) {});  // dX of the next tokens takes the place of what was read here
-  }
-
-  template <class B>
-  EPT_DEVICE static void load_rows(const B& block, const Memory& shared, const Parts& parts,
-                                   int task, int first, int end) {
-    const View& a = parts.a;
-    const int r = parts.r;
-    block.each([&](int thread) {
-      for (int at = thread; at < positions * r; at += threads) {
-        const int s = at / r, column = at % r;
-        const int64_t from =
-            task * a.stride[0] + (first + s) * a.stride[1] + column * a.stride[2];
-        shared.rows[s * (r | 1) + column] =
-            first + s < end ? load(a.data, a.type, from) * parts.scaling : 0.0f;
-      }
-    });
-  }
-
-  // A thread has the weight of one position for one token, and its gradient.
-  template <class B>
-  EPT_DEVICE static void score(const B& block, const Memory& shared, const Call& call, int task,
-                               int first_m, int first, int end) {
-    static_assert(tokens * positions == threads);
-    const Parts& parts = call.parts;
-    const int r = parts.r;
-    block.each([&](int thread) {
-      const int token = thread / positions, s = thread % positions;
-      const float* row = shared.rows + s * (r | 1);
-      float weight = 0.0f, d_score = 0.0f;
-      if (first_m + token < parts.m && first + s < end) {
-        const float *query = shared.query + token * r, *d_attended = shared.d_attended + token * r;
-        const float score = sum_of_terms(r, [&](int i) { return query[i] * row[i]; });
-        const float d_weight = sum_of_terms(r, [&](int i) { return d_attended[i] * row[i]; });
-        const float* stats = call.saved.stats + int64_t{task} * 2 * parts.m + first_m + token;
-        weight = expf((score - stats[0]) * parts.score_scale) / stats[parts.m];
-        d_score = weight * (d_weight - shared.inner[token]) * parts.score_scale;
-      }
-      shared.weights[thread] = weight;
-      shared.d_scores[thread] = d_score;
-    });
-  }
-
-  // dQ += dS·(c·A)
-  EPT_DEVICE static void add_query(const Memory& shared, int r, int thread, State& state) {
-    const float* d_scores = shared.d_scores + thread / lanes_q * positions;
-    EPT_UNROLL_BY(2)
-    for (int s = 0; s < positions; ++s) {
-      const float d_score = d_scores[s];
-      EPT_UNROLL
-      for (int i = 0; i < own_q; ++i) {
-        const int column = thread % lanes_q + i * lanes_q;
-        if (i * lanes_q >= r) break;
-        if (column < r) state.d_query[i] += d_score * shared.rows[s * (r | 1) + column];
-      }
-    }
-  }
-
-  // dA of sixteen positions from eight tokens: c·(Wᵀ·dO + dSᵀ·Q)
-  EPT_DEVICE static void add_rows(const Memory& shared, const Call& call, int64_t part, int first,
-                                  int end, bool add, int thread) {
-    const int r = call.parts.r, s = thread / lanes_a;
-    if (first + s >= end) return;
-    for (int column = thread % lanes_a; column < r; column += lanes_a) {
-      float sum = 0.0f;
-      EPT_UNROLL
-      for (int token = 0; token < tokens; ++token) {
-        sum += shared.weights[token * positions + s] * shared.d_attended[token * r + column];
-        sum += shared.d_scores[token * positions + s] * shared.query[token * r + column];
-      }
-      const int64_t at = (part * call.parts.n + first + s) * r + column;
-      sum *= call.parts.scaling;
-      if (add) sum += static_cast<const float*>(call.d_a)[at];
-      store(call.d_a, call.type_a, at, sum);
-    }
   }
 };
 
-struct BackwardExpandCall {
-  Parts parts;
-  Saved saved;
-  View grad;              // Y
-  const float* d_x;       // [T, m, W]
-  const float* d_query;   // [T, chunks, m, r]
-  const float* d_a_parts; // [T, groups, n, r]; null: dA is written
-  int chunks, groups;
-  void *d_p, *d_a, *d_b, *d_down, *d_up, *d_gate_weight, *d_gate_bias;
-  // The grid of a task: tiles of dP, dB, d[D | G] and dU for every tile of d, then blocks of dA and
-  // of db.
-  int tiles_d, tiles_p, tiles_b, tiles_down, tiles_up, blocks_a, blocks_bias;
-};
-
-struct BackwardExpandKernel {
+struct BackwardExpandKernel : ReconstructBlock {
   static constexpr const char* name = "reconstruct_backward_expand";
   using Tile = ExpandTile;
-  static constexpr int threads = Tile::threads;
-  static constexpr int tokens = Tile::tokens;
-  static constexpr int columns = 16;                                       // of a tile of a sum
-  static constexpr int own = columns / (threads / Tile::channels);         // of a thread
-  static constexpr int depth = 64;  // columns of a factor at a time
-  static constexpr int each = 2;    // elements of dA of a thread
-  using Call = BackwardExpandCall;
+  static constexpr int columns = 32;                                // of a tile of a sum
+  static constexpr int own = columns / (threads / Tile::channels);  // of a thread
+  static constexpr int depth = Tile::lines;                         // of a factor at a time
+  static constexpr int lanes_a = threads / ScoreTile::positions;    // threads of a row of dA
+  static constexpr int own_a = max_rank / lanes_a;
+  using Call = ReconstructBackwardCall;
 
-  struct Shared {
+  // What the rows of a matrix are multiplied by, [m, columns].
+  enum class Factor { attended, d_query, d_x, gated };
+
+  struct Sums {
+    Line lines[depth];
     float factor[depth * tokens];
     float left[tokens][columns];
     float right[tokens][Tile::channels];
   };
 
-  struct State {
-    float acc[Tile::own];
-    float sum[own];
+  static int64_t shared_floats(const Call& call) {
+    const int sums = static_cast<int>(sizeof(Sums) / sizeof(float));
+    return greatest(sums, call.tiles_a > 0 ? ScoreTile::floats(call.parts.r) : 0);
+  }
+
+  struct State : Tile::State {
+    float sum[own] = {};
+  };
+  struct RowState {
+    float sum[own_a] = {};
   };
 
   template <class B>
-  using Local = typename B::template Local<State>;
-
-  template <class B>
-  EPT_DEVICE static void run(const B& block, Shared& shared, const Call& call) {
+  EPT_DEVICE static void run(const B& block, float* memory, const Call& call) {
     Digits digits{block.index};
-    const int tiles = call.tiles_p + call.tiles_b + call.tiles_down + call.tiles_up;
-    const int number = digits.next(tiles * call.tiles_d + call.blocks_a + call.blocks_bias);
+    const int number = digits.next(call.tiles() + call.tiles_a + call.tiles_bias);
     const int task = static_cast<int>(digits.rest);
-    if (number >= tiles * call.tiles_d + call.blocks_a) {
-      add_bias(block, call, task, number - tiles * call.tiles_d - call.blocks_a);
-      return;
-    }
-    if (number >= tiles * call.tiles_d) {
-      add_rows(block, call, task, number - tiles * call.tiles_d);
-      return;
-    }
-    const int first_d = number % call.tiles_d * Tile::channels;
-    int tile = number / call.tiles_d;
-    Local<B> local;
-    if (tile < call.tiles_p) {
-      make_prompt(block, shared, local, call, task, tile * tokens, first_d);
-      return;
-    }
-    tile -= call.tiles_p;
-    block.apart([&](int thread) {
-      EPT_UNROLL
-      for (int i = 0; i < own; ++i) local[thread].sum[i] = 0.0f;
-    });
-    if (tile < call.tiles_b) {
-      make_b(block, shared, local, call, task, tile * columns, first_d);
-    } else if (tile < call.tiles_b + call.tiles_down) {
-      make_down(block, shared, local, call, task, (tile - call.tiles_b) * columns, first_d);
-    } else {
-      const int first_c = (tile - call.tiles_b - call.tiles_down) * columns;
-      make_up(block, shared, local, call, task, first_c, first_d);
-    }
+    const int rest = number - call.tiles();
+    if (rest >= call.tiles_a) return make_bias(block, call, task, rest - call.tiles_a);
+    if (rest >= 0) return make_a(block, memory, call, task, rest * ScoreTile::positions);
+    int tile = number / call.tiles_d, result = 0;
+    while (tile >= call.tiles_of[result]) tile -= call.tiles_of[result++];
+    expand(block, *reinterpret_cast<Sums*>(memory), call, task, static_cast<Result>(result), tile,
+           number % call.tiles_d * Tile::channels);
   }
 
-  // Elements of the factors, by token and column.
-  EPT_DEVICE static float mix_of(const Call& call, int task, int token, int column) {
+  EPT_DEVICE static float element(const Call& call, Factor factor, const Tokens& at, int token,
+                                  int c) {
+    if (!at.has(token)) return 0.0f;
     const Parts& parts = call.parts;
-    return call.saved.attended[(int64_t{task} * parts.m + token) * parts.r + column];
-  }
-  EPT_DEVICE static float d_query_of(const Call& call, int task, int token, int column) {
-    const Parts& parts = call.parts;
-    const int64_t size = int64_t{parts.m} * parts.r;
-    return sum_of_parts(call.d_query + task * call.chunks * size + token * parts.r + column,
-                        call.chunks, size);
-  }
-  EPT_DEVICE static float d_x_of(const Call& call, int task, int token, int column) {
-    const Parts& parts = call.parts;
-    return call.d_x[(int64_t{task} * parts.m + token) * parts.columns + column];
-  }
-  EPT_DEVICE static float gated_of(const Call& call, int task, int token, int column) {
-    const Parts& parts = call.parts;
-    const int64_t at = int64_t{task} * parts.m + token;
-    return call.saved.gates[at * parts.spaces + column / parts.dim] *
-           activate(call.saved.hidden[at * parts.dims + column], parts.activation);
+    const int64_t row = at.row(token), size = int64_t{parts.m} * parts.r;
+    if (factor == Factor::attended) return call.tensors.attended[row * parts.r + c];
+    if (factor == Factor::d_x) return call.d_x[row * parts.columns + c];
+    if (factor == Factor::gated) {
+      return call.tensors.gates[row * parts.spaces + c / parts.dim] *
+             BackwardCoreKernel::activated(call, row, c);
+    }
+    const int64_t first = at.task * call.pieces * size + int64_t{at.first + token} * parts.r + c;
+    return sum_of_parts(call.d_query + first, call.pieces, size);
   }
 
-  // acc of eight tokens: the matrix's rows
+  // 64 channels of 32 rows of dB, d[D | G]ᵀ or dU, or of eight tokens of dP.
   template <class B>
-  EPT_DEVICE static void start(const B& block, Local<B>& local, const Call& call,
-                               const View& matrix, int task, int first_m, int first_d) {
-    block.apart([&](int thread) {
-      const int d = first_d + Tile::channel(thread);
-      EPT_UNROLL
-      for (int i = 0; i < Tile::own; ++i) {
-        const int token = first_m + Tile::token(thread, i);
-        const bool inside = token < call.parts.m && d < call.parts.d;
-        local[thread].acc[i] = inside ? line_of(matrix, task, token).at(d) : 0.0f;
-      }
-    });
-  }
-
-  // acc += factor·lines
-  template <class B, class Element, class LineOf>
-  EPT_DEVICE static void multiply(const B& block, Shared& shared, Local<B>& local,
-                                  const Call& call, int count, int first_m, int first_d,
-                                  Element element, LineOf line) {
-    for (int first = 0; first < count; first += depth) {
-      const int number = least(depth, count - first);
-      block.each([&](int thread) {
-        const int token = thread % tokens;
-        for (int c = thread / tokens; c < number; c += threads / tokens) {
-          const bool inside = first_m + token < call.parts.m;
-          shared.factor[c * tokens + token] = inside ? element(first_m + token, first + c) : 0.0f;
-        }
-      });
-      block.each([&](int thread) {
-        const int d = first_d + Tile::channel(thread);
-        if (d >= call.parts.d) return;
-        Tile::add_product(local[thread].acc, shared.factor, number, thread, d,
-                          [&](int c) { return line(first + c); });
-      });
-    }
-  }
-
-  // acc: dF = Y + dX·[D | G]ᵀ
-  template <class B>
-  EPT_DEVICE static void make_d_fused(const B& block, Shared& shared, Local<B>& local,
-                                      const Call& call, int task, int first_m, int first_d) {
+  EPT_DEVICE static void expand(const B& block, Sums& shared, const Call& call, int task,
+                                Result result, int tile, int first_d) {
     const Parts& parts = call.parts;
-    start(block, local, call, call.grad, task, first_m, first_d);
-    multiply(
-        block, shared, local, call, parts.columns, first_m, first_d,
-        [&](int token, int c) { return d_x_of(call, task, token, c); },
-        [&](int c) { return line_of_down(parts, task, c); });
-  }
-
-  // sum += leftᵀ·acc for eight tokens
-  template <class B, class Element>
-  EPT_DEVICE static void add_to_sum(const B& block, Shared& shared, Local<B>& local,
-                                    const Call& call, int count, int first_m, int first_c,
-                                    Element element) {
-    block.each([&](int thread) {
-      const int token = thread / columns, c = first_c + thread % columns;
-      const bool inside = first_m + token < call.parts.m && c < count;
-      shared.left[token][thread % columns] = inside ? element(first_m + token, c) : 0.0f;
-      EPT_UNROLL
-      for (int i = 0; i < Tile::own; ++i) {
-        shared.right[Tile::token(thread, i)][Tile::channel(thread)] = local[thread].acc[i];
+    const int first_c = tile * columns;
+    const bool of_prompt = result == Result::prompt;
+    Tokens at{task, of_prompt ? tile * tokens : 0, parts.m};
+    const int tiles = of_prompt ? 1 : call.tiles_m;
+    typename B::template Local<State> local;
+    const auto start = [&](const View& matrix) {
+      Tile::start(block, local, matrix, at, first_d, parts.d);
+    };
+    // acc += factor·M, where M is [D | G]ᵀ for dX and B for others
+    const auto multiply = [&](Factor factor, int count) {
+      for (int first = 0; first < count; first += depth) {
+        const int number = least(depth, count - first);
+        block.apart([&](int thread) {
+          const int token = thread % tokens;
+          for (int c = thread / tokens; c < number; c += threads / tokens) {
+            shared.factor[c * tokens + token] = element(call, factor, at, token, first + c);
+          }
+        });
+        Tile::add_lines(block, shared.lines, local, shared.factor, number, first_d, parts.d,
+                        [&](int i) {
+                          return factor == Factor::d_x ? line_of_down(parts, task, first + i)
+                                                       : line_of(parts.b, task, first + i, parts.r);
+                        });
       }
-    });
-    block.each([&](int thread) {
-      EPT_UNROLL
-      for (int token = 0; token < tokens; ++token) {
-        const float right = shared.right[token][Tile::channel(thread)];
+    };
+    // sum += factorᵀ·acc
+    const auto add = [&](Factor factor, int count) {
+      static_assert(tokens * columns == threads);
+      block.each([&](int thread) {
+        const int token = thread / columns, c = first_c + thread % columns;
+        shared.left[token][thread % columns] =
+            c < count ? element(call, factor, at, token, c) : 0.0f;
         EPT_UNROLL
-        for (int i = 0; i < own; ++i) {
-          local[thread].sum[i] += shared.left[token][thread / Tile::channels * own + i] * right;
+        for (int i = 0; i < Tile::own; ++i) {
+          shared.right[Tile::token(thread, i)][Tile::channel(thread)] = local[thread].acc[i];
         }
-      }
-    });
-  }
-
-  template <class B>
-  EPT_DEVICE static void make_prompt(const B& block, Shared& shared, Local<B>& local,
-                                     const Call& call, int task, int first_m, int first_d) {
-    const Parts& parts = call.parts;
-    make_d_fused(block, shared, local, call, task, first_m, first_d);
-    multiply(
-        block, shared, local, call, parts.r, first_m, first_d,
-        [&](int token, int c) { return d_query_of(call, task, token, c); },
-        [&](int c) { return line_of(parts.b, task, c); });
-    block.apart([&](int thread) {
-      const int d = first_d + Tile::channel(thread);
-      EPT_UNROLL
-      for (int i = 0; i < Tile::own; ++i) {
-        const int token = first_m + Tile::token(thread, i);
-        if (token >= parts.m || d >= parts.d) continue;
-        store(call.d_p, parts.p.type, (int64_t{task} * parts.m + token) * parts.d + d,
-              local[thread].acc[i]);
-      }
-    });
-  }
-
-  template <class B>
-  EPT_DEVICE static void make_b(const B& block, Shared& shared, Local<B>& local, const Call& call,
-                                int task, int first_c, int first_d) {
-    const Parts& parts = call.parts;
-    for (int first_m = 0; first_m < parts.m; first_m += tokens) {
-      make_d_fused(block, shared, local, call, task, first_m, first_d);
-      add_to_sum(block, shared, local, call, parts.r, first_m, first_c,
-                 [&](int token, int c) { return mix_of(call, task, token, c); });
-      start(block, local, call, parts.p, task, first_m, first_d);
-      add_to_sum(block, shared, local, call, parts.r, first_m, first_c,
-                 [&](int token, int c) { return d_query_of(call, task, token, c); });
-    }
-    store_sum(block, local, call, parts.r, first_c, first_d, [&](int c, int d, float value) {
-      store(call.d_b, parts.b.type, (int64_t{task} * parts.r + c) * parts.d + d, value);
-    });
-  }
-
-  template <class B>
-  EPT_DEVICE static void make_down(const B& block, Shared& shared, Local<B>& local,
-                                   const Call& call, int task, int first_c, int first_d) {
-    const Parts& parts = call.parts;
-    for (int first_m = 0; first_m < parts.m; first_m += tokens) {
-      start(block, local, call, parts.p, task, first_m, first_d);
-      multiply(
-          block, shared, local, call, parts.r, first_m, first_d,
-          [&](int token, int c) { return mix_of(call, task, token, c); },
-          [&](int c) { return line_of(parts.b, task, c); });
-      add_to_sum(block, shared, local, call, parts.columns, first_m, first_c,
-                 [&](int token, int c) { return d_x_of(call, task, token, c); });
-    }
-    store_sum(block, local, call, parts.columns, first_c, first_d, [&](int c, int d, float value) {
-      if (c < parts.dims) {
-        const int64_t row = (int64_t{task} * parts.spaces + c / parts.dim) * parts.d + d;
-        store(call.d_down, parts.down.type, row * parts.dim + c % parts.dim, value);
+      });
+      block.each([&](int thread) {
+        float sum[own] = {};  // of these tokens
+        EPT_UNROLL
+        for (int token = 0; token < tokens; ++token) {
+          const float right = shared.right[token][Tile::channel(thread)];
+          EPT_UNROLL
+          for (int i = 0; i < own; ++i) {
+            sum[i] += shared.left[token][thread / Tile::channels * own + i] * right;
+          }
+        }
+        EPT_UNROLL
+        for (int i = 0; i < own; ++i) local[thread].sum[i] += sum[i];
+      });
+    };
+    for (int i = 0; i < tiles; ++i, at.first += tokens) {
+      if (result == Result::up) {
+        start(call.tensors.grad);
+        add(Factor::gated, parts.dims);
+      } else if (result == Result::down) {
+        start(parts.p);
+        multiply(Factor::attended, parts.r);
+        add(Factor::d_x, parts.columns);
       } else {
-        const int64_t row = int64_t{task} * parts.d + d;
-        store(call.d_gate_weight, parts.gate_weight.type, row * parts.spaces + c - parts.dims,
-              value);
+        start(call.tensors.grad);
+        multiply(Factor::d_x, parts.columns);
+        if (of_prompt) {
+          multiply(Factor::d_query, parts.r);
+          return Tile::store(block, local, call.tensors.d_short_prompt, parts.p.type, at, first_d,
+                             parts.d);
+        }
+        add(Factor::attended, parts.r);
+        start(parts.p);
+        add(Factor::d_query, parts.r);
       }
-    });
-  }
-
-  template <class B>
-  EPT_DEVICE static void make_up(const B& block, Shared& shared, Local<B>& local, const Call& call,
-                                 int task, int first_c, int first_d) {
-    const Parts& parts = call.parts;
-    for (int first_m = 0; first_m < parts.m; first_m += tokens) {
-      start(block, local, call, call.grad, task, first_m, first_d);
-      add_to_sum(block, shared, local, call, parts.dims, first_m, first_c,
-                 [&](int token, int c) { return gated_of(call, task, token, c); });
     }
-    store_sum(block, local, call, parts.dims, first_c, first_d, [&](int c, int d, float value) {
-      store(call.d_up, parts.up.type, (int64_t{task} * parts.dims + c) * parts.d + d, value);
-    });
-  }
-
-  template <class B, class Put>
-  EPT_DEVICE static void store_sum(const B& block, Local<B>& local, const Call& call, int count,
-                                   int first_c, int first_d, Put put) {
     block.apart([&](int thread) {
       const int d = first_d + Tile::channel(thread);
       EPT_UNROLL
       for (int i = 0; i < own; ++i) {
         const int c = first_c + thread / Tile::channels * own + i;
-        if (c < count && d < call.parts.d) put(c, d, local[thread].sum[i]);
+        if (d < parts.d) put(call, task, result, c, d, local[thread].sum[i]);
       }
     });
   }
 
-  template <class B>
-  EPT_DEVICE static void add_rows(const B& block, const Call& call, int task, int piece) {
+  // An element of dB, d[D | G]ᵀ or dU, unless it is past the last row.
+  EPT_DEVICE static void put(const Call& call, int task, Result result, int row, int d,
+                             float value) {
     const Parts& parts = call.parts;
-    const int64_t size = int64_t{parts.n} * parts.r;
+    const ReconstructBackward& to = call.tensors;
+    const int k = row - parts.dims;
+    if (result == Result::b) {
+      if (row >= parts.r) return;
+      store(to.d_offset_b, parts.b.type, (int64_t{task} * parts.r + row) * parts.d + d, value);
+    } else if (result == Result::up) {
+      if (k >= 0) return;
+      store(to.d_space_up, parts.up.type, (int64_t{task} * parts.dims + row) * parts.d + d, value);
+    } else if (k < 0) {
+      const int64_t line = (int64_t{task} * parts.spaces + row / parts.dim) * parts.d + d;
+      store(to.d_space_down, parts.down.type, line * parts.dim + row % parts.dim, value);
+    } else if (k < parts.spaces) {
+      const int64_t line = int64_t{task} * parts.d + d;
+      store(to.d_gate_weight, parts.gate_weight.type, line * parts.spaces + k, value);
+    }
+  }
+
+  // dA of sixteen positions: c·(Wᵀ·dO + dSᵀ·Q)
+  template <class B>
+  EPT_DEVICE static void make_a(const B& block, float* memory, const Call& call, int task,
+                                int first) {
+    const Parts& parts = call.parts;
+    const int r = parts.r, number = least(ScoreTile::positions, parts.n - first);
+    const ScoreTile tile(memory, r);
+    typename B::template Local<RowState> local;
+    load_rows(block, parts, tile.rows, ScoreTile::positions, task, first, parts.n);
+    for (Tokens at{task, 0, parts.m}; at.has(0); at.first += tokens) {
+      block.each([&](int thread) {
+        for (int i = thread; i < tokens * r; i += threads) {
+          const int64_t from = at.row(0) * r + i;
+          tile.query[i] = at.has(i / r) ? call.tensors.query[from] : 0.0f;
+          tile.d_attended[i] = at.has(i / r) ? call.d_attended[from] : 0.0f;
+        }
+        if (thread < tokens && at.has(thread)) tile.inner[thread] = call.inner[at.row(thread)];
+      });
+      tile.score(block, call, at, number);
+      block.each([&](int thread) {
+        const int s = thread / lanes_a;
+        each_column<lanes_a>(thread, r, [&](int i, int column) {
+          float sum = 0.0f;
+          EPT_UNROLL
+          for (int token = 0; token < tokens; ++token) {
+            const int pair = token * ScoreTile::positions + s;
+            sum += tile.weights[pair] * tile.d_attended[token * r + column];
+            sum += tile.d_scores[pair] * tile.query[token * r + column];
+          }
+          local[thread].sum[i] += sum;
+        });
+      });
+    }
     block.apart([&](int thread) {
-      EPT_UNROLL
-      for (int i = 0; i < each; ++i) {
-        const int64_t at = (int64_t{piece} * each + i) * threads + thread;
-        if (at >= size) continue;
-        const float sum =
-            sum_of_parts(call.d_a_parts + task * call.groups * size + at, call.groups, size);
-        store(call.d_a, parts.a.type, task * size + at, sum);
-      }
+      const int s = thread / lanes_a;
+      if (s >= number) return;
+      const int64_t row = int64_t{task} * parts.n + first + s;
+      each_column<lanes_a>(thread, r, [&](int i, int column) {
+        store(call.tensors.d_offset_a, parts.a.type, row * r + column,
+              local[thread].sum[i] * parts.scaling);
+      });
     });
   }
 
   template <class B>
-  EPT_DEVICE static void add_bias(const B& block, const Call& call, int task, int piece) {
+  EPT_DEVICE static void make_bias(const B& block, const Call& call, int task, int tile) {
     const Parts& parts = call.parts;
     block.apart([&](int thread) {
-      const int k = piece * threads + thread;
+      const int k = tile * threads + thread;
       if (k >= parts.spaces) return;
       const float* first = call.d_x + int64_t{task} * parts.m * parts.columns + parts.dims + k;
       const float sum = sum_of_parts(first, parts.m, parts.columns);
-      store(call.d_gate_bias, parts.gate_bias.type, int64_t{task} * parts.spaces + k, sum);
+      store(call.tensors.d_gate_bias, parts.gate_bias.type, int64_t{task} * parts.spaces + k, sum);
     });
   }
 };

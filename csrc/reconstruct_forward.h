@@ -1,333 +1,217 @@
-// Operation 1, forward: after the products over d come the softmax and the expansion over d.
+// Operation 1, forward, in one launch or in two.
 //
-// The softmax over n runs with a running maximum and sum, so that no matrix of weights is stored;
-// pieces of n go to separate blocks, and the expansion combines them.
+// In one, a block has eight tokens and 64 channels of the result, and repeats what its tokens need
+// of the products over d and of the softmax over n: [Hin | z] = F·[D | G] with F = P + O·B. In two,
+// the first has blocks for eight tokens and a piece of n, and blocks for R; the second adds up the
+// pieces in order, and [Hin | z] = R + O·S. S, which is saved, has blocks in the first or only one.
+//
+// The softmax runs with a running maximum and sum, so that no matrix of weights is stored.
 #pragma once
 
 #include "reconstruct_parts.h"
 
 namespace ept {
 
-struct ForwardCoreCall {
+struct ReconstructForwardCall {
   Parts parts;
-  const float* sums;  // of the reduction, [T, splits, rows, columns]
-  int splits, rows, columns;
-  float* query;   // Q [T, m, r]
-  float* maxima;  // [T, pieces, m]
-  float* totals;  // [T, pieces, m]
-  float* attended_parts;   // [T, pieces, m, r], relative to the maximum of the piece
-  float* x;       // R [T, m, W]
-  float* cross;   // S [T, r, W]
+  ReconstructForward tensors;
+  Launch launch;
+  // From the first launch to the second: R [T, m, W], and the softmax in pieces of n as
+  // [T, m, pieces, 2 + r]: the largest score, the sum of the exponentials, and the sum of the rows
+  // of c·A with these as weights.
+  float *x, *softmax;
+  // The grid of a task: tiles of tokens, times tiles of d or pieces of n; then tiles of R and S.
+  int tiles_m, across, products;
   int pieces, chunk;  // of n
-  int tiles;          // of m
-  int blocks_x;       // that add up R and S
 };
 
-struct ForwardCoreKernel {
-  static constexpr const char* name = "reconstruct_forward_core";
-  static constexpr int threads = 128;
-  static constexpr int tokens = 8;
-  static constexpr int positions = 32;
-  static constexpr int lanes = threads / tokens;         // threads of a token
-  static constexpr int own = max_rank / lanes;           // columns of O that a thread may have
-  static constexpr int own_scores = positions / lanes;
-  static constexpr int each = 2;  // elements of R and S of a thread
-  using Call = ForwardCoreCall;
-
-  static int64_t shared_floats(const Call& call) {
-    return tokens * call.parts.r + positions * (call.parts.r | 1) + tokens * positions;
-  }
+struct ReconstructForwardKernel : ReconstructBlock {
+  static constexpr const char* name = "reconstruct_forward";
+  using Tile = ExpandTile;
+  using Product = LongProduct<0>;
+  static constexpr int most_fused = 32;  // r, in one launch
+  using FusedProduct = LongProduct<most_fused>;
+  static constexpr int positions = 32;          // of n at a time
+  static constexpr int lanes = 32;              // threads of a token
+  static constexpr int own = max_rank / lanes;  // columns of O that a thread may have
+  static constexpr int side = 32;               // columns of a tile of R or S
+  using Call = ReconstructForwardCall;
 
   struct State {
-    float attended[own];
-    float maximum;
-    float total;
+    float attended[own] = {};
+    float maximum = -INFINITY, total = 0.0f;
   };
+
+  // Shared memory: the factor C = [O | g_k·φ(H_k)] as [r + K·h, 8], at first with Q in O's place;
+  // the logits [8, K], at first the softmax; and what a step needs for itself.
+  EPT_BOTH static int kept_floats(const Call& call) {
+    const Parts& parts = call.parts;
+    if (call.launch == Launch::first) return tokens * parts.r;
+    return tokens * (parts.r + parts.dims + greatest(parts.spaces, 2 + parts.r));
+  }
+
+  static int64_t shared_floats(const Call& call) {
+    const Parts& parts = call.parts;
+    if (call.launch == Launch::second) {
+      return kept_floats(call) + greatest(parts.r, Tile::lines * line_floats);
+    }
+    const int fused = call.launch == Launch::only ? parts.r : 0;
+    return kept_floats(call) +
+           greatest(positions * (parts.r | 1) + 2 * threads,
+                    FusedProduct::floats(greatest(parts.r, parts.columns), fused));
+  }
 
   template <class B>
   EPT_DEVICE static void run(const B& block, float* memory, const Call& call) {
     Digits digits{block.index};
     const Parts& parts = call.parts;
-    const int attention = parts.r > 0 ? call.tiles * call.pieces : 0;
-    const int number = digits.next(attention + call.blocks_x);
+    const int tiles = call.tiles_m * call.across;
+    const int number = digits.next(tiles + call.products);
     const int task = static_cast<int>(digits.rest);
-    if (number < attention) {
-      attend(block, memory, call, task, number % call.tiles, number / call.tiles);
-    } else {
-      add_products(block, call, task, number - attention);
+    if (number >= tiles) return multiply(block, memory, call, task, number - tiles);
+    const Tokens at{task, number % call.tiles_m * tokens, parts.m};
+    const int other = number / call.tiles_m;
+    const bool saves = other == 0;
+    float* factor = memory;
+    float* logits = memory + tokens * (parts.r + parts.dims);
+    float* rest = memory + kept_floats(call);
+    float* softmax = call.launch == Launch::only ? logits : softmax_of(call, at);
+    if (parts.r > 0 && call.launch != Launch::second) {
+      const int piece = call.launch == Launch::first ? other : 0;
+      attend(block, factor, softmax, rest, call, at, piece, saves);
     }
+    if (call.launch == Launch::first) return;
+    if (parts.spaces > 0 && parts.gate == Gate::prompt) {
+      average(block, call, factor, logits, rest, task);
+    }
+    if (parts.r > 0) combine(block, call, softmax, factor, at, saves);
+    if (parts.spaces > 0) {
+      project(block, call, factor, logits, rest, at, saves);
+      weigh(block, call, factor, logits, at, saves);
+    }
+    expand(block, call, factor, rest, at, other * Tile::channels);
   }
 
-  // R and S
-  template <class B>
-  EPT_DEVICE static void add_products(const B& block, const Call& call, int task, int piece) {
-    const Parts& parts = call.parts;
-    const int64_t size = int64_t{call.rows} * call.columns;
-    const float* sums = call.sums + task * call.splits * size;
-    block.apart([&](int thread) {
-      EPT_UNROLL
-      for (int i = 0; i < each; ++i) {
-        const int at = (piece * each + i) * threads + thread;
-        const int row = at / parts.columns, column = at % parts.columns;
-        if (row >= call.rows) continue;
-        const float sum = sum_of_parts(sums + int64_t{row} * call.columns + parts.r + column,
-                                       call.splits, size);
-        if (row < parts.m) {
-          call.x[(int64_t{task} * parts.m + row) * parts.columns + column] = sum;
-        } else {
-          call.cross[(int64_t{task} * parts.r + row - parts.m) * parts.columns + column] = sum;
-        }
-      }
-    });
+  EPT_DEVICE static float* softmax_of(const Call& call, const Tokens& at) {
+    return call.softmax + at.row(0) * call.pieces * (2 + call.parts.r);
   }
 
-  // A thread has every 16th column of O of one token.
+  // A tile of R or S: eight lines of P or B with 32 columns of [D | G].
   template <class B>
-  EPT_DEVICE static void attend(const B& block, float* memory, const Call& call, int task, int tile,
-                                int piece) {
+  EPT_DEVICE static void multiply(const B& block, float* memory, const Call& call, int task,
+                                  int tile) {
     const Parts& parts = call.parts;
-    const View& a = parts.a;
+    const int across = (parts.columns + side - 1) / side, down = tile / across;
+    const int first_c = tile % across * side, count = least(side, parts.columns - first_c);
+    const int tiles_p = call.launch == Launch::first ? call.tiles_m : 0;
+    const bool of_p = down < tiles_p;
+    const int first = (of_p ? down : down - tiles_p) * tokens, rows = of_p ? parts.m : parts.r;
+    float* out = of_p ? call.x : call.tensors.cross;
+    out += int64_t{task} * rows * parts.columns + first_c;
+    Product::run(
+        block, memory, count, parts.d,
+        [&](int i) { return line_of(of_p ? parts.p : parts.b, task, first + i, rows); },
+        [&](int j) { return line_of_down(parts, task, first_c + j); },
+        [&](int i, int j, float value) {
+          if (first + i < rows) out[int64_t{first + i} * parts.columns + j] = value;
+        });
+  }
+
+  // Q, and the softmax over a piece of n or all of it. A warp has a token, a thread every 32nd
+  // column of its O.
+  template <class B>
+  EPT_DEVICE static void attend(const B& block, float* query, float* softmax, float* rest,
+                                const Call& call, const Tokens& at, int piece, bool saves) {
+    const Parts& parts = call.parts;
     const int r = parts.r, padded = r | 1;  // an odd width keeps a column's elements off one bank
-    float* query = memory;                  // [tokens, r]
-    float* rows = query + tokens * r;       // [positions, padded]
+    Product::run(
+        block, rest, r, parts.d,
+        [&](int i) { return at.line(parts.p, i); },
+        [&](int j) { return line_of(parts.b, at.task, j, r); },
+        [&](int i, int j, float value) {
+          query[j * tokens + i] = value;
+          if (saves && at.has(i)) call.tensors.query[at.row(i) * r + j] = value;
+        });
+    float* rows = rest;                         // [positions, padded]
     float* scores = rows + positions * padded;  // [tokens, positions]
-    const int first_m = tile * tokens;
+    float* weights = scores + threads;          // [tokens, positions]
     typename B::template Local<State> local;
-    block.each([&](int thread) {
-      const int64_t size = int64_t{call.rows} * call.columns;
-      for (int at = thread; at < tokens * r; at += threads) {
-        const int token = first_m + at / r, column = at % r;
-        float sum = 0.0f;
-        if (token < parts.m) {
-          sum = sum_of_parts(call.sums + task * call.splits * size +
-                                 int64_t{token} * call.columns + column,
-                             call.splits, size);
-          if (piece == 0) call.query[(int64_t{task} * parts.m + token) * r + column] = sum;
-        }
-        query[at] = sum;
-      }
-      State& state = local[thread];
-      EPT_UNROLL
-      for (int i = 0; i < own; ++i) state.attended[i] = 0.0f;
-      state.maximum = -INFINITY;
-      state.total = 0.0f;
-    });
     const int end = least((piece + 1) * call.chunk, parts.n);
     for (int first = piece * call.chunk; first < end; first += positions) {
+      load_rows(block, parts, rows, positions, at.task, first, end);
       block.each([&](int thread) {
-        for (int at = thread; at < positions * r; at += threads) {
-          const int s = at / r, column = at % r;
-          const int64_t from = task * a.stride[0] + (first + s) * a.stride[1] +
-                               column * a.stride[2];
-          rows[s * padded + column] =
-              first + s < end ? load(a.data, a.type, from) * parts.scaling : 0.0f;
-        }
-      });
-      block.each([&](int thread) {
-        const int token = thread / lanes;
-        const float* q = query + token * r;
-        EPT_UNROLL
-        for (int i = 0; i < own_scores; ++i) {
-          const int s = thread % lanes + i * lanes;
-          const float* row = rows + s * padded;
-          const float score = sum_of_terms(r, [&](int c) { return q[c] * row[c]; });
-          scores[token * positions + s] = first + s < end ? score : -INFINITY;
-        }
+        const int token = thread / lanes, s = thread % lanes;
+        const float* row = rows + s * padded;
+        const float score =
+            sum_of_terms(r, [&](int c) { return query[c * tokens + token] * row[c]; });
+        scores[thread] = first + s < end ? score : -INFINITY;
       });
       block.each([&](int thread) {
         State& state = local[thread];
-        const float* own_scores_of = scores + thread / lanes * positions;
         float maximum = state.maximum;
         EPT_UNROLL_BY(8)
-        for (int s = 0; s < positions; ++s) maximum = greatest(maximum, own_scores_of[s]);
+        for (int s = 0; s < positions; ++s) {
+          maximum = greatest(maximum, scores[thread / lanes * positions + s]);
+        }
         const float kept = expf((state.maximum - maximum) * parts.score_scale);
+        weights[thread] = expf((scores[thread] - maximum) * parts.score_scale);
         state.maximum = maximum;
         state.total *= kept;
         EPT_UNROLL
         for (int i = 0; i < own; ++i) state.attended[i] *= kept;
+      });
+      block.each([&](int thread) {
+        State& state = local[thread];
+        EPT_UNROLL_BY(4)
         for (int s = 0; s < positions; ++s) {
-          const float weight = expf((own_scores_of[s] - maximum) * parts.score_scale);
+          const float weight = weights[thread / lanes * positions + s];
           state.total += weight;
-          EPT_UNROLL
-          for (int i = 0; i < own; ++i) {
-            const int column = thread % lanes + i * lanes;
-            if (i * lanes >= r) break;
-            if (column < r) state.attended[i] += weight * rows[s * padded + column];
-          }
+          each_column<lanes>(thread, r, [&](int i, int column) {
+            state.attended[i] += weight * rows[s * padded + column];
+          });
         }
       });
     }
-    block.apart([&](int thread) {
-      const int token = first_m + thread / lanes;
-      if (token >= parts.m) return;
+    block.each([&](int thread) {
       const State& state = local[thread];
-      const int64_t at = (int64_t{task} * call.pieces + piece) * parts.m + token;
-      if (thread % lanes == 0) {
-        call.maxima[at] = state.maximum;
-        call.totals[at] = state.total;
-      }
-      EPT_UNROLL
-      for (int i = 0; i < own; ++i) {
-        const int column = thread % lanes + i * lanes;
-        if (column < r) call.attended_parts[at * r + column] = state.attended[i];
-      }
-    });
-  }
-};
-
-struct ForwardExpandCall {
-  Parts parts;
-  const float* maxima;
-  const float* totals;
-  const float* attended_parts;
-  const float* x;
-  const float* cross;  // null: no offset
-  int pieces;
-  void* prompt;  // P′ [T, m, d], P's type
-  float* stats;
-  float* attended;
-  float* hidden;
-  float* gates;
-  int tiles_m, tiles_d;
-};
-
-// Every block of a tile of tokens makes C = [O | g_k·φ(H_k)] for itself; the first one saves it.
-struct ForwardExpandKernel {
-  static constexpr const char* name = "reconstruct_forward_expand";
-  using Tile = ExpandTile;
-  static constexpr int threads = Tile::threads;
-  static constexpr int tokens = Tile::tokens;
-  using Call = ForwardExpandCall;
-
-  // Shared memory: factor [r + K·h, 8], logits [8, K], and for one gate of all tokens the mean of
-  // O, [r], and a sum of each thread.
-  static int64_t shared_floats(const Call& call) {
-    const Parts& parts = call.parts;
-    return tokens * (parts.r + parts.dims + parts.spaces) + parts.r + threads;
-  }
-
-  template <class B>
-  EPT_DEVICE static void run(const B& block, float* memory, const Call& call) {
-    Digits digits{block.index};
-    const Parts& parts = call.parts;
-    const int tile_d = digits.next(call.tiles_d);
-    const int first_m = digits.next(call.tiles_m) * tokens;
-    const int task = static_cast<int>(digits.rest);
-    const bool saves = tile_d == 0;
-    float* factor = memory;
-    float* logits = factor + tokens * (parts.r + parts.dims);
-    float* mean = logits + tokens * parts.spaces;
-    if (parts.r > 0) combine(block, call, factor, task, first_m, saves);
-    if (parts.spaces > 0) {
-      project(block, call, factor, logits, task, first_m, saves);
-      if (parts.gate == Gate::prompt) average(block, call, logits, mean, mean + parts.r, task);
-      weigh(block, call, factor, logits, task, first_m, saves);
-    }
-    block.apart([&](int thread) {
-      const int d = tile_d * Tile::channels + Tile::channel(thread);
-      if (d >= parts.d) return;
-      const View& p = parts.p;
-      float acc[Tile::own];
-      EPT_UNROLL
-      for (int i = 0; i < Tile::own; ++i) {
-        const int token = first_m + Tile::token(thread, i);
-        acc[i] = token < parts.m ? line_of(p, task, token).at(d) : 0.0f;
-      }
-      Tile::add_product(acc, factor, parts.r, thread, d,
-                        [&](int c) { return line_of(parts.b, task, c); });
-      Tile::add_product(acc, factor + tokens * parts.r, parts.dims, thread, d,
-                        [&](int c) { return line_of_up(parts, task, c); });
-      EPT_UNROLL
-      for (int i = 0; i < Tile::own; ++i) {
-        const int token = first_m + Tile::token(thread, i);
-        if (token >= parts.m) continue;
-        store(call.prompt, p.type, (int64_t{task} * parts.m + token) * parts.d + d, acc[i]);
-      }
+      const int token = thread / lanes;
+      if (!at.has(token)) return;
+      float* of_token = softmax + (int64_t{token} * call.pieces + piece) * (2 + r);
+      of_token[0] = state.maximum;
+      of_token[1] = state.total;
+      each_column<lanes>(thread, r, [&](int i, int column) {
+        of_token[2 + column] = state.attended[i];
+      });
     });
   }
 
-  // Of a row of the softmax: its largest score and the sum of its exponentials.
-  struct Stats {
-    float maximum, total;
-  };
-
-  EPT_DEVICE static Stats stats_of(const Call& call, int task, int token) {
-    const int m = call.parts.m;
-    const int64_t first = int64_t{task} * call.pieces * m + token;
-    Stats stats{-INFINITY, 0.0f};
-    for (int i = 0; i < call.pieces; ++i) {
-      stats.maximum = greatest(stats.maximum, call.maxima[first + int64_t{i} * m]);
-    }
-    for (int i = 0; i < call.pieces; ++i) {
-      const int64_t at = first + int64_t{i} * m;
-      stats.total +=
-          call.totals[at] * expf((call.maxima[at] - stats.maximum) * call.parts.score_scale);
-    }
-    return stats;
-  }
-
-  // One element of O, from the pieces of n.
-  EPT_DEVICE static float attended_of(const Call& call, int task, int token, int column,
-                                 const Stats& stats) {
-    const int m = call.parts.m, r = call.parts.r;
-    const int64_t first = int64_t{task} * call.pieces * m + token;
-    float attended = 0.0f;
-    for (int i = 0; i < call.pieces; ++i) {
-      const int64_t at = first + int64_t{i} * m;
-      attended += call.attended_parts[at * r + column] *
-             expf((call.maxima[at] - stats.maximum) * call.parts.score_scale);
-    }
-    return attended / stats.total;
-  }
-
-  // O into the factor. Threads of a token share its row's statistics by computing them each.
+  // O into the factor, from the pieces of n.
   template <class B>
-  EPT_DEVICE static void combine(const B& block, const Call& call, float* factor, int task,
-                                 int first_m, bool saves) {
+  EPT_DEVICE static void combine(const B& block, const Call& call, const float* softmax,
+                                 float* factor, const Tokens& at, bool saves) {
     const Parts& parts = call.parts;
+    const int r = parts.r;
     block.each([&](int thread) {
       const int token = thread % tokens;
-      const int row = first_m + token;
-      const int64_t at = int64_t{task} * parts.m + row;
-      const Stats stats = row < parts.m ? stats_of(call, task, row) : Stats{0.0f, 1.0f};
-      if (saves && row < parts.m && thread < tokens) {
-        call.stats[int64_t{task} * 2 * parts.m + row] = stats.maximum;
-        call.stats[(int64_t{task} * 2 + 1) * parts.m + row] = stats.total;
-      }
-      for (int column = thread / tokens; column < parts.r; column += threads / tokens) {
-        const float attended = row < parts.m ? attended_of(call, task, row, column, stats) : 0.0f;
-        factor[column * tokens + token] = attended;
-        if (saves && row < parts.m) call.attended[at * parts.r + column] = attended;
-      }
-    });
-  }
-
-  // [Hin | z] = R + O·S + [0 | b], Hin into the factor and z / τ into the logits.
-  template <class B>
-  EPT_DEVICE static void project(const B& block, const Call& call, float* factor, float* logits,
-                                 int task, int first_m, bool saves) {
-    const Parts& parts = call.parts;
-    block.each([&](int thread) {
-      const int token = thread % tokens;
-      const int row = first_m + token;
-      for (int c = thread / tokens; c < parts.columns; c += threads / tokens) {
-        float sum = 0.0f;
-        if (row < parts.m) {
-          const float* cross = call.cross + int64_t{task} * parts.r * parts.columns + c;
-          sum = call.x[(int64_t{task} * parts.m + row) * parts.columns + c] +
-                sum_of_terms(parts.r, [&](int i) {
-                  return factor[i * tokens + token] * cross[int64_t{i} * parts.columns];
-                });
+      const float* of_token = softmax + int64_t{token} * call.pieces * (2 + r);
+      for (int column = thread / tokens; column < r; column += threads / tokens) {
+        float maximum = -INFINITY, total = 0.0f, sum = 0.0f;
+        factor[column * tokens + token] = 0.0f;
+        if (!at.has(token)) continue;
+        for (int i = 0; i < call.pieces; ++i) maximum = greatest(maximum, of_token[i * (2 + r)]);
+        for (int i = 0; i < call.pieces; ++i) {
+          const float* piece = of_token + i * (2 + r);
+          const float weight = expf((piece[0] - maximum) * parts.score_scale);
+          total += weight * piece[1];
+          sum += weight * piece[2 + column];
         }
-        if (c < parts.dims) {
-          factor[(parts.r + c) * tokens + token] = sum;
-          if (saves && row < parts.m) {
-            call.hidden[(int64_t{task} * parts.m + row) * parts.dims + c] = sum;
-          }
-        } else {
-          logits[token * parts.spaces + c - parts.dims] =
-              (sum + bias_of(parts, task, c - parts.dims)) / parts.temperature;
-        }
+        factor[column * tokens + token] = sum / total;
+        if (!saves) continue;
+        call.tensors.attended[at.row(token) * r + column] = sum / total;
+        if (column > 0) continue;
+        float* stats = call.tensors.stats + at.row(token) + int64_t{at.task} * at.m;
+        stats[0] = maximum;
+        stats[at.m] = total;
       }
     });
   }
@@ -339,48 +223,84 @@ struct ForwardExpandKernel {
 
   // With one gate for all tokens: the mean of the logits, from the means of O and R.
   template <class B>
-  EPT_DEVICE static void average(const B& block, const Call& call, float* logits, float* mean,
-                                 float* sums, int task) {
+  EPT_DEVICE static void average(const B& block, const Call& call, float* factor, float* logits,
+                                 float* mean, int task) {
     const Parts& parts = call.parts;
-    mean_of_tokens(block, sums, mean, parts.r, parts.m, [&](int token, int column) {
-      return attended_of(call, task, token, column, stats_of(call, task, token));
-    });
-    mean_of_tokens(block, sums, logits, parts.spaces, parts.m, [&](int token, int k) {
-      return call.x[(int64_t{task} * parts.m + token) * parts.columns + parts.dims + k];
-    });
+    const int r = parts.r;
+    const auto number = static_cast<float>(parts.m);
+    for (Tokens at{task, 0, parts.m}; at.has(0) && r > 0; at.first += tokens) {
+      combine(block, call, softmax_of(call, at), factor, at, false);
+      block.each([&](int thread) {
+        for (int column = thread; column < r; column += threads) {
+          const float sum = sum_of_parts(factor + column * tokens, tokens, 1) / number;
+          mean[column] = (at.first > 0 ? mean[column] : 0.0f) + sum;
+        }
+      });
+    }
     block.each([&](int thread) {
       for (int k = thread; k < parts.spaces; k += threads) {
-        const float* cross =
-            call.cross + int64_t{task} * parts.r * parts.columns + parts.dims + k;
-        const float sum = logits[k] + sum_of_terms(parts.r, [&](int i) {
-                            return mean[i] * cross[int64_t{i} * parts.columns];
-                          });
-        logits[k] = (sum + bias_of(parts, task, k)) / parts.temperature;
+        const int c = parts.dims + k;
+        const float* x = call.x + int64_t{task} * parts.m * parts.columns + c;
+        const float* cross = call.tensors.cross + int64_t{task} * r * parts.columns + c;
+        const float z = sum_of_parts(x, parts.m, parts.columns) / number +
+                        sum_of_terms(r, [&](int i) { return mean[i] * cross[i * parts.columns]; });
+        for (int token = 0; token < tokens; ++token) {
+          logits[token * parts.spaces + k] = (z + bias_of(parts, task, k)) / parts.temperature;
+        }
       }
     });
-    block.each([&](int thread) {
-      for (int at = thread; at < (tokens - 1) * parts.spaces; at += threads) {
-        logits[parts.spaces + at] = logits[at % parts.spaces];
+  }
+
+  // [Hin | z], Hin into the factor and z / τ into the logits, if these are not there.
+  template <class B>
+  EPT_DEVICE static void project(const B& block, const Call& call, float* factor, float* logits,
+                                 float* rest, const Tokens& at, bool saves) {
+    const Parts& parts = call.parts;
+    const auto put = [&](int token, int c, float value) {
+      const int k = c - parts.dims;
+      if (k < 0) {
+        factor[(parts.r + c) * tokens + token] = value;
+        if (saves && at.has(token)) call.tensors.hidden[at.row(token) * parts.dims + c] = value;
+      } else if (parts.gate == Gate::token) {
+        logits[token * parts.spaces + k] = (value + bias_of(parts, at.task, k)) / parts.temperature;
       }
-    });
+    };
+    if (call.launch == Launch::second) {
+      block.each([&](int thread) {
+        const int token = thread % tokens;
+        const float* x = call.x + at.row(at.has(token) ? token : 0) * parts.columns;
+        for (int c = thread / tokens; c < parts.columns; c += threads / tokens) {
+          const float* cross = call.tensors.cross + int64_t{at.task} * parts.r * parts.columns + c;
+          const float product = sum_of_terms(parts.r, [&](int i) {
+            return factor[i * tokens + token] * cross[i * parts.columns];
+          });
+          put(token, c, x[c] + product);
+        }
+      });
+      return;
+    }
+    FusedProduct::run(
+        block, rest, parts.columns, parts.d,
+        [&](int i) { return at.line(parts.p, i); },
+        [&](int j) { return line_of_down(parts, at.task, j); }, put, parts.r, factor,
+        [&](int i) { return line_of(parts.b, at.task, i, parts.r); });
   }
 
   // The gates, and what they make of the hidden columns: g_k·φ(H_k).
   template <class B>
   EPT_DEVICE static void weigh(const B& block, const Call& call, float* factor, float* logits,
-                               int task, int first_m, bool saves) {
+                               const Tokens& at, bool saves) {
     const Parts& parts = call.parts;
     block.each([&](int thread) {
       if (thread >= tokens) return;
-      float* own = logits + thread * parts.spaces;
+      float* gates = logits + thread * parts.spaces;
       float maximum = -INFINITY, total = 0.0f;
-      for (int k = 0; k < parts.spaces; ++k) maximum = greatest(maximum, own[k]);
-      for (int k = 0; k < parts.spaces; ++k) total += own[k] = expf(own[k] - maximum);
+      for (int k = 0; k < parts.spaces; ++k) maximum = greatest(maximum, gates[k]);
+      for (int k = 0; k < parts.spaces; ++k) total += gates[k] = expf(gates[k] - maximum);
       for (int k = 0; k < parts.spaces; ++k) {
-        own[k] /= total;
-        if (saves && first_m + thread < parts.m) {
-          call.gates[(int64_t{task} * parts.m + first_m + thread) * parts.spaces + k] = own[k];
-        }
+        gates[k] /= total;
+        if (!saves || !at.has(thread)) continue;
+        call.tensors.gates[at.row(thread) * parts.spaces + k] = gates[k];
       }
     });
     block.each([&](int thread) {
@@ -390,6 +310,22 @@ struct ForwardExpandKernel {
         hidden = logits[token * parts.spaces + c / parts.dim] * activate(hidden, parts.activation);
       }
     });
+  }
+
+  // P′ = P + C·[B ; U] in 64 channels.
+  template <class B>
+  EPT_DEVICE static void expand(const B& block, const Call& call, const float* factor, float* rest,
+                                const Tokens& at, int first_d) {
+    const Parts& parts = call.parts;
+    Line* lines = reinterpret_cast<Line*>(rest);
+    typename B::template Local<Tile::State> local;
+    Tile::start(block, local, parts.p, at, first_d, parts.d);
+    for (int first = 0; first < parts.r + parts.dims; first += Tile::lines) {
+      Tile::add_lines(block, lines, local, factor + first * tokens,
+                      least(Tile::lines, parts.r + parts.dims - first), first_d, parts.d,
+                      [&](int i) { return line_of_factors(parts, at.task, first + i); });
+    }
+    Tile::store(block, local, call.tensors.prompt, parts.p.type, at, first_d, parts.d);
   }
 };
 

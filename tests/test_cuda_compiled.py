@@ -21,9 +21,7 @@ KERNELS = (
     "SpliceForwardKernel",
     "SpliceBackwardKernel",
     "SpliceFinishKernel",
-    "ReduceKernel",
-    "ForwardCoreKernel",
-    "ForwardExpandKernel",
+    "ReconstructForwardKernel",
     "BackwardCoreKernel",
     "BackwardExpandKernel",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,10 +121,10 @@ def test_what_is_saved(gate: str) -> None:
 SHARED_BYTES = 48 * 1024  # what a block can have on every GPU without asking for more
 
 
-def _counts(s: Sizes, has_mask: bool = True) -> dict[str, kernels.Counted]:
+def _counts(s: Sizes, has_mask: bool = True, gate: str = "token") -> dict[str, kernels.Counted]:
     tasks = {"tasks": s.tasks or 1}
     sizes = {"tokens": s.m, "positions": s.n, "rank": s.r, "width": s.d} | tasks
-    prompt = sizes | {"spaces": s.k, "dim": s.h}
+    prompt = sizes | {"spaces": s.k, "dim": s.h, "gate": GATES.index(gate)}
     splice = {"batch": s.batch, "length": s.length, "tokens": s.m, "width": s.d, "rank": s.r}
     splice |= tasks
     seven = dict.fromkeys(SEVEN, torch.float32)
@@ -148,16 +149,77 @@ def _counts(s: Sizes, has_mask: bool = True) -> dict[str, kernels.Counted]:
 
 
 @pytest.mark.parametrize("s", [Sizes(), Sizes(tasks=9), *SHAPES.values(), *NAMED.values()])
-def test_launches(s: Sizes) -> None:
-    """Three each way for the first operation; one and two for the second, and one for a plan of
-    its masks and task ids."""
+def test_launches_of_the_splice(s: Sizes) -> None:
+    """One and two, and one for a plan of its masks and task ids."""
     for has_mask in (False, True):
         plans = int(has_mask or s.tasks is not None)
         counted = {name: each.launches for name, each in _counts(s, has_mask).items()}
-        assert counted["reconstruct_forward"] == 3
-        assert counted["reconstruct_backward"] == 3
         assert counted["splice_forward"] == 1 + plans
         assert counted["splice_backward"] <= 2 + plans
+
+
+T5 = NAMED["t5-base"]
+# The launches of reconstruct's forward. What its one launch repeats for every block is bounded, so
+# each axis has sizes on both sides of the bound.
+FORWARD_LAUNCHES = {
+    "small": (Sizes(), 1),
+    "t5-base": (T5, 1),
+    "d": (replace(T5, d=1024), 1),
+    "larger d": (replace(T5, d=1280), 2),
+    "n": (replace(T5, n=768), 1),
+    "larger n": (replace(T5, n=1024), 2),
+    "r": (replace(T5, r=32), 1),
+    "larger r": (replace(T5, r=33), 2),
+    "m": (replace(T5, m=120), 1),
+    "larger m": (replace(T5, m=128), 2),
+    "K·h": (replace(T5, h=20), 1),
+    "larger K·h": (replace(T5, h=32), 2),
+    "T": (replace(T5, tasks=3), 1),
+    "larger T": (replace(T5, tasks=4), 2),
+    "a bank of small prompts": (Sizes(tasks=512), 1),
+    **{name: (NAMED[name], 2) for name in ("llama-8b", "long", "bank")},
+    **{name: (sizes, 2) for name, sizes in LARGEST.items()},
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_LAUNCHES)
+def test_launches_of_reconstruct(name: str) -> None:
+    s, launches = FORWARD_LAUNCHES[name]
+    counted = _counts(s)
+    assert counted["reconstruct_forward"].launches == launches
+    assert counted["reconstruct_backward"].launches == 2
+    assert (counted["reconstruct_forward"].workspace == 0) == (launches == 1)
+
+
+@pytest.mark.parametrize(("name", "backward"), [("t5-base", 2), ("llama-8b", 3), ("bank", 3)])
+def test_launches_with_one_gate_for_all_tokens(name: str, backward: int) -> None:
+    """Which needs sums over all tokens: of O in the forward, of dg in the backward."""
+    counted = _counts(NAMED[name], gate="prompt")
+    assert counted["reconstruct_forward"].launches == 2
+    assert counted["reconstruct_backward"].launches == backward
+
+
+@over(HOST)
+def test_the_most_that_one_launch_has_room_for(backend: str) -> None:
+    sizes = Sizes(m=9, n=70, r=32, k=4, h=31, d=72, batch=1, length=4)
+    assert _counts(sizes)["reconstruct_forward"].launches == 1
+    assert _counts(replace(sizes, r=33))["reconstruct_forward"].launches == 2
+    assert _counts(replace(sizes, h=32))["reconstruct_forward"].launches == 2
+    cases = (make_case(sizes, dtype=torch.float32, seed=seed) for seed in range(4))
+    assert_as_exact_as_the_definition(cases, backend)
+
+
+@over(HOST)
+@pytest.mark.parametrize("offset", [True, False])
+def test_a_launch_for_the_sums_of_gates(offset: bool, backend: str) -> None:
+    """A size at which the backward does not leave them to every block."""
+    sizes = Sizes(m=17, n=40, r=5, k=4, h=16, d=1024, batch=1, length=4)
+    assert _counts(sizes, gate="prompt")["reconstruct_backward"].launches == 3
+    cases = (
+        make_case(sizes, offset=offset, dtype=torch.float32, gate="prompt", seed=seed)
+        for seed in range(2)
+    )
+    assert_as_exact_as_the_definition(cases, backend)
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -174,7 +236,7 @@ def test_workspace(name: str) -> None:
 
 @pytest.mark.parametrize("s", [*NAMED.values(), *LARGEST.values()])
 def test_grids_and_shared_memory(s: Sizes) -> None:
-    for counted in _counts(s).values():
+    for counted in [each for gate in GATES for each in _counts(s, gate=gate).values()]:
         assert counted.grid < 2**31
         assert counted.shared <= SHARED_BYTES
 

@@ -18,13 +18,15 @@
 #include "types.h"
 
 #ifndef __CUDACC__
+#include <cmath>
 #include <vector>
 #endif
 
 namespace ept {
 
-// Matrix units that multiply TF32 numbers: sm_80 and later, and the host in their place.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// Matrix units that multiply TF32 numbers: sm_80 and later, and the host in their place, unless it
+// is to do as a GPU without them.
+#if defined(EPT_NO_MATRIX_UNITS) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
 inline constexpr bool has_matrix_units = false;
 #else
 inline constexpr bool has_matrix_units = true;
@@ -149,7 +151,14 @@ struct Block {
         const Product of = operands(warp + lane);
         for (int i = 0; i < 4; ++i) {
           const int row = Product::row_of_c(lane, i), column = Product::column_of_c(lane, i);
+#ifdef EPT_CUT_SUMS  // to the float32 number nearer to zero, as the units do at worst
+          double sum = of.c[i];
+          for (int k = 0; k < Product::depth; ++k) sum += double{a[row][k]} * double{b[k][column]};
+          of.c[i] = static_cast<float>(sum);
+          if (std::abs(of.c[i]) > std::abs(sum)) of.c[i] = std::nextafter(of.c[i], 0.0f);
+#else
           for (int k = 0; k < Product::depth; ++k) of.c[i] += a[row][k] * b[k][column];
+#endif
         }
       }
     }
@@ -174,23 +183,23 @@ struct Digits {
   }
 };
 
-// The sum of one number of each thread. Every thread has written its own into `numbers`, which has
-// one place for each, in the phase before; the order of the sum is fixed.
-template <class B, class T>
-EPT_DEVICE T sum_of(const B& block, T* numbers) {
+// One value of each thread, folded: `join(all, some)` takes another one in. Every thread has
+// written its own into `values`, one place for each, in the phase before; the order is fixed.
+template <class B, class T, class Join>
+EPT_DEVICE T fold_of(const B& block, T* values, Join join) {
   constexpr int lanes = 16;
   static_assert(B::threads % lanes == 0);
   block.each([&](int thread) {
     if (thread >= lanes) return;
-    T sum = 0;
-    for (int i = 0; i < B::threads / lanes; ++i) sum += numbers[thread + i * lanes];
-    numbers[thread] = sum;
+    T all = values[thread];
+    for (int i = 1; i < B::threads / lanes; ++i) join(all, values[thread + i * lanes]);
+    values[thread] = all;
   });
   return block.agree([&] {
-    T sum = 0;
+    T all = values[0];
     EPT_UNROLL
-    for (int i = 0; i < lanes; ++i) sum += numbers[i];
-    return sum;
+    for (int i = 1; i < lanes; ++i) join(all, values[i]);
+    return all;
   });
 }
 

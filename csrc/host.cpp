@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <exception>
 #include <limits>
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "launch.h"
@@ -18,6 +20,7 @@ thread_local bool only_count = false;
 thread_local int launches = 0;
 thread_local int64_t largest_grid = 0;
 thread_local int64_t most_shared_bytes = 0;
+thread_local std::map<std::string, int64_t> blocks_of;  // of the last launch of each kernel
 thread_local const char* failure = "";
 
 template <class Kernel>
@@ -34,6 +37,7 @@ struct HostLauncher {
   ept::Status run(int64_t blocks, const typename Kernel::Call& call) const {
     if (blocks == 0) return {};
     ++launches;
+    blocks_of[Kernel::name] = blocks;
     largest_grid = std::max(largest_grid, blocks);
     most_shared_bytes = std::max(most_shared_bytes, shared_bytes<Kernel>(call));
     if (only_count) return {0, Kernel::name};
@@ -57,6 +61,7 @@ template <class Run>
 int caught(bool reversed, Run run) {
   downwards = reversed;
   launches = 0;
+  blocks_of.clear();
   largest_grid = most_shared_bytes = 0;
   failure = "";
   try {
@@ -75,6 +80,7 @@ extern "C" {
 const char* ept_failure() { return failure; }
 int ept_launches() { return launches; }
 int64_t ept_largest_grid() { return largest_grid; }
+int64_t ept_blocks(const char* kernel) { return blocks_of[kernel]; }
 int64_t ept_most_shared_bytes() { return most_shared_bytes; }
 
 // From here on calls are planned only, or run again.

@@ -29,34 +29,18 @@ inline bool moves_in_vectors(const void* data, Type type, int64_t width, int64_t
   return fits;
 }
 
-// `run.template operator()<T>()` for a type of tensors.
-template <class Run>
-Status with_type(Type type, Run run) {
-  if (type == Type::float32) return run.template operator()<float>();
-  if (type == Type::float16) return run.template operator()<Half>();
-  return run.template operator()<BFloat16>();
+// A kernel for a type of tensors.
+template <template <class, bool> class Kernel, class Launcher, class Call>
+Status run_for(const Launcher& launcher, Type type, bool vectors, int64_t blocks, const Call& of) {
+  const auto run = [&]<class T>(T) {
+    return vectors ? launcher.template run<Kernel<T, true>>(blocks, of)
+                   : launcher.template run<Kernel<T, false>>(blocks, of);
+  };
+  if (type == Type::float32) return run(float{});
+  return type == Type::float16 ? run(Half{}) : run(BFloat16{});
 }
 
 // Operation 2
-
-inline Plan take_plan(Workspace& workspace, int64_t batch, int64_t length, bool has_mask,
-                      bool has_tasks) {
-  Plan plan;
-  if (has_mask) {
-    plan.columns = workspace.take<int32_t>(batch * length);
-    plan.reals = workspace.take<int32_t>(batch);
-  }
-  if (has_tasks) {
-    plan.rows = workspace.take<int32_t>(batch);
-    plan.tasks = workspace.take<int32_t>(batch);
-  }
-  return plan;
-}
-
-template <class Call>
-bool reads_mask(const Call& call, bool has_offset) {
-  return given(call.attention_mask) && has_offset && call.length > 0;
-}
 
 inline bool has_offset(const SpliceForward& call) {
   return given(call.offset_a) && call.rank > 0 && call.length > 0;
@@ -66,28 +50,69 @@ inline bool has_offset(const SpliceBackward& call) {
   return call.d_offset_a != nullptr && call.rank > 0 && call.length > 0;
 }
 
+template <class Call>
+bool reads_mask(const Call& call) {
+  return given(call.attention_mask) && has_offset(call);
+}
+
+template <class Call>
+Plan take_plan(Workspace& workspace, const Call& call) {
+  Plan plan;
+  if (reads_mask(call)) {
+    plan.firsts = workspace.take<int32_t>(call.batch);
+    plan.reals = workspace.take<int32_t>(call.batch);
+    plan.columns = workspace.take<int32_t>(call.batch * call.length);
+  }
+  if (given(call.task_ids)) {
+    plan.rows = workspace.take<int32_t>(call.batch);
+    plan.tasks = workspace.take<int32_t>(call.batch);
+    plan.begins = workspace.take<int32_t>(call.tasks + 2);
+  }
+  return plan;
+}
+
+template <class Of, class Call>
+Of splice_call(const Call& call, const Plan& plan) {
+  Of of{};
+  of.offset_a = call.offset_a;
+  of.offset_b = call.offset_b;
+  of.plan = plan;
+  of.batch = narrow(call.batch);
+  of.length = narrow(call.length);
+  of.tasks = narrow(call.tasks);
+  of.tokens = narrow(call.tokens);
+  of.width = narrow(call.width);
+  of.rank = has_offset(call) ? narrow(call.rank) : 0;
+  of.scaling = static_cast<float>(call.scaling);
+  return of;
+}
+
+// A stretch of a row is what the threads of a block look at once, or more if that would make many
+// blocks of a row.
 template <class Launcher, class Call>
-Status run_plan(const Launcher& launcher, const Call& call, const Plan& plan, bool has_mask) {
-  SplicePlanCall of{call.attention_mask, call.task_ids,     plan,
-                    narrow(call.batch),  narrow(call.length), narrow(call.tasks)};
-  if (!has_mask && !given(call.task_ids)) return {};
-  return launcher.template run<SplicePlanKernel>(call.batch, of);
+Status run_plan(const Launcher& launcher, const Call& call, const Plan& plan) {
+  if (!reads_mask(call) && !given(call.task_ids)) return {};
+  const int64_t step = SplicePlanKernel::step;
+  const int64_t steps = reads_mask(call) ? pieces_of(call.length, step) : 1;
+  auto of = splice_call<SplicePlanCall>(call, plan);
+  of.attention_mask = call.attention_mask;
+  of.task_ids = call.task_ids;
+  of.stretch = narrow(pieces_of(steps, within(1, steps, 64)) * step);
+  const int64_t stretches = pieces_of(steps * step, of.stretch);
+  return launcher.template run<SplicePlanKernel>(call.batch * stretches, of);
 }
 
 inline int64_t splice_forward_bytes(const SpliceForward& call) {
   Workspace workspace(nullptr);
-  take_plan(workspace, call.batch, call.length, reads_mask(call, has_offset(call)),
-            given(call.task_ids));
+  take_plan(workspace, call);
   return workspace.bytes();
 }
 
 template <class Launcher>
 Status run_splice_forward(const Launcher& launcher, const SpliceForward& call) {
-  using Tile = SpliceTile<float, false>;
-  const bool offset = has_offset(call), has_mask = reads_mask(call, offset);
+  using Tile = SpliceForwardKernel<float, false>::Tile;
   Workspace workspace(call.workspace);
-  SpliceForwardCall of{};
-  of.plan = take_plan(workspace, call.batch, call.length, has_mask, given(call.task_ids));
+  auto of = splice_call<SpliceForwardCall>(call, take_plan(workspace, call));
   of.prompt = call.prompt;
   of.input_ids = call.input_ids;
   of.source = call.source;
@@ -96,118 +121,80 @@ Status run_splice_forward(const Launcher& launcher, const SpliceForward& call) {
     of.source.stride[1] = call.source.stride[0];
     of.source.stride[2] = call.source.stride[1];
   }
-  of.offset_a = call.offset_a;
-  of.offset_b = call.offset_b;
   of.out = call.out;
-  of.batch = narrow(call.batch);
-  of.length = narrow(call.length);
-  of.tasks = narrow(call.tasks);
-  of.tokens = narrow(call.tokens);
-  of.width = narrow(call.width);
-  of.rank = offset ? narrow(call.rank) : 0;
   of.vocabulary = call.vocabulary;
-  of.scaling = static_cast<float>(call.scaling);
   of.tiles_m = narrow(pieces_of(call.tokens, Tile::positions));
   of.tiles_s = narrow(pieces_of(call.length, Tile::positions));
   of.tiles_d = narrow(pieces_of(call.width, Tile::channels));
   // The offset of a tile is computed once for its rows: as many as leave enough blocks.
   const int64_t tiles = int64_t{of.tiles_m + of.tiles_s} * of.tiles_d;
-  of.rows = narrow(within(1, tiles * call.batch / enough_blocks, 8));
+  of.rows = narrow(within(1, pieces_of(tiles * call.batch, enough_blocks), 8));
   const int64_t blocks = pieces_of(call.batch, of.rows) * tiles;
 
-  const Status planned = run_plan(launcher, call, of.plan, has_mask);
+  const Status planned = run_plan(launcher, call, of.plan);
   if (planned.error != 0) return planned;
   const Type type = call.source.type;
   const bool vectors =
       moves_in_vectors(call.out, type, call.width, 1, nullptr, 0) &&
       moves_in_vectors(call.source.data, type, call.width, of.source.stride[2], of.source.stride, 2);
-  return with_type(type, [&]<class T>() {
-    return vectors ? launcher.template run<SpliceForwardKernel<T, true>>(blocks, of)
-                   : launcher.template run<SpliceForwardKernel<T, false>>(blocks, of);
-  });
+  return run_for<SpliceForwardKernel>(launcher, type, vectors, blocks, of);
 }
 
 inline SplicePartition partition_of(const SpliceBackward& call) {
   using Kernel = SpliceBackwardKernel<float, false>;
-  return splice_partition(call.batch, call.length, call.tasks, call.tokens, call.width, call.rank,
-                          call.d_prompt != nullptr, has_offset(call), Kernel::Tile::positions,
-                          Kernel::Tile::channels, Kernel::ranks);
+  const auto is_float = [](const View& view) { return view.type == Type::float32; };
+  return splice_partition({call.batch, call.length, call.tasks, call.tokens, call.width, call.rank,
+                           call.d_prompt != nullptr, has_offset(call), is_float(call.prompt),
+                           is_float(call.offset_a), is_float(call.offset_b),
+                           Kernel::Tile::positions, Kernel::Tile::channels});
 }
 
-// The plan and the parts of dP, dA and dB.
-struct SpliceBackwardPlaces {
-  Plan plan;
-  float *p, *a, *b;
-};
-
-inline SpliceBackwardPlaces take_places(Workspace& workspace, const SpliceBackward& call) {
-  const SplicePartition cut = partition_of(call);
-  SpliceBackwardPlaces places{};
-  places.plan = take_plan(workspace, call.batch, call.length, reads_mask(call, has_offset(call)),
-                          given(call.task_ids));
-  places.p = workspace.take<float>(cut.part_p);
-  places.a = workspace.take<float>(cut.part_a);
-  places.b = workspace.take<float>(cut.part_b);
-  return places;
+inline SpliceBackwardCall splice_call(Workspace& workspace, const SpliceBackward& call,
+                                      const SplicePartition& cut) {
+  using Tile = SpliceBackwardKernel<float, false>::Tile;
+  auto of = splice_call<SpliceBackwardCall>(call, take_plan(workspace, call));
+  const auto sum = [&](int64_t parts, void* gradient) {
+    return parts > 0 ? workspace.take<float>(parts) : static_cast<float*>(gradient);
+  };
+  of.grad = call.grad;
+  of.sum_p = sum(cut.part_p, call.d_prompt);
+  of.sum_a = sum(cut.part_a, call.d_offset_a);
+  of.sum_b = sum(cut.part_b, call.d_offset_b);
+  of.whole_p = cut.part_p == 0;
+  of.whole_a = cut.part_a == 0;
+  of.whole_b = cut.part_b == 0;
+  of.positions = narrow(call.positions);
+  of.by_row = given(call.task_ids) && call.tasks > call.batch;
+  of.chunks_b = narrow(cut.chunks_b);
+  of.rows = narrow(cut.rows);
+  of.tiles_m = call.d_prompt == nullptr ? 0 : narrow(pieces_of(call.tokens, Tile::positions));
+  of.chunks_s = has_offset(call) ? narrow(cut.chunks_s) : 0;
+  of.tiles_s = narrow(cut.tiles_s);
+  of.chunks_d = narrow(cut.chunks_d);
+  of.tiles_d = narrow(cut.tiles_d);
+  return of;
 }
 
 inline int64_t splice_backward_bytes(const SpliceBackward& call) {
   Workspace workspace(nullptr);
-  take_places(workspace, call);
+  splice_call(workspace, call, partition_of(call));
   return workspace.bytes();
 }
 
 template <class Launcher>
 Status run_splice_backward(const Launcher& launcher, const SpliceBackward& call) {
-  using Tile = SpliceTile<float, false>;
-  const bool offset = has_offset(call), prompt = call.d_prompt != nullptr;
   const SplicePartition cut = partition_of(call);
   Workspace workspace(call.workspace);
-  const SpliceBackwardPlaces places = take_places(workspace, call);
-  const bool by_row = given(call.task_ids) && call.tasks > call.batch;
-
-  SpliceBackwardCall of{};
-  of.grad = call.grad;
-  of.offset_a = call.offset_a;
-  of.offset_b = call.offset_b;
-  of.plan = places.plan;
-  of.whole_p = cut.whole_p;
-  of.whole_a = cut.whole_a;
-  of.whole_b = cut.whole_b;
-  of.sum_p = cut.whole_p ? call.d_prompt : places.p;
-  of.sum_a = cut.whole_a ? call.d_offset_a : places.a;
-  of.sum_b = cut.whole_b ? call.d_offset_b : places.b;
-  of.type_p = cut.whole_p ? call.prompt.type : Type::float32;
-  of.type_a = cut.whole_a ? call.offset_a.type : Type::float32;
-  of.type_b = cut.whole_b ? call.offset_b.type : Type::float32;
-  of.batch = narrow(call.batch);
-  of.length = narrow(call.length);
-  of.positions = narrow(call.positions);
-  of.tasks = narrow(call.tasks);
-  of.tokens = narrow(call.tokens);
-  of.width = narrow(call.width);
-  of.rank = narrow(call.rank);
-  of.scaling = static_cast<float>(call.scaling);
-  of.by_row = by_row;
-  of.chunks_b = narrow(cut.chunks_b);
-  of.rows = narrow(cut.rows);
-  of.tiles_m = prompt ? narrow(pieces_of(call.tokens, Tile::positions)) : 0;
-  of.chunks_s = offset ? narrow(cut.chunks_s) : 0;
-  of.tiles_s = narrow(cut.tiles_s);
-  of.chunks_d = narrow(cut.chunks_d);
-  of.tiles_d = narrow(cut.tiles_d);
-
-  const Status planned = run_plan(launcher, call, of.plan, reads_mask(call, offset));
+  const SpliceBackwardCall of = splice_call(workspace, call, cut);
+  const Status planned = run_plan(launcher, call, of.plan);
   if (planned.error != 0) return planned;
   const int64_t blocks =
       cut.groups * cut.chunks_b * (of.tiles_m + of.chunks_s) * int64_t{of.chunks_d};
-  const Type type = call.grad.type;
-  const bool vectors = moves_in_vectors(call.grad.data, type, call.width, call.grad.stride[2],
-                                        call.grad.stride, 2);
-  const Status summed = with_type(type, [&]<class T>() {
-    return vectors ? launcher.template run<SpliceBackwardKernel<T, true>>(blocks, of)
-                   : launcher.template run<SpliceBackwardKernel<T, false>>(blocks, of);
-  });
+  const View& grad = call.grad;
+  const Status summed = run_for<SpliceBackwardKernel>(
+      launcher, grad.type,
+      moves_in_vectors(grad.data, grad.type, call.width, grad.stride[2], grad.stride, 2), blocks,
+      of);
   if (summed.error != 0) return summed;
 
   // What is whole needs the second kernel only for its zeros.
@@ -215,21 +202,19 @@ Status run_splice_backward(const Launcher& launcher, const SpliceBackward& call)
   const auto add = [&](int index, void* gradient, Type type, const float* parts, int64_t number,
                        int64_t size, int64_t covered) {
     if (gradient == nullptr) return;
-    if (number == 0 && !by_row && size == covered) return;
+    if (number == 0 && !of.by_row && size == covered) return;
     finish.sums[index] = {gradient, type, parts, narrow(number), size, covered};
-    finish.blocks += narrow(pieces_of(size, SpliceFinishKernel::threads * SpliceFinishKernel::each));
+    finish.blocks += narrow(pieces_of(size, SpliceFinishKernel::threads));
   };
   const int64_t size_p = call.tokens * call.width, size_b = call.rank * call.width;
-  const int64_t covered = call.length * call.rank;
-  add(0, call.d_prompt, call.prompt.type, places.p, cut.whole_p ? 0 : cut.chunks_b, size_p, size_p);
-  add(1, call.d_offset_a, call.offset_a.type, places.a,
-      cut.whole_a ? 0 : cut.chunks_b * cut.chunks_d, call.positions * call.rank,
-      offset ? covered : 0);
-  add(2, call.d_offset_b, call.offset_b.type, places.b,
-      cut.whole_b ? 0 : cut.chunks_b * cut.chunks_s, size_b, offset ? size_b : 0);
-  finish.plan = places.plan;
-  finish.batch = narrow(call.batch);
-  finish.by_row = by_row;
+  const int64_t covered = has_offset(call) ? call.length * call.rank : 0;
+  add(0, call.d_prompt, call.prompt.type, of.sum_p, of.whole_p ? 0 : cut.chunks_b, size_p, size_p);
+  add(1, call.d_offset_a, call.offset_a.type, of.sum_a,
+      of.whole_a ? 0 : cut.chunks_b * cut.chunks_d, call.positions * call.rank, covered);
+  add(2, call.d_offset_b, call.offset_b.type, of.sum_b,
+      of.whole_b ? 0 : cut.chunks_b * cut.chunks_s, size_b, covered > 0 ? size_b : 0);
+  finish.plan = of.plan;
+  finish.by_row = of.by_row;
   return launcher.template run<SpliceFinishKernel>(call.tasks * finish.blocks, finish);
 }
 

@@ -38,7 +38,7 @@ class Workspace {
 };
 
 // Operation 2, backward: rows, positions and channels are cut into chunks. The sums of a chunk go to
-// the gradient itself if they are whole, else to a part of it in the workspace.
+// the gradient itself if they are whole and it is float32, else to a part of it in the workspace.
 struct SplicePartition {
   int64_t groups;    // of rows: one task each, or one row each if there are fewer rows
   int64_t chunks_b;  // of the rows of a group
@@ -47,55 +47,60 @@ struct SplicePartition {
   int64_t tiles_s;   // of a chunk
   int64_t chunks_d;  // of the channels
   int64_t tiles_d;   // of a chunk
-  bool whole_p, whole_a, whole_b;
-  int64_t part_p, part_a, part_b;  // elements of all parts; 0 if they are whole
+  int64_t part_p, part_a, part_b;  // elements of all parts; 0: whole
+
+  int64_t bytes() const { return 4 * (part_p + part_a + part_b); }
 };
 
-inline SplicePartition splice_partition(int64_t batch, int64_t length, int64_t tasks,
-                                        int64_t tokens, int64_t width, int64_t rank,
-                                        bool has_prompt, bool has_offset, int64_t tile_s,
-                                        int64_t tile_d, int64_t ranks) {
-  const int64_t blocks_s = greatest<int64_t>(1, pieces_of(length, tile_s));
-  const int64_t blocks_d = pieces_of(width, tile_d);
-  SplicePartition cut{};
-  cut.groups = tasks == 1 ? 1 : least(tasks, batch);
-  cut.chunks_b = 1;
-  if (tasks == 1) {
-    const int64_t wanted = pieces_of(enough_blocks, blocks_s * blocks_d);
-    cut.chunks_b = within(1, wanted, pieces_of(batch, 4));
-  }
-  cut.chunks_d = blocks_d;
-  cut.chunks_s =
-      within(1, pieces_of(enough_blocks, blocks_d * cut.chunks_b * cut.groups), blocks_s);
-  cut.tiles_d = 1;
-  for (;;) {
-    cut.rows = pieces_of(batch, cut.chunks_b);
+// The sizes of a call and of a tile.
+struct SpliceSizes {
+  int64_t batch, length, tasks, tokens, width, rank;
+  bool has_prompt, has_offset;
+  bool float_p, float_a, float_b;  // gradients of float32
+  int64_t positions, channels;
+
+  // The cut for about so many blocks that take so many tiles of channels each.
+  SplicePartition cut(int64_t blocks, int64_t tiles_d) const {
+    const int64_t blocks_s = has_offset ? pieces_of(length, positions) : 0;
+    const int64_t blocks_m = has_prompt ? pieces_of(tokens, positions) : 0;
+    SplicePartition cut{};
+    cut.groups = tasks == 1 ? 1 : least(tasks, batch);
+    cut.tiles_d = tiles_d;
+    cut.chunks_d = pieces_of(pieces_of(width, channels), tiles_d);
+    const int64_t wanted = pieces_of(blocks, cut.chunks_d * cut.groups);
+    cut.tiles_s = pieces_of(greatest<int64_t>(1, blocks_s), within(1, wanted, blocks_s));
+    cut.chunks_s = greatest<int64_t>(1, pieces_of(blocks_s, cut.tiles_s));
+    // Of a bank the rows of a task are few; of one prompt a block adds up four or more.
+    const int64_t chunks = tasks == 1 ? wanted / greatest<int64_t>(1, cut.chunks_s + blocks_m) : 1;
+    cut.rows = pieces_of(batch, within(1, chunks, pieces_of(batch, 4)));
     cut.chunks_b = pieces_of(batch, cut.rows);
-    cut.tiles_s = pieces_of(blocks_s, cut.chunks_s);
-    cut.chunks_s = pieces_of(blocks_s, cut.tiles_s);
-    cut.chunks_d = pieces_of(blocks_d, cut.tiles_d);
-    // What a block adds to step by step has to be float32, so it is whole only if it is one step.
-    cut.whole_p = cut.chunks_b == 1;
-    cut.whole_a = cut.chunks_b == 1 && cut.chunks_d == 1 && cut.tiles_d == 1;
-    cut.whole_b =
-        cut.chunks_b == 1 && cut.chunks_s == 1 && (cut.tiles_s == 1 || rank <= ranks);
+    const bool whole_p = float_p && cut.chunks_b == 1;
+    const bool whole_a = float_a && cut.chunks_b == 1 && cut.chunks_d == 1;
+    const bool whole_b = float_b && cut.chunks_b == 1 && cut.chunks_s == 1;
     const int64_t parts = cut.groups * cut.chunks_b;
-    cut.part_p = has_prompt && !cut.whole_p ? parts * tokens * width : 0;
-    cut.part_a = has_offset && !cut.whole_a ? parts * cut.chunks_d * length * rank : 0;
-    cut.part_b = has_offset && !cut.whole_b ? parts * cut.chunks_s * rank * width : 0;
-    const int64_t bytes = 4 * (cut.part_p + cut.part_a + cut.part_b + batch * (length + 3));
-    const int64_t blocks = parts * cut.chunks_s * cut.chunks_d;
-    if (bytes <= workspace_limit || blocks < 2 * fewest_blocks) return cut;
-    if (cut.chunks_b > 1) {
-      cut.chunks_b = pieces_of(cut.chunks_b, 2);
-    } else if (cut.part_a >= cut.part_b && cut.tiles_d < blocks_d) {
-      cut.tiles_d *= 2;
-    } else if (cut.chunks_s > 1) {
-      cut.chunks_s = pieces_of(cut.chunks_s, 2);
-    } else {
-      return cut;
+    cut.part_p = has_prompt && !whole_p ? parts * tokens * width : 0;
+    cut.part_a = has_offset && !whole_a ? parts * cut.chunks_d * length * rank : 0;
+    cut.part_b = has_offset && !whole_b ? parts * cut.chunks_s * rank * width : 0;
+    return cut;
+  }
+};
+
+// As many blocks as their parts have memory for, up to two on each multiprocessor, and then as few
+// tiles of channels for each: of dA a block adds these up in memory. The parts may take 15 MB, or
+// an eighth of the gradient in 16 bits if that is more.
+inline SplicePartition splice_partition(const SpliceSizes& sizes) {
+  const int64_t limit =
+      greatest<int64_t>(15 << 20, sizes.batch * sizes.length * sizes.width / 4 - (1 << 18));
+  const int64_t most = pieces_of(sizes.width, sizes.channels);
+  SplicePartition smallest{};
+  for (int64_t blocks = 256; blocks >= fewest_blocks; blocks -= 16) {
+    for (int64_t tiles_d = 1; tiles_d < 2 * most; tiles_d *= 2) {
+      const SplicePartition cut = sizes.cut(blocks, least(tiles_d, most));
+      if (cut.bytes() <= limit) return cut;
+      if (smallest.groups == 0 || cut.bytes() < smallest.bytes()) smallest = cut;
     }
   }
+  return smallest;
 }
 
 }  // namespace ept

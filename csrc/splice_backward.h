@@ -9,61 +9,44 @@
 
 namespace ept {
 
-struct SpliceBackwardCall {
+struct SpliceBackwardCall : SpliceCall {
   View grad;  // strides [batch, m + S, d]
-  View offset_a;
-  View offset_b;
-  Plan plan;
-  // Where sums go: a gradient or its parts, and the type stored there.
-  void* sum_p;
-  void* sum_a;
-  void* sum_b;
-  Type type_p;
-  Type type_a;
-  Type type_b;
-  bool whole_p;
-  bool whole_a;
-  bool whole_b;
-  int batch;
-  int length;
+  // Where sums go: to a gradient of float32 that is whole, or to parts.
+  float *sum_p, *sum_a, *sum_b;
+  bool whole_p, whole_a, whole_b;
   int positions;
-  int tasks;
-  int tokens;
-  int width;
-  int rank;
-  float scaling;
+  bool by_row;  // a group is a row's task rather than a task
   // The grid: groups of rows, chunks of their rows, tiles of the prompt and chunks of the text,
   // chunks of channels.
-  bool by_row;  // a group is a row's task rather than a task
-  int chunks_b;
-  int rows;
-  int tiles_m;
-  int chunks_s;
-  int tiles_s;
-  int chunks_d;
-  int tiles_d;
+  int chunks_b, rows, tiles_m, chunks_s, tiles_s, chunks_d, tiles_d;
 };
 
+// Warps that multiply: half of them make dA, the other half dB.
 template <class T, bool Vectors>
 struct SpliceBackwardKernel {
   static constexpr const char* name = "splice_backward";
-  using Tile = SpliceTile<T, Vectors>;
+  using Tile = SpliceTile<T, Vectors, 64, 64, 256, 8>;
   static constexpr int threads = Tile::threads;
   static constexpr int ranks = 32;  // of A and B at a time
-  static constexpr int padded = Tile::channels + 4;  // keeps four rows of floats off one bank
-  static constexpr int own_ranks = ranks / (threads / Tile::lanes);
+  static constexpr int padded = Tile::channels + 4;
+  static constexpr int rows_at_once = Vectors && sizeof(T) == 2 ? 2 : 1;
+  static_assert(Tile::positions == Tile::channels);
+  using Unit = MatrixProduct;
   using Call = SpliceBackwardCall;
 
   struct Shared {
     alignas(16) float sum[Tile::positions][padded];
-    alignas(16) float b[ranks][padded];
-    alignas(16) float a[Tile::positions][ranks];
-    int before[threads], equal[threads];
+    Factors<Tile, ranks, 4> factors;
   };
 
+  // Of dA a warp has 16 positions, of dB 16 channels, and of both all ranks at a time.
+  static constexpr int pieces_r = ranks / Unit::columns;
+
   struct State {
+    typename Tile::Piece grads[rows_at_once][Tile::own_positions][Tile::moves];
     float sum[Tile::own_positions][Tile::own_channels];
-    float d_b[own_ranks][Tile::own_channels];
+    WarpProduct<1, pieces_r> product;
+    float total[pieces_r][4];  // of products: a tile's dA, or dB of all tiles along the text
   };
 
   template <class B>
@@ -71,10 +54,8 @@ struct SpliceBackwardKernel {
 
   // The block's rows, by their places in the plan.
   struct Rows {
-    int task;
-    int first;
-    int last;
-    int64_t part;  // the number of their part
+    int task, first, last;
+    int part;  // the number of their part
   };
 
   template <class B>
@@ -83,280 +64,248 @@ struct SpliceBackwardKernel {
     const int chunk_d = digits.next(call.chunks_d);
     const int chunk = digits.next(call.tiles_m + call.chunks_s);
     const int chunk_b = digits.next(call.chunks_b);
-    const int group = static_cast<int>(digits.rest);
     Rows rows;
-    if (!find_rows(block, shared, call, group, chunk_b, rows)) return;
-    const bool is_prompt = chunk < call.tiles_m;
-    const int chunk_s = chunk - call.tiles_m;
-    const int first_s = is_prompt ? chunk : chunk_s * call.tiles_s;
-    const int end_s = is_prompt ? chunk + 1
-                                : least(first_s + call.tiles_s,
-                                        (call.length + Tile::positions - 1) / Tile::positions);
+    if (!find_rows(call, static_cast<int>(digits.rest), chunk_b, rows)) return;
+    const int first_d = chunk_d * call.tiles_d * Tile::channels;
+    const int end_d = least(first_d + call.tiles_d * Tile::channels, call.width);
+    if (chunk < call.tiles_m) {
+      sum_prompt(block, call, rows, chunk * Tile::positions, first_d, end_d);
+    } else {
+      sum_text(block, shared, call, rows, chunk - call.tiles_m, chunk_d, first_d, end_d);
+    }
+  }
+
+  template <class B>
+  EPT_DEVICE static void sum_prompt(const B& block, const Call& call, const Rows& rows, int s,
+                                    int first_d, int end_d) {
     Local<B> local;
-    for (int tile_d = 0; tile_d < call.tiles_d; ++tile_d) {
-      const int d = (chunk_d * call.tiles_d + tile_d) * Tile::channels;
-      if (d >= call.width) return;
-      for (int tile_s = first_s; tile_s < end_s; ++tile_s) {
-        const int s = tile_s * Tile::positions;
-        add_rows(block, local, call, rows, is_prompt, s, d);
-        if (is_prompt) {
-          store_prompt(block, local, call, rows, s, d);
-          continue;
-        }
-        share_sum(block, shared, local);
-        for (int r = 0; r < call.rank; r += ranks) {
-          const bool only = call.rank <= ranks;  // dB stays in registers from tile to tile
-          const bool load_b = !only || tile_s == first_s;
-          load_factors(block, shared, call, rows.task, load_b, s, d, r);
-          multiply_a(block, shared, call, rows, chunk_d, tile_d > 0, s, r);
-          multiply_b(block, shared, local, !only || tile_s == first_s);
-          if (!only || tile_s + 1 == end_s) {
-            store_b(block, local, call, rows, chunk_s, !only && tile_s > first_s, d, r);
+    const int64_t begin = int64_t{call.whole_p ? rows.task : rows.part} * call.tokens;
+    for (int d = first_d; d < end_d; d += Tile::channels) {
+      int place = rows.first;
+      do {
+        fetch<true>(block, local, call, rows, place, s, d);
+        add_rows(block, local, place == rows.first);
+        place += rows_at_once;
+      } while (place < rows.last);
+      put_sum(block, local, call.sum_p + (begin + s) * call.width + d, call.width, call.tokens - s,
+              call.width - d);
+    }
+  }
+
+  // While a tile is multiplied, the gradients of the next one are on their way. The tiles along the
+  // text come first: dB of their channels stays in registers.
+  template <class B>
+  EPT_DEVICE static void sum_text(const B& block, Shared& shared, const Call& call,
+                                  const Rows& rows, int chunk_s, int chunk_d, int first_d,
+                                  int end_d) {
+    Local<B> local;
+    const int64_t part_a = int64_t{rows.part} * call.chunks_d + chunk_d;
+    const int64_t part_b = int64_t{rows.part} * call.chunks_s + chunk_s;
+    const int64_t begin_a =
+        call.whole_a ? int64_t{rows.task} * call.positions : part_a * call.length;
+    float* d_a = call.sum_a + begin_a * call.rank;
+    float* d_b = call.sum_b + (call.whole_b ? rows.task : part_b) * call.rank * call.width;
+    const int first_s = chunk_s * call.tiles_s * Tile::positions;
+    const int end_s = least(first_s + call.tiles_s * Tile::positions, call.length);
+    const bool keeps_b = call.rank <= ranks;
+    // A sum of one row of 16-bit gradients is a TF32 number.
+    const bool exact = sizeof(T) == 2 && rows.last - rows.first == 1;
+    int next_s = first_s, next_d = first_d, place = rows.first;
+    fetch<false>(block, local, call, rows, place, next_s, next_d);
+    while (next_d < end_d) {
+      const int s = next_s, d = next_d;
+      const bool is_first = s == first_s, is_last = s + Tile::positions >= end_s;
+      add_rows(block, local, place == rows.first);
+      place += rows_at_once;
+      const bool is_whole = place >= rows.last;
+      if (is_whole) {
+        put_sum(block, local, shared.sum[0], padded, Tile::positions, Tile::channels);
+        place = rows.first;
+        next_s = is_last ? first_s : s + Tile::positions;
+        if (is_last) next_d += Tile::channels;
+      }
+      if (next_d < end_d) fetch<false>(block, local, call, rows, place, next_s, next_d);
+      if (!is_whole) continue;
+      for (int r = 0; r < call.rank; r += ranks) {
+        load_factors<Tile>(block, shared.factors, call, rows.task, !keeps_b || is_first, s, d, r);
+        const bool fresh = !keeps_b || is_first, done = !keeps_b || is_last;
+        multiply(block, shared, local, least(pieces_r, (call.rank - r + 7) / Unit::columns), exact,
+                 fresh);
+        block.each([&](int thread) {
+          const auto& total = local[thread].total;
+          const int first = first_of_warp(thread);
+          if (makes_a(thread)) {
+            store_total(total, thread, call, r, d_a + int64_t{s + first} * call.rank, call.rank, 1,
+                        call.length - s - first, d > first_d);
+          } else if (done) {
+            store_total(total, thread, call, r, d_b + d + first, 1, call.width,
+                        call.width - d - first, !keeps_b && !is_first);
           }
-        }
+        });
       }
     }
   }
 
   // Whether the block has rows to sum: a group by row stands aside if an earlier row has its task.
-  template <class B>
-  EPT_DEVICE static bool find_rows(const B& block, Shared& shared, const Call& call, int group,
-                                   int chunk_b, Rows& rows) {
+  EPT_DEVICE static bool find_rows(const Call& call, int group, int chunk_b, Rows& rows) {
     rows.task = group;
-    rows.part = int64_t{group} * call.chunks_b + chunk_b;
-    int first = 0, number = call.batch;
-    if (call.plan.tasks != nullptr) {
-      if (call.by_row) {
-        rows.task = call.plan.task(group);
-        if (rows.task >= call.tasks) return false;
-        if (group > 0 && call.plan.task(group - 1) == rows.task) return false;
-      }
-      block.each([&](int thread) {
-        int before = 0, equal = 0;
-        for (int place = thread; place < call.batch; place += threads) {
-          const int task = call.plan.task(place);
-          before += task < rows.task;
-          equal += task == rows.task;
-        }
-        shared.before[thread] = before;
-        shared.equal[thread] = equal;
-      });
-      first = sum_of(block, shared.before);
-      number = sum_of(block, shared.equal);
+    rows.part = group * call.chunks_b + chunk_b;
+    int begin = 0, end = call.batch;
+    if (call.plan.begins != nullptr) {
+      if (call.by_row) rows.task = call.plan.task(group);
+      if (rows.task >= call.tasks) return false;
+      begin = call.plan.begins[rows.task];
+      end = call.plan.begins[rows.task + 1];
+      if (call.by_row && begin != group) return false;
     }
-    rows.first = first + least(number, chunk_b * call.rows);
-    rows.last = first + least(number, (chunk_b + 1) * call.rows);
+    rows.first = least(end, begin + chunk_b * call.rows);
+    rows.last = least(end, rows.first + call.rows);
     return true;
+  }
+
+  // Has the gradients of a tile of some rows on their way.
+  template <bool Prompt, class B>
+  EPT_DEVICE static void fetch(const B& block, Local<B>& local, const Call& call, const Rows& rows,
+                               int place, int first_s, int first_d) {
+    const View& grad = call.grad;
+    block.apart([&](int thread) {
+      const int d = first_d + Tile::channel(thread);
+      TextRow texts[rows_at_once];
+      EPT_UNROLL
+      for (int j = 0; j < rows_at_once; ++j) {
+        texts[j] = {0, 0, 0, nullptr};
+        if (place + j >= rows.last) continue;
+        texts[j] = Prompt ? call.plan.prompt(place + j, call.tokens)
+                          : call.plan.text(place + j, call.length);
+      }
+      EPT_UNROLL
+      for (int j = 0; j < rows_at_once; ++j) {
+        const TextRow& text = texts[j];
+        const T* data = static_cast<const T*>(grad.data) + text.row * grad.stride[0] +
+                        d * grad.stride[2];
+        EPT_UNROLL
+        for (int i = 0; i < Tile::own_positions; ++i) {
+          const int s = first_s + Tile::position(thread, i);
+          const bool is_real = s < text.reals;
+          const int column = is_real ? text.column(s) + (Prompt ? 0 : call.tokens) : 0;
+          const T* at = data + column * grad.stride[1];
+          EPT_UNROLL
+          for (int move = 0; move < Tile::moves; ++move) {
+            const int beyond = Tile::beyond(move * Tile::step);
+            auto& piece = local[thread].grads[j][i][move];
+            piece = {};
+            if (is_real && d + beyond < call.width) piece = Tile::load(at);
+            at += (Tile::beyond((move + 1) * Tile::step) - beyond) * grad.stride[2];
+          }
+        }
+      }
+    });
   }
 
   // G of a tile
   template <class B>
-  EPT_DEVICE static void add_rows(const B& block, Local<B>& local, const Call& call,
-                                  const Rows& rows, bool is_prompt, int first_s, int first_d) {
-    const View& grad = call.grad;
+  EPT_DEVICE static void add_rows(const B& block, Local<B>& local, bool fresh) {
     block.apart([&](int thread) {
-      auto& sum = local[thread].sum;
+      auto& [grads, sum, product, total] = local[thread];
       EPT_UNROLL
       for (int i = 0; i < Tile::own_positions; ++i) {
         EPT_UNROLL
-        for (int c = 0; c < Tile::own_channels; ++c) sum[i][c] = 0.0f;
-      }
-      EPT_UNROLL_BY(1)
-      for (int place = rows.first; place < rows.last; ++place) {
-        const int row = call.plan.row(place);
-        const int end = is_prompt ? call.tokens : call.plan.reals_of(row, call.length);
-        int column[Tile::own_positions];  // -1: nothing to add
-        EPT_UNROLL
-        for (int i = 0; i < Tile::own_positions; ++i) {
-          const int s = first_s + Tile::position(thread, i);
-          column[i] = -1;
-          if (s >= end) continue;
-          column[i] = is_prompt ? s : call.tokens + call.plan.column(row, s, call.length);
-        }
-        EPT_UNROLL
-        for (int move = 0; move < Tile::moves; ++move) {
-          const int d = first_d + Tile::channel(thread, move);
-          if (d >= call.width) continue;
-          const T* data =
-              static_cast<const T*>(grad.data) + row * grad.stride[0] + d * grad.stride[2];
-          if constexpr (Vectors) {
-            Packed packed[Tile::own_positions];
-            EPT_UNROLL
-            for (int i = 0; i < Tile::own_positions; ++i) {
-              packed[i] = Packed{};
-              if (column[i] >= 0) packed[i] = load_packed(data + column[i] * grad.stride[1]);
-            }
-            EPT_UNROLL
-            for (int i = 0; i < Tile::own_positions; ++i) {
-              EPT_UNROLL
-              for (int c = 0; c < Tile::step; ++c) {
-                sum[i][move * Tile::step + c] += unpack<T>(packed[i], c);
-              }
-            }
-          } else {
-            EPT_UNROLL
-            for (int i = 0; i < Tile::own_positions; ++i) {
-              if (column[i] >= 0) sum[i][move] += to_float(data[column[i] * grad.stride[1]]);
-            }
+        for (int c = 0; c < Tile::own_channels; ++c) {
+          if (fresh) sum[i][c] = 0.0f;
+          EPT_UNROLL
+          for (int j = 0; j < rows_at_once; ++j) {
+            sum[i][c] += Tile::number(grads[j][i][c / Tile::step], c % Tile::step);
           }
         }
       }
     });
   }
 
+  // Writes the sum of a tile, of which so many positions and channels are wanted.
   template <class B>
-  EPT_DEVICE static void store_prompt(const B& block, Local<B>& local, const Call& call,
-                                      const Rows& rows, int first_s, int first_d) {
-    const int64_t begin = (call.whole_p ? rows.task : rows.part) * call.tokens;
+  EPT_DEVICE static void put_sum(const B& block, Local<B>& local, float* data, int64_t stride,
+                                 int positions, int channels) {
     block.apart([&](int thread) {
+      const int d = Tile::channel(thread);
       EPT_UNROLL
       for (int i = 0; i < Tile::own_positions; ++i) {
-        const int token = first_s + Tile::position(thread, i);
-        if (token >= call.tokens) continue;
+        const int s = Tile::position(thread, i);
+        float* row = data + s * stride + d;
         EPT_UNROLL
         for (int c = 0; c < Tile::own_channels; ++c) {
-          const int d = first_d + Tile::channel(thread, c / Tile::step) + c % Tile::step;
-          if (d >= call.width) continue;
-          store(call.sum_p, call.type_p, (begin + token) * call.width + d,
-                local[thread].sum[i][c]);
+          if (s >= positions || d + Tile::beyond(c) >= channels) continue;
+          row[Tile::beyond(c)] = local[thread].sum[i][c];
         }
       }
     });
   }
 
-  template <class B>
-  EPT_DEVICE static void share_sum(const B& block, Shared& shared, Local<B>& local) {
-    block.apart([&](int thread) {
-      EPT_UNROLL
-      for (int i = 0; i < Tile::own_positions; ++i) {
-        EPT_UNROLL
-        for (int c = 0; c < Tile::own_channels; ++c) {
-          const int d = Tile::channel(thread, c / Tile::step) + c % Tile::step;
-          shared.sum[Tile::position(thread, i)][d] = local[thread].sum[i][c];
-        }
-      }
-    });
+  EPT_BOTH static bool makes_a(int thread) { return thread < threads / 2; }
+
+  // A warp's first position or channel, by the thread.
+  EPT_BOTH static int first_of_warp(int thread) {
+    return thread % (threads / 2) / 32 * Unit::rows;
   }
 
-  // A and B for a piece of the rank, zero outside: what is past the text or the width adds nothing.
-  template <class B>
-  EPT_DEVICE static void load_factors(const B& block, Shared& shared, const Call& call, int task,
-                                      bool load_b, int first_s, int first_d, int first_r) {
-    const View &a = call.offset_a, &b = call.offset_b;
-    block.each([&](int thread) {
-      EPT_UNROLL_BY(4)
-      for (int i = 0; i < Tile::positions * ranks / threads; ++i) {
-        const int r = thread % ranks, s = thread / ranks + i * (threads / ranks);
-        const int64_t at = task * a.stride[0] + (first_s + s) * a.stride[1] +
-                           (first_r + r) * a.stride[2];
-        const bool inside = first_s + s < call.length && first_r + r < call.rank;
-        shared.a[s][r] = inside ? load(a.data, a.type, at) : 0.0f;
-      }
-      if (!load_b) return;
-      const int d = first_d + thread;
-      EPT_UNROLL_BY(4)
-      for (int r = 0; r < ranks; ++r) {
-        const int64_t at = task * b.stride[0] + (first_r + r) * b.stride[1] + d * b.stride[2];
-        const bool inside = first_r + r < call.rank && d < call.width;
-        shared.b[r][thread] = inside ? load(b.data, b.type, at) : 0.0f;
-      }
-    });
-  }
+  // Another order of the positions that a warp multiplies at once, which are summed anyway: in this
+  // one its lanes read different banks.
+  EPT_BOTH static int reordered(int s) { return (s & ~7) | (s & 3) << 1 | (s >> 2 & 1); }
 
-  // dA of a tile: a thread has two positions and four ranks.
+  // G·Bᵀ of a warp's positions, or Gᵀ·A of its channels, some products at a time: their sums are
+  // added outside of the matrix units, which cut where a float32 sum rounds.
   template <class B>
-  EPT_DEVICE static void multiply_a(const B& block, Shared& shared, const Call& call,
-                                    const Rows& rows, int chunk_d, bool add, int first_s,
-                                    int first_r) {
-    constexpr int across = 8;  // threads along the rank
-    constexpr int own_s = Tile::positions / (threads / across), own_r = ranks / across;
-    const int64_t begin = call.whole_a
-                              ? int64_t{rows.task} * call.positions
-                              : (rows.part * call.chunks_d + chunk_d) * call.length;
-    block.apart([&](int thread) {
-      float d_a[own_s][own_r] = {};
-      EPT_UNROLL_BY(1)
-      for (int d = 0; d < Tile::channels; d += 4) {
+  EPT_DEVICE static void multiply(const B& block, const Shared& shared, Local<B>& local,
+                                  int pieces, bool exact, bool fresh) {
+    constexpr int depth = 32;
+    EPT_UNROLL_BY(1)
+    for (int first = 0; first < Tile::channels; first += depth) {
+      block.apart([&](int thread) { local[thread].product = {}; });
+      add_product<has_matrix_units, 1, pieces_r>(
+          block, local, depth, pieces, exact,
+          [&](int thread, int row, int k) {
+            const int own = first_of_warp(thread) + row;
+            return makes_a(thread) ? shared.sum[own][first + k]
+                                   : shared.sum[first + reordered(k)][own];
+          },
+          [&](int thread, int k, int r) {
+            return makes_a(thread) ? shared.factors.b[r][first + k]
+                                   : shared.factors.a[first + reordered(k)][r];
+          });
+      block.apart([&](int thread) {
+        auto& [grads, sum, product, total] = local[thread];
         EPT_UNROLL
-        for (int c = d; c < d + 4; ++c) {
+        for (int n = 0; n < pieces_r; ++n) {
           EPT_UNROLL
-          for (int i = 0; i < own_s; ++i) {
-            const float sum = shared.sum[thread / across + i * (threads / across)][c];
-            EPT_UNROLL
-            for (int j = 0; j < own_r; ++j) {
-              d_a[i][j] += sum * shared.b[thread % across + j * across][c];
-            }
+          for (int i = 0; i < 4; ++i) {
+            const bool starts = first == 0 && (fresh || makes_a(thread));
+            total[n][i] = (starts ? 0.0f : total[n][i]) + product.sums[0][n][i];
           }
         }
-      }
-      EPT_UNROLL
-      for (int i = 0; i < own_s; ++i) {
-        const int s = first_s + thread / across + i * (threads / across);
-        EPT_UNROLL
-        for (int j = 0; j < own_r; ++j) {
-          const int r = first_r + thread % across + j * across;
-          if (s >= call.length || r >= call.rank) continue;
-          const int64_t at = (begin + s) * call.rank + r;
-          float value = d_a[i][j] * call.scaling;
-          if (add) value += static_cast<const float*>(call.sum_a)[at];
-          store(call.sum_a, call.type_a, at, value);
-        }
-      }
-    });
+      });
+    }
   }
 
-  // The channels of dB that a thread has: four neighbours at a time, whatever the gradient's type.
-  EPT_BOTH static int channel_b(int thread, int c) {
-    return (thread % Tile::lanes) * 4 + c / 4 * (4 * Tile::lanes) + c % 4;
-  }
-
-  template <class B>
-  EPT_DEVICE static void multiply_b(const B& block, Shared& shared, Local<B>& local, bool fresh) {
-    block.each([&](int thread) {
-      auto& d_b = local[thread].d_b;
-      if (fresh) {
+  // A warp's positions or channels, of which there are so many, × ranks.
+  EPT_DEVICE static void store_total(const float (&total)[pieces_r][4], int thread,
+                                     const Call& call, int first_r, float* data, int stride,
+                                     int stride_r, int rows, bool adds) {
+    const int row = Unit::row_of_c(thread % 32, 0);
+    const int r = first_r + Unit::column_of_c(thread % 32, 0);
+    data += int64_t{row} * stride + int64_t{r} * stride_r;
+    EPT_UNROLL
+    for (int n = 0; n < pieces_r; ++n, data += int64_t{Unit::columns} * stride_r) {
+      const auto each = [&](auto body) {
         EPT_UNROLL
-        for (int i = 0; i < own_ranks; ++i) {
-          EPT_UNROLL
-          for (int c = 0; c < Tile::own_channels; ++c) d_b[i][c] = 0.0f;
+        for (int i = 0; i < 4; ++i) {
+          const int down = Unit::row_of_c(0, i), along = Unit::column_of_c(0, i);
+          if (row + down >= rows || r + n * Unit::columns + along >= call.rank) continue;
+          body(i, data + int64_t{down} * stride + int64_t{along} * stride_r);
         }
-      }
-      EPT_UNROLL_BY(2)
-      for (int s = 0; s < Tile::positions; ++s) {
-        float sum[Tile::own_channels];
-        EPT_UNROLL
-        for (int c = 0; c < Tile::own_channels; ++c) sum[c] = shared.sum[s][channel_b(thread, c)];
-        EPT_UNROLL
-        for (int i = 0; i < own_ranks; ++i) {
-          const float a = shared.a[s][thread / Tile::lanes * own_ranks + i];
-          EPT_UNROLL
-          for (int c = 0; c < Tile::own_channels; ++c) d_b[i][c] += a * sum[c];
-        }
-      }
-    });
-  }
-
-  template <class B>
-  EPT_DEVICE static void store_b(const B& block, Local<B>& local, const Call& call,
-                                 const Rows& rows, int chunk_s, bool add, int first_d,
-                                 int first_r) {
-    const int64_t begin =
-        (call.whole_b ? rows.task : rows.part * call.chunks_s + chunk_s) * call.rank;
-    block.apart([&](int thread) {
-      EPT_UNROLL
-      for (int i = 0; i < own_ranks; ++i) {
-        const int r = first_r + thread / Tile::lanes * own_ranks + i;
-        EPT_UNROLL
-        for (int c = 0; c < Tile::own_channels; ++c) {
-          const int d = first_d + channel_b(thread, c);
-          if (r >= call.rank || d >= call.width) continue;
-          const int64_t at = (begin + r) * call.width + d;
-          float value = local[thread].d_b[i][c] * call.scaling;
-          if (add) value += static_cast<const float*>(call.sum_b)[at];
-          store(call.sum_b, call.type_b, at, value);
-        }
-      }
-    });
+      };
+      float before[4] = {};
+      if (adds) each([&](int i, const float* at) { before[i] = *at; });
+      each([&](int i, float* at) { *at = before[i] + total[n][i] * call.scaling; });
+    }
   }
 };
 
@@ -373,7 +322,6 @@ struct SpliceSum {
 struct SpliceFinishCall {
   SpliceSum sums[3];
   Plan plan;
-  int batch;
   bool by_row;
   int blocks;  // of a task
 };
@@ -381,61 +329,47 @@ struct SpliceFinishCall {
 struct SpliceFinishKernel {
   static constexpr const char* name = "splice_finish";
   static constexpr int threads = 256;
-  static constexpr int each = 2;  // elements of a thread
+  static constexpr int parts = 16;  // that are on their way at once
   using Call = SpliceFinishCall;
 
-  struct Shared {
-    int numbers[threads];
-  };
+  struct Shared {};
 
   template <class B>
-  EPT_DEVICE static void run(const B& block, Shared& shared, const Call& call) {
+  EPT_DEVICE static void run(const B& block, Shared&, const Call& call) {
     Digits digits{block.index};
     int64_t piece = digits.next(call.blocks);
     const int task = static_cast<int>(digits.rest);
     int group = task;
     if (call.by_row) {
       // The group is the first place of the task's rows.
-      const auto count = [&](bool equal) {
-        block.each([&](int thread) {
-          int number = 0;
-          for (int place = thread; place < call.batch; place += threads) {
-            const int its = call.plan.task(place);
-            number += equal ? its == task : its < task;
-          }
-          shared.numbers[thread] = number;
-        });
-        return sum_of(block, shared.numbers);
-      };
-      group = count(false);
-      if (count(true) == 0) group = -1;
+      group = call.plan.begins[task];
+      if (call.plan.begins[task + 1] == group) group = -1;
     }
     for (int i = 0; i < 3; ++i) {
       const SpliceSum& sum = call.sums[i];
-      const int64_t pieces = (sum.size + threads * each - 1) / (threads * each);
-      if (piece >= 0 && piece < pieces) add_parts(block, sum, task, group, piece);
+      const int64_t pieces = (sum.size + threads - 1) / threads;
+      if (piece >= 0 && piece < pieces) add_parts(block, sum, task, group, piece * threads);
       piece -= pieces;
     }
   }
 
   template <class B>
   EPT_DEVICE static void add_parts(const B& block, const SpliceSum& sum, int task, int group,
-                                   int64_t piece) {
+                                   int64_t first) {
     block.apart([&](int thread) {
-      EPT_UNROLL
-      for (int i = 0; i < each; ++i) {
-        const int64_t at = (piece * each + i) * threads + thread;
-        if (at >= sum.size) continue;
-        const bool there = group >= 0 && at < sum.covered;
-        if (there && sum.number == 0) continue;
-        float total = 0.0f;
-        if (there) {
-          const float* part = sum.parts + int64_t{group} * sum.number * sum.covered + at;
-          EPT_UNROLL_BY(8)
-          for (int j = 0; j < sum.number; ++j) total += part[j * sum.covered];
+      const int64_t at = first + thread;
+      const bool there = group >= 0 && at < sum.covered;
+      if (at >= sum.size || (there && sum.number == 0)) return;
+      float total = 0.0f;
+      for (int first_part = 0; there && first_part < sum.number; first_part += parts) {
+        const float* data =
+            sum.parts + (int64_t{group} * sum.number + first_part) * sum.covered + at;
+        EPT_UNROLL
+        for (int j = 0; j < parts; ++j) {
+          if (first_part + j < sum.number) total += data[j * sum.covered];
         }
-        store(sum.gradient, sum.type, task * sum.size + at, total);
       }
+      store(sum.gradient, sum.type, task * sum.size + at, total);
     });
   }
 };

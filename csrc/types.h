@@ -109,14 +109,17 @@ EPT_BOTH float load(const void* data, Type type, int64_t index) {
   return to_float(static_cast<const BFloat16*>(data)[index]);
 }
 
+// `body(data)` with a pointer to the tensor's type. Around a loop: a choice of the type within it
+// would have each load wait for the one before.
+template <class Body>
+EPT_BOTH void with_numbers(void* data, Type type, Body body) {
+  if (type == Type::float32) return body(static_cast<float*>(data));
+  if (type == Type::float16) return body(static_cast<Half*>(data));
+  body(static_cast<BFloat16*>(data));
+}
+
 EPT_BOTH void store(void* data, Type type, int64_t index, float value) {
-  if (type == Type::float32) {
-    static_cast<float*>(data)[index] = value;
-  } else if (type == Type::float16) {
-    static_cast<Half*>(data)[index] = from_float<Half>(value);
-  } else {
-    static_cast<BFloat16*>(data)[index] = from_float<BFloat16>(value);
-  }
+  with_numbers(data, type, [&]<class T>(T* its) { its[index] = from_float<T>(value); });
 }
 
 EPT_BOTH int64_t load_integer(const void* data, Type type, int64_t index) {
@@ -124,6 +127,14 @@ EPT_BOTH int64_t load_integer(const void* data, Type type, int64_t index) {
   if (type == Type::int32) return static_cast<const int32_t*>(data)[index];
   if (type == Type::int16) return static_cast<const int16_t*>(data)[index];
   return static_cast<const int8_t*>(data)[index];
+}
+
+template <class Body>
+EPT_BOTH void with_integers(const View& tensor, Body body) {
+  if (tensor.type == Type::int64) return body(static_cast<const int64_t*>(tensor.data));
+  if (tensor.type == Type::int32) return body(static_cast<const int32_t*>(tensor.data));
+  if (tensor.type == Type::int16) return body(static_cast<const int16_t*>(tensor.data));
+  body(static_cast<const int8_t*>(tensor.data));
 }
 
 // 16 bytes of neighbouring elements: what one instruction moves.

@@ -181,7 +181,8 @@ def library() -> ctypes.CDLL:
         getattr(loaded, f"ept_{name}").argtypes = [ctypes.c_float]
         getattr(loaded, f"ept_{name}").restype = ctypes.c_uint16
     workspaces = (f"{name}_workspace" for name in _CALLS)
-    for name in ("largest_grid", "most_shared_bytes", "struct_size", *workspaces):
+    loaded.ept_blocks.argtypes = [ctypes.c_char_p]
+    for name in ("blocks", "largest_grid", "most_shared_bytes", "struct_size", *workspaces):
         getattr(loaded, f"ept_{name}").restype = ctypes.c_int64
     for index, struct in enumerate((_View, *_CALLS.values())):
         assert loaded.ept_struct_size(index) == ctypes.sizeof(struct), "not as in kernels.h"
@@ -250,6 +251,7 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+_SPLICE = ("splice_plan", "splice_forward", "splice_backward", "splice_finish")
 _NOWHERE = 4096  # an address that is given and never read
 
 
@@ -271,6 +273,7 @@ class Counted:
     launches: int
     grid: int  # blocks of the largest launch
     shared: int  # bytes of shared memory, the most of any block
+    blocks: dict[str, int]  # of each kernel of the splice that is launched
 
 
 def count(name: str, sizes: dict[str, int], views: dict[str, torch.dtype], *given: str) -> Counted:
@@ -290,6 +293,7 @@ def count(name: str, sizes: dict[str, int], views: dict[str, torch.dtype], *give
         loaded.ept_launches(),
         loaded.ept_largest_grid(),
         loaded.ept_most_shared_bytes(),
+        {name: loaded.ept_blocks(name.encode()) for name in _SPLICE},
     )
 
 

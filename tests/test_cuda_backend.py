@@ -178,6 +178,7 @@ def test_limits_and_activations_are_those_of_the_kernels(root: Path) -> None:
     header = (root / "csrc" / "kernels.h").read_text()
     for name, value in (("max_rank", fused.MAX_RANK), ("max_spaces", fused.MAX_SPACES)):
         assert f"{name} = {value};" in header
+    assert f"max_size = 1 << {cuda._MAX_SIZE.bit_length() - 1};" in header
     rows = re.findall(r"^  ROW\((\w+),", (root / "csrc" / "activations.h").read_text(), re.M)
     assert rows == list(ACTIVATIONS)
 

@@ -130,5 +130,6 @@ def test_instructions(architecture: str, compiled: dict[str, Compiled]) -> None:
         elif "SpliceBackwardKernel" in name:
             in_vectors = "Lb1E" in name
             assert any(each.startswith("LDG.E.128") for each in names) == in_vectors, name
+            assert any(each.startswith("HMMA") for each in names), name
         if "Splice" not in name:
             assert not any(each.startswith("HMMA") for each in names), name

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import shapes
 from ept_fast import splice_prompt
 from ept_fast.backends import eager
 from ept_fast.ops.types import Flags, Saved
 from tests import cases
 from tests import host_kernels as kernels
-from tests.cases import GATES, LARGEST, NAMED, SEVEN, Sizes, make_case, run
+from tests.cases import GATES, LARGEST, NAMED, PADDINGS, SEVEN, Sizes, make_case, run
 from tests.parity import HOST, assert_as_exact_as_the_definition, cotangent_of, over
 from tests.processes import python
 
@@ -72,6 +73,62 @@ def test_an_unaligned_output() -> None:
         kernels.splice_forward(case.inputs(), 0.5, shift=shift)[0] for shift in (0, 1)
     )
     assert torch.equal(plain, shifted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["EPT_CUT_SUMS", "EPT_NO_MATRIX_UNITS"])
+@over(HOST)
+def test_other_matrix_units(
+    flag: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units that cut every sum, and a GPU that has none."""
+    path = kernels.build(tmp_path, f"-D{flag}")
+    kernels.library.cache_clear()
+    monkeypatch.setenv("EPT_HOST_LIBRARY", str(path))
+    sizes = [*SHAPES.values(), Sizes(m=3, n=700, r=24, k=2, h=3, d=136, batch=2, length=700)]
+    drawn = [
+        make_case(each, padding=padding, dtype=torch.float32, seed=seed)
+        for seed, (each, padding) in enumerate((s, p) for s in sizes for p in PADDINGS)
+    ]
+    try:
+        for types in ("fp32", "bf16 table"):
+            assert_as_exact_as_the_definition([case.typed(types) for case in drawn], backend)
+    finally:
+        kernels.library.cache_clear()
+
+
+# The plan
+
+
+@over(HOST)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.bool], ids=str)
+def test_plan_of_a_long_mask(dtype: torch.dtype, backend: str) -> None:
+    """Stretches of one row by several blocks, in pieces of 16 bytes or not: every mask as the
+    definition reads it."""
+    length = 3 * 2048 + 5
+    g = torch.Generator().manual_seed(0)
+    columns = torch.arange(length)
+    masks = {
+        "holes": torch.rand(length, generator=g) < 0.5,
+        "a hole far away": columns != length - 2,
+        "one stretch": (columns >= 2050) & (columns < 4099),
+        "right": columns < 2047,
+        "all": columns >= 0,
+        "none": columns < 0,
+    }
+    mask = torch.stack(list(masks.values())).to(dtype)
+    shifted = torch.nn.functional.pad(mask, (1, 2))[:, 1:-2]
+    text = {
+        "inputs_embeds": torch.randn(len(masks), length, 8, generator=g),
+        "offset_a": torch.randn(length, 2, generator=g),
+        "offset_b": torch.randn(2, 8, generator=g),
+    }
+    for given in (mask, shifted):
+        out, expected = (
+            splice_prompt(torch.zeros(1, 8), **text, attention_mask=given, backend=name)
+            for name in (backend, "reference")
+        )
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 # Determinism
@@ -224,14 +281,30 @@ def test_a_launch_for_the_sums_of_gates(offset: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_workspace(name: str) -> None:
-    """Under 8 MB, but for one very long row, whose parts of dA and dB take an eighth of the
-    gradient's memory: fewer blocks would leave a GPU idle."""
+    """Under 8 MB, of the splice's backward under 16 MB, but for one very long row, whose parts of
+    dA and dB take an eighth of the gradient's memory: fewer blocks would leave a GPU idle."""
     s = NAMED[name]
     for operation, counted in _counts(s).items():
-        most = 8 * 1024 * 1024
+        most = (16 if operation == "splice_backward" else 8) * 1024 * 1024
         if name == "long" and operation == "splice_backward":
             most = s.batch * s.length * s.d * 2 // 8
         assert counted.workspace < most, operation
+
+
+@pytest.mark.parametrize("shape", [*shapes.NAMED, *shapes.MANY_TASKS], ids=lambda s: s.name)
+def test_enough_blocks(shape: shapes.Shape) -> None:
+    """The splice keeps the multiprocessors of a large GPU busy, and no row of a mask is one block's
+    to read if it is long."""
+    sizes = Sizes(
+        *(shape.num_virtual_tokens, shape.max_length, shape.rank, shape.num_spaces),
+        *(shape.space_dim, shape.hidden_size, shape.batch, shape.length, shape.vocabulary),
+        tasks=shape.tasks or None,
+    )
+    counted = _counts(sizes)
+    blocks = counted["splice_backward"].blocks
+    assert blocks["splice_plan"] == shape.batch * -(-shape.length // 2048)
+    assert blocks["splice_backward"] >= 128
+    assert counted["splice_forward"].blocks["splice_forward"] >= 256
 
 
 @pytest.mark.parametrize("s", [*NAMED.values(), *LARGEST.values()])

@@ -21,7 +21,7 @@ from ept_fast.backends.cuda import build, library
 from ept_fast.backends.cuda.build import ExtensionError
 from ept_fast.ops import dispatch
 from ept_fast.ops.activations import ACTIVATIONS
-from ept_fast.ops.types import Flags, Parameters, Saved, SpliceInputs
+from ept_fast.ops.types import Flags, Needs, Parameters, Saved, SpliceInputs, Text
 from tests.processes import python
 
 GPU = torch.device("cuda", 0)
@@ -273,10 +273,10 @@ class _Operators:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
 
-    def __getattr__(self, name: str) -> Any:
+    def __call__(self, name: str) -> Any:
         def call(*given: Any) -> list[Tensor]:
             self.calls.append((name, len(given)))
-            return [torch.empty(0)] * {"reconstruct": 7, "splice": 3}[name.split("_")[1]]
+            return [torch.empty(0)] * 7
 
         return call
 
@@ -284,7 +284,7 @@ class _Operators:
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> _Operators:
     made = _Operators()
-    monkeypatch.setattr(cuda, "_operators", lambda: made)
+    monkeypatch.setattr(cuda, "_operator", made)
     return made
 
 
@@ -304,12 +304,10 @@ def test_calls_go_to_the_operators(operators: _Operators) -> None:
     cuda.reconstruct_backward(p, parameters, Saved(*(p,) * 6), FLAGS)
     cuda.splice_forward(inputs, 1.0)
     cuda.splice_backward(torch.ones(3, 9, 8), inputs, [], 1.0, True, True)
-    assert operators.calls == [
-        ("cuda_reconstruct_forward", 5),
-        ("cuda_reconstruct_backward", 7),
-        ("cuda_splice_forward", 2),
-        ("cuda_splice_backward", 5),
-    ]
+    text = Text(inputs_embeds=inputs.inputs_embeds)
+    kept = cuda.path_forward(parameters, text, FLAGS, True)
+    cuda.path_backward(p, parameters, text, kept, FLAGS, True, Needs(True, True))
+    assert operators.calls == [("cuda_forward", 17), ("cuda_backward", 18)] * 3
 
 
 def test_a_call_with_an_empty_tensor_is_eagers(operators: _Operators) -> None:
@@ -340,6 +338,7 @@ def test_a_prompt_alone_is_eagers(operators: _Operators) -> None:
 def test_the_first_call_loads_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = Mock(side_effect=ExtensionError("nvcc was not found"))
     monkeypatch.setattr(library, "load", missing)
+    cuda._operator.cache_clear()
     with pytest.raises(ExtensionError, match=r"^nvcc was not found$"):
         cuda.splice_forward(tensors(2)[1], 1.0)
 

@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from ept_fast.backends.fused import has_empty
 from ept_fast.checks import check_splice_values, values_are_checked
 from ept_fast.ops import dispatch
-from ept_fast.ops.reconstruct import saved_like
 from ept_fast.ops.types import Flags, Needs, Parameters, Saved, Text
 from ept_fast.precision import without_autocast
 
@@ -196,7 +195,7 @@ def _(
         return [out, *module.path_kept(given, behind, fusion)]
     tasked = given.with_task_axis()
     spliced = dispatch.load(backend).splice_kept(behind.behind(tasked.short_prompt, tasked))
-    return [out, *saved_like(tasked.seen(fusion)), *spliced]
+    return [out, *Saved.empty(tasked.seen(fusion)), *spliced]
 
 
 @_backward_op.register_fake

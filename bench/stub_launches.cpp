@@ -2,6 +2,7 @@
 // hands its arguments over and is counted. bench/host_cost.py compiles it beside csrc/binding.cpp.
 #include <cstring>
 
+#include "add.h"
 #include "launch.h"
 
 extern "C" {
@@ -27,14 +28,12 @@ struct StubLauncher {
 
 namespace ept {
 
-#define EPT_CALL(Name, name)                                                            \
-  int64_t name##_workspace(const Name& call) { return name##_bytes(call); }             \
-  Status name(const Name& call, CUstream_st*) { return run_##name(StubLauncher{}, call); }
-EPT_CALL(ReconstructForward, reconstruct_forward)
-EPT_CALL(ReconstructBackward, reconstruct_backward)
-EPT_CALL(SpliceForward, splice_forward)
-EPT_CALL(SpliceBackward, splice_backward)
-#undef EPT_CALL
+#define EPT_STUB(Call, name)                                                             \
+  int64_t name##_workspace(const Call& call) { return name##_bytes(call); }              \
+  Status name(const Call& call, CUstream_st*) { return run_##name(StubLauncher{}, call); }
+EPT_CALLS(EPT_STUB)
+
+Status add(const Addition& call, CUstream_st*) { return run_add(StubLauncher{}, call); }
 
 const char* error_string(int) { return "no error of the stub"; }
 

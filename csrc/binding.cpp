@@ -226,6 +226,10 @@ char* address(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : static_cast<char*>(tensor.mutable_data_ptr());
 }
 
+int64_t size_of(const Tensor& tensor) {
+  return tensor.numel() * static_cast<int64_t>(tensor.element_size());
+}
+
 int64_t rounded(int64_t size) { return (size + 15) / 16 * 16; }
 
 // What the operations are called with
@@ -364,8 +368,7 @@ Tensors forward(Arguments in) {
   second.vocabulary = text[weight].size[0];
 
   const bool changes = changes_prompt(first);
-  const int64_t width = tensors[short_prompt]->element_size();
-  const int64_t prompt_size = changes ? rounded(width * elements_of_prompt(first)) : 0;
+  const int64_t prompt_size = changes ? rounded(size_of(*tensors[short_prompt])) : 0;
   const int64_t size = std::max(changes ? ept::reconstruct_forward_workspace(first) : 0,
                                 ept::splice_forward_workspace(second));
   const Tensor workspace = bytes(launch, prompt_size + size);
@@ -384,8 +387,7 @@ Tensors forward(Arguments in) {
   return {out, kept};
 }
 
-// The parameters' gradients from that of what the forward gave; without elements if not needed. If
-// those of the offset come from both operations, the text's follow.
+// The parameters' gradients from that of what the forward gave; without elements if not needed.
 Tensors backward(Arguments in) {
   const Tensor grad = in.take<Tensor>();
   const auto tensors = in.take_parameters();
@@ -435,27 +437,41 @@ Tensors backward(Arguments in) {
   second.positions = given[offset_a].size[1];
   second.d_prompt = first.d_short_prompt;
   if (need_offset) {
-    const bool halves = changes && fuses;
-    second.d_offset_a = halves ? add_gradient(offset_a, true) : first.d_offset_a;
-    second.d_offset_b = halves ? add_gradient(offset_b, true) : first.d_offset_b;
+    second.d_offset_a = first.d_offset_a;
+    second.d_offset_b = first.d_offset_b;
   }
   if (!fuses) first.d_offset_a = first.d_offset_b = nullptr;
 
-  // The gradient of P′ stays in float32.
-  const int64_t prompt_size = splices && changes ? rounded(4 * elements_of_prompt(first)) : 0;
+  // First in the workspace are the gradient of P′ in float32 and the text's halves of the offset's.
+  const bool halves = changes && fuses && need_offset;
+  const int64_t size_p = splices && changes ? rounded(4 * elements_of_prompt(first)) : 0;
+  const int64_t size_a = halves ? rounded(size_of(grads[offset_a])) : 0;
+  const int64_t size_b = halves ? rounded(size_of(grads[offset_b])) : 0;
   const int64_t size = std::max(changes ? ept::reconstruct_backward_workspace(first) : 0,
                                 splices ? ept::splice_backward_workspace(second) : 0);
-  const Tensor workspace = bytes(launch, prompt_size + size);
-  first.workspace = second.workspace = address(workspace) + prompt_size;
-  if (prompt_size > 0) {
-    second.d_prompt = address(workspace);
+  const Tensor workspace = bytes(launch, size_p + size_a + size_b + size);
+  char* const begin = address(workspace);
+  first.workspace = second.workspace = begin + size_p + size_a + size_b;
+  if (size_p > 0) {
+    second.d_prompt = begin;
     second.prompt.type = ept::Type::float32;
-    first.grad = prompt_at(first, second.d_prompt, ept::Type::float32);
+    first.grad = prompt_at(first, begin, ept::Type::float32);
+  }
+  if (halves) {
+    second.d_offset_a = begin + size_p;
+    second.d_offset_b = begin + size_p + size_a;
   }
   if (splices && (second.d_prompt != nullptr || second.d_offset_a != nullptr)) {
     check(ept::splice_backward(second, launch.stream()));
   }
   if (changes) check(ept::reconstruct_backward(first, launch.stream()));
+  if (halves) {
+    check(ept::add({{first.d_offset_a, first.d_offset_b},
+                    {second.d_offset_a, second.d_offset_b},
+                    {first.offset_a.type, first.offset_b.type},
+                    {grads[offset_a].numel(), grads[offset_b].numel()}},
+                   launch.stream()));
+  }
   return grads;
 }
 

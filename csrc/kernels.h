@@ -194,19 +194,33 @@ struct SpliceBackward {
   void* workspace = nullptr;  // splice_backward_workspace bytes, aligned to 16; may be 0 bytes
 };
 
+// After the backward of both: sum += half for A and B, contiguous and of their parameters' types.
+struct Addition {
+  void* sum[2];
+  const void* half[2];
+  Type type[2];
+  int64_t size[2];  // elements
+};
+
+// The structs of the calls that have a workspace, and the functions that launch them.
+#define EPT_CALLS(ROW)                           \
+  ROW(ReconstructForward, reconstruct_forward)   \
+  ROW(ReconstructBackward, reconstruct_backward) \
+  ROW(SpliceForward, splice_forward)             \
+  ROW(SpliceBackward, splice_backward)
+
 // Bytes of workspace for a call: from its sizes and from which of its tensors are given. The
 // structs' pointers need not be valid yet, but have to be null or not as they will be; outputs and
 // the workspace itself may still be null, save the gradients of SpliceBackward, which say what is
 // needed: any other address will do for them.
-int64_t reconstruct_forward_workspace(const ReconstructForward& call);
-int64_t reconstruct_backward_workspace(const ReconstructBackward& call);
-int64_t splice_forward_workspace(const SpliceForward& call);
-int64_t splice_backward_workspace(const SpliceBackward& call);
+#define EPT_WORKSPACE(Call, name) int64_t name##_workspace(const Call& call);
+EPT_CALLS(EPT_WORKSPACE)
+#undef EPT_WORKSPACE
 
 // Launch on a stream of the current device.
-Status reconstruct_forward(const ReconstructForward& call, CUstream_st* stream);
-Status reconstruct_backward(const ReconstructBackward& call, CUstream_st* stream);
-Status splice_forward(const SpliceForward& call, CUstream_st* stream);
-Status splice_backward(const SpliceBackward& call, CUstream_st* stream);
+#define EPT_LAUNCH(Call, name) Status name(const Call& call, CUstream_st* stream);
+EPT_CALLS(EPT_LAUNCH)
+#undef EPT_LAUNCH
+Status add(const Addition& call, CUstream_st* stream);
 
 }  // namespace ept

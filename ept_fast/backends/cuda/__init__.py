@@ -223,8 +223,4 @@ def _backward(
         *_numbers(flags),
         fusion,
     )
-    count = len(Parameters._fields)
-    halves = grads[count:]
-    if halves:
-        torch._foreach_add_(grads[1:3], halves)
-    return grads[:count]
+    return grads

@@ -41,10 +41,11 @@ enum class Activation : int32_t { EPT_ACTIVATIONS(EPT_NAME) };
 #undef EPT_NAME
 enum class Gate : int32_t { token = 0, prompt = 1 };
 
-// The largest sizes that the kernels serve.
-inline constexpr int64_t max_rank = 256;     // r
-inline constexpr int64_t max_spaces = 512;   // K·h
-inline constexpr int64_t max_size = 1 << 30; // any one axis
+// The largest sizes that the kernels serve, as in ept_fast/backends/fused.py.
+inline constexpr int64_t max_rank = 256;      // r
+inline constexpr int64_t max_spaces = 512;    // K·h
+inline constexpr int64_t max_tokens = 512;    // m of operation 1
+inline constexpr int64_t max_size = 1 << 30;  // any one axis
 
 // What a launch came to. `error` is a cudaError_t, 0 for success; `kernel` names the kernel that
 // was to be launched, and is never null.

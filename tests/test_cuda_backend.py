@@ -152,7 +152,8 @@ def test_forced_it_is_not_built_before_the_call(machine: Machine) -> None:
         ({"offset_a": OnGpu((16, 2), torch.float64)}, "offset_a is float64, the kernels compute"),
         ({"offset_a": OnGpu((16, 257))}, "rank 257 is more than 256"),
         ({"space_down": OnGpu((8, 16, 65))}, "8 subspaces of width 65 are more than 512 together"),
-        ({"short_prompt": OnGpu((2**30 + 1, 8))}, f"short_prompt has an axis of more than {2**30}"),
+        ({"short_prompt": OnGpu((4, 2**30 + 1))}, f"short_prompt has an axis of more than {2**30}"),
+        ({"short_prompt": OnGpu((513, 8))}, "513 virtual tokens are more than 512"),
         ({"short_prompt": OnGpu((4, 8), device=torch.device("cpu"))}, "not on an NVIDIA GPU"),
     ],
 )
@@ -170,14 +171,32 @@ def test_forced_backend_says_why_not(
 
 
 def test_the_largest_that_is_served(machine: Machine) -> None:
-    largest = prompt_on_gpu(offset_a=OnGpu((16, 256)), space_down=OnGpu((8, 16, 64)))
+    largest = prompt_on_gpu(
+        short_prompt=OnGpu((512, 8)), offset_a=OnGpu((16, 256)), space_down=OnGpu((8, 16, 64))
+    )
     assert cuda.supports(largest) == (True, "fused kernels")
+    assert cuda.supports(SpliceInputs(OnGpu((513, 8)))) == (True, "fused kernels")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"short_prompt": OnGpu((513, 8))}, {"offset_a": OnGpu((16, 257))}]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_both_backends_of_kernels_serve_the_same(
+    dtype: torch.dtype, change: dict[str, Any], machine: Machine
+) -> None:
+    given = prompt_on_gpu(offset_b=OnGpu((2, 8), dtype), **change)
+    assert cuda.supports(given) == triton.supports(given)
 
 
 def test_limits_and_activations_are_those_of_the_kernels(root: Path) -> None:
     header = (root / "csrc" / "kernels.h").read_text()
-    for name, value in (("max_rank", fused.MAX_RANK), ("max_spaces", fused.MAX_SPACES)):
-        assert f"{name} = {value};" in header
+    limits = re.findall(r"constexpr int64_t max_(\w+) = (\d+)(?: << (\d+))?;", header)
+    assert {name: int(value) << int(shift or 0) for name, value, shift in limits} == {
+        name.removeprefix("MAX_").lower(): value
+        for name, value in vars(fused).items()
+        if name.startswith("MAX_")
+    }
     rows = re.findall(r"^  ROW\((\w+),", (root / "csrc" / "activations.h").read_text(), re.M)
     assert rows == list(ACTIVATIONS)
 
@@ -450,6 +469,39 @@ def test_a_library_in_the_package_that_does_not_fit_is_passed_over(
     monkeypatch.setattr(build, "find_tools", missing)
     assert library.state().text == f"the CUDA library cannot be built: nvcc was not found{why}"
     assert not library.state().usable
+
+
+@pytest.mark.parametrize(
+    ("off", "name", "why"),
+    [
+        ("", "triton", "less time on the GPU that ran both, nothing to build; cuda takes less"),
+        ("triton", "cuda", "triton does not work here"),
+        ("triton,cuda", "eager", "neither triton nor cuda works here"),
+        ("triton,cuda,eager", "none", "all are switched off"),
+    ],
+)
+def test_info_says_which_goes_first(
+    off: str, name: str, why: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPT_FAST_DISABLE", off)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cli, "_devices", lambda torch: ["a GPU"])
+    (line,) = (line for line in info().splitlines() if line.startswith("first "))
+    assert line.startswith(f"first        {name} ({why}")
+    assert json.loads(info("--json"))["first_backend"]["name"] == name
+    if name == "none":
+        return
+    assert dispatch.select(None, prompt_on_gpu()) == name
+    monkeypatch.setenv("EPT_FAST_BACKEND", "reference")
+    assert "\nfirst        reference (EPT_FAST_BACKEND)\n" in info()
+
+
+def test_the_order_is_the_same_for_all_sizes(machine: Machine) -> None:
+    for batch, length, width in ((1, 1, 8), (32, 256, 768), (8, 2048, 4096)):
+        text = OnGpu((batch, length, width))
+        inputs: Any = SpliceInputs(OnGpu((4, width)), inputs_embeds=text)  # type: ignore[arg-type]
+        assert dispatch.select(None, inputs) == "triton"
 
 
 def test_info_says_it_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,10 +202,6 @@ class Text(NamedTuple):
             self.task_ids,
         )
 
-    def without_tokens(self) -> Text:
-        """What the backward needs of it."""
-        return Text(None, None, None, self.attention_mask, self.task_ids)
-
 
 class Needs(NamedTuple):
     """What the backward of both operations in a row has to compute.

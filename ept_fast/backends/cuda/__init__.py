@@ -44,7 +44,6 @@ __all__ = [
 ]
 
 _OLDEST = 75
-_MAX_SIZE = 1 << 30  # of an axis; kernels.h has it too
 
 
 def available() -> tuple[bool, str]:
@@ -70,7 +69,7 @@ def supports(tensors: Parameters | SpliceInputs, by_name: bool = False) -> tuple
     refusal = needs_float64(tensors)
     if not refusal and (device.type != "cuda" or torch.version.hip is not None):
         refusal = "not on an NVIDIA GPU"
-    refusal = refusal or too_large(tensors) or _too_long(tensors)
+    refusal = refusal or too_large(tensors)
     refusal = refusal or _refusal(device, prepare=not by_name)
     return not refusal, refusal or "fused kernels"
 
@@ -88,13 +87,6 @@ def _refusal(device: torch.device, prepare: bool) -> str:
 
 # The compiler asks while it traces a call, and cannot trace a build: the answer is a constant.
 _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _too_long(tensors: Parameters | SpliceInputs) -> str:
-    for name, tensor in zip(tensors._fields, tensors, strict=True):
-        if tensor is not None and any(size > _MAX_SIZE for size in tensor.shape):
-            return f"{name} has an axis of more than {_MAX_SIZE}"
-    return ""
 
 
 @functools.cache

@@ -245,9 +245,8 @@ void set_sizes(Call& call, const std::array<Operand, parameters>& given) {
   call.rank = given[offset_a].size[2];
 }
 
-template <class Call>
-Call reconstruct_call(std::array<Operand, parameters> given, Arguments& in) {
-  Call call;
+void set_reconstruct(ept::Reconstruct& call, std::array<Operand, parameters> given,
+                     Arguments& in) {
   call.scaling = in.take<double>();
   call.activation = static_cast<ept::Activation>(in.take<int64_t>());
   call.gate = static_cast<ept::Gate>(in.take<int64_t>());
@@ -263,35 +262,22 @@ Call reconstruct_call(std::array<Operand, parameters> given, Arguments& in) {
   call.space_up = given[space_up].view;
   call.gate_weight = given[gate_weight].view;
   call.gate_bias = given[gate_bias].view;
-  return call;
 }
 
-template <class Call>
-Call splice_call(const std::array<Operand, parameters>& given,
-                 const std::array<Operand, texts>& text, double scaling) {
-  Call call;
+void set_splice(ept::Splice& call, const std::array<Operand, parameters>& given,
+                const std::array<Operand, texts>& text, double scaling) {
   set_sizes(call, given);
   call.prompt = given[short_prompt].view;
   call.attention_mask = text[attention_mask].view;
   call.task_ids = text[task_ids].view;
   call.scaling = scaling;
-  return call;
 }
 
 // Whether anything is left of operation 1 but a copy.
-template <class Call>
-bool changes_prompt(const Call& call) {
-  return call.rank > 0 || call.spaces > 0;
-}
-
-template <class Call>
-int64_t elements_of_prompt(const Call& call) {
-  return call.tasks * call.tokens * call.width;
-}
+bool changes_prompt(const ept::Reconstruct& call) { return call.rank > 0 || call.spaces > 0; }
 
 // P′ or its gradient, contiguous.
-template <class Call>
-ept::View prompt_at(const Call& call, void* data, ept::Type type) {
+ept::View prompt_at(const ept::Reconstruct& call, void* data, ept::Type type) {
   return {data, type, {call.tokens * call.width, call.width, 1}};
 }
 
@@ -350,7 +336,8 @@ Tensors forward(Arguments in) {
   const auto behind = in.take_tensors<texts>();
   const Launch launch(*tensors[short_prompt]);
   const auto given = parameters_of(launch, tensors);
-  auto first = reconstruct_call<ept::ReconstructForward>(given, in);
+  ept::ReconstructForward first;
+  set_reconstruct(first, given, in);
   check_together(text_inputs, behind, input_ids, weight);
   if (behind[input_ids] && behind[inputs_embeds]) {
     refuse("inputs_embeds", "either input_ids or inputs_embeds", "both");
@@ -360,7 +347,8 @@ Tensors forward(Arguments in) {
 
   const int source = behind[input_ids] ? weight : inputs_embeds;
   const auto text = operands(launch, text_inputs, behind);
-  auto second = splice_call<ept::SpliceForward>(given, text, first.scaling);
+  ept::SpliceForward second;
+  set_splice(second, given, text, first.scaling);
   second.input_ids = text[input_ids].view;
   second.source = text[source].view;
   second.batch = text[words].size[0];
@@ -397,7 +385,8 @@ Tensors backward(Arguments in) {
   const Launch launch(grad);
   const auto given = parameters_of(launch, tensors);
   const Operand seen = operand(launch, {"grad", 3}, grad);
-  auto first = reconstruct_call<ept::ReconstructBackward>(given, in);
+  ept::ReconstructBackward first;
+  set_reconstruct(first, given, in);
   const bool splices = kept.size() == 1, fuses = first.rank > 0;
   const bool changes = need_prompt && changes_prompt(first);
 
@@ -429,8 +418,8 @@ Tensors backward(Arguments in) {
   first.d_gate_weight = add_gradient(gate_weight, need_prompt);
   first.d_gate_bias = add_gradient(gate_bias, need_prompt);
 
-  const auto text = operands(launch, text_inputs, behind);
-  auto second = splice_call<ept::SpliceBackward>(given, text, first.scaling);
+  ept::SpliceBackward second;
+  set_splice(second, given, operands(launch, text_inputs, behind), first.scaling);
   second.grad = first.grad = seen.view;
   second.batch = seen.size[0];
   second.length = seen.size[1] - second.tokens;
@@ -444,7 +433,7 @@ Tensors backward(Arguments in) {
 
   // First in the workspace are the gradient of P′ in float32 and the text's halves of the offset's.
   const bool halves = changes && fuses && need_offset;
-  const int64_t size_p = splices && changes ? rounded(4 * elements_of_prompt(first)) : 0;
+  const int64_t size_p = splices && changes ? rounded(4 * tensors[short_prompt]->numel()) : 0;
   const int64_t size_a = halves ? rounded(size_of(grads[offset_a])) : 0;
   const int64_t size_b = halves ? rounded(size_of(grads[offset_b])) : 0;
   const int64_t size = std::max(changes ? ept::reconstruct_backward_workspace(first) : 0,

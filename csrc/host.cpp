@@ -96,10 +96,11 @@ float ept_from_half(uint16_t bits) { return ept::to_float(ept::Half{bits}); }
 
 // Of a call, the bytes of its workspace; the error of its launches, -1 for a failure of the host's
 // own. `reversed`: downwards.
-#define EPT_ON_HOST(Call, name)                                                                   \
-  int64_t ept_##name##_workspace(const ept::Call* call) { return ept::name##_bytes(*call); }      \
-  int ept_##name(const ept::Call* call, int reversed) {                                           \
-    return caught(reversed != 0, [&](const auto& launcher) { return run_##name(launcher, *call); }); \
+#define EPT_ON_HOST(Call, name)                                                              \
+  int64_t ept_##name##_workspace(const ept::Call* call) { return ept::name##_bytes(*call); } \
+  int ept_##name(const ept::Call* call, int reversed) {                                      \
+    const auto run = [&](const auto& launcher) { return run_##name(launcher, *call); };      \
+    return caught(reversed != 0, run);                                                       \
   }
 EPT_CALLS(EPT_ON_HOST)
 

@@ -57,8 +57,8 @@ struct Status {
 // CUDA's words for an error, such as "invalid device function".
 const char* error_string(int error);
 
-// Operation 1, what both directions take. Offset and spaces are each given whole or not at all; with
-// neither, the result is the short prompt itself.
+// Operation 1, what both directions take. Offset and spaces are each given whole or not at all;
+// with neither, the result is the short prompt itself.
 struct Reconstruct {
   int64_t tasks = 1;      // T
   int64_t tokens = 0;     // m
@@ -84,8 +84,8 @@ struct Reconstruct {
   void* workspace = nullptr;  // as many bytes as the call needs, aligned to 16; may be none
 };
 
-// Outputs, contiguous. The prompt has the type of short_prompt; what is saved is float32 and null if
-// it does not apply.
+// Outputs, contiguous. The prompt has the type of short_prompt; what is saved is float32 and null
+// if it does not apply.
 struct ReconstructForward : Reconstruct {
   void* prompt = nullptr;     // P′ [T, m, d]
   float* query = nullptr;     // Q [T, m, r]                with the offset

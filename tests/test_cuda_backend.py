@@ -357,7 +357,7 @@ def test_a_prompt_alone_is_eagers(operators: _Operators) -> None:
 def test_the_first_call_loads_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = Mock(side_effect=ExtensionError("nvcc was not found"))
     monkeypatch.setattr(library, "load", missing)
-    cuda._operator.cache_clear()
+    monkeypatch.setattr(cuda, "_operator", cuda._operator.__wrapped__)
     with pytest.raises(ExtensionError, match=r"^nvcc was not found$"):
         cuda.splice_forward(tensors(2)[1], 1.0)
 

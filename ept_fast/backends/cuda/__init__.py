@@ -89,12 +89,18 @@ def _refusal(device: torch.device, prepare: bool) -> str:
 _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+_overrides = torch.library.Library("ept_fast", "IMPL")  # type: ignore[no-untyped-call]
+
+
 @functools.cache
 def _operator(name: str) -> Any:
-    """One of the library's operators."""
+    """One of the library's operators. The Functions that call it are its autograd: torch's own, for
+    an operator that has none, would look at every tensor in every call.
+    """
     from ept_fast.backends.cuda import library
 
     library.load()
+    _overrides.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
     return getattr(torch.ops.ept_fast, name).default
 
 

@@ -1,11 +1,14 @@
 """Host time of our path on a CPU, without a GPU: ``python -m bench.host_cost``.
 
-The kernels are compiled for a GPU and launched through a libcuda that does nothing
-(``stub_libcuda.c``), so what is timed is what the host does until a launch has been handed over.
-Beside it, in the same rounds, stand the ``eager`` backend and the definition in plain PyTorch, with
-and without torch.compile. Sizes are tiny, so that what those compute takes next to no time.
+What is timed is what the host does until a launch has been handed over. The Triton kernels are
+compiled for a GPU and launched through a libcuda that does nothing (``stub_libcuda.c``). Of the
+CUDA library the binding is compiled as it is, beside launches that do nothing
+(``stub_launches.cpp``): that leaves out what the CUDA runtime does in a launch but for its copy of
+the arguments, and the look at the current device and stream. Beside them, in the same rounds, stand
+the ``eager`` backend and the definition in plain PyTorch, with and without torch.compile. Sizes are
+tiny, so that what those compute takes next to no time.
 
-What is counted is counted outside of the timing: launches by the stub, allocations by the profiler.
+Counted outside of the timing are launches, by the stubs, and allocations, by the profiler.
 
 ``paths.csv`` has a row for each way to do the whole path (``reconstruct_and_splice``, or a call of
 the module), direction, mask and peer: the median time of
@@ -48,16 +51,19 @@ from bench.peers import REFERENCE
 from bench.rows import RESULTS, aligned, write_csv
 from bench.shapes import Shape
 from bench.timing import median_interval, no_collection
+from ept_fast.backends.cuda import build
 
 FOLDER = RESULTS / "host_cost"
 PATHS, LAUNCHES = "paths.csv", "launches.csv"
-OURS, EAGER, COMPILED = "triton", "eager", "reference-compiled"
-PEERS = (OURS, EAGER, REFERENCE, COMPILED)
+TRITON, CUDA, EAGER, COMPILED = "triton", "cuda", "eager", "reference-compiled"
+KERNELS = (TRITON, CUDA)
+PEERS = (*KERNELS, EAGER, REFERENCE, COMPILED)
 FUNCTIONS, MODULE = "function", "module"
 DIRECTIONS = ("both", "forward")
 SHAPE = Shape("host", 16, 4, 16, 3, 4, 2, 2, 2, 10, shortest=2)
 
 _STUB = Path(__file__).with_name("stub_libcuda.c")
+_LAUNCHES = Path(__file__).with_name("stub_launches.cpp")
 _CAPABILITY = (9, 0)
 _CPU = torch.device("cpu")
 _ORIGIN = ("threads", "device", "torch", "triton", "python", "commit", "date")
@@ -67,36 +73,55 @@ Forward = tuple[Call, list[Tensor]]
 Row = dict[str, Any]
 
 
-# The stub
+# The stubs
+
+
+def _compile(what: str, variable: str, compilers: tuple[str, ...], *options: str | Path) -> None:
+    """Make a shared library with the compiler that a variable names, or else the first found.
+
+    Raises:
+        Failure: there is no such compiler, or it fails.
+    """
+    named = (os.environ[variable],) if os.environ.get(variable) else compilers
+    found = [path for name in named if (path := shutil.which(name))]
+    if not found:
+        raise Failure(f"{what}: expected a compiler, got no {' or '.join(named)}")
+    command = [found[0], "-shared", "-fPIC", "-O2", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Failure(f"{what}: {found[0]} failed: {done.stderr.strip()}")
 
 
 def compile_stub(folder: Path) -> Path:
-    """Make ``libcuda.so.1`` in a folder.
-
-    Raises:
-        Failure: there is no C compiler, or it fails.
-    """
-    named = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    found = [path for name in named if (path := shutil.which(name))]
-    if not found:
-        raise Failure(f"the stub of libcuda: expected a C compiler, got no {' or '.join(named)}")
+    """Make ``libcuda.so.1`` in a folder."""
     library = folder / "libcuda.so.1"
     # By its name in the file the linker takes it for the libcuda that Triton's driver asks for.
-    options = ["-shared", "-fPIC", "-O2", f"-Wl,-soname,{library.name}", "-o", str(library)]
-    done = subprocess.run([found[0], *options, str(_STUB)], capture_output=True, text=True)
-    if done.returncode:
-        raise Failure(f"the stub of libcuda: {found[0]} failed: {done.stderr.strip()}")
+    options = (f"-Wl,-soname,{library.name}", "-o", library, _STUB)
+    _compile("the stub of libcuda", "CC", ("gcc", "clang"), *options)
+    return library
+
+
+def compile_binding(folder: Path) -> Path:
+    """Make the CUDA library in a folder: tensors are the CPU's, and launches do nothing."""
+    library, torch_folder = folder / build.LIBRARY, Path(torch.__file__).parent
+    options = ("-std=c++20", "-fvisibility=hidden", "-DEPT_FAST_HOST", build.STABLE_ABI)
+    folders = ("-I", build.SOURCES, "-isystem", torch_folder / "include")
+    libraries = (f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
+    sources = (build.SOURCES / "binding.cpp", _LAUNCHES)
+    compilers = ("g++", "clang++")
+    what = "the stub of the CUDA library"
+    _compile(what, "CXX", compilers, *options, *folders, "-o", library, *sources, *libraries)
     return library
 
 
 @contextmanager
 def stubbed() -> Iterator[Callable[[], int]]:
-    """Our Triton backend takes tensors of the CPU as a GPU's, and its launches end in the stub.
+    """Our backends of kernels take tensors of the CPU as a GPU's, and launches end in the stubs.
 
     Gives a function that tells the number of launches so far. Meant for a process of its own.
 
     Raises:
-        Failure: no C compiler, or no build of Triton that serves.
+        Failure: no compiler of C or C++, or no build of Triton that serves.
     """
     if missing := cuda_tools():
         raise Failure(f"triton: expected a build for NVIDIA GPUs, got one without: {missing}")
@@ -106,12 +131,17 @@ def stubbed() -> Iterator[Callable[[], int]]:
         )
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         library = ctypes.CDLL(str(compile_stub(Path(name))), mode=ctypes.RTLD_GLOBAL)
-        count = ctypes.c_long.in_dll(library, "stub_launches")
+        counts = [ctypes.c_long.in_dll(library, "stub_launches")]
+        binding = compile_binding(Path(name))
+        torch.ops.load_library(binding)  # type: ignore[no-untyped-call]
+        counts.append(ctypes.c_long.in_dll(ctypes.CDLL(str(binding)), "stub_cuda_launches"))
 
         from triton.backends.nvidia.driver import CudaDriver
         from triton.runtime import driver
 
+        from ept_fast.backends import cuda
         from ept_fast.backends import triton as backend
+        from ept_fast.backends.cuda import library as cuda_library
         from ept_fast.kernels import launch, runtime
         from ept_fast.ops import functional, path, splice
 
@@ -137,6 +167,8 @@ def stubbed() -> Iterator[Callable[[], int]]:
         patch(launch, "_forced_target", f"sm_{_CAPABILITY[0]}{_CAPABILITY[1]}")
         # The backend serves a CPU if it is interpreted; the variable is still asked for.
         patch(backend, "_interpreted", lambda: os.environ.get("TRITON_INTERPRET") != "1")
+        patch(cuda, "supports", lambda tensors, by_name=False: (True, "the stub"))
+        patch(cuda_library, "load", lambda: None)
         # Values are looked at on a CPU; here, as on a GPU, only if the variable asks for it.
         for module in (functional, path, splice):
             patch(
@@ -153,7 +185,7 @@ def stubbed() -> Iterator[Callable[[], int]]:
         patch(functional, "_checked", {})  # what serves a call here does not serve it afterwards
         runtime.forget()
         stack.callback(runtime.forget)
-        yield lambda: count.value
+        yield lambda: sum(count.value for count in counts)
 
 
 # What is timed
@@ -179,7 +211,7 @@ def make_forwards(path: str, inputs: Inputs) -> dict[str, Forward]:
     options = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
     found: dict[str, Forward] = {}
     for name in PEERS:
-        if path == MODULE and name in (OURS, EAGER):
+        if path == MODULE and name in (*KERNELS, EAGER):
             prompt = make_prompt(SHAPE, inputs.parameters, inputs.weight, name)
             found[name] = partial(prompt, **options), list(prompt.parameters())
             continue
@@ -265,7 +297,7 @@ def _counts(name: str, call: Call, launched: Callable[[], int]) -> dict[str, Any
     call()
     before = launched()
     call()
-    launches = launched() - before if name == OURS else None
+    launches = launched() - before if name in KERNELS else None
     if launches == 0:
         raise Failure(
             "launches: expected them in the stub, got none: this process has another libcuda"
@@ -308,7 +340,7 @@ def launch_rows(**how: Any) -> Iterator[Row]:
 
     runtime.forget()  # a plan's first run goes through the front
     (inputs,) = make_inputs(SHAPE, torch.bfloat16, _CPU, 1)
-    forward = peers.operation_of("prompt path", OURS)
+    forward = peers.operation_of("prompt path", TRITON)
     with _launches() as made:
         out = forward(inputs)
         in_forward = len(made)

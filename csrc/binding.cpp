@@ -2,17 +2,19 @@
 // torch from 2.10 on. Python checks shapes and values and has its own operators, whose bodies call
 // these; here types, axes and devices are checked, memory is allocated and kernels are launched.
 //
-// The operators have names of their own, cuda_*: an implementation of the existing ones under the
-// CUDA key would take the Triton backend's calls too, which arrive under the same key.
+// There is one operator for each direction: of both operations in a row, or, without a text, of
+// operation 1 alone. Tensors come one by one and choices as numbers, since lists and strings cost
+// the host more. The names are the library's own: implementations of the existing operators under
+// the CUDA key would take the Triton backend's calls too, which arrive under the same key.
 #include "kernels.h"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -24,19 +26,21 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace {
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-using Sizes = std::initializer_list<int64_t>;
+using Tensors = std::vector<Tensor>;
+template <size_t number>
+using Given = std::array<std::optional<Tensor>, number>;
 
 // EPT_FAST_HOST: the tests' build, over the same kernels compiled for the host.
 #ifdef EPT_FAST_HOST
 struct Launch {
   explicit Launch(const Tensor& tensor) : device(tensor.get_device_index()) {}
   CUstream_st* stream() const { return nullptr; }
+  int32_t device_type() const { return aoti_torch_device_type_cpu(); }
   int32_t device;
 };
-bool on_our_device(const Tensor& tensor) { return tensor.is_cpu(); }
 #else
 // Makes the tensor's device the current one for as long as it lives.
 struct Launch {
@@ -51,102 +55,15 @@ struct Launch {
     }
     return static_cast<CUstream_st*>(stream);
   }
-
+  int32_t device_type() const { return aoti_torch_device_type_cuda(); }
   int32_t device;
   torch::stable::accelerator::DeviceGuard guard;
 };
-bool on_our_device(const Tensor& tensor) { return tensor.is_cuda(); }
 #endif
 
 [[noreturn]] void refuse(
     const char* name, const std::string& expected, const std::string& got) {
   throw std::runtime_error(std::string(name) + ": expected " + expected + ", got " + got);
-}
-
-std::optional<ept::Type> float_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return ept::Type::float32;
-    case ScalarType::Half:
-      return ept::Type::float16;
-    case ScalarType::BFloat16:
-      return ept::Type::bfloat16;
-    default:
-      return std::nullopt;
-  }
-}
-
-// A bool is a byte of 0 or 1, and of a mask only zero and not zero are told apart.
-std::optional<ept::Type> integer_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::Bool:
-    case ScalarType::Byte:
-    case ScalarType::Char:
-      return ept::Type::int8;
-    case ScalarType::Short:
-      return ept::Type::int16;
-    case ScalarType::Int:
-      return ept::Type::int32;
-    case ScalarType::Long:
-      return ept::Type::int64;
-    default:
-      return std::nullopt;
-  }
-}
-
-enum class Kind { floats, mask, ids };
-
-ept::Type type_of(const char* name, const Tensor& tensor, Kind kind) {
-  const ScalarType type = tensor.scalar_type();
-  const auto found = kind == Kind::floats ? float_type(type) : integer_type(type);
-  const bool is_id = found == ept::Type::int32 || found == ept::Type::int64;
-  if (!found || (kind == Kind::ids && !is_id)) {
-    const char* expected = kind == Kind::floats ? "dtype float32, float16 or bfloat16"
-                           : kind == Kind::mask ? "dtype bool or an integer one"
-                                                : "dtype int64 or int32";
-    refuse(name, expected, torch::headeronly::toString(type));
-  }
-  return *found;
-}
-
-// What a kernel sees of an input.
-ept::View view(
-    const char* name, const Tensor& tensor, int64_t axes, const Launch& launch,
-    Kind kind = Kind::floats) {
-  if (!on_our_device(tensor) || tensor.get_device_index() != launch.device) {
-    refuse(name, "a tensor on the device of the first argument, cuda:" +
-           std::to_string(launch.device), "one elsewhere");
-  }
-  if (tensor.dim() != axes) {
-    refuse(name, std::to_string(axes) + " axes", std::to_string(tensor.dim()));
-  }
-  ept::View result;
-  result.data = const_cast<void*>(tensor.const_data_ptr());
-  result.type = type_of(name, tensor, kind);
-  const auto strides = tensor.strides();
-  for (int64_t axis = 0; axis < axes; ++axis) {
-    result.stride[axis] = strides[axis];
-  }
-  return result;
-}
-
-Tensor empty(const Tensor& like, Sizes sizes, ScalarType type) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
-}
-
-Tensor empty_like(const Optional& tensor, const Tensor& other) {
-  return tensor ? torch::stable::new_empty(*tensor, tensor->sizes())
-                : torch::stable::new_empty(other, Sizes{0});
-}
-
-// The address of an output; null of one without elements, which is none to the kernels.
-template <typename T = void>
-T* address(const Tensor& tensor) {
-  return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-Tensor workspace(const Tensor& like, int64_t bytes) {
-  return empty(like, {bytes}, ScalarType::Byte);
 }
 
 void check(const ept::Status& status) {
@@ -157,278 +74,417 @@ void check(const ept::Status& status) {
   }
 }
 
-ept::Activation activation_of(const std::string& name) {
-  std::string known;
-#define EPT_NAMED(row, phi, derivative)                     \
-  if (name == #row) return ept::Activation::row;       \
-  known += std::string(known.empty() ? "" : ", ") + #row;
-  EPT_ACTIVATIONS(EPT_NAMED)
-#undef EPT_NAMED
-  refuse("activation", "one of " + known, name);
+// Inputs
+
+enum class Kind { floats, mask, ids };
+
+// A bool is a byte of 0 or 1, and of a mask only zero and not zero are told apart.
+ept::Type type_of(const char* name, const Tensor& tensor, Kind kind) {
+  using ept::Type;
+  static constexpr std::pair<ScalarType, Type> types[] = {
+      {ScalarType::Float, Type::float32},     {ScalarType::Half, Type::float16},
+      {ScalarType::BFloat16, Type::bfloat16}, {ScalarType::Bool, Type::int8},
+      {ScalarType::Byte, Type::int8},         {ScalarType::Char, Type::int8},
+      {ScalarType::Short, Type::int16},       {ScalarType::Int, Type::int32},
+      {ScalarType::Long, Type::int64}};
+  const ScalarType type = tensor.scalar_type();
+  for (const auto& [from, to] : types) {
+    const bool fits = kind == Kind::floats ? to < Type::int8
+                      : kind == Kind::mask ? to >= Type::int8
+                                           : to >= Type::int32;
+    if (from == type && fits) return to;
+  }
+  const char* expected[] = {"dtype float32, float16 or bfloat16", "dtype bool or an integer one",
+                            "dtype int64 or int32"};
+  refuse(name, expected[static_cast<int>(kind)], torch::headeronly::toString(type));
 }
 
-ept::Gate gate_of(const std::string& name) {
-  if (name == "token") return ept::Gate::token;
-  if (name == "prompt") return ept::Gate::prompt;
-  refuse("gate", "token or prompt", name);
-}
-
-using Tensors = std::vector<Tensor>;
-using Given = std::vector<Optional>;
-
-// A tensor of a list that has names, as the NamedTuples of ept_fast/ops/types.py have.
-template <size_t size>
-class Named {
- public:
-  Named(const char* what, const char* const (&names)[size], const Given& given)
-      : names_(names), given_(given) {
-    if (given.size() != size) {
-      refuse(what, std::to_string(size) + " tensors", std::to_string(given.size()));
-    }
-  }
-  const Optional& operator[](const char* name) const { return given_[index(name)]; }
-  const Tensor& required(const char* name) const {
-    const Optional& found = (*this)[name];
-    if (!found) refuse(name, "a tensor", "None");
-    return *found;
-  }
-  ept::View view(const char* name, int64_t axes, const Launch& launch,
-                 Kind kind = Kind::floats) const {
-    const Optional& found = (*this)[name];
-    return found ? ::view(name, *found, axes, launch, kind) : ept::View{};
-  }
-  // A group of tensors is given whole or not at all.
-  void check_together(const char* first, const char* other) const {
-    if ((*this)[first].has_value() != (*this)[other].has_value()) {
-      const bool misses_first = !(*this)[first].has_value();
-      refuse(misses_first ? first : other,
-             std::string("a tensor beside ") + (misses_first ? other : first), "None");
-    }
-  }
-
- private:
-  size_t index(const std::string& name) const {
-    for (size_t i = 0; i < size; ++i) {
-      if (name == names_[i]) return i;
-    }
-    throw std::logic_error("no tensor has the name " + name);
-  }
-  const char* const (&names_)[size];
-  const Given& given_;
+struct Input {
+  const char* name;
+  int64_t axes;
+  Kind kind = Kind::floats;
 };
 
-constexpr const char* parameter_names[] = {
-    "short_prompt", "offset_a", "offset_b", "space_down", "space_up", "gate_weight", "gate_bias"};
-constexpr const char* saved_names[] = {"query", "stats", "attended", "hidden", "gates", "cross"};
-constexpr const char* splice_names[] = {
-    "prompt", "input_ids", "weight", "inputs_embeds", "offset_a", "offset_b", "attention_mask",
-    "task_ids"};
+// As in ept_fast/ops/types.py. The parameters of a single prompt may lack the axis of tasks.
+enum { short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias, parameters };
+enum { input_ids, weight, inputs_embeds, attention_mask, task_ids, texts };
+constexpr Input parameter_inputs[parameters] = {
+    {"short_prompt", 3}, {"offset_a", 3},    {"offset_b", 3}, {"space_down", 4},
+    {"space_up", 4},     {"gate_weight", 3}, {"gate_bias", 2}};
+constexpr Input text_inputs[texts] = {{"input_ids", 2, Kind::ids},
+                                      {"weight", 2},
+                                      {"inputs_embeds", 3},
+                                      {"attention_mask", 2, Kind::mask},
+                                      {"task_ids", 1, Kind::ids}};
 
-// Sizes, tensors and flags, which forward and backward have in common.
-template <typename Call>
-Call reconstruct_call(
-    const Launch& launch, const Named<7>& given, double scaling, const std::string& activation,
-    const std::string& gate, double temperature) {
-  given.check_together("offset_a", "offset_b");
-  given.check_together("space_down", "space_up");
-  given.check_together("space_down", "gate_weight");
-  given.check_together("space_down", "gate_bias");
-  Call call;
-  call.short_prompt = given.view("short_prompt", 3, launch);
-  call.offset_a = given.view("offset_a", 3, launch);
-  call.offset_b = given.view("offset_b", 3, launch);
-  call.space_down = given.view("space_down", 4, launch);
-  call.space_up = given.view("space_up", 4, launch);
-  call.gate_weight = given.view("gate_weight", 3, launch);
-  call.gate_bias = given.view("gate_bias", 2, launch);
-  const Tensor& short_prompt = given.required("short_prompt");
-  call.tasks = short_prompt.size(0);
-  call.tokens = short_prompt.size(1);
-  call.width = short_prompt.size(2);
-  if (const Optional& offset_a = given["offset_a"]) {
-    call.positions = offset_a->size(1);
-    call.rank = offset_a->size(2);
+// What a kernel sees of a tensor, and its sizes; nothing of one that is not given.
+struct Operand {
+  ept::View view;
+  int64_t size[4] = {0, 0, 0, 0};
+};
+
+Operand operand(const Launch& launch, const Input& input, const Tensor& tensor,
+                int64_t added = 0) {
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+  if (device_type != launch.device_type() || tensor.get_device_index() != launch.device) {
+    refuse(input.name, "a tensor on the device of the first argument, cuda:" +
+           std::to_string(launch.device), "one elsewhere");
   }
-  if (const Optional& space_down = given["space_down"]) {
-    call.spaces = space_down->size(1);
-    call.dim = space_down->size(3);
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const int64_t axes = static_cast<int64_t>(sizes.size()), missing = input.axes - axes;
+  if (missing < 0 || missing > added) {
+    refuse(input.name, std::to_string(input.axes) + " axes", std::to_string(axes));
   }
+  Operand result;
+  if (missing == 1) result.size[0] = 1;
+  for (int64_t axis = 0; axis < axes; ++axis) {
+    result.size[missing + axis] = sizes[axis];
+    result.view.stride[missing + axis] = strides[axis];
+  }
+  result.view.data = const_cast<void*>(tensor.const_data_ptr());
+  result.view.type = type_of(input.name, tensor, input.kind);
+  return result;
+}
+
+// `added`: axes of 1 in front that a tensor may lack.
+template <size_t number>
+std::array<Operand, number> operands(const Launch& launch, const Input (&inputs)[number],
+                                     const Given<number>& given, int64_t added = 0) {
+  std::array<Operand, number> found;
+  for (size_t i = 0; i < number; ++i) {
+    if (given[i]) found[i] = operand(launch, inputs[i], *given[i], added);
+  }
+  return found;
+}
+
+// A group of tensors is given whole or not at all.
+template <size_t number>
+void check_together(const Input (&inputs)[number], const Given<number>& given, int first,
+                    int other) {
+  if (given[first].has_value() == given[other].has_value()) return;
+  if (given[first]) std::swap(first, other);
+  refuse(inputs[first].name, std::string("a tensor beside ") + inputs[other].name, "None");
+}
+
+std::array<Operand, parameters> parameters_of(const Launch& launch,
+                                              const Given<parameters>& given) {
+  check_together(parameter_inputs, given, offset_a, offset_b);
+  for (int i : {space_up, gate_weight, gate_bias}) {
+    check_together(parameter_inputs, given, space_down, i);
+  }
+  return operands(launch, parameter_inputs, given, 1);
+}
+
+// The arguments of an operator, in the order of its schema.
+class Arguments {
+ public:
+  explicit Arguments(StableIValue* stack) : next_(stack) {}
+
+  template <class T>
+  T take() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  template <size_t number>
+  Given<number> take_tensors(Given<number> found = {}, int first = 0) {
+    for (size_t i = first; i < number; ++i) found[i] = take<std::optional<Tensor>>();
+    return found;
+  }
+  Given<parameters> take_parameters() { return take_tensors<parameters>({take<Tensor>()}, 1); }
+
+ private:
+  StableIValue* next_;
+};
+
+// Memory
+
+Tensor empty(const Launch& launch, Sizes sizes, int32_t dtype) {
+  int64_t strides[4], step = 1;
+  for (size_t axis = sizes.size(); axis-- > 0; step *= sizes[axis]) strides[axis] = step;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides, dtype, launch.device_type(), launch.device, &made));
+  return Tensor(made);
+}
+
+Tensor floats(const Launch& launch, Sizes sizes) {
+  return empty(launch, sizes, aoti_torch_dtype_float32());
+}
+
+Tensor bytes(const Launch& launch, int64_t number) {
+  return empty(launch, {number}, aoti_torch_dtype_uint8());
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+// Null if the tensor has no elements: none to the kernels.
+char* address(const Tensor& tensor) {
+  return tensor.numel() == 0 ? nullptr : static_cast<char*>(tensor.mutable_data_ptr());
+}
+
+int64_t size_of(const Tensor& tensor) {
+  return tensor.numel() * static_cast<int64_t>(tensor.element_size());
+}
+
+int64_t rounded(int64_t size) { return (size + 15) / 16 * 16; }
+
+// What the operations are called with
+
+// What all calls have in common.
+template <class Call>
+void set_sizes(Call& call, const std::array<Operand, parameters>& given) {
+  call.tasks = given[short_prompt].size[0];
+  call.tokens = given[short_prompt].size[1];
+  call.width = given[short_prompt].size[2];
+  call.offset_a = given[offset_a].view;
+  call.offset_b = given[offset_b].view;
+  call.rank = given[offset_a].size[2];
+}
+
+void set_reconstruct(ept::Reconstruct& call, std::array<Operand, parameters> given,
+                     Arguments& in) {
+  call.scaling = in.take<double>();
+  call.activation = static_cast<ept::Activation>(in.take<int64_t>());
+  call.gate = static_cast<ept::Gate>(in.take<int64_t>());
+  call.temperature = in.take<double>();
+  const bool fusion = in.take<bool>();
+  if (!fusion) given[offset_a] = given[offset_b] = {};
+  set_sizes(call, given);
+  call.positions = given[offset_a].size[1];
+  call.spaces = given[space_down].size[1];
+  call.dim = given[space_down].size[3];
+  call.short_prompt = given[short_prompt].view;
+  call.space_down = given[space_down].view;
+  call.space_up = given[space_up].view;
+  call.gate_weight = given[gate_weight].view;
+  call.gate_bias = given[gate_bias].view;
+}
+
+void set_splice(ept::Splice& call, const std::array<Operand, parameters>& given,
+                const std::array<Operand, texts>& text, double scaling) {
+  set_sizes(call, given);
+  call.prompt = given[short_prompt].view;
+  call.attention_mask = text[attention_mask].view;
+  call.task_ids = text[task_ids].view;
   call.scaling = scaling;
-  call.temperature = temperature;
-  call.activation = activation_of(activation);
-  call.gate = gate_of(gate);
-  return call;
 }
 
-Tensors reconstruct_forward(
-    const Given& parameters, double scaling, const std::string& activation,
-    const std::string& gate, double temperature) {
-  const Named<7> given("parameters", parameter_names, parameters);
-  const Tensor& short_prompt = given.required("short_prompt");
-  const Launch launch(short_prompt);
-  auto call = reconstruct_call<ept::ReconstructForward>(
-      launch, given, scaling, activation, gate, temperature);
+// Whether anything is left of operation 1 but a copy.
+bool changes_prompt(const ept::Reconstruct& call) { return call.rank > 0 || call.spaces > 0; }
 
-  const auto saved = [&](bool applies, Sizes sizes) {
-    return applies ? empty(short_prompt, sizes, ScalarType::Float)
-                   : empty(short_prompt, {0}, ScalarType::Float);
+// P′ or its gradient, contiguous.
+ept::View prompt_at(const ept::Reconstruct& call, void* data, ept::Type type) {
+  return {data, type, {call.tokens * call.width, call.width, 1}};
+}
+
+using Shape = std::array<int64_t, 3>;
+
+int64_t elements(const Shape& shape) { return shape[0] * shape[1] * shape[2]; }
+
+// Where what the forward saves lies: `place` takes a shape, which has no elements if the tensor
+// does not apply, and gives an address.
+template <class Call, class Place>
+void place_saved(Call& call, Place place) {
+  const auto placed = [&](int64_t rows, int64_t columns) {
+    return reinterpret_cast<float*>(place(Shape{call.tasks, rows, columns}));
   };
-  const bool offset = given["offset_a"].has_value();
-  const bool spaces = given["space_down"].has_value();
   const int64_t dims = call.spaces * call.dim;
-  const Tensor prompt = torch::stable::new_empty(short_prompt, short_prompt.sizes());
-  const Tensor query = saved(offset, {call.tasks, call.tokens, call.rank});
-  const Tensor stats = saved(offset, {call.tasks, 2, call.tokens});
-  const Tensor attended = saved(offset, {call.tasks, call.tokens, call.rank});
-  const Tensor hidden = saved(spaces, {call.tasks, call.tokens, dims});
-  const Tensor gates = saved(spaces, {call.tasks, call.tokens, call.spaces});
-  const Tensor cross = saved(offset && spaces, {call.tasks, call.rank, dims + call.spaces});
-  call.prompt = address(prompt);
-  call.query = address<float>(query);
-  call.stats = address<float>(stats);
-  call.attended = address<float>(attended);
-  call.hidden = address<float>(hidden);
-  call.gates = address<float>(gates);
-  call.cross = address<float>(cross);
-
-  const Tensor space = workspace(short_prompt, ept::reconstruct_forward_workspace(call));
-  call.workspace = address(space);
-  check(ept::reconstruct_forward(call, launch.stream()));
-  return {prompt, query, stats, attended, hidden, gates, cross};
+  call.query = placed(call.tokens, call.rank);
+  call.stats = placed(call.rank > 0 ? 2 : 0, call.tokens);
+  call.attended = placed(call.tokens, call.rank);
+  call.hidden = placed(call.tokens, dims);
+  call.gates = placed(call.tokens, call.spaces);
+  call.cross = placed(call.spaces > 0 ? call.rank : 0, dims + call.spaces);
 }
 
-Tensors reconstruct_backward(
-    const Tensor& grad, const Given& parameters, const Given& kept, double scaling,
-    const std::string& activation, const std::string& gate, double temperature) {
-  const Named<7> given("parameters", parameter_names, parameters);
-  const Named<6> saved("saved", saved_names, kept);
-  const Launch launch(grad);
-  auto call = reconstruct_call<ept::ReconstructBackward>(
-      launch, given, scaling, activation, gate, temperature);
-  call.grad = view("grad", grad, 3, launch);
+// In one tensor, each from a multiple of 16 bytes on; gives the size of all.
+template <class Call>
+int64_t save_in_one(Call& call, char* memory) {
+  int64_t size = 0;
+  place_saved(call, [&](const Shape& shape) {
+    char* const place = memory == nullptr || elements(shape) == 0 ? nullptr : memory + size;
+    size += rounded(4 * elements(shape));
+    return place;
+  });
+  return size;
+}
 
-  Tensors held;  // copies that the launch reads
-  const auto read = [&](const char* name, bool applies) {
-    if (!applies) return static_cast<const float*>(nullptr);
-    const Tensor& tensor = saved.required(name);
-    const ept::View found = view(name, tensor, 3, launch);
-    if (found.type != ept::Type::float32) {
-      refuse(name, "dtype float32", torch::headeronly::toString(tensor.scalar_type()));
-    }
-    held.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
-    return static_cast<const float*>(held.back().const_data_ptr());
-  };
-  const bool offset = given["offset_a"].has_value();
-  const bool spaces = given["space_down"].has_value();
-  call.query = read("query", offset);
-  call.stats = read("stats", offset);
-  call.attended = read("attended", offset);
-  call.hidden = read("hidden", spaces);
-  call.gates = read("gates", spaces);
-  call.cross = read("cross", offset && spaces);
+// The operators
+
+// P′ and, tensor by tensor, what is saved for its backward.
+Tensors forward_of_prompt(const Launch& launch, const Tensor& prompt,
+                          ept::ReconstructForward& call) {
+  Tensors made = {empty(launch, prompt.sizes(), dtype_of(prompt))};
+  place_saved(call, [&](const Shape& shape) {
+    made.push_back(elements(shape) > 0 ? floats(launch, shape) : floats(launch, {0}));
+    return address(made.back());
+  });
+  const Tensor workspace = bytes(launch, ept::reconstruct_forward_workspace(call));
+  call.prompt = address(made[0]);
+  call.workspace = address(workspace);
+  check(ept::reconstruct_forward(call, launch.stream()));
+  return made;
+}
+
+// The spliced text and one tensor for its backward; or, without a text, as above.
+Tensors forward(Arguments in) {
+  const auto tensors = in.take_parameters();
+  const auto behind = in.take_tensors<texts>();
+  const Launch launch(*tensors[short_prompt]);
+  const auto given = parameters_of(launch, tensors);
+  ept::ReconstructForward first;
+  set_reconstruct(first, given, in);
+  check_together(text_inputs, behind, input_ids, weight);
+  if (behind[input_ids] && behind[inputs_embeds]) {
+    refuse("inputs_embeds", "either input_ids or inputs_embeds", "both");
+  }
+  const int words = behind[input_ids] ? input_ids : inputs_embeds;
+  if (!behind[words]) return forward_of_prompt(launch, *tensors[short_prompt], first);
+
+  const int source = behind[input_ids] ? weight : inputs_embeds;
+  const auto text = operands(launch, text_inputs, behind);
+  ept::SpliceForward second;
+  set_splice(second, given, text, first.scaling);
+  second.input_ids = text[input_ids].view;
+  second.source = text[source].view;
+  second.batch = text[words].size[0];
+  second.length = text[words].size[1];
+  second.vocabulary = text[weight].size[0];
+
+  const bool changes = changes_prompt(first);
+  const int64_t prompt_size = changes ? rounded(size_of(*tensors[short_prompt])) : 0;
+  const int64_t size = std::max(changes ? ept::reconstruct_forward_workspace(first) : 0,
+                                ept::splice_forward_workspace(second));
+  const Tensor workspace = bytes(launch, prompt_size + size);
+  const Tensor kept = bytes(launch, changes ? save_in_one(first, nullptr) : 0);
+  const Tensor out = empty(launch, {second.batch, second.tokens + second.length, second.width},
+                           dtype_of(*behind[source]));
+  first.prompt = address(workspace);
+  first.workspace = second.workspace = address(workspace) + prompt_size;
+  second.out = address(out);
+  if (changes) {
+    save_in_one(first, address(kept));
+    check(ept::reconstruct_forward(first, launch.stream()));
+    second.prompt = prompt_at(first, first.prompt, first.short_prompt.type);
+  }
+  if (second.batch > 0) check(ept::splice_forward(second, launch.stream()));
+  return {out, kept};
+}
+
+// The parameters' gradients from that of what the forward gave; without elements if not needed.
+Tensors backward(Arguments in) {
+  const Tensor grad = in.take<Tensor>();
+  const auto tensors = in.take_parameters();
+  const auto behind = in.take_tensors<texts>({}, attention_mask);
+  const auto kept = in.take<Tensors>();
+  const bool need_prompt = in.take<bool>(), need_offset = in.take<bool>();
+  const Launch launch(grad);
+  const auto given = parameters_of(launch, tensors);
+  const Operand seen = operand(launch, {"grad", 3}, grad);
+  ept::ReconstructBackward first;
+  set_reconstruct(first, given, in);
+  const bool splices = kept.size() == 1, fuses = first.rank > 0;
+  const bool changes = need_prompt && changes_prompt(first);
+
+  bool fits = true;
+  if (splices) {
+    fits = save_in_one(first, address(kept[0])) == kept[0].numel();
+  } else {
+    size_t index = 0;
+    place_saved(first, [&](const Shape& shape) {
+      fits = fits && index < kept.size() && kept[index].numel() == elements(shape);
+      return fits ? address(kept[index++]) : nullptr;
+    });
+  }
+  if (!fits) refuse("kept", "what the forward gave", "something else");
 
   Tensors grads;
-  for (const Optional& tensor : parameters) grads.push_back(empty_like(tensor, grad));
-  call.d_short_prompt = address(grads[0]);
-  call.d_offset_a = address(grads[1]);
-  call.d_offset_b = address(grads[2]);
-  call.d_space_down = address(grads[3]);
-  call.d_space_up = address(grads[4]);
-  call.d_gate_weight = address(grads[5]);
-  call.d_gate_bias = address(grads[6]);
+  const auto add_gradient = [&](int i, bool needed) {
+    grads.push_back(tensors[i] && needed
+                        ? empty(launch, tensors[i]->sizes(), dtype_of(*tensors[i]))
+                        : floats(launch, {0}));
+    return address(grads.back());
+  };
+  const bool of_offset = need_offset || (need_prompt && fuses);
+  first.d_short_prompt = add_gradient(short_prompt, need_prompt);
+  first.d_offset_a = add_gradient(offset_a, of_offset);
+  first.d_offset_b = add_gradient(offset_b, of_offset);
+  first.d_space_down = add_gradient(space_down, need_prompt);
+  first.d_space_up = add_gradient(space_up, need_prompt);
+  first.d_gate_weight = add_gradient(gate_weight, need_prompt);
+  first.d_gate_bias = add_gradient(gate_bias, need_prompt);
 
-  const Tensor space = workspace(grad, ept::reconstruct_backward_workspace(call));
-  call.workspace = address(space);
-  check(ept::reconstruct_backward(call, launch.stream()));
-  return grads;
-}
-
-// What both directions see of the rows and the offset.
-template <typename Call>
-Call splice_call(const Launch& launch, const Named<8>& given, double scaling) {
-  given.check_together("offset_a", "offset_b");
-  const Tensor& prompt = given.required("prompt");
-  Call call;
-  call.prompt = given.view("prompt", 3, launch);
-  call.offset_a = given.view("offset_a", 3, launch);
-  call.offset_b = given.view("offset_b", 3, launch);
-  call.attention_mask = given.view("attention_mask", 2, launch, Kind::mask);
-  call.task_ids = given.view("task_ids", 1, launch, Kind::ids);
-  call.tasks = prompt.size(0);
-  call.tokens = prompt.size(1);
-  call.width = prompt.size(2);
-  call.rank = given["offset_a"] ? given["offset_a"]->size(2) : 0;
-  call.scaling = scaling;
-  return call;
-}
-
-Tensor splice_forward(const Given& inputs, double scaling) {
-  const Named<8> given("inputs", splice_names, inputs);
-  const Tensor& prompt = given.required("prompt");
-  const Launch launch(prompt);
-  given.check_together("input_ids", "weight");
-  const bool looked_up = given["input_ids"].has_value();
-  if (looked_up == given["inputs_embeds"].has_value()) {
-    refuse("inputs_embeds", "either input_ids or inputs_embeds", looked_up ? "both" : "neither");
+  ept::SpliceBackward second;
+  set_splice(second, given, operands(launch, text_inputs, behind), first.scaling);
+  second.grad = first.grad = seen.view;
+  second.batch = seen.size[0];
+  second.length = seen.size[1] - second.tokens;
+  second.positions = given[offset_a].size[1];
+  second.d_prompt = first.d_short_prompt;
+  if (need_offset) {
+    second.d_offset_a = first.d_offset_a;
+    second.d_offset_b = first.d_offset_b;
   }
-  const Tensor& text = given.required(looked_up ? "input_ids" : "inputs_embeds");
-  const char* source_name = looked_up ? "weight" : "inputs_embeds";
-  const Tensor& source = given.required(source_name);
+  if (!fuses) first.d_offset_a = first.d_offset_b = nullptr;
 
-  auto call = splice_call<ept::SpliceForward>(launch, given, scaling);
-  call.input_ids = given.view("input_ids", 2, launch, Kind::ids);
-  call.source = given.view(source_name, looked_up ? 2 : 3, launch);
-  call.batch = text.size(0);
-  call.length = text.size(1);
-  call.vocabulary = looked_up ? source.size(0) : 0;
-
-  const Tensor out =
-      empty(source, {call.batch, call.tokens + call.length, call.width}, source.scalar_type());
-  call.out = address(out);
-  const Tensor space = workspace(prompt, ept::splice_forward_workspace(call));
-  call.workspace = address(space);
-  check(ept::splice_forward(call, launch.stream()));
-  return out;
+  // First in the workspace are the gradient of P′ in float32 and the text's halves of the offset's.
+  const bool halves = changes && fuses && need_offset;
+  const int64_t size_p = splices && changes ? rounded(4 * tensors[short_prompt]->numel()) : 0;
+  const int64_t size_a = halves ? rounded(size_of(grads[offset_a])) : 0;
+  const int64_t size_b = halves ? rounded(size_of(grads[offset_b])) : 0;
+  const int64_t size = std::max(changes ? ept::reconstruct_backward_workspace(first) : 0,
+                                splices ? ept::splice_backward_workspace(second) : 0);
+  const Tensor workspace = bytes(launch, size_p + size_a + size_b + size);
+  char* const begin = address(workspace);
+  first.workspace = second.workspace = begin + size_p + size_a + size_b;
+  if (size_p > 0) {
+    second.d_prompt = begin;
+    second.prompt.type = ept::Type::float32;
+    first.grad = prompt_at(first, begin, ept::Type::float32);
+  }
+  if (halves) {
+    second.d_offset_a = begin + size_p;
+    second.d_offset_b = begin + size_p + size_a;
+  }
+  if (splices && (second.d_prompt != nullptr || second.d_offset_a != nullptr)) {
+    check(ept::splice_backward(second, launch.stream()));
+  }
+  if (changes) check(ept::reconstruct_backward(first, launch.stream()));
+  if (halves) {
+    check(ept::add({{first.d_offset_a, first.d_offset_b},
+                    {second.d_offset_a, second.d_offset_b},
+                    {first.offset_a.type, first.offset_b.type},
+                    {grads[offset_a].numel(), grads[offset_b].numel()}},
+                   launch.stream()));
+  }
+  return grads;
 }
 
-Tensors splice_backward(
-    const Tensor& grad, const Given& inputs, double scaling, bool need_prompt, bool need_offset) {
-  const Named<8> given("inputs", splice_names, inputs);
-  const Launch launch(grad);
-  auto call = splice_call<ept::SpliceBackward>(launch, given, scaling);
-  call.grad = view("grad", grad, 3, launch);
-  call.batch = grad.size(0);
-  call.length = grad.size(1) - call.tokens;
-  call.positions = given["offset_a"] ? given["offset_a"]->size(1) : 0;
-
-  const Optional none;
-  const Tensors grads = {
-      empty_like(need_prompt ? given["prompt"] : none, grad),
-      empty_like(need_offset ? given["offset_a"] : none, grad),
-      empty_like(need_offset ? given["offset_b"] : none, grad)};
-  call.d_prompt = address(grads[0]);
-  call.d_offset_a = address(grads[1]);
-  call.d_offset_b = address(grads[2]);
-  if (call.d_prompt == nullptr && call.d_offset_a == nullptr) return grads;
-  const Tensor space = workspace(grad, ept::splice_backward_workspace(call));
-  call.workspace = address(space);
-  check(ept::splice_backward(call, launch.stream()));
-  return grads;
+template <Tensors (*run)(Arguments)>
+void boxed(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = torch::stable::detail::from(run(Arguments(stack)));
 }
 
 }  // namespace
 
+#define EPT_PARAMETERS                                                                     \
+  "Tensor short_prompt, Tensor? offset_a, Tensor? offset_b, Tensor? space_down, "          \
+  "Tensor? space_up, Tensor? gate_weight, Tensor? gate_bias, "
+#define EPT_FLAGS "float scaling, int activation, int gate, float temperature, bool fusion"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(ept_fast, m) {
   m.def(
-      "cuda_reconstruct_forward(Tensor?[] parameters, float scaling, str activation, str gate, "
-      "float temperature) -> Tensor[]");
+      "cuda_forward(" EPT_PARAMETERS
+      "Tensor? input_ids, Tensor? weight, Tensor? inputs_embeds, Tensor? attention_mask, "
+      "Tensor? task_ids, " EPT_FLAGS ") -> Tensor[]");
   m.def(
-      "cuda_reconstruct_backward(Tensor grad, Tensor?[] parameters, Tensor?[] saved, "
-      "float scaling, str activation, str gate, float temperature) -> Tensor[]");
-  m.def("cuda_splice_forward(Tensor?[] inputs, float scaling) -> Tensor");
-  m.def(
-      "cuda_splice_backward(Tensor grad, Tensor?[] inputs, float scaling, bool need_prompt, "
-      "bool need_offset) -> Tensor[]");
+      "cuda_backward(Tensor grad, " EPT_PARAMETERS
+      "Tensor? attention_mask, Tensor? task_ids, Tensor[] kept, bool need_prompt, "
+      "bool need_offset, " EPT_FLAGS ") -> Tensor[]");
 }
 
 #ifdef EPT_FAST_HOST
@@ -436,8 +492,6 @@ STABLE_TORCH_LIBRARY_IMPL(ept_fast, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(ept_fast, CUDA, m) {
 #endif
-  m.impl("cuda_reconstruct_forward", TORCH_BOX(&reconstruct_forward));
-  m.impl("cuda_reconstruct_backward", TORCH_BOX(&reconstruct_backward));
-  m.impl("cuda_splice_forward", TORCH_BOX(&splice_forward));
-  m.impl("cuda_splice_backward", TORCH_BOX(&splice_backward));
+  m.impl("cuda_forward", &boxed<forward>);
+  m.impl("cuda_backward", &boxed<backward>);
 }

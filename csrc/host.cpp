@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "add.h"
 #include "launch.h"
 
 namespace {
@@ -99,35 +100,18 @@ uint16_t ept_bfloat16(float value) { return ept::from_float<ept::BFloat16>(value
 uint16_t ept_half(float value) { return ept::from_float<ept::Half>(value).bits; }
 float ept_from_half(uint16_t bits) { return ept::to_float(ept::Half{bits}); }
 
-int64_t ept_reconstruct_forward_workspace(const ept::ReconstructForward* call) {
-  return ept::reconstruct_forward_bytes(*call);
-}
-int64_t ept_reconstruct_backward_workspace(const ept::ReconstructBackward* call) {
-  return ept::reconstruct_backward_bytes(*call);
-}
-int64_t ept_splice_forward_workspace(const ept::SpliceForward* call) {
-  return ept::splice_forward_bytes(*call);
-}
-int64_t ept_splice_backward_workspace(const ept::SpliceBackward* call) {
-  return ept::splice_backward_bytes(*call);
-}
+// Of a call, the bytes of its workspace; the error of its launches, -1 for a failure of the host's
+// own. `reversed`: downwards.
+#define EPT_ON_HOST(Call, name)                                                              \
+  int64_t ept_##name##_workspace(const ept::Call* call) { return ept::name##_bytes(*call); } \
+  int ept_##name(const ept::Call* call, int reversed) {                                      \
+    const auto run = [&](const auto& launcher) { return run_##name(launcher, *call); };      \
+    return caught(reversed != 0, run);                                                       \
+  }
+EPT_CALLS(EPT_ON_HOST)
 
-// The error of the launch, -1 for a failure of the host's own. `reversed`: downwards.
-int ept_reconstruct_forward(const ept::ReconstructForward* call, int reversed) {
-  return caught(reversed != 0,
-                [&](const auto& launcher) { return run_reconstruct_forward(launcher, *call); });
-}
-int ept_reconstruct_backward(const ept::ReconstructBackward* call, int reversed) {
-  return caught(reversed != 0,
-                [&](const auto& launcher) { return run_reconstruct_backward(launcher, *call); });
-}
-int ept_splice_forward(const ept::SpliceForward* call, int reversed) {
-  return caught(reversed != 0,
-                [&](const auto& launcher) { return run_splice_forward(launcher, *call); });
-}
-int ept_splice_backward(const ept::SpliceBackward* call, int reversed) {
-  return caught(reversed != 0,
-                [&](const auto& launcher) { return run_splice_backward(launcher, *call); });
+int ept_add(const ept::Addition* call, int reversed) {
+  return caught(reversed != 0, [&](const auto& launcher) { return run_add(launcher, *call); });
 }
 
 }  // extern "C"

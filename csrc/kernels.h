@@ -41,10 +41,11 @@ enum class Activation : int32_t { EPT_ACTIVATIONS(EPT_NAME) };
 #undef EPT_NAME
 enum class Gate : int32_t { token = 0, prompt = 1 };
 
-// The largest sizes that the kernels serve.
-inline constexpr int64_t max_rank = 256;     // r
-inline constexpr int64_t max_spaces = 512;   // K·h
-inline constexpr int64_t max_size = 1 << 30; // any one axis
+// The largest sizes that the kernels serve, as in ept_fast/backends/fused.py.
+inline constexpr int64_t max_rank = 256;      // r
+inline constexpr int64_t max_spaces = 512;    // K·h
+inline constexpr int64_t max_tokens = 512;    // m of operation 1
+inline constexpr int64_t max_size = 1 << 30;  // any one axis
 
 // What a launch came to. `error` is a cudaError_t, 0 for success; `kernel` names the kernel that
 // was to be launched, and is never null.
@@ -56,9 +57,9 @@ struct Status {
 // CUDA's words for an error, such as "invalid device function".
 const char* error_string(int error);
 
-// Operation 1, forward. Offset and spaces are each given whole or not at all; with neither, the
-// result is the short prompt itself.
-struct ReconstructForward {
+// Operation 1, what both directions take. Offset and spaces are each given whole or not at all;
+// with neither, the result is the short prompt itself.
+struct Reconstruct {
   int64_t tasks = 1;      // T
   int64_t tokens = 0;     // m
   int64_t positions = 0;  // n; 0 without the offset
@@ -73,44 +74,30 @@ struct ReconstructForward {
   View space_down;    // D [T, K, d, h]
   View space_up;      // U [T, K, h, d]
   View gate_weight;   // G [T, d, K]
-  View gate_bias;     // b [T, K]
+  View gate_bias;     // b [T, K]; read for its type only by the backward
 
   double scaling = 1;      // c
   double temperature = 1;  // τ
   Activation activation = Activation::gelu;
   Gate gate = Gate::token;
 
-  // Outputs, contiguous. The prompt has the type of short_prompt; what is saved is float32 and
-  // null if it does not apply.
-  void* prompt = nullptr;   // P′ [T, m, d]
-  float* query = nullptr;   // Q [T, m, r]                with the offset
-  float* stats = nullptr;   // [T, 2, m]                  with the offset: row maxima and row sums
-  float* attended = nullptr;     // O [T, m, r]                with the offset
-  float* hidden = nullptr;  // Hin [T, m, K·h]            with the spaces
-  float* gates = nullptr;   // g [T, m, K]                with the spaces
-  float* cross = nullptr;   // S [T, r, K·h + K]          with both
-
-  void* workspace = nullptr;  // reconstruct_forward_workspace bytes, aligned to 16
+  void* workspace = nullptr;  // as many bytes as the call needs, aligned to 16; may be none
 };
 
-// Operation 1, backward. Sizes, tensors and flags as in the forward.
-struct ReconstructBackward {
-  int64_t tasks = 1;
-  int64_t tokens = 0;
-  int64_t positions = 0;
-  int64_t rank = 0;
-  int64_t spaces = 0;
-  int64_t dim = 0;
-  int64_t width = 0;
+// Outputs, contiguous. The prompt has the type of short_prompt; what is saved is float32 and null
+// if it does not apply.
+struct ReconstructForward : Reconstruct {
+  void* prompt = nullptr;     // P′ [T, m, d]
+  float* query = nullptr;     // Q [T, m, r]                with the offset
+  float* stats = nullptr;     // [T, 2, m]                  with the offset: row maxima and row sums
+  float* attended = nullptr;  // O [T, m, r]                with the offset
+  float* hidden = nullptr;    // Hin [T, m, K·h]            with the spaces
+  float* gates = nullptr;     // g [T, m, K]                with the spaces
+  float* cross = nullptr;     // S [T, r, K·h + K]          with both
+};
 
+struct ReconstructBackward : Reconstruct {
   View grad;  // Y = dL/dP′ [T, m, d]
-  View short_prompt;
-  View offset_a;
-  View offset_b;
-  View space_down;
-  View space_up;
-  View gate_weight;
-  View gate_bias;  // read for its type only
 
   // What the forward saved: float32, contiguous, null if it does not apply.
   const float* query = nullptr;
@@ -119,11 +106,6 @@ struct ReconstructBackward {
   const float* hidden = nullptr;
   const float* gates = nullptr;
   const float* cross = nullptr;
-
-  double scaling = 1;
-  double temperature = 1;
-  Activation activation = Activation::gelu;
-  Gate gate = Gate::token;
 
   // Gradients, contiguous, each in its parameter's type and shape; null if the parameter is not
   // given.
@@ -134,26 +116,18 @@ struct ReconstructBackward {
   void* d_space_up = nullptr;
   void* d_gate_weight = nullptr;
   void* d_gate_bias = nullptr;
-
-  void* workspace = nullptr;  // reconstruct_backward_workspace bytes, aligned to 16
 };
 
-// Operation 2, forward. Either ids and a table, or embeddings.
-//
-// A token id outside the table, or a task id outside the bank, makes NaN of its token or row, and
-// nothing is read through it.
-struct SpliceForward {
+// Operation 2, what both directions take.
+struct Splice {
   int64_t batch = 0;
-  int64_t length = 0;      // S; may be 0: the prompt alone
-  int64_t tasks = 1;       // T
-  int64_t tokens = 0;      // m; may be 0: the text alone
-  int64_t width = 0;       // d
-  int64_t rank = 0;        // r; 0 without the offset
-  int64_t vocabulary = 0;  // rows of the table; 0 if source is embeddings
+  int64_t length = 0;  // S; may be 0: the prompt alone
+  int64_t tasks = 1;   // T
+  int64_t tokens = 0;  // m; may be 0: the text alone
+  int64_t width = 0;   // d
+  int64_t rank = 0;    // r; 0 without the offset
 
-  View prompt;          // P′ [T, m, d]
-  View input_ids;       // [batch, S], int32 or int64; not given: source is embeddings
-  View source;          // [vocabulary, d], the table, or [batch, S, d], the embeddings
+  View prompt;          // P′ [T, m, d]; read for its type only by the backward
   View offset_a;        // A [T, n, r], n >= S; not given: no offset, and the mask is not read
   View offset_b;        // B [T, r, d]
   View attention_mask;  // [batch, S], any integer type, 0: padding; not given: all tokens are real
@@ -161,52 +135,60 @@ struct SpliceForward {
 
   double scaling = 1;  // c
 
-  void* out = nullptr;  // [batch, m + S, d], contiguous, the source's type
-
-  void* workspace = nullptr;  // splice_forward_workspace bytes, aligned to 16; may be 0 bytes
+  void* workspace = nullptr;  // as many bytes as the call needs, aligned to 16; may be none
 };
 
-// Operation 2, backward: the gradients of prompt and offset, each if it is asked for.
-struct SpliceBackward {
-  int64_t batch = 0;
-  int64_t length = 0;     // S; may be 0: d_offset_a and d_offset_b are then zeros
-  int64_t tasks = 1;      // T
-  int64_t tokens = 0;     // m; may be 0 if d_prompt is null
-  int64_t width = 0;      // d
-  int64_t positions = 0;  // n >= S; positions from S on get zeros
-  int64_t rank = 0;       // r
+// Either ids and a table, or embeddings.
+//
+// A token id outside the table, or a task id outside the bank, makes NaN of its token or row, and
+// nothing is read through it.
+struct SpliceForward : Splice {
+  int64_t vocabulary = 0;  // rows of the table; 0 if source is embeddings
+  View input_ids;          // [batch, S], int32 or int64; not given: source is embeddings
+  View source;             // [vocabulary, d], the table, or [batch, S, d], the embeddings
+  void* out = nullptr;     // [batch, m + S, d], contiguous, the source's type
+};
 
-  View grad;            // of the output, [batch, m + S, d]
-  View prompt;          // P′ [T, m, d], read for its type only
-  View offset_a;        // A [T, n, r]; not needed without d_offset_a
-  View offset_b;        // B [T, r, d]; not needed without d_offset_a
-  View attention_mask;  // [batch, S]
-  View task_ids;        // [batch]; not given: T is 1
-
-  double scaling = 1;
+// The gradients of prompt and offset, each if it is asked for. With S of 0 those of the offset are
+// zeros, as they are at positions from S on.
+struct SpliceBackward : Splice {
+  int64_t positions = 0;  // n
+  View grad;              // of the output, [batch, m + S, d]
 
   // Gradients, contiguous, each in its parameter's type and shape; null if it is not needed.
   // Those of the offset are needed both or neither.
   void* d_prompt = nullptr;
   void* d_offset_a = nullptr;
   void* d_offset_b = nullptr;
-
-  void* workspace = nullptr;  // splice_backward_workspace bytes, aligned to 16; may be 0 bytes
 };
+
+// After the backward of both: sum += half for A and B, contiguous and of their parameters' types.
+struct Addition {
+  void* sum[2];
+  const void* half[2];
+  Type type[2];
+  int64_t size[2];  // elements
+};
+
+// The structs of the calls that have a workspace, and the functions that launch them.
+#define EPT_CALLS(ROW)                           \
+  ROW(ReconstructForward, reconstruct_forward)   \
+  ROW(ReconstructBackward, reconstruct_backward) \
+  ROW(SpliceForward, splice_forward)             \
+  ROW(SpliceBackward, splice_backward)
 
 // Bytes of workspace for a call: from its sizes and from which of its tensors are given. The
 // structs' pointers need not be valid yet, but have to be null or not as they will be; outputs and
 // the workspace itself may still be null, save the gradients of SpliceBackward, which say what is
 // needed: any other address will do for them.
-int64_t reconstruct_forward_workspace(const ReconstructForward& call);
-int64_t reconstruct_backward_workspace(const ReconstructBackward& call);
-int64_t splice_forward_workspace(const SpliceForward& call);
-int64_t splice_backward_workspace(const SpliceBackward& call);
+#define EPT_WORKSPACE(Call, name) int64_t name##_workspace(const Call& call);
+EPT_CALLS(EPT_WORKSPACE)
+#undef EPT_WORKSPACE
 
 // Launch on a stream of the current device.
-Status reconstruct_forward(const ReconstructForward& call, CUstream_st* stream);
-Status reconstruct_backward(const ReconstructBackward& call, CUstream_st* stream);
-Status splice_forward(const SpliceForward& call, CUstream_st* stream);
-Status splice_backward(const SpliceBackward& call, CUstream_st* stream);
+#define EPT_LAUNCH(Call, name) Status name(const Call& call, CUstream_st* stream);
+EPT_CALLS(EPT_LAUNCH)
+#undef EPT_LAUNCH
+Status add(const Addition& call, CUstream_st* stream);
 
 }  // namespace ept

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "add.h"
 #include "launch.h"
 
 namespace ept {
@@ -51,34 +52,15 @@ struct DeviceLauncher {
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-int64_t reconstruct_forward_workspace(const ReconstructForward& call) {
-  return reconstruct_forward_bytes(call);
-}
+#define EPT_ON_DEVICE(Call, name)                                              \
+  int64_t name##_workspace(const Call& call) { return name##_bytes(call); }    \
+  Status name(const Call& call, CUstream_st* stream) {                         \
+    return run_##name(DeviceLauncher{stream}, call);                           \
+  }
+EPT_CALLS(EPT_ON_DEVICE)
 
-int64_t reconstruct_backward_workspace(const ReconstructBackward& call) {
-  return reconstruct_backward_bytes(call);
-}
-
-int64_t splice_forward_workspace(const SpliceForward& call) { return splice_forward_bytes(call); }
-
-int64_t splice_backward_workspace(const SpliceBackward& call) {
-  return splice_backward_bytes(call);
-}
-
-Status reconstruct_forward(const ReconstructForward& call, CUstream_st* stream) {
-  return run_reconstruct_forward(DeviceLauncher{stream}, call);
-}
-
-Status reconstruct_backward(const ReconstructBackward& call, CUstream_st* stream) {
-  return run_reconstruct_backward(DeviceLauncher{stream}, call);
-}
-
-Status splice_forward(const SpliceForward& call, CUstream_st* stream) {
-  return run_splice_forward(DeviceLauncher{stream}, call);
-}
-
-Status splice_backward(const SpliceBackward& call, CUstream_st* stream) {
-  return run_splice_backward(DeviceLauncher{stream}, call);
+Status add(const Addition& call, CUstream_st* stream) {
+  return run_add(DeviceLauncher{stream}, call);
 }
 
 }  // namespace ept

@@ -236,14 +236,15 @@ def predict(
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @_clean
 def info(as_json: bool) -> None:
-    """Print versions, devices, and which backends work here and why the others do not."""
+    """Print versions, devices, which backends work here or why not, and which one goes first."""
     import torch
 
     from ept_fast.backends.cuda import library
-    from ept_fast.ops.dispatch import describe
+    from ept_fast.ops.dispatch import describe, first
 
     found = library.state()
     backends = [{"name": n, "works": ok, "reason": reason} for n, ok, reason in describe()]
+    chosen, why = first() or ("none", "all are switched off")
     facts: dict[str, Any] = {
         "ept_fast": ept_fast.__version__,
         "python": platform.python_version(),
@@ -252,6 +253,7 @@ def info(as_json: bool) -> None:
         "transformers": _installed("transformers"),
         "devices": _devices(torch),
         "backends": backends,
+        "first_backend": {"name": chosen, "reason": why},
         "cuda_library": {
             "built": found.path is not None,
             "architectures": list(found.architectures),
@@ -269,6 +271,7 @@ def info(as_json: bool) -> None:
         state = "works" if backend["works"] else "does not work here"
         reason = f" ({backend['reason']})" if backend["reason"] else ""
         _say(f"backend {backend['name']:<10}{state}{reason}")
+    _say(f"first        {chosen} ({why})")
 
 
 def _installed(name: str) -> str | None:

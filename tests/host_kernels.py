@@ -71,41 +71,45 @@ def _struct(text: str) -> Any:
     return type("Call", (ctypes.Structure,), {"_fields_": fields})
 
 
+_RECONSTRUCT_FIELDS = """
+    size: tasks tokens positions rank spaces dim width
+    view: short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
+    number: scaling temperature
+    choice: activation gate
+    memory: workspace
+"""
+_SPLICE_FIELDS = """
+    size: batch length tasks tokens width rank
+    view: prompt offset_a offset_b attention_mask task_ids
+    number: scaling
+    memory: workspace
+"""
 _CALLS = {
     "reconstruct_forward": _struct(
-        """
-        size: tasks tokens positions rank spaces dim width
-        view: short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
-        number: scaling temperature
-        choice: activation gate
-        memory: prompt query stats attended hidden gates cross workspace
+        f"""{_RECONSTRUCT_FIELDS.rstrip()}
+        memory: prompt query stats attended hidden gates cross
         """
     ),
     "reconstruct_backward": _struct(
-        """
-        size: tasks tokens positions rank spaces dim width
-        view: grad short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
+        f"""{_RECONSTRUCT_FIELDS.rstrip()}
+        view: grad
         memory: query stats attended hidden gates cross
-        number: scaling temperature
-        choice: activation gate
         memory: d_short_prompt d_offset_a d_offset_b d_space_down d_space_up
-        memory: d_gate_weight d_gate_bias workspace
+        memory: d_gate_weight d_gate_bias
         """
     ),
     "splice_forward": _struct(
-        """
-        size: batch length tasks tokens width rank vocabulary
-        view: prompt input_ids source offset_a offset_b attention_mask task_ids
-        number: scaling
-        memory: out workspace
+        f"""{_SPLICE_FIELDS.rstrip()}
+        size: vocabulary
+        view: input_ids source
+        memory: out
         """
     ),
     "splice_backward": _struct(
-        """
-        size: batch length tasks tokens width positions rank
-        view: grad prompt offset_a offset_b attention_mask task_ids
-        number: scaling
-        memory: d_prompt d_offset_a d_offset_b workspace
+        f"""{_SPLICE_FIELDS.rstrip()}
+        size: positions
+        view: grad
+        memory: d_prompt d_offset_a d_offset_b
         """
     ),
 }
@@ -140,10 +144,9 @@ _ADAPTER = """
   ept::Status ept::name(const ept::Name& call, CUstream_st*) {                   \\
     return {call.scaling == 13 ? 98 : ept_##name(&call, 0), "made_up_kernel"};   \\
   }
-ADAPT(ReconstructForward, reconstruct_forward)
-ADAPT(ReconstructBackward, reconstruct_backward)
-ADAPT(SpliceForward, splice_forward)
-ADAPT(SpliceBackward, splice_backward)
+EPT_CALLS(ADAPT)
+extern "C" int ept_add(const ept::Addition*, int);
+ept::Status ept::add(const Addition& call, CUstream_st*) { return {ept_add(&call, 0), "add"}; }
 const char* ept::error_string(int) { return "invalid device function"; }
 """
 

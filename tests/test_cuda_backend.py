@@ -21,7 +21,7 @@ from ept_fast.backends.cuda import build, library
 from ept_fast.backends.cuda.build import ExtensionError
 from ept_fast.ops import dispatch
 from ept_fast.ops.activations import ACTIVATIONS
-from ept_fast.ops.types import Flags, Parameters, Saved, SpliceInputs
+from ept_fast.ops.types import Flags, Needs, Parameters, Saved, SpliceInputs, Text
 from tests.processes import python
 
 GPU = torch.device("cuda", 0)
@@ -152,7 +152,8 @@ def test_forced_it_is_not_built_before_the_call(machine: Machine) -> None:
         ({"offset_a": OnGpu((16, 2), torch.float64)}, "offset_a is float64, the kernels compute"),
         ({"offset_a": OnGpu((16, 257))}, "rank 257 is more than 256"),
         ({"space_down": OnGpu((8, 16, 65))}, "8 subspaces of width 65 are more than 512 together"),
-        ({"short_prompt": OnGpu((2**30 + 1, 8))}, f"short_prompt has an axis of more than {2**30}"),
+        ({"short_prompt": OnGpu((4, 2**30 + 1))}, f"short_prompt has an axis of more than {2**30}"),
+        ({"short_prompt": OnGpu((513, 8))}, "513 virtual tokens are more than 512"),
         ({"short_prompt": OnGpu((4, 8), device=torch.device("cpu"))}, "not on an NVIDIA GPU"),
     ],
 )
@@ -170,15 +171,32 @@ def test_forced_backend_says_why_not(
 
 
 def test_the_largest_that_is_served(machine: Machine) -> None:
-    largest = prompt_on_gpu(offset_a=OnGpu((16, 256)), space_down=OnGpu((8, 16, 64)))
+    largest = prompt_on_gpu(
+        short_prompt=OnGpu((512, 8)), offset_a=OnGpu((16, 256)), space_down=OnGpu((8, 16, 64))
+    )
     assert cuda.supports(largest) == (True, "fused kernels")
+    assert cuda.supports(SpliceInputs(OnGpu((513, 8)))) == (True, "fused kernels")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"short_prompt": OnGpu((513, 8))}, {"offset_a": OnGpu((16, 257))}]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_both_backends_of_kernels_serve_the_same(
+    dtype: torch.dtype, change: dict[str, Any], machine: Machine
+) -> None:
+    given = prompt_on_gpu(offset_b=OnGpu((2, 8), dtype), **change)
+    assert cuda.supports(given) == triton.supports(given)
 
 
 def test_limits_and_activations_are_those_of_the_kernels(root: Path) -> None:
     header = (root / "csrc" / "kernels.h").read_text()
-    for name, value in (("max_rank", fused.MAX_RANK), ("max_spaces", fused.MAX_SPACES)):
-        assert f"{name} = {value};" in header
-    assert f"max_size = 1 << {cuda._MAX_SIZE.bit_length() - 1};" in header
+    limits = re.findall(r"constexpr int64_t max_(\w+) = (\d+)(?: << (\d+))?;", header)
+    assert {name: int(value) << int(shift or 0) for name, value, shift in limits} == {
+        name.removeprefix("MAX_").lower(): value
+        for name, value in vars(fused).items()
+        if name.startswith("MAX_")
+    }
     rows = re.findall(r"^  ROW\((\w+),", (root / "csrc" / "activations.h").read_text(), re.M)
     assert rows == list(ACTIVATIONS)
 
@@ -274,10 +292,10 @@ class _Operators:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
 
-    def __getattr__(self, name: str) -> Any:
+    def __call__(self, name: str) -> Any:
         def call(*given: Any) -> list[Tensor]:
             self.calls.append((name, len(given)))
-            return [torch.empty(0)] * {"reconstruct": 7, "splice": 3}[name.split("_")[1]]
+            return [torch.empty(0)] * 7
 
         return call
 
@@ -285,7 +303,7 @@ class _Operators:
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> _Operators:
     made = _Operators()
-    monkeypatch.setattr(cuda, "_operators", lambda: made)
+    monkeypatch.setattr(cuda, "_operator", made)
     return made
 
 
@@ -305,12 +323,10 @@ def test_calls_go_to_the_operators(operators: _Operators) -> None:
     cuda.reconstruct_backward(p, parameters, Saved(*(p,) * 6), FLAGS)
     cuda.splice_forward(inputs, 1.0)
     cuda.splice_backward(torch.ones(3, 9, 8), inputs, [], 1.0, True, True)
-    assert operators.calls == [
-        ("cuda_reconstruct_forward", 5),
-        ("cuda_reconstruct_backward", 7),
-        ("cuda_splice_forward", 2),
-        ("cuda_splice_backward", 5),
-    ]
+    text = Text(inputs_embeds=inputs.inputs_embeds)
+    kept = cuda.path_forward(parameters, text, FLAGS, True)
+    cuda.path_backward(p, parameters, text, kept, FLAGS, True, Needs(True, True))
+    assert operators.calls == [("cuda_forward", 17), ("cuda_backward", 18)] * 3
 
 
 def test_a_call_with_an_empty_tensor_is_eagers(operators: _Operators) -> None:
@@ -341,6 +357,7 @@ def test_a_prompt_alone_is_eagers(operators: _Operators) -> None:
 def test_the_first_call_loads_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = Mock(side_effect=ExtensionError("nvcc was not found"))
     monkeypatch.setattr(library, "load", missing)
+    monkeypatch.setattr(cuda, "_operator", cuda._operator.__wrapped__)
     with pytest.raises(ExtensionError, match=r"^nvcc was not found$"):
         cuda.splice_forward(tensors(2)[1], 1.0)
 
@@ -452,6 +469,39 @@ def test_a_library_in_the_package_that_does_not_fit_is_passed_over(
     monkeypatch.setattr(build, "find_tools", missing)
     assert library.state().text == f"the CUDA library cannot be built: nvcc was not found{why}"
     assert not library.state().usable
+
+
+@pytest.mark.parametrize(
+    ("off", "name", "why"),
+    [
+        ("", "triton", "less time on the GPU that ran both, nothing to build; cuda takes less"),
+        ("triton", "cuda", "triton does not work here"),
+        ("triton,cuda", "eager", "neither triton nor cuda works here"),
+        ("triton,cuda,eager", "none", "all are switched off"),
+    ],
+)
+def test_info_says_which_goes_first(
+    off: str, name: str, why: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPT_FAST_DISABLE", off)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cli, "_devices", lambda torch: ["a GPU"])
+    (line,) = (line for line in info().splitlines() if line.startswith("first "))
+    assert line.startswith(f"first        {name} ({why}")
+    assert json.loads(info("--json"))["first_backend"]["name"] == name
+    if name == "none":
+        return
+    assert dispatch.select(None, prompt_on_gpu()) == name
+    monkeypatch.setenv("EPT_FAST_BACKEND", "reference")
+    assert "\nfirst        reference (EPT_FAST_BACKEND)\n" in info()
+
+
+def test_the_order_is_the_same_for_all_sizes(machine: Machine) -> None:
+    for batch, length, width in ((1, 1, 8), (32, 256, 768), (8, 2048, 4096)):
+        text = OnGpu((batch, length, width))
+        inputs: Any = SpliceInputs(OnGpu((4, width)), inputs_embeds=text)  # type: ignore[arg-type]
+        assert dispatch.select(None, inputs) == "triton"
 
 
 def test_info_says_it_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

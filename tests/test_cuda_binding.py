@@ -5,14 +5,21 @@ Its results are compared in `tests/test_parity.py` and `tests/test_kernels.py`, 
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ept_fast import splice_prompt
 from ept_fast.backends import cuda
-from ept_fast.ops.types import Flags
-from tests.cases import Sizes, make_case
+from ept_fast.config import GATES
+from ept_fast.ops.activations import ACTIVATIONS
+from ept_fast.ops.types import Flags, Parameters, Text
+from tests.cases import PARTS, Case, Sizes, make_case, run
+from tests.host_kernels import CSRC
 from tests.parity import CUDA, cotangent_of, over
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "backend"), over(CUDA)]
@@ -35,50 +42,90 @@ def test_only_what_is_needed(what: str) -> None:
         assert torch.equal(tensor, full) if need else tensor.shape == (0,)
 
 
+@pytest.mark.parametrize("empty", [{"batch": 0}, {"length": 0}], ids=["no rows", "no tokens"])
+@pytest.mark.parametrize("part", ["all", "no fusion", "prompt only"])
+def test_a_path_without_text(part: str, empty: dict[str, int]) -> None:
+    case = make_case(replace(BANK, **empty), dtype=torch.float32, **PARTS[part])
+    expected = run(case, "eager", cotangent_of(case), Case.path)
+    found = run(case, "cuda", cotangent_of(case), Case.path)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
 # What the binding refuses by itself
 
 
+def call_forward(prompt: Tensor, *others: Tensor | None, **text: Tensor) -> list[Tensor]:
+    """The library's operator with nothing but these tensors."""
+    parameters = Parameters(prompt, *others)
+    numbers = (1.0, 0, 0, 1.0, True)
+    found: list[Tensor] = torch.ops.ept_fast.cuda_forward(*parameters, *Text(**text), *numbers)
+    return found
+
+
 def test_errors_name_the_argument() -> None:
-    op = torch.ops.ept_fast.cuda_splice_forward
     p, e = torch.ones(1, 2, 8), torch.ones(3, 5, 8)
     a, b = torch.ones(1, 7, 2), torch.ones(1, 2, 8)
-    mask, tasks = torch.ones(3, 5), torch.zeros(3, dtype=torch.int16)
-    for given, message in (
+    ids, mask = torch.zeros(3, 5, dtype=torch.int64), torch.ones(3, 5)
+    tasks = torch.zeros(3, dtype=torch.int16)
+    for parameters, text, message in (
         (
-            (p.double(), None, None, e),
-            "prompt: expected dtype float32, float16 or bfloat16, got Double",
+            (p.double(),),
+            {"inputs_embeds": e},
+            "short_prompt: expected dtype float32, float16 or bfloat16, got Double",
         ),
-        ((p[0], None, None, e), "prompt: expected 3 axes, got 2"),
+        ((p[0, 0],), {"inputs_embeds": e}, "short_prompt: expected 3 axes, got 1"),
+        ((p,), {"inputs_embeds": e[0]}, "inputs_embeds: expected 3 axes, got 2"),
+        ((p,), {"input_ids": ids}, "weight: expected a tensor beside input_ids, got None"),
         (
-            (p, None, None, None),
-            "inputs_embeds: expected either input_ids or inputs_embeds, got neither",
+            (p,),
+            {"input_ids": ids, "weight": e[0], "inputs_embeds": e},
+            "inputs_embeds: expected either input_ids or inputs_embeds, got both",
         ),
-        ((p, e[:, :, 0].long(), None, e), "weight: expected a tensor beside input_ids, got None"),
-        ((p, e[:, :, 0], e[0], None), "input_ids: expected dtype int64 or int32, got Float"),
-        ((p, None, None, e, a), "offset_b: expected a tensor beside offset_a, got None"),
         (
-            (p, None, None, e, a, b, mask),
+            (p,),
+            {"input_ids": mask, "weight": e[0]},
+            "input_ids: expected dtype int64 or int32, got Float",
+        ),
+        ((p, a), {"inputs_embeds": e}, "offset_b: expected a tensor beside offset_a, got None"),
+        (
+            (p, None, None, torch.ones(1, 2, 8, 4)),
+            {},
+            "space_up: expected a tensor beside space_down, got None",
+        ),
+        (
+            (p, a, b),
+            {"inputs_embeds": e, "attention_mask": mask},
             "attention_mask: expected dtype bool or an integer one, got Float",
         ),
         (
-            (p, None, None, e, a, b, None, tasks),
+            (p, a, b),
+            {"inputs_embeds": e, "task_ids": tasks},
             "task_ids: expected dtype int64 or int32, got Short",
         ),
     ):
         with pytest.raises(RuntimeError) as caught:
-            op([*given, *(None,) * (8 - len(given))], 1.0)
+            call_forward(*parameters, **text)
         assert str(caught.value).startswith(message)
 
 
-def test_names_of_flags_are_checked() -> None:
-    op = torch.ops.ept_fast.cuda_reconstruct_forward
-    p = torch.ones(1, 2, 8)
-    with pytest.raises(
-        RuntimeError, match=r"^activation: expected one of gelu, relu, silu, identity, got tanh"
-    ):
-        op([p, *(None,) * 6], 1.0, "tanh", "token", 1.0)
-    with pytest.raises(RuntimeError, match=r"^gate: expected token or prompt, got row"):
-        op([p, *(None,) * 6], 1.0, "gelu", "row", 1.0)
+def test_what_was_kept_is_of_the_call() -> None:
+    p, a, b = torch.ones(1, 2, 8), torch.ones(1, 7, 2), torch.ones(1, 2, 8)
+    out, kept = call_forward(p, a, b, inputs_embeds=torch.ones(3, 5, 8))
+    op, flags = torch.ops.ept_fast.cuda_backward, (1.0, 0, 0, 1.0, True)
+    given = (out, p, a, b, None, None, None, None, None, None)
+    assert len(op(*given, [kept], True, True, *flags)) == len(Parameters._fields)
+    for wrong in ([], [kept[:-1]], [kept, kept]):
+        with pytest.raises(RuntimeError, match=r"^kept: expected what the forward gave"):
+            op(*given, wrong, True, True, *flags)
+
+
+def test_choices_have_the_numbers_of_the_library() -> None:
+    """Activations by the order of `csrc/activations.h`, which `test_cuda_backend.py` looks at."""
+    assert list(cuda._ACTIVATIONS.items()) == [(n, i) for i, n in enumerate(ACTIVATIONS)]
+    contract = (CSRC / "kernels.h").read_text(encoding="utf-8")
+    (gates,) = re.findall(r"enum class Gate : int32_t \{ (.+) \};", contract)
+    assert gates == ", ".join(f"{name} = {number}" for number, name in enumerate(GATES))
 
 
 def test_an_error_of_a_launch_names_the_kernel() -> None:

@@ -23,11 +23,11 @@ import ept_fast
 from bench.abi import offences
 from ept_fast.backends.cuda import build, library
 from ept_fast.backends.cuda.build import ExtensionError
-from ept_fast.ops import reconstruct, splice
+from ept_fast.ops.types import Flags, Needs, Parameters, Text
 from tests.test_packaging import copy_of_the_sources, run
 
 ARCHITECTURES = "80;90"
-NAMES = ("reconstruct_forward", "reconstruct_backward", "splice_forward", "splice_backward")
+NAMES = ("forward", "backward")
 
 needs_ninja = pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not installed")
 
@@ -597,19 +597,24 @@ def test_it_compiles_without_warnings_and_loads(loaded: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_operators_take_what_the_python_operators_take(name: str, loaded: dict[str, Any]) -> None:
-    module = {"reconstruct": reconstruct, "splice": splice}[name.split("_")[0]]
-    assert module.__name__.endswith(name.split("_")[0])  # it registers them
-    schema = str(getattr(torch.ops.ept_fast, name).default._schema)
-    assert schema.count(", str backend)") == 1
-    expected = schema.replace(f"::{name}(", f"::cuda_{name}(").replace(", str backend)", ")")
-    # The library's splice keeps nothing for its backward.
-    expected = expected.replace(" Tensor[] kept,", "")
-    if name == "splice_forward":
-        expected = expected.replace("-> Tensor[]", "-> Tensor")
-    # Python's saved tensors are all there; the library takes the list as one of optional tensors.
-    assert loaded["schemas"][name] == expected.replace("Tensor[] saved", "Tensor?[] saved")
+def test_operators_take_what_the_tuples_hold(loaded: dict[str, Any]) -> None:
+    """The fields of the NamedTuples in their order, one by one."""
+
+    def optional(*names: str) -> str:
+        return "".join(f"Tensor? {name}, " for name in names)
+
+    prompt, *others = Parameters._fields
+    parameters = f"Tensor {prompt}, {optional(*others)}"
+    needs = "".join(f"bool need_{name}, " for name in Needs._fields)
+    types = {"scaling": "float", "activation": "int", "gate": "int", "temperature": "float"}
+    flags = "".join(f"{types[name]} {name}, " for name in Flags._fields)
+    assert loaded["schemas"] == {
+        "forward": f"ept_fast::cuda_forward({parameters}{optional(*Text._fields)}{flags}"
+        "bool fusion) -> Tensor[]",
+        "backward": f"ept_fast::cuda_backward(Tensor grad, {parameters}"
+        f"{optional('attention_mask', 'task_ids')}Tensor[] kept, {needs}{flags}"
+        "bool fusion) -> Tensor[]",
+    }
 
 
 @pytest.mark.slow

@@ -53,8 +53,9 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("shape", ["prime", "bank"])
 def test_the_same_bits_as_two_functions(shape: str, part: str, backend: str) -> None:
-    """Of the output; of the gradients those that are not a sum of two halves. Triton's differ in
-    their last bits, as the gradient of P′ is not rounded to its type.
+    """Of the output; of the gradients those that are not a sum of two halves. In the backends that
+    do not round the gradient of P′ to its type they differ if that is not float32, and Triton's do
+    in their last bits.
     """
     sizes = SHAPES[shape] if backend != "triton" else Sizes(tasks=SHAPES[shape].tasks)
     for types in ("fp32", "bf16 table", "bf16"):
@@ -65,7 +66,8 @@ def test_the_same_bits_as_two_functions(shape: str, part: str, backend: str) -> 
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             if name == "output" or backend != "triton":
-                if name not in OFFSET or types != "bf16":
+                rounded = name in OFFSET or (name != "output" and backend == "cuda")
+                if not rounded or types != "bf16":
                     assert torch.equal(tensor, expected[name]), (types, name)
             elif types != "bf16":
                 torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)

@@ -7,11 +7,22 @@ from torch import Tensor
 
 from ept_fast.ops.types import Parameters, SpliceInputs
 
-__all__ = ["MAX_RANK", "MAX_SPACES", "has_empty", "is_plain", "needs_float64", "too_large"]
+__all__ = [
+    "MAX_RANK",
+    "MAX_SIZE",
+    "MAX_SPACES",
+    "MAX_TOKENS",
+    "has_empty",
+    "is_plain",
+    "needs_float64",
+    "too_large",
+]
 
-# What a program holds at once. csrc/kernels.h has the same names.
-MAX_RANK = 256
-MAX_SPACES = 512
+# The largest sizes that every backend of kernels serves. csrc/kernels.h has the same names.
+MAX_RANK = 256  # r
+MAX_SPACES = 512  # K·h
+MAX_TOKENS = 512  # m of operation 1
+MAX_SIZE = 1 << 30  # any one axis
 
 
 def needs_float64(tensors: Parameters | SpliceInputs) -> str:
@@ -26,12 +37,18 @@ def too_large(tensors: Parameters | SpliceInputs) -> str:
     """Why the kernels do not serve these sizes; empty if they do."""
     if tensors.offset_a is not None and tensors.offset_a.shape[-1] > MAX_RANK:
         return f"rank {tensors.offset_a.shape[-1]} is more than {MAX_RANK}"
+    m = tensors[0].shape[-2]
+    if isinstance(tensors, Parameters) and m > MAX_TOKENS:
+        return f"{m} virtual tokens are more than {MAX_TOKENS}"
     down = tensors.space_down if isinstance(tensors, Parameters) else None
     if down is not None and down.shape[-3] * max(1, down.shape[-1]) > MAX_SPACES:
         return (
             f"{down.shape[-3]} subspaces of width {down.shape[-1]} are more than "
             f"{MAX_SPACES} together"
         )
+    for name, tensor in zip(tensors._fields, tensors, strict=True):
+        if tensor is not None and any(size > MAX_SIZE for size in tensor.shape):
+            return f"{name} has an axis of more than {MAX_SIZE}"
     return ""
 
 

@@ -46,9 +46,6 @@ _KNOWN_BAD = (
     ("sm_103", (3, 5, 1), "its matrix products crash"),
     ("sm_121", (3, 6, 0), "its assembler does not know the architecture"),
 )
-_MAX_TOKENS = 512
-
-
 _VERSION = triton_version()
 
 
@@ -103,15 +100,8 @@ def supports(tensors: Parameters | SpliceInputs, by_name: bool = False) -> tuple
             return False, "the interpreter serves a CPU only if it is asked for by name"
     elif _interpreted():
         return False, "GPU tensors, and TRITON_INTERPRET=1 is set"
-    refusal = _refusal(_VERSION, target(device)) or too_large(tensors) or _too_long(tensors)
+    refusal = _refusal(_VERSION, target(device)) or too_large(tensors)
     return not refusal, refusal or "fused kernels"
-
-
-def _too_long(tensors: Parameters | SpliceInputs) -> str:
-    m = tensors[0].shape[-2]
-    if isinstance(tensors, Parameters) and m > _MAX_TOKENS:
-        return f"{m} virtual tokens are more than {_MAX_TOKENS}"
-    return ""
 
 
 def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, Saved]:

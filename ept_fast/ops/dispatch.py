@@ -1,4 +1,8 @@
-"""The one place where a backend is chosen.
+"""The one place where a backend is chosen: the first that serves the call, in one order for all
+sizes, since a prompt's last bits should not depend on the size of the batch it is put before.
+
+Triton goes before CUDA. On the one GPU that ran both it needed less time for a single prompt, and
+it has nothing to build; the CUDA library takes less of the host (docs/cuda.md).
 
 ``reference`` is not among the backends: it is the definition under autograd and runs on request
 only.
@@ -19,13 +23,18 @@ import torch
 from ept_fast.backends import cuda, eager, triton
 from ept_fast.ops.types import Parameters, SpliceInputs
 
-__all__ = ["REFERENCE", "describe", "load", "select", "supporters"]
+__all__ = ["REFERENCE", "describe", "first", "load", "select", "supporters"]
 
 REFERENCE = "reference"
 # Modules that import no compiler and no driver; what they need beyond that they load on first use.
 _IN_ORDER: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "eager": eager}
 _NAMES = (*_IN_ORDER, REFERENCE)
 _OFF = "switched off by EPT_FAST_DISABLE"
+_WHY_FIRST = {
+    "triton": "less time on the GPU that ran both, nothing to build; cuda takes less of the host",
+    "cuda": "triton does not work here",
+    "eager": "neither triton nor cuda works here",
+}
 
 _logger = logging.getLogger("ept_fast")
 _logged: set[str] = set()
@@ -86,6 +95,19 @@ def describe() -> list[tuple[str, bool, str]]:
         for name, module in _IN_ORDER.items()
     ]
     return [*rows, (REFERENCE, True, "the definition under autograd, on request only")]
+
+
+def first() -> tuple[str, str] | None:
+    """The backend that a call gets which names none and which every backend serves, and why."""
+    forced = os.environ.get("EPT_FAST_BACKEND")
+    if forced:
+        return forced, "EPT_FAST_BACKEND"
+    # The interpreter serves no call that does not name Triton.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for name, works, _ in describe():
+        if works and name in _WHY_FIRST and not (name == "triton" and interpreted):
+            return name, _WHY_FIRST[name]
+    return None
 
 
 def _switched_off() -> list[str]:

@@ -215,25 +215,26 @@ _checked: dict[Hashable, _Checked] = {}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _key(
+def _known(
     tensors: tuple[Tensor | None, ...], flags: Flags, fusion: bool, backend: str | None
-) -> Hashable:
-    """All that checks and the choice of a backend depend on; None if it is not known."""
+) -> tuple[Hashable, _Checked | None]:
+    """All that checks and the choice of a backend depend on, None if it is not known; and what is
+    known of it. Compiled code must not look there: it would be compiled for what it finds.
+    """
     if torch.compiler.is_compiling():
-        return None
+        return None, None
     variables = os.environ.get("EPT_FAST_BACKEND"), os.environ.get("EPT_FAST_DISABLE")
     found: list[Any] = [backend, variables, dispatch.supporters(), fusion, flags]
     found += map(type, (fusion, *flags))  # 1 and True are equal
     try:
         for t in tensors:
             if t is not None and type(t) not in _PLAIN:
-                return None
+                return None, None
             found.append(facts_of(t))
         key = tuple(found)
-        hash(key)
+        return key, _checked.get(key)
     except (RuntimeError, TypeError):  # no storage, or not what it should be
-        return None
-    return key
+        return None, None
 
 
 def _check(
@@ -266,9 +267,7 @@ def prompt_path(
 
     ``first_check`` is called unless arguments like these were checked before.
     """
-    key = _key((*parameters, *text), flags, fusion, backend)
-    # Compiled code must not look into the dictionary: it would be compiled for what is in it.
-    checked = None if key is None else _checked.get(key)
+    key, checked = _known((*parameters, *text), flags, fusion, backend)
     if checked is None:
         checked = _check(parameters, text, flags, fusion, backend, first_check)
         if key is not None:

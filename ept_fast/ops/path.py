@@ -12,7 +12,7 @@ prompt: adding it outside would cost autograd a view for each of them.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +21,12 @@ from torch.autograd.function import once_differentiable
 from ept_fast.backends.fused import has_empty
 from ept_fast.checks import check_splice_values, values_are_checked
 from ept_fast.ops import dispatch
-from ept_fast.ops.reconstruct import saved_like
 from ept_fast.ops.types import Flags, Needs, Parameters, Saved, Text
 from ept_fast.precision import without_autocast
 
 __all__ = ["path"]
 
-_PARAMETERS, _TEXT = len(Parameters._fields), len(Text._fields)
+_PARAMETERS = len(Parameters._fields)
 _SAVED = len(Saved._fields)
 _WIDE = "eager"  # the backend that can leave the offset's gradients unrounded
 
@@ -196,7 +195,7 @@ def _(
         return [out, *module.path_kept(given, behind, fusion)]
     tasked = given.with_task_axis()
     spliced = dispatch.load(backend).splice_kept(behind.behind(tasked.short_prompt, tasked))
-    return [out, *saved_like(tasked.seen(fusion)), *spliced]
+    return [out, *Saved.empty(tasked.seen(fusion)), *spliced]
 
 
 @_backward_op.register_fake
@@ -224,52 +223,59 @@ def _(
     ]
 
 
+class _How(NamedTuple):
+    """What a call is besides its tensors."""
+
+    flags: Flags
+    fusion: bool
+    backend: str
+    known: Hashable
+
+
 class _Path(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, flags: Flags, fusion: bool, backend: str, known: Hashable, *tensors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, how: _How, *tensors: Tensor | None) -> Tensor:
         parameters = Parameters(*tensors[:_PARAMETERS])  # type: ignore[arg-type]
         text = Text(*tensors[_PARAMETERS:])
+        flags, fusion, backend, known = how
         if torch.compiler.is_compiling():
             found = _forward_op(list(parameters), list(text), *flags, fusion, backend)
         else:
             found = _forward(parameters, text, flags, fusion, backend, known)
-        ctx.save_for_backward(*parameters, *text.without_tokens(), *found[1:])
-        ctx.flags, ctx.fusion, ctx.backend = flags, fusion, backend
+        ctx.save_for_backward(*parameters, text.attention_mask, text.task_ids, *found[1:])
+        ctx.how = how
         out: Tensor = found[0]
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        saved: tuple[Any, ...] = ctx.saved_tensors  # once: checkpointing computes them again
-        parameters = Parameters(*saved[:_PARAMETERS])
-        text, kept = Text(*saved[_PARAMETERS:][:_TEXT]), list(saved[_PARAMETERS + _TEXT :])
-        asked = ctx.needs_input_grad[4 : 4 + _PARAMETERS]
-        needs = Needs.for_gradients(asked, ctx.fusion)
-        grads: list[Tensor | None] = [None] * _PARAMETERS
-        if needs.prompt or needs.offset:
-            if torch.compiler.is_compiling():
-                found = _backward_op(
-                    grad,
-                    list(parameters),
-                    list(text),
-                    kept,
-                    *ctx.flags,
-                    ctx.fusion,
-                    *needs,
-                    ctx.backend,
-                )
-            else:
-                found = _backward(
-                    grad, parameters, text, kept, ctx.flags, ctx.fusion, needs, ctx.backend
-                )
-            grads = [each if need else None for each, need in zip(found, asked, strict=True)]
-        embeds = None
-        if ctx.needs_input_grad[4 + _PARAMETERS + Text._fields.index("inputs_embeds")]:
-            embeds = grad[:, parameters.short_prompt.shape[-2] :]
-        return None, None, None, None, *grads, None, None, embeds, None, None
+        # Results that may be differentiated again have to refuse it, which costs others time.
+        return _refusing(ctx, grad) if torch.is_grad_enabled() else _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> Any:
+    saved: tuple[Any, ...] = ctx.saved_tensors  # once: checkpointing computes them again
+    flags, fusion, backend, _ = ctx.how
+    parameters = Parameters(*saved[:_PARAMETERS])
+    mask, task_ids, *kept = saved[_PARAMETERS:]
+    text = Text(attention_mask=mask, task_ids=task_ids)
+    _, *asked = ctx.needs_input_grad
+    needs = Needs.for_gradients(asked[:_PARAMETERS], fusion)
+    grads: list[Tensor | None] = [None] * _PARAMETERS
+    if needs.prompt or needs.offset:
+        if torch.compiler.is_compiling():
+            given = (list(parameters), list(text), kept, *flags, fusion, *needs, backend)
+            found = _backward_op(grad, *given)
+        else:
+            found = _backward(grad, parameters, text, kept, flags, fusion, needs, backend)
+        grads = [each if need else None for each, need in zip(found, asked, strict=False)]
+    embeds = None
+    if asked[_PARAMETERS + Text._fields.index("inputs_embeds")]:
+        embeds = grad[:, parameters.short_prompt.shape[-2] :]
+    return None, *grads, None, None, embeds, None, None
+
+
+_refusing = once_differentiable(_gradients)
 
 
 def path(
@@ -296,5 +302,6 @@ def path(
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats)
         if not trains:
             return _forward(parameters, text, flags, fusion, backend)[0]
-    result: Tensor = _Path.apply(flags, fusion, backend, known, *parameters, *text)  # type: ignore[no-untyped-call]
+    how = _How(flags, fusion, backend, known)
+    result: Tensor = _Path.apply(how, *parameters, *text)  # type: ignore[no-untyped-call]
     return result

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from ept_fast.ops import dispatch
 from ept_fast.ops.types import Flags, Parameters, Saved
-from ept_fast.precision import accumulation_dtype, without_autocast
+from ept_fast.precision import without_autocast
 
-__all__ = ["gate_weights", "reconstruct", "saved_like"]
+__all__ = ["gate_weights", "reconstruct"]
 
 
 def _forward(
@@ -63,23 +63,6 @@ _forward_op = torch.library.custom_op("ept_fast::reconstruct_forward", _forward,
 _backward_op = torch.library.custom_op("ept_fast::reconstruct_backward", _backward, mutates_args=())
 
 
-def saved_like(given: Parameters) -> Saved:
-    """Empty tensors of the sizes of what the forward saves."""
-    p, dtype = given.short_prompt, accumulation_dtype(*given)
-    tasks, m, _, r, spaces, dim, _ = given.sizes()
-    dims = spaces * dim
-    return Saved(
-        query=p.new_empty((tasks, m, r) if given.has_offset else 0, dtype=dtype),
-        stats=p.new_empty((tasks, 2, m) if given.has_offset else 0, dtype=dtype),
-        attended=p.new_empty((tasks, m, r) if given.has_offset else 0, dtype=dtype),
-        hidden=p.new_empty((tasks, m, dims) if given.has_spaces else 0, dtype=dtype),
-        gates=p.new_empty((tasks, m, spaces) if given.has_spaces else 0, dtype=dtype),
-        cross=p.new_empty(
-            (tasks, r, dims + spaces) if given.has_offset and given.has_spaces else 0, dtype=dtype
-        ),
-    )
-
-
 @_forward_op.register_fake
 def _(
     parameters: list[Tensor | None],
@@ -91,7 +74,7 @@ def _(
 ) -> list[Tensor]:
     given = Parameters(*parameters)  # type: ignore[arg-type]
     prompt = torch.empty_like(given.short_prompt, memory_format=torch.contiguous_format)
-    return [prompt, *saved_like(given)]
+    return [prompt, *Saved.empty(given)]
 
 
 @_backward_op.register_fake

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ept_fast.precision import accumulation_dtype
+
 __all__ = ["Flags", "Needs", "Parameters", "Saved", "SpliceGrads", "SpliceInputs", "Text"]
 
 
@@ -113,6 +115,22 @@ class Saved(NamedTuple):
     gates: Tensor
     cross: Tensor
 
+    @classmethod
+    def empty(cls, given: Parameters) -> Saved:
+        """Empty tensors of the sizes of what the forward keeps for these parameters."""
+        p, dtype = given.short_prompt, accumulation_dtype(*given)
+        tasks, m, _, r, spaces, dim, _ = given.sizes()
+        dims, offset = spaces * dim, given.has_offset
+        shapes = {
+            "query": (tasks, m, r) if offset else 0,
+            "stats": (tasks, 2, m) if offset else 0,
+            "attended": (tasks, m, r) if offset else 0,
+            "hidden": (tasks, m, dims) if given.has_spaces else 0,
+            "gates": (tasks, m, spaces) if given.has_spaces else 0,
+            "cross": (tasks, r, dims + spaces) if offset and given.has_spaces else 0,
+        }
+        return cls(**{name: p.new_empty(shape, dtype=dtype) for name, shape in shapes.items()})
+
 
 class SpliceInputs(NamedTuple):
     """The tensors of operation 2; those that are not given are None.
@@ -152,6 +170,11 @@ class SpliceInputs(NamedTuple):
         assert source is not None
         return source
 
+    def parts(self) -> tuple[Parameters, Text]:
+        """The prompt and the offset, and the text behind the prompt."""
+        prompt, ids, weight, embeds, a, b, mask, task_ids = self
+        return Parameters(prompt, a, b), Text(ids, weight, embeds, mask, task_ids)
+
 
 class Text(NamedTuple):
     """What a prompt is put before: the tensors of operation 2 that are no parameters.
@@ -178,10 +201,6 @@ class Text(NamedTuple):
             self.attention_mask,
             self.task_ids,
         )
-
-    def without_tokens(self) -> Text:
-        """What the backward needs of it."""
-        return Text(None, None, None, self.attention_mask, self.task_ids)
 
 
 class Needs(NamedTuple):

@@ -1,12 +1,15 @@
 """The fused kernels in CUDA C++, for NVIDIA GPUs on which Triton is missing, known bad or off.
 
 The library is looked for, built and loaded by the first call that needs it, and by nothing before.
-What is left of a call with an empty tensor, or of a prompt alone, is plain PyTorch's to do. Of both
-operations in a row the halves of the offset's gradients are rounded each, and added.
+What is left of a call with an empty tensor, or of a prompt alone, is plain PyTorch's to do. Each
+direction is one call of the library, of both operations in a row too; there the halves of the
+offset's gradients are rounded each, and added.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -14,20 +17,33 @@ from torch import Tensor
 
 from ept_fast.backends import eager
 from ept_fast.backends.fused import has_empty, is_plain, needs_float64, too_large
+from ept_fast.config import GATES
 from ept_fast.kernels.launch import target
-from ept_fast.ops.types import Flags, Parameters, Saved, SpliceGrads, SpliceInputs
+from ept_fast.ops.activations import ACTIVATIONS
+from ept_fast.ops.types import (
+    Flags,
+    Needs,
+    Parameters,
+    Saved,
+    SpliceGrads,
+    SpliceInputs,
+    Text,
+)
 
 __all__ = [
     "available",
+    "path_backward",
+    "path_forward",
+    "path_kept",
     "reconstruct_backward",
     "reconstruct_forward",
     "splice_backward",
     "splice_forward",
+    "splice_kept",
     "supports",
 ]
 
 _OLDEST = 75
-_MAX_SIZE = 1 << 30  # of an axis; kernels.h has it too
 
 
 def available() -> tuple[bool, str]:
@@ -53,7 +69,7 @@ def supports(tensors: Parameters | SpliceInputs, by_name: bool = False) -> tuple
     refusal = needs_float64(tensors)
     if not refusal and (device.type != "cuda" or torch.version.hip is not None):
         refusal = "not on an NVIDIA GPU"
-    refusal = refusal or too_large(tensors) or _too_long(tensors)
+    refusal = refusal or too_large(tensors)
     refusal = refusal or _refusal(device, prepare=not by_name)
     return not refusal, refusal or "fused kernels"
 
@@ -73,26 +89,37 @@ def _refusal(device: torch.device, prepare: bool) -> str:
 _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _too_long(tensors: Parameters | SpliceInputs) -> str:
-    for name, tensor in zip(tensors._fields, tensors, strict=True):
-        if tensor is not None and any(size > _MAX_SIZE for size in tensor.shape):
-            return f"{name} has an axis of more than {_MAX_SIZE}"
-    return ""
+_overrides = torch.library.Library("ept_fast", "IMPL")  # type: ignore[no-untyped-call]
 
 
-def _operators() -> Any:
-    """torch's namespace of this package, with the library's operators in it."""
+@functools.cache
+def _operator(name: str) -> Any:
+    """One of the library's operators. The Functions that call it are its autograd: torch's own, for
+    an operator that has none, would look at every tensor in every call.
+    """
     from ept_fast.backends.cuda import library
 
     library.load()
-    return torch.ops.ept_fast
+    _overrides.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+    return getattr(torch.ops.ept_fast, name).default
+
+
+_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
+_GATES = {name: number for number, name in enumerate(GATES)}
+
+
+def _numbers(flags: Flags) -> tuple[float, int, int, float]:
+    """The flags as the operators take them."""
+    scaling, activation, gate, temperature = flags
+    return scaling, _ACTIVATIONS[activation], _GATES[gate], temperature
 
 
 def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, Saved]:
     """P′ [T, m, d] and what the backward needs."""
     if is_plain(parameters):
         return eager.reconstruct_forward(parameters, flags)
-    prompt, *saved = _operators().cuda_reconstruct_forward(list(parameters), *flags)
+    no_text = Text()
+    prompt, *saved = _operator("cuda_forward")(*parameters, *no_text, *_numbers(flags), True)
     return prompt, Saved(*saved)
 
 
@@ -102,15 +129,16 @@ def reconstruct_backward(
     """Gradients of the parameters in their types, from Y = dL/dP′ [T, m, d]."""
     if is_plain(parameters):
         return eager.reconstruct_backward(grad, parameters, saved, flags)
-    grads = _operators().cuda_reconstruct_backward(grad, list(parameters), list(saved), *flags)
-    return Parameters(*grads)
+    kept = [tensor.contiguous() for tensor in saved]
+    return Parameters(*_backward(grad, parameters, Text(), kept, flags, True, Needs(True, False)))
 
 
 def splice_forward(inputs: SpliceInputs, scaling: float) -> tuple[Tensor, list[Tensor]]:
     """The prompt before the text and the low-rank offset onto its real tokens, [B, m + S, d]."""
     if has_empty(*inputs):
         return eager.splice_forward(inputs, scaling)
-    return _operators().cuda_splice_forward(list(inputs), scaling), []
+    parameters, text = inputs.parts()
+    return path_forward(parameters, text, _splice_flags(scaling), fusion=False)[0], []
 
 
 def splice_backward(
@@ -124,11 +152,73 @@ def splice_backward(
     """Gradients of prompt, offset_a and offset_b in their types from that of the output."""
     if has_empty(grad, *inputs):
         return eager.splice_backward(grad, inputs, kept, scaling, need_prompt, need_offset)
-    return SpliceGrads(
-        *_operators().cuda_splice_backward(grad, list(inputs), scaling, need_prompt, need_offset)
-    )
+    parameters, text = inputs.parts()
+    needs = Needs(need_prompt, need_offset)
+    nothing = [grad.new_empty(0)]
+    found = _backward(grad, parameters, text, nothing, _splice_flags(scaling), False, needs)
+    return SpliceGrads(*found[: len(SpliceGrads._fields)])
 
 
 def splice_kept(inputs: SpliceInputs) -> list[Tensor]:
     """The forward keeps nothing."""
     return []
+
+
+def _splice_flags(scaling: float) -> Flags:
+    """Those of a path without operation 1."""
+    return Flags(scaling, "identity", "token", 1.0)
+
+
+def path_forward(
+    parameters: Parameters, text: Text, flags: Flags, fusion: bool, known: Hashable = None
+) -> list[Tensor]:
+    """Both operations: the spliced text [B, m + S, d] and what the backward needs."""
+    found: list[Tensor] = _operator("cuda_forward")(*parameters, *text, *_numbers(flags), fusion)
+    return found
+
+
+def path_kept(parameters: Parameters, text: Text, fusion: bool) -> list[Tensor]:
+    """An empty tensor of the size of what :func:`path_forward` keeps."""
+    saved = Saved.empty(parameters.with_task_axis().seen(fusion))
+    size = sum(-(-4 * tensor.numel() // 16) * 16 for tensor in saved)
+    return [parameters.short_prompt.new_empty(size, dtype=torch.uint8)]
+
+
+def path_backward(
+    grad: Tensor,
+    parameters: Parameters,
+    text: Text,
+    kept: list[Tensor],
+    flags: Flags,
+    fusion: bool,
+    needs: Needs,
+) -> list[Tensor]:
+    """The gradient of each parameter in its type; empty where ``needs`` does not ask for it."""
+    if has_empty(grad):
+        return [
+            torch.zeros_like(t) if need and t is not None else grad.new_empty(0)
+            for t, need in zip(parameters, needs.of(parameters, fusion), strict=True)
+        ]
+    return _backward(grad, parameters, text, kept, flags, fusion, needs)
+
+
+def _backward(
+    grad: Tensor,
+    parameters: Parameters,
+    text: Text,
+    kept: list[Tensor],
+    flags: Flags,
+    fusion: bool,
+    needs: Needs,
+) -> list[Tensor]:
+    grads: list[Tensor] = _operator("cuda_backward")(
+        grad,
+        *parameters,
+        text.attention_mask,
+        text.task_ids,
+        kept,
+        *needs,
+        *_numbers(flags),
+        fusion,
+    )
+    return grads

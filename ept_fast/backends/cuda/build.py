@@ -30,6 +30,8 @@ from pathlib import Path
 __all__ = [
     "ENVIRONMENT",
     "LIBRARY",
+    "SOURCES",
+    "STABLE_ABI",
     "WHEEL_ARCHITECTURES",
     "ExtensionError",
     "Record",
@@ -48,6 +50,7 @@ __all__ = [
 LIBRARY = "ept_fast_cuda.so"
 ENVIRONMENT = "EPT_FAST_CUDA_ARCHS"
 WHEEL_ARCHITECTURES = ("75", "80", "86", "89", "90", "100+PTX")
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # that of torch 2.10
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 
 _OLDEST_ARCHITECTURE = 75
@@ -57,7 +60,7 @@ _NVCC_FLAGS = (
     "-std=c++20",
     "-O3",
     "--fmad=true",  # pinned: contraction decides the last bit of every result
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI of torch 2.10
+    STABLE_ABI,
     "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden",
     "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas",  # `#pragma unroll` is nvcc's own
 )

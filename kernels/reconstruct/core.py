@@ -180,8 +180,8 @@ def reduce(t, sums, block, x, first, steps, FORWARD: tl.constexpr):
             _reduce_rows(t, sums, left, row, t.up, t.b, NONE, first, steps)
     elif FORWARD and t.b is not None and t.down is not None:
         row = (block - blocks_m) * BLOCK_M
-        left = _rows(matrix(t.b, t.task), row, t.r, BLOCK_M)
-        _reduce_rows(t, sums, left, t.m + row, t.down, NONE, t.gate, first, steps)
+        of_b = _rows(matrix(t.b, t.task), row, t.r, BLOCK_M)
+        _reduce_rows(t, sums, of_b, t.m + row, t.down, NONE, t.gate, first, steps)
 
 
 @triton.jit

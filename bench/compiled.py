@@ -428,17 +428,16 @@ Case = Reconstruct | Splice
 def cases() -> list[Case]:
     """The calls whose kernels are compiled.
 
-    Every type at the base shape, then each other shape and each flag at the types that use it.
+    Every type at the base shape and, of operation 1, at the longest; then each other shape and each
+    flag at the types that use it.
     """
     reconstruct = Reconstruct(BASE, ("fp32",) * 3)
     splice = Splice(BASE, ("bf16", "fp32"))
     types: list[Any] = [*((name,) * 3 for name in FLOATS), MIXED]
     return [
         *(replace(reconstruct, types=names) for names in types),
-        *(
-            replace(reconstruct, shape=shape)
-            for shape in (LARGE, BANK, ODD, WIDEST, LONGEST, *PREDICTED)
-        ),
+        *(replace(reconstruct, types=names, shape=LONGEST) for names in types),
+        *(replace(reconstruct, shape=shape) for shape in (ODD, WIDEST, *PREDICTED)),
         *(replace(reconstruct, activation=name) for name in tuple(ACTIVATIONS)[1:]),
         replace(reconstruct, gate="prompt"),
         replace(reconstruct, halves=True),
@@ -453,8 +452,20 @@ def cases() -> list[Case]:
     ]
 
 
-# On one target of either maker: another activation changes a few elementwise operations.
-_ACTIVATION_TARGETS = ("sm_90", "gfx942")
+def targets_of(case: Case) -> tuple[str, ...]:
+    """Where a case is compiled.
+
+    Operation 1 is one program each way at the base shape, and three at the longest: these two on
+    every target. Other shapes are for the limits, and a flag changes a few operations: one target
+    of either maker for these, one for an activation and for the other types of the longest.
+    """
+    if isinstance(case, Splice):
+        return tuple(TARGETS)
+    if case.activation != "gelu" or (case.shape == LONGEST and set(case.types) != {"fp32"}):
+        return ("sm_90",)
+    if case != Reconstruct(case.shape, case.types):
+        return ("sm_90", "gfx942")
+    return tuple(TARGETS) if case.shape in (BASE, LONGEST) else LIMITED
 
 
 # The tables
@@ -521,9 +532,8 @@ def launches(chosen: Iterable[Case], targets: Iterable[str]) -> list[Use]:
     importlib.import_module("ept_fast.kernels.calls")
     uses: list[Use] = []
     for case in chosen:
-        plain = isinstance(case, Splice) or case.activation == "gelu"
         for name in targets:
-            if not plain and name not in _ACTIVATION_TARGETS:
+            if name not in targets_of(case):
                 continue
             with recorded(TARGETS[name]) as made:
                 case.run()

@@ -24,7 +24,7 @@ from bench.peers import REFERENCE
 from tests.processes import python
 
 # With a mask; without one there is no plan, which the CUDA backward makes again.
-LAUNCHES = {TRITON: {"forward": 5, "both": 10}, CUDA: {"forward": 5, "both": 12}}
+LAUNCHES = {TRITON: {"forward": 3, "both": 6}, CUDA: {"forward": 3, "both": 9}}
 PLANS = {TRITON: {"forward": 1, "both": 1}, CUDA: {"forward": 1, "both": 2}}
 
 _MISSING = cuda_tools() or next(

@@ -37,6 +37,7 @@ from bench.compiled import cuda_tools
 from ept_fast import reconstruct_and_splice
 from ept_fast.cli import main as command
 from ept_fast.kernels import calls, launch, runtime
+from ept_fast.kernels.reconstruct import config as reconstruct_config
 from tests.cases import Case, Sizes, make_case
 from tests.cases import run as run_functions
 from tests.parity import TRITON, cotangent_of, over
@@ -470,6 +471,13 @@ def _calls() -> dict[str, Callable[[], object]]:
         found[layout] = partial(_path, case.laid_out(layout))
     found["a later element"] = partial(_path, case.each_tensor(_later))
     found["no fusion"] = partial(_path, _of(fusion=False)(case))
+    wide = make_case(Sizes(m=5, n=33, r=3, d=80, length=17), dtype=torch.float32)
+
+    def in_three() -> None:
+        with mock.patch.object(reconstruct_config, "MOST_REPEATED", 0):
+            _path(wide)
+
+    found["nothing repeated"] = in_three
     return found
 
 

@@ -25,10 +25,10 @@ __all__ = [
     "dense",
     "dot_split",
     "load",
+    "load_parts",
     "matrix",
     "product",
     "store",
-    "sum_parts",
     "terms_of",
     "transposed",
 ]
@@ -91,12 +91,14 @@ def store(of, tile, i, mask_i, j, mask_j):
 
 
 @triton.jit
-def sum_parts(ptrs, mask, parts, stride):
-    """The sum of ``parts`` float32 tiles that lie ``stride`` apart, in order."""
+def load_parts(of, i, mask_i, j, mask_j, parts, stride):
+    """The sum of a tile of ``parts`` float32 matrices that lie ``stride`` apart, in order."""
+    ptrs = of.ptr + (i[:, None] * of.stride_i + j[None, :] * of.stride_j)
+    mask = mask_i[:, None] & mask_j[None, :]
     total = tl.zeros(ptrs.shape, tl.float32)
     for first in range(0, parts, 4):
-        for i in tl.static_range(4):  # loads that are under way together
-            part = tl.cast(first + i, tl.int64)
+        for later in tl.static_range(4):  # loads that are under way together
+            part = tl.cast(first + later, tl.int64)
             # Compared as a tile: Triton 3.9's interpreter makes no mask of a scalar comparison.
             mask_part = mask & (tl.full(mask.shape, part, tl.int64) < parts)
             total += tl.load(ptrs + part * stride, mask=mask_part, other=0.0)

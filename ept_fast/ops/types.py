@@ -115,21 +115,26 @@ class Saved(NamedTuple):
     gates: Tensor
     cross: Tensor
 
+    @staticmethod
+    def shapes(given: Parameters) -> list[tuple[int, ...]]:
+        """Of what the forward keeps for these parameters; ``(0,)`` if it does not apply."""
+        tasks, m, _, r, spaces, dim, _ = given.sizes()
+        dims, offset = spaces * dim, given.has_offset
+        none = (0,)
+        return [
+            (tasks, m, r) if offset else none,
+            (tasks, 2, m) if offset else none,
+            (tasks, m, r) if offset else none,
+            (tasks, m, dims) if given.has_spaces else none,
+            (tasks, m, spaces) if given.has_spaces else none,
+            (tasks, r, dims + spaces) if offset and given.has_spaces else none,
+        ]
+
     @classmethod
     def empty(cls, given: Parameters) -> Saved:
         """Empty tensors of the sizes of what the forward keeps for these parameters."""
         p, dtype = given.short_prompt, accumulation_dtype(*given)
-        tasks, m, _, r, spaces, dim, _ = given.sizes()
-        dims, offset = spaces * dim, given.has_offset
-        shapes = {
-            "query": (tasks, m, r) if offset else 0,
-            "stats": (tasks, 2, m) if offset else 0,
-            "attended": (tasks, m, r) if offset else 0,
-            "hidden": (tasks, m, dims) if given.has_spaces else 0,
-            "gates": (tasks, m, spaces) if given.has_spaces else 0,
-            "cross": (tasks, r, dims + spaces) if offset and given.has_spaces else 0,
-        }
-        return cls(**{name: p.new_empty(shape, dtype=dtype) for name, shape in shapes.items()})
+        return cls(*(p.new_empty(shape, dtype=dtype) for shape in cls.shapes(given)))
 
 
 class SpliceInputs(NamedTuple):

@@ -23,21 +23,7 @@ __all__ = ["backward", "forward", "saved"]
 
 def saved(add: Add, parameters: Parameters) -> Saved:
     """What the backward needs, made by ``add(shape, dtype)``."""
-    tasks, m, _, r, spaces, dim, _ = parameters.sizes()
-    dims = spaces * dim
-    fused, gated = parameters.has_offset, parameters.has_spaces
-
-    def make(wanted: bool, *shape: int) -> Any:
-        return add(shape if wanted else (0,), torch.float32)
-
-    return Saved(
-        query=make(fused, tasks, m, r),
-        stats=make(fused, tasks, 2, m),
-        attended=make(fused, tasks, m, r),
-        hidden=make(gated, tasks, m, dims),
-        gates=make(gated, tasks, m, spaces),
-        cross=make(fused and gated, tasks, r, dims + spaces),
-    )
+    return Saved(*(add(shape, torch.float32) for shape in Saved.shapes(parameters)))
 
 
 def _with_strides(tensor: Any, order: tuple[int, ...] = ()) -> Any:

@@ -23,9 +23,16 @@ import triton
 import triton.language as tl
 
 from ept_fast.kernels.activations import activate, activation_derivative
-from ept_fast.kernels.reconstruct.core import BLOCK, BLOCK_M, Task, add_product, reduce
+from ept_fast.kernels.reconstruct.core import (
+    BLOCK,
+    BLOCK_M,
+    Task,
+    add_product,
+    load_or_mean,
+    reduce,
+)
 from ept_fast.kernels.reconstruct.expand import KINDS, expand, grad_bias
-from ept_fast.kernels.tiles import dense, load, matrix, product, store, sum_parts, transposed
+from ept_fast.kernels.tiles import dense, load, load_parts, matrix, product, store, transposed
 
 __all__ = ["reconstruct_backward_kernel"]
 
@@ -44,8 +51,7 @@ def _space_grads(t, d_x, d_gates, sums, saved, offs_m, splits, ACTIVATION: tl.co
         for column in tl.range(start * t.dim, last, BLOCK, num_stages=1, disable_licm=True):
             offs_c = (column + tl.arange(0, BLOCK)).to(tl.int64)
             mask_c = offs_c < last
-            ptrs = sums.ptr + (offs_m[:, None] * sums.stride_i + (t.r + offs_c)[None, :])
-            grad = sum_parts(ptrs, mask_m[:, None] & mask_c[None, :], splits, part)
+            grad = load_parts(sums, offs_m, mask_m, t.r + offs_c, mask_c, splits, part)
             hidden = load(of_hidden, offs_m, mask_m, offs_c, mask_c)
             # A product with zeros and ones adds up the columns of each space.
             member = (offs_c[:, None] // t.dim == offs_k[None, :]).to(tl.float32)
@@ -57,20 +63,6 @@ def _space_grads(t, d_x, d_gates, sums, saved, offs_m, splits, ACTIVATION: tl.co
 
 
 @triton.jit
-def _gate_grads(t, d_gates, offs_m, offs_k, PROMPT: tl.constexpr):
-    """dg [BLOCK_M, BLOCK]; in prompt mode the mean over all tokens in every row."""
-    mask_k = offs_k < t.spaces
-    grads = load(d_gates, offs_m, offs_m < t.m, offs_k, mask_k)
-    if PROMPT:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-            rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-            total += tl.sum(load(d_gates, rows, rows < t.m, offs_k, mask_k), 0)
-        grads = tl.broadcast_to((total / t.m)[None, :], grads.shape)
-    return grads
-
-
-@triton.jit
 def _logit_grads(t, d_x, d_gates, gates, offs_m, temperature, PROMPT: tl.constexpr):
     """dz of a block of tokens, to memory."""
     mask_m = offs_m < t.m
@@ -78,12 +70,12 @@ def _logit_grads(t, d_x, d_gates, gates, offs_m, temperature, PROMPT: tl.constex
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
         offs_k = (start + tl.arange(0, BLOCK)).to(tl.int64)
         g = load(gates, offs_m, mask_m, offs_k, offs_k < t.spaces)
-        inner += tl.sum(g * _gate_grads(t, d_gates, offs_m, offs_k, PROMPT), 1)
+        inner += tl.sum(g * load_or_mean(t, d_gates, offs_m, offs_k, PROMPT), 1)
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
         offs_k = (start + tl.arange(0, BLOCK)).to(tl.int64)
         mask_k = offs_k < t.spaces
         g = load(gates, offs_m, mask_m, offs_k, mask_k)
-        grads = _gate_grads(t, d_gates, offs_m, offs_k, PROMPT)
+        grads = load_or_mean(t, d_gates, offs_m, offs_k, PROMPT)
         d_z = g * (grads - inner[:, None]) / temperature
         store(d_x, d_z, offs_m, mask_m, t.dims + offs_k, mask_k)
 
@@ -96,8 +88,7 @@ def _attended_grads(t, d_attended, d_x, sums, saved, offs_m, splits):
     for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
         offs_r = (start + tl.arange(0, BLOCK)).to(tl.int64)
         mask_r = offs_r < t.r
-        ptrs = sums.ptr + (offs_m[:, None] * sums.stride_i + offs_r[None, :])
-        grad = sum_parts(ptrs, mask_m[:, None] & mask_r[None, :], splits, part)
+        grad = load_parts(sums, offs_m, mask_m, offs_r, mask_r, splits, part)
         if t.down is not None:
             cross = transposed(dense(saved[5], t.task, t.r, t.width))
             grad = add_product(grad, d_x, offs_m, mask_m, cross, offs_r, mask_r, t.width, 1.0)

@@ -25,6 +25,7 @@ __all__ = [
     "blocks_of",
     "load_down",
     "load_gated",
+    "load_or_mean",
     "load_up",
     "reconstruct_reduce_kernel",
     "reduce",
@@ -93,6 +94,20 @@ def load_gated(t, saved, offs_m, columns, ACTIVATION: tl.constexpr):
     offs_k = (columns // t.dim).to(tl.int64)
     gates = load(dense(saved[4], t.task, t.m, t.spaces), offs_m, mask_m, offs_k, mask_c)
     return gates * activate(hidden, ACTIVATION)
+
+
+@triton.jit
+def load_or_mean(t, of, offs_m, offs_k, MEAN: tl.constexpr):
+    """[BLOCK_M, BLOCK] of a matrix [m, K]; or its mean over all tokens, in every row."""
+    mask_k = offs_k < t.spaces
+    tile = load(of, offs_m, offs_m < t.m, offs_k, mask_k)
+    if MEAN:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
+            rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+            total += tl.sum(load(of, rows, rows < t.m, offs_k, mask_k), 0)
+        tile = tl.broadcast_to((total / t.m)[None, :], tile.shape)
+    return tile
 
 
 @triton.jit

@@ -18,10 +18,10 @@ from ept_fast.kernels.tiles import (
     constant,
     dense,
     load,
+    load_parts,
     matrix,
     product,
     store,
-    sum_parts,
     transposed,
 )
 
@@ -30,13 +30,6 @@ __all__ = ["KINDS", "NUMBER_OF_KINDS", "expand", "grad_bias"]
 # Of programs that only expand: each makes one of dP, dB, d[D | G], dU of its channels.
 NUMBER_OF_KINDS = 4
 KINDS = constant(NUMBER_OF_KINDS)
-
-
-@triton.jit
-def _query_grad(of, i, mask_i, j, mask_j, n_parts, part):
-    """A tile of dQ, from its parts."""
-    ptrs = of.ptr + (i[:, None] * of.stride_i + j[None, :] * of.stride_j)
-    return sum_parts(ptrs, mask_i[:, None] & mask_j[None, :], n_parts, part)
 
 
 @triton.jit
@@ -65,7 +58,7 @@ def _grad_prompt(t, d_prompt, y, d_x, d_query, n_parts, offs_d):
             for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
                 offs_r = (start + tl.arange(0, BLOCK)).to(tl.int64)
                 mask_r = offs_r < t.r
-                query = _query_grad(d_query, offs_m, mask_m, offs_r, mask_r, n_parts, part)
+                query = load_parts(d_query, offs_m, mask_m, offs_r, mask_r, n_parts, part)
                 grad += product(query, load(matrix(t.b, t.task), offs_r, mask_r, offs_d, mask_d))
         store(d_prompt, grad, offs_m, mask_m, offs_d, mask_d)
 
@@ -86,7 +79,7 @@ def _grad_b(t, d_b, half_b, y, d_x, d_query, n_parts, attended, offs_d):
             mask_m = offs_m < t.m
             of_attended = load(transposed(attended), offs_r, mask_r, offs_m, mask_m)
             grad += product(of_attended, _fused_grad(t, y, d_x, offs_m, offs_d))
-            query = _query_grad(transposed(d_query), offs_r, mask_r, offs_m, mask_m, n_parts, part)
+            query = load_parts(transposed(d_query), offs_r, mask_r, offs_m, mask_m, n_parts, part)
             grad += product(query, load(matrix(t.p, t.task), offs_m, mask_m, offs_d, mask_d))
         store(d_b, grad, offs_r, mask_r, offs_d, mask_d)
 

@@ -27,6 +27,7 @@ from ept_fast.kernels.reconstruct.core import (
     add_product,
     blocks_of,
     load_gated,
+    load_or_mean,
     load_up,
     reduce,
 )
@@ -34,10 +35,10 @@ from ept_fast.kernels.tiles import (
     Matrix,
     dense,
     load,
+    load_parts,
     matrix,
     product,
     store,
-    sum_parts,
     transposed,
 )
 
@@ -51,8 +52,7 @@ def _store_query(t, query, sums, offs_m, splits, part):
     for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
         offs_r = (start + tl.arange(0, BLOCK)).to(tl.int64)
         mask_r = offs_r < t.r
-        ptrs = sums.ptr + (offs_m[:, None] * sums.stride_i + offs_r[None, :])
-        total = sum_parts(ptrs, mask_m[:, None] & mask_r[None, :], splits, part)
+        total = load_parts(sums, offs_m, mask_m, offs_r, mask_r, splits, part)
         store(query, total, offs_m, mask_m, offs_r, mask_r)
 
 
@@ -154,14 +154,12 @@ def _project(t, sums, saved, logits, offs_m, splits, part):
     for start in tl.range(0, t.width, BLOCK, num_stages=1, disable_licm=True):
         offs_c = (start + tl.arange(0, BLOCK)).to(tl.int64)
         mask_c = offs_c < t.width
-        ptrs = sums.ptr + (offs_m[:, None] * sums.stride_i + (t.r + offs_c)[None, :])
-        x = sum_parts(ptrs, mask_m[:, None] & mask_c[None, :], splits, part)
+        x = load_parts(sums, offs_m, mask_m, t.r + offs_c, mask_c, splits, part)
         if t.b is not None:
             for begin in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
                 offs_r = (begin + tl.arange(0, BLOCK)).to(tl.int64)
                 mask_r = offs_r < t.r
-                of_b = sums.ptr + (t.m + offs_r)[:, None] * sums.stride_i + (t.r + offs_c)[None, :]
-                cross = sum_parts(of_b, mask_r[:, None] & mask_c[None, :], splits, part)
+                cross = load_parts(sums, t.m + offs_r, mask_r, t.r + offs_c, mask_c, splits, part)
                 of_cross = dense(saved[5], t.task, t.r, t.width)
                 store(of_cross, cross, offs_r, mask_r, offs_c, mask_c)
                 of_attended = dense(saved[2], t.task, t.m, t.r)
@@ -174,13 +172,7 @@ def _project(t, sums, saved, logits, offs_m, splits, part):
 def _logits(t, logits, bias, offs_m, offs_k, temperature, PROMPT: tl.constexpr):
     """z [BLOCK_M, BLOCK]; in prompt mode the mean over all tokens in every row."""
     mask_k = offs_k < t.spaces
-    z = load(logits, offs_m, offs_m < t.m, offs_k, mask_k)
-    if PROMPT:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-            rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-            total += tl.sum(load(logits, rows, rows < t.m, offs_k, mask_k), 0)
-        z = tl.broadcast_to((total / t.m)[None, :], z.shape)
+    z = load_or_mean(t, logits, offs_m, offs_k, PROMPT)
     added = tl.load(bias.ptr + offs_k * bias.stride_j, mask=mask_k, other=0.0).to(tl.float32)
     return tl.where(mask_k[None, :], (z + added[None, :]) / temperature, float("-inf"))
 

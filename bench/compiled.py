@@ -345,7 +345,7 @@ class Reconstruct:
         return self.types[0] if len(set(self.types)) == 1 else "mixed"
 
     def run(self) -> None:
-        from ept_fast.kernels.calls import (
+        from ept_fast.backends.triton.calls import (
             path_backward,
             path_forward,
             reconstruct_backward,
@@ -396,7 +396,7 @@ class Splice:
         return "/".join(self.types)
 
     def run(self) -> None:
-        from ept_fast.kernels.calls import splice_backward, splice_forward
+        from ept_fast.backends.triton.calls import splice_backward, splice_forward
 
         s, t, d = self.shape, self.shape.tasks or 1, self.shape.hidden_size
         embeddings, parameters = (FLOATS[name] for name in self.types)
@@ -529,7 +529,7 @@ class Use:
 
 def launches(chosen: Iterable[Case], targets: Iterable[str]) -> list[Use]:
     """The launches of the cases on the targets."""
-    importlib.import_module("ept_fast.kernels.calls")
+    importlib.import_module("ept_fast.backends.triton.calls")
     uses: list[Use] = []
     for case in chosen:
         for name in targets:

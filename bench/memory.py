@@ -152,7 +152,7 @@ class PromptStep:
     @property
     def of_kernels(self) -> OfKernels:
         """Of the kernels, from their plans for tensors without memory."""
-        from ept_fast.kernels import calls
+        from ept_fast.backends.triton import calls
         from ept_fast.kernels.runtime import Plan
 
         c, (tasks, *_) = self.config, self._sizes

@@ -174,9 +174,9 @@ def splice_works(shape: Shape) -> dict[str, Work]:
     Bytes are counted once each: the text's embeddings, the output, ids and mask; backward the
     gradient; and the parts of sums, written by one launch and read by the next.
     """
-    from ept_fast.kernels import calls
+    from ept_fast.backends.triton import calls
     from ept_fast.kernels.runtime import Operand, Plan
-    from ept_fast.ops.types import SpliceInputs
+    from ept_fast.ops.types import Flags, Needs, SpliceInputs
 
     kind: dict[str, Any] = {"device": "meta"}
     tasks, m, d, r = shape.tasks or 1, shape.num_virtual_tokens, shape.hidden_size, shape.rank
@@ -191,13 +191,16 @@ def splice_works(shape: Shape) -> dict[str, Work]:
         ids,
         ids[:, 0] if shape.tasks else None,
     )
-    forward = Plan(inputs)
-    calls.describe_splice_forward(forward, 1.0, calls.forward_config)
+    parameters, behind = inputs.parts()
+    flags, no_sizes = Flags(1.0, "identity", "token", 1.0), None  # of operation 1
+    forward = Plan((*parameters, *behind))
+    calls.describe_path_forward(forward, flags, False, no_sizes, calls.forward_config)
     size = (shape.batch, m + shape.length, d)
     grad = torch.empty(size, dtype=torch.bfloat16, **kind)
     memory = torch.empty(forward.sizes[0], dtype=torch.uint8, **kind)
-    backward = Plan((grad, *inputs, memory))
-    calls.describe_splice_backward(backward, 1.0, True, True, calls.backward_config)
+    backward = Plan((grad, *parameters, *behind, memory))
+    needs = Needs(True, True)
+    calls.describe_path_backward(backward, flags, False, needs, no_sizes, calls.backward_config)
     text = shape.batch * shape.length * d * 2
     out = grad.numel() * 2
     small = 4 * tasks * (m * d + (shape.max_length + d) * r)

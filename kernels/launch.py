@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import itertools
-import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,9 +18,11 @@ import torch
 __all__ = [
     "TRIED",
     "as_current",
+    "dotted",
     "hooked",
     "launch_of",
     "launcher",
+    "leaves",
     "run",
     "target",
     "triton_runtime",
@@ -47,6 +48,11 @@ def triton_version() -> tuple[int, ...] | None:
             continue
         return tuple(int(part) for part in re.findall(r"\d+", found)[:3])
     return None
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    """A version as it is written."""
+    return ".".join(map(str, version))
 
 
 _forced_target: str | None = None
@@ -79,14 +85,14 @@ def launcher() -> tuple[bool, str]:
     version = triton_version()
     if version is None:
         return False, "triton is not installed"
-    name = ".".join(map(str, version))
+    name = dotted(version)
     if version[:2] not in TRIED:
-        tried = ", ".join(".".join(map(str, each)) for each in TRIED)
+        tried = ", ".join(map(dotted, TRIED))
         return False, f"through Triton's front: triton {name} is none of those tried ({tried})"
     return True, f"direct launches, triton {name}"
 
 
-# Launches
+# Through Triton's front
 
 
 def _options(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
@@ -95,11 +101,8 @@ def _options(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
     Products and sums fuse into one rounding whatever the compiler's default is: Triton 3.10 changes
     that, and with it the last bit of every result.
     """
-    most = options.get("maxnreg", 255)
-    options = {name: value for name, value in options.items() if name != "maxnreg"}
-    options["enable_fp_fusion"] = True
-    architecture = target(device)
-    warps = options.get("num_warps", 4)
+    architecture, options = target(device), {**options, "enable_fp_fusion": True}
+    most, warps = options.pop("maxnreg", 255), options.get("num_warps", 4)
     if architecture.startswith("gfx"):
         options["num_warps"] = min(8, warps)  # of 64 threads each
     elif architecture.startswith("sm_"):
@@ -119,7 +122,7 @@ def as_current(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def run(kernel: Any, programs: int, device: torch.device, *arguments: Any, **options: Any) -> Any:
-    """Launch a kernel on a one-dimensional grid through Triton's front; return what it compiled.
+    """Launch a kernel on a one-dimensional grid, and return what Triton compiled for it.
 
     An empty grid launches nothing.
     """
@@ -129,7 +132,7 @@ def run(kernel: Any, programs: int, device: torch.device, *arguments: Any, **opt
         return kernel[(programs,)](*arguments, **_options(device, options))
 
 
-# Without Triton's front
+# Without it
 
 
 @functools.cache
@@ -148,57 +151,37 @@ def hooked() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def _flat(slots: Any) -> list[int]:
-    return [i for each in slots for i in (_flat(each) if isinstance(each, tuple) else [each])]
+def leaves(value: Any) -> Iterator[Any]:
+    """What is in tuples of tuples, in order."""
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            yield from leaves(each)
+    else:
+        yield value
 
 
-def _picks(slots: tuple[Any, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """Picks the values at the slots, in tuples as these are."""
-    if not any(isinstance(each, tuple) for each in slots):
-        return operator.itemgetter(*slots)
-    # One tuple takes less time than many: all values at once, then those of each argument.
-    flat = operator.itemgetter(*_flat(slots))
-    sizes = [len(each) if isinstance(each, tuple) else None for each in slots]
-    ends = list(itertools.accumulate(size or 1 for size in sizes))
-    cuts = [
-        end - 1 if size is None else slice(end - size, end)
-        for size, end in zip(sizes, ends, strict=True)
-    ]
-    cut = operator.itemgetter(*cuts)
-    return lambda pool: cut(flat(pool))
+def launch_of(made: Any, programs: int) -> tuple[Callable[..., None], list[int]] | None:
+    """``launch(stream, values)`` of a compiled kernel, and which of its leaves the values are.
 
-
-def launch_of(
-    made: Any, programs: int, slots: tuple[Any, ...]
-) -> Callable[[int, Sequence[Any]], None]:
-    """What launches a compiled kernel, given a stream and a pool of all values.
-
-    ``slots`` say where in the pool the kernel's arguments are, in tuples as the kernel takes them.
-    The function in C below the kernel's launcher is called where its arguments are as in the
-    versions tried, since the launcher only adds memory that no kernel here has; else the launcher.
+    Triton's own launcher takes the arguments in tuples, as the kernel has them, with constants that
+    it leaves out again. One of the same class for those that are left, side by side, takes half the
+    time; and the function in C below it is called, since it only adds memory that no kernel here
+    has. None if this one has, or if something else has taken the launch's place.
     """
-    run, function, packed = made.run, made.function, made.packed_metadata
-    below = getattr(run, "launch", None)
-    sizes = [getattr(run, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
-    hooks = scratch = (None, None)
-    pick = _picks(slots)
-
-    def by_launcher(stream: int, pool: Sequence[Any]) -> None:
-        run(programs, 1, 1, stream, function, packed, None, *hooks, *pick(pool))
-
-    if below is None or sizes != [0, 0]:
-        return by_launcher
-    options = (run.launch_cooperative_grid, run.launch_pdl)
-    if not hasattr(run, "kernel_signature"):
-        rest_3_6 = (*options, *scratch, packed, None, *hooks)
-
-        def of_3_6(stream: int, pool: Sequence[Any]) -> None:
-            below(programs, 1, 1, stream, function, *rest_3_6, *pick(pool))
-
-        return of_3_6
-    rest = (*options, packed, None, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
-
-    def of_3_7(stream: int, pool: Sequence[Any]) -> None:
-        below(programs, 1, 1, stream, function, *rest, pick(pool))
-
-    return of_3_7
+    if not hasattr(made, "packed_metadata"):
+        return None
+    types = list(leaves(tuple(made.src.signature.values())))
+    taken = [i for i, kind in enumerate(types) if kind != "constexpr"]
+    flat = SimpleNamespace(constants={}, signature=dict(enumerate(types[i] for i in taken)))
+    own = type(made.run)(flat, made.metadata)
+    if own.global_scratch_size or own.profile_scratch_size:
+        return None
+    below, function = own.launch, made.function
+    first = (own.launch_cooperative_grid, own.launch_pdl)
+    said = (made.packed_metadata, None, None, None)  # and no hooks
+    none = (None, None)  # no memory
+    if not hasattr(own, "kernel_signature"):
+        rest = (*first, *none, *said)
+        return lambda stream, values: below(programs, 1, 1, stream, function, *rest, *values), taken
+    rest_3_7 = (*first, *said, *none, own.arg_annotations, own.kernel_signature)
+    return lambda stream, values: below(programs, 1, 1, stream, function, *rest_3_7, values), taken

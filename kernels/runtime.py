@@ -6,34 +6,37 @@ is scratch, and the launches in order. :func:`call` finds the plan by all that i
 the memory (one allocation for what is kept and one for the scratch, however many tensors they hold)
 and makes the launches.
 
-A plan's first run goes through Triton's own front, which compiles. From then on a launch is one
-call of the compiled kernel's launcher with addresses and numbers: the front's work of binding and
-specialising arguments has no other outcome for the same plan. Plans are found by shapes, strides,
-types, devices, the addresses' alignment, numbers, and the functions that choose launch sizes; a
-change of any of them is another plan. At most ``PLANS`` are kept, and the one that was not used for
-longest goes first.
-
-The stream is looked up in every call and the tensors' device is made the current one, so streams,
-several devices and CUDA graphs work as with the front. With another Triton than those tried, with
-hooks on launches (a profiler's), and on GPUs other than NVIDIA's, every launch goes through the
-front; :func:`ept_fast.kernels.launch.launcher` says which way is taken, and why.
+A plan's first run goes through Triton's own front, which compiles; later ones go below Triton's
+launcher, with addresses and numbers. The stream is looked up in every call and the tensors' device
+is made the current one, so streams, several devices and CUDA graphs work as with the front. With
+another Triton than those tried, with hooks on launches (a profiler's), and on GPUs other than
+NVIDIA's, every launch goes through the front (:func:`ept_fast.kernels.launch.launcher`).
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import os
-import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ept_fast.kernels.launch import hooked, launch_of, launcher, run, target, triton_runtime
+from ept_fast.kernels.launch import (
+    hooked,
+    launch_of,
+    launcher,
+    leaves,
+    run,
+    target,
+    triton_runtime,
+)
 
 __all__ = [
     "PLANS",
@@ -41,7 +44,6 @@ __all__ = [
     "Launch",
     "Operand",
     "Plan",
-    "Results",
     "call",
     "facts_of",
     "forget",
@@ -50,63 +52,53 @@ __all__ = [
     "rounded",
 ]
 
-PLANS = 512
+PLANS = 512  # that are kept
 _ALIGNMENT = 16  # bytes: what Triton's front distinguishes, and the widest access
+# Where an operand is: among the inputs, the tensors returned, or the pieces of buffers. And the
+# buffers: what is kept, the scratch, and then the inputs.
+_INPUTS, _RETURNED, _PIECES = range(3)
+_KEPT, _SCRATCH, _FIRST_INPUT = range(3)
 
 
+@dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor of a call: its shape, strides and type, and where a run finds it."""
+    """A tensor of a call as host code sees it; its methods are as a tensor's.
 
-    __slots__ = ("dtype", "place", "shape", "strides")
+    Attributes:
+        place: where a run finds it: of which list, and at which index.
+        shape, strides, dtype: of the tensor.
+    """
 
-    def __init__(
-        self,
-        place: tuple[int, int],
-        shape: Sequence[int],
-        strides: Sequence[int],
-        dtype: torch.dtype,
-    ) -> None:
-        self.place, self.shape, self.strides = place, tuple(shape), tuple(strides)
-        self.dtype = dtype
+    place: tuple[int, int]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def contiguous(
+        cls, place: tuple[int, int], shape: Sequence[int], dtype: torch.dtype
+    ) -> Operand:
+        """One without gaps."""
+        strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+        return cls(place, tuple(shape), strides, dtype)
 
     def stride(self) -> tuple[int, ...]:
-        """As of a tensor."""
         return self.strides
 
     def numel(self) -> int:
-        """As of a tensor."""
         return prod(self.shape)
 
     def dim(self) -> int:
-        """As of a tensor."""
         return len(self.shape)
 
     def unsqueeze(self, dim: int) -> Operand:
-        """As of a tensor, for a new first axis."""
         assert dim == 0
         return Operand(self.place, (1, *self.shape), (1, *self.strides), self.dtype)
 
 
-def rounded(size: int) -> int:
-    """The bytes that a piece of so many takes."""
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _contiguous(place: tuple[int, int], shape: Sequence[int], dtype: torch.dtype) -> Operand:
-    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
-    return Operand(place, shape, strides, dtype)
-
-
+Tensors = Sequence[Tensor | None]
 # Makes an operand of a shape and type, or finds it in memory that another call has kept.
 Add = Callable[[Sequence[int], torch.dtype], Any]
-
-
-class _Piece(NamedTuple):
-    """A tensor inside a buffer; ``buffer`` counts what is kept, the scratch, then the inputs."""
-
-    buffer: int
-    start: int
-    operand: Operand
 
 
 class Launch(NamedTuple):
@@ -118,15 +110,9 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-class Results(NamedTuple):
-    """What a call gives: the tensors returned, and the memory of what is kept (None: nothing)."""
-
-    returned: list[Tensor]
-    kept: Tensor | None
-
-
-_INPUTS, _RETURNED, _PIECES = range(3)
-_KEPT, _SCRATCH, _FIRST_INPUT = range(3)
+def rounded(size: int) -> int:
+    """The bytes that a piece of so many takes."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 class Plan:
@@ -136,29 +122,29 @@ class Plan:
         inputs: the call's tensors; None for those that are absent.
     """
 
-    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+    def __init__(self, inputs: Tensors) -> None:
         self.device = next(t.device for t in inputs if t is not None)
-        self.last_used = 0
         self.inputs: list[Any] = [
             None if t is None else Operand((_INPUTS, i), t.shape, t.stride(), t.dtype)
             for i, t in enumerate(inputs)
         ]
-        self.results: list[Operand] = []
-        self.pieces: list[_Piece] = []
+        self.launches: list[Launch] = []
+        self._returned: list[Operand] = []
+        self._like: dict[int, int] = {}  # of those, by inputs of the same shape and strides
+        self._pieces: list[tuple[int, int, Operand]] = []  # buffer, where in it, tensor
         self._sizes = [0, 0]  # bytes of what is kept and of the scratch, so far
         self._most_scratch = 0
-        self.launches: list[Launch] = []
-        self._like: dict[int, int] = {}  # results by inputs of the same shape and strides
-        self._direct: _Direct | None = None
-        self._new: list[Any] = []
+        self._new: list[tuple[Callable[[], Tensor], int | None]] = []
         self._new_buffers: list[Any] = [None, None]
+        self._direct: list[Any] = []  # the launches without Triton's front
+        self._numbers: list[Any] = []
 
     # For host code
 
     def returned(self, shape: Sequence[int], dtype: torch.dtype) -> Operand:
         """A new tensor that the call returns."""
-        found = _contiguous((_RETURNED, len(self.results)), shape, dtype)
-        self.results.append(found)
+        found = Operand.contiguous((_RETURNED, len(self._returned)), shape, dtype)
+        self._returned.append(found)
         return found
 
     def returned_like(self, operand: Operand) -> Operand:
@@ -191,8 +177,8 @@ class Plan:
         return functools.partial(self._piece, buffer)
 
     def _piece(self, buffer: int, shape: Sequence[int], dtype: torch.dtype) -> Operand:
-        found = _contiguous((_PIECES, len(self.pieces)), shape, dtype)
-        self.pieces.append(_Piece(buffer, self._sizes[buffer], found))
+        found = Operand.contiguous((_PIECES, len(self._pieces)), shape, dtype)
+        self._pieces.append((buffer, self._sizes[buffer], found))
         self._sizes[buffer] += rounded(found.numel() * dtype.itemsize)
         return found
 
@@ -205,13 +191,12 @@ class Plan:
             *arguments: the kernel's first ones: operands, numbers, None, and tuples of them.
             **options: its others by name, and the compiler's options.
         """
-        if programs == 0:
-            return
-        names = kernel.arg_names
-        given = dict(zip(names, arguments, strict=False))
-        given |= {name: options.pop(name) for name in names if name in options}
-        ordered = {name: given[name] for name in names}
-        self.launches.append(Launch(kernel, programs, ordered, options))
+        if programs > 0:
+            names = kernel.arg_names
+            given = dict(zip(names, arguments, strict=False))
+            given |= {name: options.pop(name) for name in names if name in options}
+            ordered = {name: given[name] for name in names}
+            self.launches.append(Launch(kernel, programs, ordered, options))
 
     @property
     def kernels(self) -> list[str]:
@@ -223,34 +208,43 @@ class Plan:
         """Bytes of what is kept and of the scratch."""
         return self._sizes[_KEPT], max(self._most_scratch, self._sizes[_SCRATCH])
 
+    def seal(self) -> None:
+        """Host code has said all: prepare the allocations."""
+        empty = functools.partial(torch.empty, device=self.device)
+        self._new = [
+            (functools.partial(empty, each.shape, dtype=each.dtype), self._like.get(i))
+            for i, each in enumerate(self._returned)
+        ]
+        self._new_buffers = [
+            functools.partial(empty, size, dtype=torch.uint8) if size else None
+            for size in self.sizes
+        ]
+
     # A run
 
-    def carry_out(self, tensors: Sequence[Tensor | None]) -> Results:
-        """Allocate, launch and return, for tensors that the plan is of."""
+    def carry_out(self, tensors: Tensors) -> tuple[list[Tensor], Tensor | None]:
+        """Allocate and launch, for tensors that the plan is of.
+
+        Returns:
+            The tensors returned, and the memory of what is kept; None if nothing is.
+        """
         # What is made like another tensor takes a third of the time.
         returned = [
-            new() if like is None else torch.empty_like(tensors[like]) for new, like in self._new
+            new() if like is None else torch.empty_like(tensors[like])  # type: ignore[arg-type]
+            for new, like in self._new
         ]
-        new_kept, new_scratch = self._new_buffers
-        kept = new_kept and new_kept()
-        scratch = new_scratch and new_scratch()
-        if self._direct is None or hooked():
-            self.launch_all(tensors, returned, kept, scratch)
+        buffers = [new and new() for new in self._new_buffers]
+        if self._direct and not hooked():
+            self._launch_directly(tensors, returned, buffers)
         else:
-            self._direct.launch_all(tensors, returned, kept, scratch)
-        return Results(returned, kept)
+            self.launch_all(tensors, returned, buffers)
+        return returned, buffers[_KEPT]
 
-    def launch_all(
-        self,
-        tensors: Sequence[Tensor | None],
-        returned: list[Tensor],
-        kept: Tensor | None,
-        scratch: Tensor | None,
-    ) -> None:
+    def launch_all(self, tensors: Tensors, returned: list[Tensor], buffers: Tensors) -> None:
         """Launch through Triton's front, and keep what it compiled for the runs to come."""
-        buffers = [kept, scratch, *tensors]
-        pieces = [_view(buffers[p.buffer], p.start, p.operand) for p in self.pieces]
-        places: tuple[Sequence[Any], ...] = (tensors, returned, pieces)
+        memory = [*buffers, *tensors]
+        pieces = [_view(memory[buffer], start, each) for buffer, start, each in self._pieces]
+        places: tuple[Tensors, ...] = (tensors, returned, pieces)
 
         def resolved(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -261,80 +255,49 @@ class Plan:
         for kernel, programs, arguments, options in self.launches:
             given = {name: resolved(value) for name, value in arguments.items()}
             compiled.append(run(kernel, programs, self.device, **given, **options))
-        if self._direct is None and launcher()[0] and target(self.device).startswith("sm_"):
-            self._direct = _Direct.of(self, compiled)
+        if not self._direct and launcher()[0] and target(self.device).startswith("sm_"):
+            self._keep(compiled)
 
-    def seal(self) -> None:
-        """Host code has said all: prepare the allocations."""
-        kind: dict[str, Any] = {"device": self.device}
-        self._new = [
-            (functools.partial(torch.empty, o.shape, dtype=o.dtype, **kind), self._like.get(i))
-            for i, o in enumerate(self.results)
-        ]
-        self._new_buffers = [
-            functools.partial(torch.empty, size, dtype=torch.uint8, **kind) if size else None
-            for size in self.sizes
-        ]
+    def _keep(self, compiled: Sequence[Any]) -> None:
+        """Prepare the launches without the front.
 
-
-class _Direct:
-    """A plan's launches without Triton's front.
-
-    A run lays all addresses and numbers of the call side by side, in the order of ``Operand.place``
-    and then the numbers; each launch picks its arguments from them by their slots.
-    """
-
-    def __init__(self, plan: Plan, launches: list[Any], numbers: list[Any]) -> None:
-        self._device = plan.device
-        self._starts = [(piece.buffer, piece.start) for piece in plan.pieces]
-        self._launches, self._numbers = launches, numbers
-
-    @classmethod
-    def of(cls, plan: Plan, compiled: list[Any]) -> _Direct | None:
-        """For what the front compiled; None if something has taken a launch's place."""
-        if not all(hasattr(made, "packed_metadata") for made in compiled):
-            return None
-        counts = len(plan.inputs), len(plan.results), len(plan.pieces)
+        A run lays all addresses and numbers of the call side by side, in the order of their places
+        and then the numbers; each launch picks its arguments from them by their slots.
+        """
+        counts = len(self.inputs), len(self._returned), len(self._pieces)
         offsets = [0, *itertools.accumulate(counts)]
-        numbers: list[Any] = []
-        launches = []
-        for launch, made in zip(plan.launches, compiled, strict=True):
 
-            def slot(value: Any) -> Any:
-                if isinstance(value, tuple):
-                    return tuple(map(slot, value))
-                if isinstance(value, Operand) and value.numel():
-                    return offsets[value.place[0]] + value.place[1]
-                # The address of an empty tensor is 0, also inside a buffer.
-                numbers.append(0 if isinstance(value, Operand) else value)
-                return offsets[-1] + len(numbers) - 1
+        def slot(value: Any) -> int:
+            if isinstance(value, Operand) and value.numel():
+                return offsets[value.place[0]] + value.place[1]
+            # The address of an empty tensor is 0, also inside a buffer.
+            self._numbers.append(0 if isinstance(value, Operand) else value)
+            return offsets[-1] + len(self._numbers) - 1
 
-            slots = tuple(map(slot, launch.arguments.values()))
-            launches.append(launch_of(made, launch.programs, slots))
-        return cls(plan, launches, numbers)
+        self._numbers = []
+        direct = []
+        for launch, made in zip(self.launches, compiled, strict=True):
+            found = launch_of(made, launch.programs)
+            if found is None:
+                return
+            values = list(leaves(tuple(launch.arguments.values())))
+            direct.append((found[0], operator.itemgetter(*(slot(values[i]) for i in found[1]))))
+        self._direct = direct
 
-    def launch_all(
-        self,
-        tensors: Sequence[Tensor | None],
-        returned: list[Tensor],
-        kept: Tensor | None,
-        scratch: Tensor | None,
-    ) -> None:
+    def _launch_directly(self, tensors: Tensors, returned: list[Tensor], buffers: Tensors) -> None:
         """Make the launches, in order, on the current stream of the tensors' device."""
         driver = triton_runtime()[0].active
-        index = current = driver.get_current_device()
-        if self._device.index is not None:
-            index = self._device.index
+        current = driver.get_current_device()
+        index = current if self.device.index is None else self.device.index
         with nullcontext() if index == current else torch.cuda.device(index):
             stream = driver.get_current_stream(index)
             pool: list[Any] = [None if t is None else t.data_ptr() for t in tensors]
-            bases = [0 if b is None else b.data_ptr() for b in (kept, scratch)]
-            bases += pool
+            bases = [0 if b is None else b.data_ptr() for b in buffers] + pool
             pool += [t.data_ptr() for t in returned]
-            pool += [bases[buffer] + start for buffer, start in self._starts]
+            pool += [bases[buffer] + start for buffer, start, _ in self._pieces]
             pool += self._numbers
-            for launch in self._launches:
-                launch(stream, pool)
+            for launch, pick in self._direct:
+                launch(stream, pick(pool))
 
 
 def _view(memory: Tensor | None, start: int, operand: Operand) -> Tensor:
@@ -349,13 +312,11 @@ def _view(memory: Tensor | None, start: int, operand: Operand) -> Tensor:
 # Plans by what they depend on
 
 _plans: dict[Any, Plan] = {}
-_lock = threading.Lock()
-_clock = itertools.count(1)
 
 
 def plan_of(
     describe: Callable[..., None],
-    tensors: Sequence[Tensor | None],
+    tensors: Tensors,
     *choices: Any,
     known: Hashable = None,
 ) -> Plan:
@@ -376,12 +337,9 @@ def plan_of(
         plan = Plan(tensors)
         describe(plan, *choices)
         plan.seal()
-        plan.last_used = next(_clock)
-        with _lock:
-            if key not in _plans and len(_plans) >= PLANS:
-                del _plans[min(_plans, key=lambda key: _plans[key].last_used)]
-            _plans[key] = plan
-    plan.last_used = next(_clock)
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        _plans[key] = plan
     return plan
 
 
@@ -395,10 +353,10 @@ def facts_of(tensor: Tensor | None) -> Hashable:
 
 def call(
     describe: Callable[..., None],
-    tensors: Sequence[Tensor | None],
+    tensors: Tensors,
     *choices: Any,
     known: Hashable = None,
-) -> Results:
+) -> tuple[list[Tensor], Tensor | None]:
     """Carry out a call by its plan (:func:`plan_of`)."""
     return plan_of(describe, tensors, *choices, known=known).carry_out(tensors)
 
@@ -410,15 +368,9 @@ def plans() -> int:
 
 def forget() -> None:
     """Drop all plans."""
-    with _lock:
-        _plans.clear()
-
-
-def _after_fork() -> None:
-    """A compiled kernel belongs to the process that loaded it, as does a lock's holder."""
-    global _lock
-    _lock = threading.Lock()
     _plans.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(
+    after_in_child=forget
+)  # a compiled kernel belongs to the process that loaded it

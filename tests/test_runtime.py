@@ -35,9 +35,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from bench import host_cost
 from bench.compiled import cuda_tools
 from ept_fast import reconstruct_and_splice
+from ept_fast.backends.triton import calls
 from ept_fast.cli import main as command
-from ept_fast.kernels import calls, launch, runtime
+from ept_fast.kernels import launch, runtime
 from ept_fast.kernels.reconstruct import config as reconstruct_config
+from ept_fast.ops.types import Flags
 from tests.cases import Case, Sizes, make_case
 from tests.cases import run as run_functions
 from tests.parity import TRITON, cotangent_of, over
@@ -162,18 +164,17 @@ def test_what_changes_a_plan(name: str, step: Step, backend: str) -> None:
 @over(TRITON)
 @STEPS
 @pytest.mark.parametrize(
-    ("name", "sizes", "new"),
+    ("name", "sizes"),
     [
-        ("forward_config", {"block_s": 64}, 1),
-        ("backward_config", {"block_d": 64}, 1),
-        ("reconstruct_forward_config", {"d_tiles": 2, "chunks": 1}, 1),
-        ("reconstruct_backward_config", {"d_tiles": 2, "chunks": 1, "pieces": 1, "n_tiles": 9}, 1),
+        ("forward_config", {"block_s": 64}),
+        ("backward_config", {"block_d": 64}),
+        ("reconstruct_forward_config", {"d_tiles": 2, "chunks": 1}),
+        ("reconstruct_backward_config", {"d_tiles": 2, "chunks": 1, "pieces": 1, "n_tiles": 9}),
     ],
 )
 def test_other_launch_sizes_are_another_plan(
     name: str,
     sizes: dict[str, int],
-    new: int,
     step: Step,
     backend: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -184,13 +185,21 @@ def test_other_launch_sizes_are_another_plan(
         monkeypatch.setattr(calls, name, lambda *known: replace(usual(*known), **sizes))
         return case
 
-    _assert_new_plans(step, _case(), change, new)
+    # Operation 2 alone is described as both are, with the launch sizes of both.
+    alone = step is _functions and name.startswith("reconstruct")
+    _assert_new_plans(step, _case(), change, 2 if alone else 1)
+
+
+def _call(case: Case) -> tuple[Any, ...]:
+    """The splice's forward: what describes the call, its tensors, and its choices."""
+    parameters, text = case.inputs().parts()
+    flags = Flags(0.5, "identity", "token", 1.0)
+    sizes = calls.reconstruct_forward_config, calls.forward_config
+    return calls.describe_path_forward, (*parameters, *text), flags, False, *sizes
 
 
 def _plan(case: Case, **how: Any) -> runtime.Plan:
-    """Of the splice's forward."""
-    choices = (0.5, calls.forward_config)
-    return runtime.plan_of(calls.describe_splice_forward, case.inputs(), *choices, **how)
+    return runtime.plan_of(*_call(case), **how)
 
 
 def test_a_plan_is_found_again() -> None:
@@ -222,21 +231,15 @@ def _texts(lengths: range) -> list[Case]:
     ]
 
 
-def test_the_plan_unused_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_too_many_plans_all_go(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime.forget()
     monkeypatch.setattr(runtime, "PLANS", 4)
-    cases = _texts(range(1, 7))
+    cases = _texts(range(1, 6))
     found = [_plan(case) for case in cases[:4]]
-    assert _plan(cases[0]) is found[0]  # the second is now the one unused for longest
-    found += [_plan(cases[4])]
-    assert runtime.plans() == 4
-    for i in (0, 2, 3, 4):
-        assert _plan(cases[i]) is found[i]
-    found += [_plan(cases[5])]
-    assert runtime.plans() == 4
-    for i in (5, 4, 3, 2):
-        assert _plan(cases[i]) is found[i]
-    assert _plan(cases[1]) is not found[1]
+    assert [_plan(case) for case in cases[:4]] == found
+    last = _plan(cases[4])
+    assert runtime.plans() == 1
+    assert _plan(cases[4]) is last
     assert _plan(cases[0]) is not found[0]
 
 
@@ -280,44 +283,10 @@ def test_threads(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         begin.wait(60)
         for i in random.Random(seed).choices(range(len(cases)), k=16):
             _assert_same(_splice(cases[i]), expected[i])
-            assert runtime.plans() <= 3
+            assert runtime.plans() <= 3 + 8  # each may be about to add one
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(many, range(8)))
-
-
-def test_two_threads_with_the_same_new_plan_take_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime.forget()
-    monkeypatch.setattr(runtime, "PLANS", 2)
-    old = _plan(_case())
-    both = threading.Barrier(2)
-
-    def describe(plan: runtime.Plan) -> None:
-        both.wait(60)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: runtime.plan_of(describe, [torch.ones(1)]), range(2)))
-    assert runtime.plans() == 2
-    assert _plan(_case()) is old
-
-
-def test_a_new_plan_is_the_one_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for a thread that makes another one before the first has its plan in hand."""
-    runtime.forget()
-    monkeypatch.setattr(runtime, "PLANS", 2)
-    _plan(_case())
-    seen: list[bool] = []
-
-    class Lock:
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *error: object) -> None:
-            kept = sorted(runtime._plans.values(), key=lambda plan: plan.last_used)
-            seen.append(kept[-1].inputs[0].shape == (7,))
-
-    monkeypatch.setattr(runtime, "_lock", Lock())
-    runtime.plan_of(lambda plan: None, [torch.ones(7)])
-    assert seen == [True]
 
 
 # Processes of their own
@@ -331,44 +300,30 @@ def _program(name: str, **variables: str | None) -> Any:
 
 
 def forked() -> dict[str, int]:
-    """Exit status of a child that computes as its parent, by whether a thread held the lock."""
+    """Exit status of a child that computes as its parent."""
     torch.set_num_threads(1)
     case = _case()
     expected = _path(case)
     plans = runtime.plans()
-    found = {"plans": plans}
-    held, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with runtime._lock:
-            held.set()
-            done.wait()
-
-    for name in ("free", "held"):
-        if name == "held":
-            threading.Thread(target=hold, daemon=True).start()
-            assert held.wait(60)
-        child = os.fork()
-        if child == 0:
-            signal.alarm(100)  # ends a child that waits for ever
-            code = 1
-            try:
-                assert runtime.plans() == 0
-                _assert_same(_path(case), expected)
-                assert runtime.plans() == plans
-                code = 0
-            finally:
-                os._exit(code)
-        found[name] = os.waitpid(child, 0)[1]
-    done.set()
-    found["afterwards"] = runtime.plans()
-    return found
+    child = os.fork()
+    if child == 0:
+        signal.alarm(100)  # ends a child that waits for ever
+        code = 1
+        try:
+            assert runtime.plans() == 0
+            _assert_same(_path(case), expected)
+            assert runtime.plans() == plans
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    return {"plans": plans, "child": status, "afterwards": runtime.plans()}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_makes_its_own_plans() -> None:
     found = _program("forked", TRITON_INTERPRET="1")
-    assert found == {"plans": 2, "free": 0, "held": 0, "afterwards": 2}
+    assert found == {"plans": 2, "child": 0, "afterwards": 2}
 
 
 # Direct launches, with the stub of libcuda
@@ -425,13 +380,23 @@ def _launched() -> Iterator[list[dict[str, Any]]]:
 
     def prepared(self: Any, source: Any, metadata: Any) -> None:
         prepare(self, source, metadata)
-        launch = self.launch
+        below = self.launch
 
         def noted(*given: Any) -> None:
             way = "front" if any(isinstance(each, HookChain) for each in given) else "direct"
             names = {"kernel": metadata.name, "compiled": metadata.hash}
-            made.append({"way": way, **names, "given": _plain(given), "stream": given[3]})
-            launch(*given)
+            said, arguments = given[:13], given[13:]
+            if hasattr(self, "kernel_signature"):  # before the arguments, in one tuple
+                arguments = arguments[2]
+            types = launch.leaves(tuple(source.signature.values()))
+            taken = [
+                value
+                for value, kind in zip(launch.leaves(arguments), types, strict=True)
+                if kind != "constexpr"
+            ]
+            shown = _plain((said, taken))
+            made.append({"way": way, **names, "given": shown, "stream": given[3]})
+            below(*given)
 
         self.launch = noted
 
@@ -486,7 +451,7 @@ def compared() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     with host_cost.stubbed(), _launched() as made:
 
-        def twice(describe: Any, tensors: Any, *choices: Any, **how: Any) -> runtime.Results:
+        def twice(describe: Any, tensors: Any, *choices: Any, **how: Any) -> Any:
             plan = runtime.plan_of(describe, tensors, *choices, **how)
             memory, runs = _Memory(), []
             for _ in range(2):
@@ -555,8 +520,7 @@ def ways() -> dict[str, Any]:
     torch.set_num_threads(1)
     with host_cost.stubbed() as launches, _launched() as made:
         case = _case()
-        inputs, choices = case.inputs(), (0.5, calls.forward_config)
-        call = partial(calls.splice_forward, inputs, *choices[:1])
+        call = partial(calls.splice_forward, case.inputs(), 0.5)
 
         def way() -> list[str]:
             call()
@@ -604,7 +568,7 @@ def ways() -> dict[str, Any]:
 
         # A plan of tensors on device 1; its memory is a CPU's.
         runtime.forget()
-        plan = runtime.plan_of(calls.describe_splice_forward, inputs, *choices)
+        plan, inputs = _plan(case), _call(case)[1]
         plan.device = torch.device("cuda", 1)
         plan.carry_out(inputs)
         made.clear()
@@ -688,38 +652,63 @@ def test_launches_go_to_the_tensors_device(found_ways: dict[str, Any]) -> None:
     assert found_ways["device 1, current 1"] == [[], [101, 101], _DIRECT]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"launch": None}, {"global_scratch_size": 8}, {"profile_scratch_size": 8}],
-    ids=["no function below", "global scratch", "profile scratch"],
-)
-def test_a_launcher_that_does_more_is_called_itself(changes: dict[str, Any]) -> None:
-    """One that allocates for the kernel, or of another kind than those known."""
-    launcher = mock.Mock(global_scratch_size=0, profile_scratch_size=0)
-    launcher.configure_mock(**changes)
-    made = mock.Mock(run=launcher, function="function", packed_metadata="packed")
-    launch.launch_of(made, 3, (1, 0))(7, (2, 1))
-    launcher.assert_called_once_with(3, 1, 1, 7, "function", "packed", None, None, None, 1, 2)
-    if launcher.launch is not None:
-        launcher.launch.assert_not_called()
+class _Launcher:
+    """Of a compiled kernel, as far as it needs no driver."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.signature = source.signature
+        self.launch = mock.Mock()
+        self.global_scratch_size, self.profile_scratch_size = metadata
+        self.launch_cooperative_grid, self.launch_pdl = "cooperative", "pdl"
+        self.__dict__.update({name: name for name in _OWN})
 
 
-def test_the_function_below_is_called_as_by_the_launcher() -> None:
+_OWN: tuple[str, ...] = ()  # what Triton 3.7's launcher has and 3.6's has not
+
+
+def _made(scratch: tuple[int, int] = (0, 0)) -> Any:
+    signature = {"x": ["*fp32", "constexpr"], "size": "i32", "BLOCK": "constexpr"}
+    run = _Launcher(mock.Mock(signature=signature), scratch)
+    named = {"function": "function", "packed_metadata": "packed", "metadata": scratch}
+    return mock.Mock(run=run, src=mock.Mock(signature=signature), **named)
+
+
+@pytest.mark.parametrize("scratch", [(8, 0), (0, 8)])
+def test_a_kernel_that_needs_memory_is_launched_by_the_front(scratch: tuple[int, int]) -> None:
+    assert launch.launch_of(_made(scratch), 3) is None
+
+
+def test_what_has_compiled_nothing_is_launched_by_the_front() -> None:
+    assert launch.launch_of(None, 3) is None
+
+
+def test_the_function_below_is_called_as_by_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each argument in its place, which two that are alike in every kernel would not show."""
     driver = pytest.importorskip("triton.backends.nvidia.driver")
-    own = driver.CudaLauncher.__init__.__code__.co_names
-    launcher = driver.CudaLauncher.__new__(driver.CudaLauncher)
-    launcher.launch = mock.Mock()
-    launcher.global_scratch_size = launcher.profile_scratch_size = 0
-    launcher.global_scratch_align = launcher.profile_scratch_align = 1
-    for name in ("launch_cooperative_grid", "launch_pdl", "arg_annotations", "kernel_signature"):
-        if name in own:
-            setattr(launcher, name, name)
-    launcher(3, 1, 1, 7, "function", "packed", None, None, None, 1, (2, 3), 4)
-    made = mock.Mock(run=launcher, function="function", packed_metadata="packed")
-    launch.launch_of(made, 3, (3, (2, 1), 0))(7, (4, 3, 2, 1))
-    by_launcher, by_us = launcher.launch.call_args_list
-    assert by_us == by_launcher
+    names = driver.CudaLauncher.__init__.__code__.co_names
+    own = [name for name in ("arg_annotations", "kernel_signature") if name in names]
+    monkeypatch.setitem(globals(), "_OWN", tuple(own))
+    made = _made()
+    launched = []
+    prepare = _Launcher.__init__
+
+    def prepared(self: Any, *given: Any) -> None:
+        prepare(self, *given)
+        launched.append(self)
+
+    monkeypatch.setattr(_Launcher, "__init__", prepared)
+    found = launch.launch_of(made, 3)
+    assert found is not None
+    direct, taken = found
+    assert taken == [0, 2]
+    direct(7, (1, 2))
+    (flat,) = launched
+    assert flat.signature == {0: "*fp32", 1: "i32"}
+    by_launcher = driver.CudaLauncher.__new__(driver.CudaLauncher)
+    by_launcher.__dict__.update(vars(flat), launch=mock.Mock())
+    by_launcher.global_scratch_align = by_launcher.profile_scratch_align = 1
+    by_launcher(3, 1, 1, 7, "function", "packed", None, None, None, 1, 2)
+    assert flat.launch.call_args == by_launcher.launch.call_args
 
 
 # What is said of it

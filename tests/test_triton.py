@@ -321,7 +321,7 @@ def test_programs_that_take_several_tiles(
     tasks: int | None, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if memory for the parts is short: each adds to what it has written before."""
-    from ept_fast.kernels import calls
+    from ept_fast.backends.triton import calls
 
     def few(config: Any) -> Any:
         return lambda *sizes: replace(config(*sizes), tiles_d=2, tiles=2, rows=9)

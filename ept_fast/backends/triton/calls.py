@@ -1,7 +1,8 @@
-"""The calls of the operations on a GPU: each described once, then carried out by its plan.
+"""What the Triton backend serves: each call described once, then carried out by its plan.
 
 What a forward keeps for its backward is one tensor of bytes. Forward and backward list what is in
-it with the same functions, in the same order.
+it with the same functions, in the same order. Operation 2 alone is both operations in a row with
+nothing for the first to do.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ept_fast.backends import eager
+from ept_fast.backends.fused import is_plain
 from ept_fast.kernels import reconstruct, runtime, splice
 from ept_fast.kernels.reconstruct.config import backward_config as reconstruct_backward_config
 from ept_fast.kernels.reconstruct.config import forward_config as reconstruct_forward_config
@@ -33,8 +36,6 @@ __all__ = [
     "describe_path_forward",
     "describe_reconstruct_backward",
     "describe_reconstruct_forward",
-    "describe_splice_backward",
-    "describe_splice_forward",
     "path_backward",
     "path_forward",
     "path_kept",
@@ -46,24 +47,7 @@ __all__ = [
 ]
 
 
-class _Size:
-    """Adds up the bytes of what is asked for, as a plan lays it out."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.bytes += runtime.rounded(prod(shape) * dtype.itemsize)
-
-
-def _kept(results: runtime.Results) -> Tensor:
-    """The memory that is kept; empty if there is nothing to keep."""
-    if results.kept is not None:
-        return results.kept
-    return results.returned[0].new_empty(0, dtype=torch.uint8)
-
-
-# Reconstruct
+# Operation 1
 
 
 def describe_reconstruct_forward(plan: Plan, flags: Flags, sizes: Any) -> None:
@@ -75,11 +59,11 @@ def describe_reconstruct_forward(plan: Plan, flags: Flags, sizes: Any) -> None:
 
 
 def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, Saved]:
-    """P′ ``[T, m, d]`` and what the backward needs, with an offset or subspaces."""
-    results = runtime.call(
-        describe_reconstruct_forward, parameters, flags, reconstruct_forward_config
-    )
-    out, *saved = results.returned
+    """P′ ``[T, m, d]`` and what the backward needs."""
+    if is_plain(parameters):
+        return eager.reconstruct_forward(parameters, flags)
+    describe, sizes = describe_reconstruct_forward, reconstruct_forward_config
+    (out, *saved), _ = runtime.call(describe, parameters, flags, sizes)
     return out, Saved(*saved)
 
 
@@ -94,78 +78,16 @@ def describe_reconstruct_backward(plan: Plan, flags: Flags, sizes: Any) -> None:
 def reconstruct_backward(
     grad: Tensor, parameters: Parameters, saved: Saved, flags: Flags
 ) -> Parameters:
-    """Gradients of the parameters in their types; None for those that are absent."""
+    """Gradients of the parameters in their types, from Y = dL/dP′ ``[T, m, d]``."""
+    if is_plain(parameters):
+        return eager.reconstruct_backward(grad, parameters, saved, flags)
     tensors = (grad, *parameters, *(tensor.contiguous() for tensor in saved))
-    found = iter(
-        runtime.call(
-            describe_reconstruct_backward, tensors, flags, reconstruct_backward_config
-        ).returned
-    )
+    describe, sizes = describe_reconstruct_backward, reconstruct_backward_config
+    found = iter(runtime.call(describe, tensors, flags, sizes)[0])
     return Parameters(*(None if t is None else next(found) for t in parameters))  # type: ignore[arg-type]
 
 
-# Splice
-
-
-def describe_splice_forward(plan: Plan, scaling: float, sizes: Any) -> None:
-    """Fill a plan for the tensors of :class:`SpliceInputs`."""
-    splice.forward(plan, SpliceInputs(*plan.inputs), scaling, plan.kept, sizes)
-
-
-def splice_forward(inputs: SpliceInputs, scaling: float) -> tuple[Tensor, list[Tensor]]:
-    """The spliced text ``[B, m + S, d]`` and the plan of the rows."""
-    results = runtime.call(describe_splice_forward, inputs, scaling, forward_config)
-    return results.returned[0], [_kept(results)]
-
-
-def splice_kept(inputs: SpliceInputs) -> list[Tensor]:
-    """An empty tensor of the size of what :func:`splice_forward` keeps."""
-    size = _Size()
-    splice.kept(size, inputs, *inputs.text.shape[:2])
-    return [inputs.prompt.new_empty(size.bytes, dtype=torch.uint8)]
-
-
-def describe_splice_backward(
-    plan: Plan, scaling: float, need_prompt: bool, need_offset: bool, sizes: Any
-) -> None:
-    """Fill a plan for the gradient, the tensors of :class:`SpliceInputs` and what is kept."""
-    grad, *rest, kept = plan.inputs
-    inputs = SpliceInputs(*rest)
-    needs = (need_prompt, need_offset, need_offset)
-    tensors = (inputs.prompt, inputs.offset_a, inputs.offset_b)
-    into = splice.Gradients(
-        *(
-            plan.returned(t.shape, t.dtype) if need and t is not None else None
-            for t, need in zip(tensors, needs, strict=True)
-        )
-    )
-    splice.backward(plan, grad, inputs, scaling, plan.pieces_of(kept), into, sizes)
-
-
-def splice_backward(
-    grad: Tensor,
-    inputs: SpliceInputs,
-    kept: list[Tensor],
-    scaling: float,
-    need_prompt: bool,
-    need_offset: bool,
-) -> SpliceGrads:
-    """Gradients of prompt, offset_a and offset_b in their types; empty where not needed."""
-    given = inputs._replace(input_ids=None, weight=None, inputs_embeds=None)
-    results = runtime.call(
-        describe_splice_backward,
-        (grad, *given, *kept),
-        scaling,
-        need_prompt,
-        need_offset,
-        backward_config,
-    )
-    found = iter(results.returned)
-    wanted = (need_prompt, *(need_offset and t is not None for t in (given[4], given[5])))
-    return SpliceGrads(*(next(found) if each else grad.new_empty(0) for each in wanted))
-
-
-# Both
+# Both operations
 
 
 def _seen(parameters: Any, fusion: bool) -> Any:
@@ -188,25 +110,30 @@ def describe_path_forward(
 
 
 def path_forward(
-    parameters: Parameters, text: Text, flags: Flags, fusion: bool, known: Hashable
+    parameters: Parameters, text: Text, flags: Flags, fusion: bool, known: Hashable = None
 ) -> list[Tensor]:
-    """The spliced text ``[B, m + S, d]`` and what the backward needs."""
-    results = runtime.call(
-        describe_path_forward,
-        (*parameters, *text),
-        flags,
-        fusion,
-        reconstruct_forward_config,
-        forward_config,
-        known=known,
-    )
-    return [results.returned[0], _kept(results)]
+    """The spliced text ``[B, m + S, d]`` and what the backward needs.
+
+    ``known`` stands for all that the launches depend on (:func:`ept_fast.kernels.runtime.plan_of`).
+    """
+    choices = (flags, fusion, reconstruct_forward_config, forward_config)
+    (out,), kept = runtime.call(describe_path_forward, (*parameters, *text), *choices, known=known)
+    return [out, out.new_empty(0, dtype=torch.uint8) if kept is None else kept]
+
+
+class _Size:
+    """Adds up the bytes of what is asked for, as a plan lays it out."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.bytes += runtime.rounded(prod(shape) * dtype.itemsize)
 
 
 def path_kept(parameters: Parameters, text: Text, fusion: bool) -> list[Tensor]:
     """An empty tensor of the size of what :func:`path_forward` keeps."""
-    size = _Size()
-    given = parameters.with_task_axis()
+    size, given = _Size(), parameters.with_task_axis()
     if seen := _seen(given, fusion):
         reconstruct.saved(size, seen)
     inputs = text.behind(given.short_prompt, given)
@@ -222,8 +149,7 @@ def describe_path_backward(
     """
     grad, *rest, memory = plan.inputs
     parameters: Any = Parameters(*rest[:7]).with_task_axis()
-    text = Text(*rest[7:])
-    find = plan.pieces_of(memory)
+    text, find = Text(*rest[7:]), plan.pieces_of(memory)
     seen = _seen(parameters, fusion)
     saved = reconstruct.saved(find, seen) if seen else None
     found = (
@@ -238,10 +164,7 @@ def describe_path_backward(
     if seen and needs.prompt:
         ends = ends._replace(prompt=plan.scratch(parameters.short_prompt.shape))
         if seen.has_offset and needs.offset:
-            halves = (
-                plan.scratch(parameters.offset_a.shape),
-                plan.scratch(parameters.offset_b.shape),
-            )
+            halves = plan.scratch(into.offset_a.shape), plan.scratch(into.offset_b.shape)
             ends = ends._replace(offset_a=halves[0], offset_b=halves[1])
     inputs = text.behind(parameters.short_prompt, parameters)
     with plan.passing():
@@ -260,14 +183,44 @@ def path_backward(
     needs: Needs,
 ) -> list[Tensor]:
     """The gradient of each parameter in its type and shape; empty where not needed."""
-    returned = runtime.call(
-        describe_path_backward,
-        (grad, *parameters, *text, *kept),
-        flags,
-        fusion,
-        needs,
-        reconstruct_backward_config,
-        backward_config,
-    ).returned
-    found = iter(returned)
+    tensors = (grad, *parameters, *text, *kept)
+    choices = (flags, fusion, needs, reconstruct_backward_config, backward_config)
+    found = iter(runtime.call(describe_path_backward, tensors, *choices)[0])
     return [next(found) if each else grad.new_empty(0) for each in needs.of(parameters, fusion)]
+
+
+# Operation 2
+
+
+def _flags(scaling: float) -> Flags:
+    """Of a call that has no subspaces."""
+    return Flags(scaling, "identity", "token", 1.0)
+
+
+def splice_forward(inputs: SpliceInputs, scaling: float) -> tuple[Tensor, list[Tensor]]:
+    """The prompt before the text and the low-rank offset onto its real tokens, ``[B, m + S, d]``;
+    and where the rows' tokens lie, for the backward.
+    """
+    out, *kept = path_forward(*inputs.parts(), _flags(scaling), False)
+    return out, kept
+
+
+def splice_kept(inputs: SpliceInputs) -> list[Tensor]:
+    """Empty tensors of the sizes that :func:`splice_forward` keeps."""
+    return path_kept(*inputs.parts(), False)
+
+
+def splice_backward(
+    grad: Tensor,
+    inputs: SpliceInputs,
+    kept: list[Tensor],
+    scaling: float,
+    need_prompt: bool,
+    need_offset: bool,
+) -> SpliceGrads:
+    """Gradients of prompt, offset_a and offset_b in their types; empty where not needed."""
+    parameters, text = inputs.parts()
+    given = Text(attention_mask=text.attention_mask, task_ids=text.task_ids)
+    needs = Needs(need_prompt, need_offset)
+    found = path_backward(grad, parameters, given, kept, _flags(scaling), False, needs)
+    return SpliceGrads(*found[:3])

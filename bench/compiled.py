@@ -54,7 +54,7 @@ from bench.machine_code import (
 )
 from bench.rows import aligned, write_csv
 from bench.shapes import PREDICTED, Shape
-from ept_fast.kernels import launch as launching
+from ept_fast.backends import fused
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.ops.types import Flags, Needs, Parameters, SpliceInputs, Text
 
@@ -128,7 +128,7 @@ def standing_in(target: Target) -> Iterator[None]:
     before = driver._active
     driver.set_active(_Driver(target))
     try:
-        with mock.patch.object(launching, "_forced_target", target.name):
+        with mock.patch.object(fused, "_forced_target", target.name):
             yield
     finally:
         driver._active = before

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ept_fast.kernels.launch import run
+from ept_fast.backends.triton.launch import run
 
 
 @triton.jit

@@ -15,7 +15,7 @@ the module), direction, mask and peer: the median time of
 a call in microseconds; its ratio to the definition's and to the compiled definition's, each the
 median over the rounds with the ends of its 95% interval; launches of our kernels and allocations of
 one call. ``launches.csv`` has a row for each launch of a step: the number of the kernel's
-arguments, its time by ``kernels.launch.run``, which goes through Triton's JIT (``front_us``), and
+arguments, its time by ``launch.run``, which goes through Triton's JIT (``front_us``), and
 that of the compiled kernel's own launcher with the arguments that the JIT gives it
 (``launcher_us``).
 """
@@ -139,10 +139,10 @@ def stubbed() -> Iterator[Callable[[], int]]:
         from triton.backends.nvidia.driver import CudaDriver
         from triton.runtime import driver
 
-        from ept_fast.backends import cuda
+        from ept_fast.backends import cuda, fused
         from ept_fast.backends import triton as backend
         from ept_fast.backends.cuda import library as cuda_library
-        from ept_fast.kernels import launch, runtime
+        from ept_fast.backends.triton import launch, runtime
         from ept_fast.ops import functional, path, splice
 
         class Driver(CudaDriver):  # type: ignore[misc]
@@ -164,7 +164,7 @@ def stubbed() -> Iterator[Callable[[], int]]:
             stack.enter_context(mock.patch.object(owner, name, value))
 
         # The launch sizes are a GPU's, not the interpreter's.
-        patch(launch, "_forced_target", f"sm_{_CAPABILITY[0]}{_CAPABILITY[1]}")
+        patch(fused, "_forced_target", f"sm_{_CAPABILITY[0]}{_CAPABILITY[1]}")
         # The backend serves a CPU if it is interpreted; the variable is still asked for.
         patch(backend, "_interpreted", lambda: os.environ.get("TRITON_INTERPRET") != "1")
         patch(cuda, "supports", lambda tensors, by_name=False: (True, "the stub"))
@@ -336,7 +336,7 @@ def _launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any], Any
 
 def launch_rows(**how: Any) -> Iterator[Row]:
     """Each launch of a step with a mask, by the front and by the launcher below it."""
-    from ept_fast.kernels import launch, runtime
+    from ept_fast.backends.triton import launch, runtime
 
     runtime.forget()  # a plan's first run goes through the front
     (inputs,) = make_inputs(SHAPE, torch.bfloat16, _CPU, 1)

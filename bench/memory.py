@@ -153,7 +153,7 @@ class PromptStep:
     def of_kernels(self) -> OfKernels:
         """Of the kernels, from their plans for tensors without memory."""
         from ept_fast.backends.triton import calls
-        from ept_fast.kernels.runtime import Plan
+        from ept_fast.backends.triton.runtime import Plan
 
         c, (tasks, *_) = self.config, self._sizes
         kind: dict[str, Any] = {"device": "meta"}

@@ -97,9 +97,10 @@ LLAMA_1B = Model(
 @contextmanager
 def without_data() -> Iterator[None]:
     """Fake tensors, of which no values are asked, and kernels that are not launched."""
-    not_launched = patch("ept_fast.kernels.runtime.Plan.launch_all", lambda *arguments: None)
+    runtime = "ept_fast.backends.triton.runtime"
+    not_launched = patch(f"{runtime}.Plan.launch_all", lambda *arguments: None)
     # There are no addresses whose alignment could be asked.
-    facts = patch("ept_fast.kernels.runtime.facts_of", lambda t: t if t is None else t.shape)
+    facts = patch(f"{runtime}.facts_of", lambda t: t if t is None else t.shape)
     # Ids have no values that could be out of range.
     unchecked = patch("ept_fast.ops.path.values_are_checked", return_value=False)
     with FakeTensorMode(), not_launched, facts, unchecked:

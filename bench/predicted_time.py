@@ -175,7 +175,7 @@ def splice_works(shape: Shape) -> dict[str, Work]:
     gradient; and the parts of sums, written by one launch and read by the next.
     """
     from ept_fast.backends.triton import calls
-    from ept_fast.kernels.runtime import Operand, Plan
+    from ept_fast.backends.triton.runtime import Operand, Plan
     from ept_fast.ops.types import Flags, Needs, SpliceInputs
 
     kind: dict[str, Any] = {"device": "meta"}

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from bench.compiled import LIMITED, TARGETS, Limits, broken, compiled, recorded, standing_in
-from ept_fast.kernels.launch import run
+from ept_fast.backends.triton.launch import run
 
 
 @triton.jit

@@ -195,7 +195,7 @@ def test_one_launch_more_than_plain_prompt_tuning(
         monkeypatch.setattr(f"{module}.values_are_checked", lambda device: False)
     with Launches() as mine, torch.no_grad():
         monkeypatch.setattr(
-            "ept_fast.kernels.runtime.Plan.launch_all",
+            "ept_fast.backends.triton.runtime.Plan.launch_all",
             lambda plan, *_: mine.names.extend(["kernel"] * len(plan.launches)),
         )
         folded(ids, attention_mask=mask)

@@ -91,7 +91,7 @@ from dataclasses import replace
 from bench import host_cost, peers, shapes
 from bench.inputs import make_inputs
 from ept_fast.ops import splice
-from ept_fast.kernels import launch
+from ept_fast.backends import fused
 
 torch.set_num_threads(1)
 found = []
@@ -106,7 +106,7 @@ with host_cost.stubbed() as launched:
             counts.append(launched())
             torch.autograd.grad(out, list(inputs.parameters.values()), torch.ones_like(out))
             found.append([counts[1] - counts[0], launched() - counts[0]])
-assert launch._forced_target is None and splice.values_are_checked is checked
+assert fused._forced_target is None and splice.values_are_checked is checked
 errors = []
 for backend in host_cost.KERNELS:
     try:

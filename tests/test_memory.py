@@ -258,7 +258,7 @@ def test_the_definition_needs_more() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_step_of_the_kernels(name: str, types: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their launches ask for memory; what would be launched is left out."""
-    from ept_fast.kernels import runtime
+    from ept_fast.backends.triton import runtime
 
     monkeypatch.setattr(runtime.Plan, "launch_all", lambda *arguments: None)
     step = replace(CASES[name].of(types), backend="triton")

@@ -35,9 +35,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from bench import host_cost
 from bench.compiled import cuda_tools
 from ept_fast import reconstruct_and_splice
-from ept_fast.backends.triton import calls
+from ept_fast.backends import fused
+from ept_fast.backends.triton import calls, launch, runtime
 from ept_fast.cli import main as command
-from ept_fast.kernels import launch, runtime
 from ept_fast.kernels.reconstruct import config as reconstruct_config
 from ept_fast.ops.types import Flags
 from tests.cases import Case, Sizes, make_case
@@ -543,12 +543,12 @@ def ways() -> dict[str, Any]:
             hook.remove(note)
             found[f"after {name}"] = [way(), hooked.copy()]
 
-        for name, attribute, value in (
-            ("untried", "TRIED", ()),
-            ("another GPU", "_forced_target", "gfx942"),
+        for name, owner, attribute, value in (
+            ("untried", launch, "TRIED", ()),
+            ("another GPU", fused, "_forced_target", "gfx942"),
         ):
             runtime.forget()
-            with mock.patch.object(launch, attribute, value):
+            with mock.patch.object(owner, attribute, value):
                 found[name] = [way(), way(), launch.launcher()]
         runtime.forget()
         way()
@@ -729,7 +729,7 @@ def test_info_says_how_launches_go(
     version: tuple[int, ...], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(launch, "_forced_target", "sm_90")
+    monkeypatch.setattr(fused, "_forced_target", "sm_90")
     monkeypatch.setattr(launch, "triton_version", lambda: version)
     for name, answer in (
         ("is_available", True),

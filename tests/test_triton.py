@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_fast.backends import triton
-from ept_fast.kernels import launch, runtime
+from ept_fast.backends.triton import launch, runtime
 from ept_fast.kernels.reconstruct import config as reconstruct_config
 from ept_fast.kernels.splice.config import backward_config, forward_config
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs

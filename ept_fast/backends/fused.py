@@ -1,6 +1,10 @@
-"""What the backends of fused kernels have in common: limits, and what is left to eager."""
+"""What the backends of fused kernels have in common: the architecture of a GPU, limits, and what is
+left to eager.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -15,6 +19,7 @@ __all__ = [
     "has_empty",
     "is_plain",
     "needs_float64",
+    "target",
     "too_large",
 ]
 
@@ -23,6 +28,31 @@ MAX_RANK = 256  # r
 MAX_SPACES = 512  # K·h
 MAX_TOKENS = 512  # m of operation 1
 MAX_SIZE = 1 << 30  # any one axis
+
+
+_forced_target: str | None = None
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    """Asked of the driver once for each device."""
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def target(device: torch.device) -> str:
+    """The architecture that kernels for this device are compiled for: "sm_90", "gfx942", "cpu"."""
+    if _forced_target is not None:
+        return _forced_target
+    return "cpu" if device.type == "cpu" else _architecture(device)
+
+
+# What `torch.compiler.assume_constant_result` does, without its import of the whole compiler: the
+# compiler asks for the target while it traces a call, and cannot trace the driver's answer.
+target._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_float64(tensors: Parameters | SpliceInputs) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ept_fast import reference
+from ept_fast.backends.triton.runtime import facts_of
 from ept_fast.checks import (
     check_reconstruct,
     check_splice,
@@ -18,7 +19,6 @@ from ept_fast.checks import (
     constant,
     values_are_checked,
 )
-from ept_fast.kernels.runtime import facts_of
 from ept_fast.ops import dispatch
 from ept_fast.ops.path import path
 from ept_fast.ops.reconstruct import gate_weights as _gate_weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,9 +14,11 @@ from ept_fast.kernels.reconstruct.forward import (
     reconstruct_attend_kernel,
     reconstruct_forward_kernel,
 )
-from ept_fast.kernels.runtime import Add, Operand, Plan
 from ept_fast.kernels.sizes import ceil_div
 from ept_fast.ops.types import Flags, Parameters, Saved
+
+if TYPE_CHECKING:
+    from ept_fast.backends.triton.runtime import Add, Operand, Plan
 
 __all__ = ["backward", "forward", "saved"]
 

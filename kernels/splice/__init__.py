@@ -10,16 +10,16 @@ go by; the forward is one launch more (:mod:`.forward`), the backward two (:mod:
 :mod:`.finish`). A row whose task id is not in the bank is NaN, as is a token whose id is not in the
 table: neither is read.
 
-This file is the host code: it describes the launches to a :class:`ept_fast.kernels.runtime.Plan`.
+This file is the host code: it describes the launches to a plan
+(:mod:`ept_fast.backends.triton.runtime`).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ept_fast.kernels.runtime import Add, Operand, Plan
 from ept_fast.kernels.sizes import ceil_div
 from ept_fast.kernels.splice.backward import splice_backward_kernel
 from ept_fast.kernels.splice.config import plan_config, terms_of_sum
@@ -28,6 +28,9 @@ from ept_fast.kernels.splice.forward import splice_forward_kernel
 from ept_fast.kernels.splice.plan import splice_plan_kernel
 from ept_fast.kernels.tiles import terms_of
 from ept_fast.ops.types import SpliceInputs
+
+if TYPE_CHECKING:
+    from ept_fast.backends.triton.runtime import Add, Operand, Plan
 
 __all__ = ["Gradients", "backward", "forward", "kept"]
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ept_fast.backends import eager
-from ept_fast.backends.fused import has_empty, is_plain, needs_float64, too_large
+from ept_fast.backends.fused import has_empty, is_plain, needs_float64, target, too_large
 from ept_fast.config import GATES
-from ept_fast.kernels.launch import target
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.ops.types import (
     Flags,

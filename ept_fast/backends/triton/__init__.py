@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ept_fast.backends.fused import needs_float64, too_large
-from ept_fast.kernels.launch import dotted, launcher, target, triton_version
+from ept_fast.backends.fused import needs_float64, target, too_large
+from ept_fast.backends.triton.launch import dotted, launcher, triton_version
 from ept_fast.ops.types import Parameters, SpliceInputs
 
 _CALLS = (

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ept_fast.backends import eager
 from ept_fast.backends.fused import is_plain
-from ept_fast.kernels import reconstruct, runtime, splice
+from ept_fast.backends.triton import runtime
+from ept_fast.backends.triton.runtime import Plan
+from ept_fast.kernels import reconstruct, splice
 from ept_fast.kernels.reconstruct.config import backward_config as reconstruct_backward_config
 from ept_fast.kernels.reconstruct.config import forward_config as reconstruct_forward_config
-from ept_fast.kernels.runtime import Plan
 from ept_fast.kernels.splice.config import backward_config, forward_config
 from ept_fast.ops.types import (
     Flags,
@@ -114,7 +115,7 @@ def path_forward(
 ) -> list[Tensor]:
     """The spliced text ``[B, m + S, d]`` and what the backward needs.
 
-    ``known`` stands for all that the launches depend on (:func:`ept_fast.kernels.runtime.plan_of`).
+    ``known`` stands for all that the launches depend on (:func:`.runtime.plan_of`).
     """
     choices = (flags, fusion, reconstruct_forward_config, forward_config)
     (out,), kept = runtime.call(describe_path_forward, (*parameters, *text), *choices, known=known)

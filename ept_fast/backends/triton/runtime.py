@@ -10,7 +10,7 @@ A plan's first run goes through Triton's own front, which compiles; later ones g
 launcher, with addresses and numbers. The stream is looked up in every call and the tensors' device
 is made the current one, so streams, several devices and CUDA graphs work as with the front. With
 another Triton than those tried, with hooks on launches (a profiler's), and on GPUs other than
-NVIDIA's, every launch goes through the front (:func:`ept_fast.kernels.launch.launcher`).
+NVIDIA's, every launch goes through the front (:func:`.launch.launcher`).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ept_fast.kernels.launch import (
+from ept_fast.backends.fused import target
+from ept_fast.backends.triton.launch import (
     hooked,
     launch_of,
     launcher,
     leaves,
     run,
-    target,
     triton_runtime,
 )
 

@@ -1,4 +1,4 @@
-"""Launches of Triton kernels: for which GPU, through Triton's front, or without it.
+"""Launches of Triton kernels, through Triton's front or without it.
 
 Nothing here imports Triton before a kernel is launched.
 """
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ept_fast.backends.fused import target
+
 __all__ = [
     "TRIED",
     "as_current",
@@ -24,7 +26,6 @@ __all__ = [
     "launcher",
     "leaves",
     "run",
-    "target",
     "triton_runtime",
     "triton_version",
 ]
@@ -35,7 +36,7 @@ TRIED = ((3, 6), (3, 7))
 _BLOCK_REGISTERS = 65536
 
 
-# Which Triton, which GPU
+# Which Triton
 
 
 @functools.cache
@@ -53,31 +54,6 @@ def triton_version() -> tuple[int, ...] | None:
 def dotted(version: tuple[int, ...]) -> str:
     """A version as it is written."""
     return ".".join(map(str, version))
-
-
-_forced_target: str | None = None
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    """Asked of the driver once for each device."""
-    if torch.version.hip is not None:
-        name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return name.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-def target(device: torch.device) -> str:
-    """The architecture that kernels for this device are compiled for: "sm_90", "gfx942", "cpu"."""
-    if _forced_target is not None:
-        return _forced_target
-    return "cpu" if device.type == "cpu" else _architecture(device)
-
-
-# What `torch.compiler.assume_constant_result` does, without its import of the whole compiler: the
-# compiler asks for the target while it traces a call, and cannot trace the driver's answer.
-target._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def launcher() -> tuple[bool, str]:

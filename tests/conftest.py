@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,27 @@ def _poison_memory(on: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = on
 
 
+def _patch_the_language_once() -> None:
+    """Take about half the time of Triton's interpreter.
+
+    In every call of a device function it replaces all of ``triton.language`` again, as it has done
+    for the kernel that calls. Triton versions that call them otherwise stay as they are.
+    """
+    from triton.runtime import interpreter
+
+    function = interpreter.InterpretedFunction
+    if "_patch_lang" not in function.__call__.__code__.co_names:
+        return
+
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        try:
+            return self.rewrite()(*arguments, **named)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    function.__call__ = call
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     support.add_option(parser)
 
@@ -65,6 +87,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     _poison_memory(True)
+    if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+        _patch_the_language_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

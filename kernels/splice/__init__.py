@@ -22,7 +22,7 @@ import torch
 from ept_fast.kernels.runtime import Add, Operand, Plan
 from ept_fast.kernels.sizes import ceil_div
 from ept_fast.kernels.splice.backward import splice_backward_kernel
-from ept_fast.kernels.splice.config import plan_config, terms_of_sum
+from ept_fast.kernels.splice.config import plan_options, terms_of_sum
 from ept_fast.kernels.splice.finish import splice_finish_kernel
 from ept_fast.kernels.splice.forward import splice_forward_kernel
 from ept_fast.kernels.splice.plan import splice_plan_kernel
@@ -34,50 +34,26 @@ __all__ = ["Gradients", "backward", "forward", "kept"]
 _FINISH_BLOCK = 512
 
 
-class _Rows(NamedTuple):
-    """What is known of the batch's rows: the plan's tables, and how their groups go."""
-
-    table: Any
-    columns: Any
-    has_mask: bool
-    has_tasks: bool
-    by_row: bool
-    tasks: int
-    groups: int
-
-    def flags(self) -> dict[str, bool]:
-        return {
-            "HAS_MASK": self.has_mask,
-            "HAS_TASKS": self.has_tasks,
-            "BY_ROW": self.by_row,
-        }
-
-
-def _offset(inputs: SpliceInputs, length: int) -> bool:
+def _has_offset(inputs: SpliceInputs, length: int) -> bool:
     a = inputs.offset_a
     return a is not None and a.shape[-1] > 0 and length > 0
 
 
-def kept(add: Add, inputs: SpliceInputs, batch: int, length: int) -> _Rows:
-    """The plan's tables, made by ``add(shape, dtype)`` where a call has any."""
-    tasks = inputs.prompt.shape[0]
-    has_tasks = inputs.task_ids is not None
-    has_mask = inputs.attention_mask is not None and _offset(inputs, length)
-    by_row = has_tasks and tasks > batch
-    table = columns = None
-    if has_mask or has_tasks:
-        groups = batch if by_row else tasks + 1
-        size = 2 * (batch + groups) if has_tasks else 0
-        size += 3 * batch if has_mask else 0
-        table = add((size,), torch.int32)
-    if has_mask:
+def kept(add: Add, inputs: SpliceInputs, batch: int, length: int) -> tuple[Any, ...]:
+    """The plan's tables (:mod:`.plan`), made by ``add(shape, dtype)``; None for absent ones."""
+    slots = groups = spans = columns = None
+    if inputs.task_ids is not None:
+        slots = add((batch, 3), torch.int32)
+        groups = add((min(batch, inputs.prompt.shape[0]), 3), torch.int32)
+    if inputs.attention_mask is not None and _has_offset(inputs, length):
+        spans = add((batch, 3), torch.int32)
         columns = add((batch, length), torch.int32)
-    groups = 1 if not has_tasks else batch if by_row else tasks
-    return _Rows(table, columns, has_mask, has_tasks, by_row, tasks, groups)
+    return slots, groups, spans, columns
 
 
-def _strides(tensor: Any, number: int) -> tuple[int, ...]:
-    return (0,) * number if tensor is None else tensor.stride()
+def _with_strides(tensor: Any) -> Any:
+    """A tensor as a kernel takes it: address and strides; None if it is absent."""
+    return None if tensor is None else (tensor, *tensor.stride())
 
 
 def _terms(a: Any, b: Any) -> int:
@@ -95,64 +71,42 @@ def forward(plan: Plan, inputs: Any, scaling: float, add: Add, sizes: Any) -> No
         add: makes the tensors that the backward goes by.
         sizes: chooses the launch sizes.
     """
-    source = inputs.source
+    source, ids = inputs.source, inputs.input_ids
     batch, length = inputs.text.shape[:2]
-    _, m, width = inputs.prompt.shape
+    tasks, m, width = inputs.prompt.shape
     out = plan.returned((batch, m + length, width), source.dtype)
-    rows = kept(add, inputs, batch, length)
+    tables = kept(add, inputs, batch, length)
     if out.numel() == 0:
         return
-    has_offset = _offset(inputs, length)
-    rank = inputs.offset_a.shape[2] if has_offset else 0
-    a: Any = inputs.offset_a if has_offset else None
-    b: Any = inputs.offset_b if has_offset else None
-    if rows.table is not None:
-        mask = inputs.attention_mask if rows.has_mask else None
+    if any(table is not None for table in tables):
+        mask, task_ids = _with_strides(inputs.attention_mask), _with_strides(inputs.task_ids)
+        options = plan_options(batch, length)
         plan.launch(
-            splice_plan_kernel,
-            max(batch, rows.tasks + 1) if rows.has_tasks and not rows.by_row else batch,
-            rows.table,
-            rows.columns,
-            mask,
-            inputs.task_ids,
-            batch,
-            length,
-            rows.tasks,
-            *_strides(mask, 2),
-            *_strides(inputs.task_ids, 1),
-            **rows.flags(),
-            **plan_config(batch, length).options(),
+            splice_plan_kernel, batch, tables, mask, task_ids, batch, length, tasks, **options
         )
-    config = sizes(batch, length, m, width, rank, rows.has_tasks, source.dtype)
+    a, b = inputs.offset_a, inputs.offset_b
+    if not _has_offset(inputs, length):
+        a = b = None
+    rank = 0 if a is None else a.shape[2]
+    has_tasks = inputs.task_ids is not None
+    config = sizes(batch, length, m, width, rank, has_tasks, source.dtype)
     blocks = ceil_div(m, config.block_s) + ceil_div(length, config.block_s)
     plan.launch(
         splice_forward_kernel,
         ceil_div(batch, config.rows) * blocks * ceil_div(width, config.block_d),
-        out,
-        inputs.prompt,
-        inputs.input_ids,
-        source,
-        a,
-        b,
-        rows.table,
-        rows.columns,
+        _with_strides(out),
+        _with_strides(inputs.prompt),
+        _with_strides(ids),
+        _with_strides(source) if ids is None else (source, 0, *source.stride()),
+        _with_strides(a),
+        _with_strides(b),
+        tables,
         scaling,
         batch,
         length,
-        rows.tasks,
-        m,
-        width,
-        source.shape[0],
-        rank,
-        *inputs.prompt.stride(),
-        *_strides(inputs.input_ids, 2),
-        *(source.stride() if inputs.input_ids is None else (0, *source.stride())),
-        *_strides(a, 3),
-        *_strides(b, 3),
-        HAS_IDS=inputs.input_ids is not None,
-        HAS_OFFSET=has_offset,
+        tasks,
+        (m, width, rank, source.shape[0]),
         TERMS=_terms(a, b),
-        **rows.flags(),
         **config.options(),
     )
 
@@ -163,6 +117,31 @@ class Gradients(NamedTuple):
     prompt: Any
     offset_a: Any
     offset_b: Any
+
+
+class _Sums(NamedTuple):
+    """A gradient, and where the first launch puts its sums: in parts, or where they belong.
+
+    Of a task's ``size`` elements the first ``made`` are summed, in so many parts; 0: in none.
+    """
+
+    out: Any
+    put: Any
+    size: int
+    made: int
+    parts: int
+
+    @classmethod
+    def of(cls, plan: Plan, out: Any, size: int, made: int, groups: int, parts: int) -> _Sums:
+        """With memory for the parts of all groups."""
+        put = plan.scratch((groups * parts, made)) if made and parts else out
+        return cls(out, put, size, made, parts)
+
+    def for_sums(self) -> Any:
+        """As the first launch takes it: address, strides of the task and of the part."""
+        if self.made == 0:
+            return None
+        return (self.put, 0, self.made) if self.parts else (self.put, self.size, 0)
 
 
 def backward(
@@ -188,98 +167,65 @@ def backward(
     batch, total, width = grad.shape
     tasks, m, _ = inputs.prompt.shape
     length = total - m
-    rows = kept(add, inputs, batch, length)
+    tables = kept(add, inputs, batch, length)
+    by_slot = inputs.task_ids is not None and tasks > batch
+    groups = 1 if inputs.task_ids is None else min(batch, tasks)
     d_p, d_a, d_b = into
     need_p = d_p is not None and d_p.numel() > 0
-    need_o = d_a is not None and d_b is not None and d_a.numel() + d_b.numel() > 0
+    need_o = d_a is not None and d_a.numel() + d_b.numel() > 0
     sum_p, sum_o = need_p and batch > 0, need_o and batch > 0 and length > 0
-    a: Any = inputs.offset_a if sum_o else None
-    b: Any = inputs.offset_b if sum_o else None
-    rank = inputs.offset_a.shape[2] if need_o else 0
-    kind = torch.float32 if a is None else torch.promote_types(a.dtype, b.dtype)
+    a, b = (inputs.offset_a, inputs.offset_b) if sum_o else (None, None)
+    n, rank = inputs.offset_a.shape[1:] if need_o else (0, 0)
+    kind = torch.promote_types(a.dtype, b.dtype) if sum_o else torch.float32
     config = sizes(batch, length, m, width, rank, tasks, kind, sum_p, sum_o)
-    chunks_b = ceil_div(batch, config.rows) if batch else 0
+    chunks_b = ceil_div(batch, config.rows)
     chunks_s = ceil_div(length, config.block_s * config.tiles)
     chunks_d = ceil_div(width, config.block_d * config.tiles_d)
-    parts_p, parts_a, parts_b = chunks_b, chunks_b * chunks_d, chunks_b * chunks_s
-    whole_a = parts_a == 1 and config.tiles_d == 1
-    size_p, size_b = m * width, rank * width
-    size_a = inputs.offset_a.shape[1] * rank if need_o else 0
-    covered_a, covered_b = (length * rank, size_b) if sum_o else (0, 0)
-    part_p, part_a, part_b = into
-    if sum_p and parts_p > 1:
-        part_p = plan.scratch((rows.groups * parts_p, size_p))
-    if sum_o and not whole_a:
-        part_a = plan.scratch((rows.groups * parts_a, covered_a))
-    if sum_o and parts_b > 1:
-        part_b = plan.scratch((rows.groups * parts_b, size_b))
+    # Sums in one part are written where they belong; over tiles of d they add up in float32.
+    parts_p, parts_a, parts_b = (
+        0 if parts == 1 else parts for parts in (chunks_b, chunks_b * chunks_d, chunks_b * chunks_s)
+    )
+    if config.tiles_d > 1:
+        parts_a = chunks_b * chunks_d
+    sums = (
+        _Sums.of(plan, d_p, m * width, sum_p * m * width, groups, parts_p),
+        _Sums.of(plan, d_a, n * rank, sum_o * length * rank, groups, parts_a),
+        _Sums.of(plan, d_b, rank * width, sum_o * rank * width, groups, parts_b),
+    )
     if sum_p or sum_o:
-        blocks = (ceil_div(m, config.block_s) if sum_p else 0) + (chunks_s if sum_o else 0)
-        mask = rows.has_mask and sum_o
+        blocks = sum_p * ceil_div(m, config.block_s) + sum_o * chunks_s
         plan.launch(
             splice_backward_kernel,
-            rows.groups * chunks_b * blocks * chunks_d,
-            grad,
-            part_p if sum_p else None,
-            part_a if sum_o else None,
-            part_b if sum_o else None,
-            a,
-            b,
-            rows.table if mask or rows.has_tasks else None,
-            rows.columns if mask else None,
+            groups * chunks_b * blocks * chunks_d,
+            _with_strides(grad),
+            *(each.for_sums() for each in sums),
+            _with_strides(a),
+            _with_strides(b),
+            tables if sum_o else (*tables[:2], None, None),
             scaling,
             batch,
             length,
-            rows.tasks,
-            m,
-            width,
-            rank,
-            *grad.stride(),
-            size_p,
-            size_a if whole_a else covered_a,
-            size_b,
-            *_strides(a, 3),
-            *_strides(b, 3),
-            HAS_PROMPT=sum_p,
-            HAS_OFFSET=sum_o,
-            WHOLE_P=parts_p == 1,
-            WHOLE_A=whole_a,
-            WHOLE_B=parts_b == 1,
+            tasks,
+            (m, width, rank),
             TERMS_G=terms_of_sum(grad.dtype, config.rows),
             TERMS=_terms(a, b),
-            **{**rows.flags(), "HAS_MASK": mask},
             **config.options(),
         )
     # What the first launch has written whole needs the second one only for its zeros.
-    finish_p = need_p and (not sum_p or parts_p > 1 or rows.by_row)
-    finish_o = need_o and (
-        not (whole_a and parts_b == 1) or rows.by_row or covered_a < size_a or not sum_o
-    )
-    blocks = ceil_div(size_p, _FINISH_BLOCK) if finish_p else 0
-    if finish_o:
-        blocks += ceil_div(size_a, _FINISH_BLOCK) + ceil_div(size_b, _FINISH_BLOCK)
+    rest_p, *rest_o = (each.parts or by_slot or each.made < each.size for each in sums)
+    finish_p, finish_o = need_p and rest_p, need_o and any(rest_o)
+    ends = [
+        (each.out, each.put, each.size) if finish else None
+        for each, finish in zip(sums, (finish_p, finish_o, finish_o), strict=True)
+    ]
     plan.launch(
         splice_finish_kernel,
-        tasks * blocks,
-        d_p if finish_p else None,
-        d_a if finish_o else None,
-        d_b if finish_o else None,
-        part_p if finish_p else None,
-        part_a if finish_o else None,
-        part_b if finish_o else None,
-        rows.table if rows.by_row else None,
+        tasks * sum(ceil_div(end[2], _FINISH_BLOCK) for end in ends if end),
+        *ends,
+        tables[0] if by_slot else None,
         batch,
-        size_p,
-        size_a,
-        covered_a,
-        size_b,
-        covered_b,
-        parts_p if parts_p > 1 else 0,
-        0 if whole_a else parts_a,
-        parts_b if parts_b > 1 else 0,
-        HAS_PROMPT=finish_p,
-        HAS_OFFSET=finish_o,
-        BY_ROW=rows.by_row,
+        *(each.made for each in sums),
+        *(each.parts for each in sums),
         BLOCK=_FINISH_BLOCK,
         BLOCK_B=128,
         num_warps=4,

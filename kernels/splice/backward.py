@@ -11,74 +11,53 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ept_fast.kernels.splice.plan import row_of_slot, text_columns
-from ept_fast.kernels.tiles import dot_split
+from ept_fast.kernels.splice.plan import Rows, columns_of, row_at
+from ept_fast.kernels.tiles import (
+    Matrix,
+    axis,
+    dot_split,
+    inside,
+    load,
+    matrix,
+    pointers,
+    store,
+    transposed,
+)
 
 __all__ = ["splice_backward_kernel"]
 
 
 @triton.jit
-def _group(
-    plan_ptr, group, first, last, batch, num_tasks, HAS_TASKS: tl.constexpr, BY_ROW: tl.constexpr
-):
-    """The task of a group of rows, and [first, last) of its slots; no slots if it is none.
+def _part_of(sums, task, part, columns):
+    """Where a part goes: of the task's gradient itself, or among the parts."""
+    ptr = sums[0] + task * sums[1] + part * sums[2]
+    return Matrix(ptr, tl.cast(columns, tl.int64), 1)
 
-    ``first`` and ``last`` count from the group's first slot.
-    """
-    task = 0
-    begin = 0
-    end = batch
-    if HAS_TASKS:
-        task = group
-        rows = tl.cast(batch, tl.int64)
-        groups = tl.cast(num_tasks, tl.int64) + 1
-        if BY_ROW:
-            task = tl.load(plan_ptr + (rows + group))
-            groups = rows
-        begin = tl.load(plan_ptr + (2 * rows + group))
-        end = tl.load(plan_ptr + (2 * rows + groups + group))
-        if BY_ROW:  # by the first of the task's slots
-            end = tl.where((begin == group) & (task < num_tasks), end, begin)
-    return task, begin + first, tl.minimum(begin + last, end)
+
+@triton.jit
+def _sum_over_rows(grad, rows, first, last, places, d):
+    """A tile of the gradient of real tokens, added up over the rows of slots [first, last)."""
+    summed = tl.zeros((places.offs.shape[0], d.offs.shape[0]), tl.float32)
+    for slot in tl.range(first, last, disable_licm=True):
+        row = row_at(rows, slot)
+        summed += load(matrix(grad, row), columns_of(rows, row, places), d)
+    return summed
 
 
 @triton.jit(do_not_specialize=["batch", "length", "num_tasks"])
 def splice_backward_kernel(
-    grad_ptr,
-    part_p_ptr,
-    part_a_ptr,
-    part_b_ptr,
-    offset_a_ptr,
-    offset_b_ptr,
-    plan_ptr,
-    columns_ptr,
+    grad,  # [B, m + S, d]
+    sum_p,  # where sums go: strides of the task and of the part; None if not needed
+    sum_a,
+    sum_b,
+    offset_a,  # [T, n, r]
+    offset_b,  # [T, r, d]
+    tables,  # of the plan
     scaling,
     batch,
     length,
     num_tasks,
-    num_virtual_tokens,
-    hidden_size,
-    rank,
-    stride_grad_b,
-    stride_grad_s,
-    stride_grad_d,
-    stride_part_p,
-    stride_part_a,
-    stride_part_b,
-    stride_a_t,
-    stride_a_n,
-    stride_a_r,
-    stride_b_t,
-    stride_b_r,
-    stride_b_d,
-    HAS_PROMPT: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_TASKS: tl.constexpr,
-    BY_ROW: tl.constexpr,
-    WHOLE_P: tl.constexpr,
-    WHOLE_A: tl.constexpr,
-    WHOLE_B: tl.constexpr,
+    sizes,  # m, d, r
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     TILES_D: tl.constexpr,
@@ -89,11 +68,12 @@ def splice_backward_kernel(
     TERMS: tl.constexpr,
     ORDER: tl.constexpr,
 ):
+    m, hidden_size, rank = sizes
     prompt_blocks = 0
-    if HAS_PROMPT:
-        prompt_blocks = tl.cdiv(num_virtual_tokens, BLOCK_S)
+    if sum_p is not None:
+        prompt_blocks = tl.cdiv(m, BLOCK_S)
     chunks_s = 0
-    if HAS_OFFSET:
+    if sum_a is not None:
         chunks_s = tl.cdiv(length, BLOCK_S * TILES)
     chunks_d = tl.cdiv(hidden_size, BLOCK_D * TILES_D)
     chunks_b = tl.cdiv(batch, ROWS)
@@ -103,85 +83,47 @@ def splice_backward_kernel(
     block = pid % (prompt_blocks + chunks_s)
     pid = pid // (prompt_blocks + chunks_s)
     chunk_b = pid % chunks_b
-    group = pid // chunks_b
-    part = group.to(tl.int64) * chunks_b + chunk_b
-    task, first, last = _group(
-        plan_ptr,
-        group,
-        chunk_b * ROWS,
-        chunk_b * ROWS + ROWS,
-        batch,
-        num_tasks,
-        HAS_TASKS,
-        BY_ROW,
-    )
-    if BY_ROW:
-        if first >= last:
+    group = (pid // chunks_b).to(tl.int64)
+    part = group * chunks_b + chunk_b
+    task = 0
+    begin = 0
+    end = batch
+    if tables[1] is not None:
+        task = tl.load(tables[1] + group * 3)
+        begin = tl.load(tables[1] + group * 3 + 1)
+        end = tl.load(tables[1] + group * 3 + 2)
+        if task >= num_tasks:
             return
+    first = begin + chunk_b * ROWS
+    last = tl.minimum(first + ROWS, end)
     own = tl.cast(task, tl.int64)
+    first_d = chunk_d * TILES_D * BLOCK_D
 
-    if HAS_PROMPT:
+    if sum_p is not None:
         if block < prompt_blocks:
-            offs_m = (block * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
-            slot_p = part
-            if WHOLE_P:
-                slot_p = own
-            part_p_ptr += slot_p * stride_part_p
+            rows = Rows(tables[0], None, None, length, num_tasks)
+            places = axis(block * BLOCK_S, m, BLOCK_S)
             for tile_d in range(TILES_D):
-                offs_d = ((chunk_d * TILES_D + tile_d) * BLOCK_D + tl.arange(0, BLOCK_D)).to(
-                    tl.int64
-                )
-                mask = (offs_m < num_virtual_tokens)[:, None] & (offs_d < hidden_size)[None, :]
-                grad_ptrs = (
-                    grad_ptr + offs_m[:, None] * stride_grad_s + offs_d[None, :] * stride_grad_d
-                )
-                summed = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-                for slot in tl.range(first, last, disable_licm=True):
-                    row = row_of_slot(plan_ptr, slot, HAS_TASKS)
-                    grad = tl.load(grad_ptrs + row * stride_grad_b, mask=mask, other=0.0)
-                    summed += grad.to(tl.float32)
-                tl.store(
-                    part_p_ptr + offs_m[:, None] * hidden_size + offs_d[None, :],
-                    summed.to(part_p_ptr.dtype.element_ty),
-                    mask=mask,
-                )
-    if HAS_OFFSET:
+                d = axis(first_d + tile_d * BLOCK_D, hidden_size, BLOCK_D)
+                summed = _sum_over_rows(grad, rows, first, last, places, d)
+                store(_part_of(sum_p, own, part, hidden_size), summed, places, d)
+    if sum_a is not None:
         if block >= prompt_blocks:
             chunk_s = block - prompt_blocks
-            slot_a = part * chunks_d + chunk_d
-            if WHOLE_A:
-                slot_a = own
-            slot_b = part * chunks_s + chunk_s
-            if WHOLE_B:
-                slot_b = own
             _text_sums(
-                grad_ptr + tl.cast(num_virtual_tokens, tl.int64) * stride_grad_s,
-                part_a_ptr + slot_a * stride_part_a,
-                part_b_ptr + slot_b * stride_part_b,
-                offset_a_ptr + own * stride_a_t,
-                offset_b_ptr + own * stride_b_t,
-                plan_ptr,
-                columns_ptr,
-                scaling,
+                (grad[0] + tl.cast(m, tl.int64) * grad[2], grad[1], grad[2], grad[3]),
+                Rows(tables[0], tables[2], tables[3], length, num_tasks),
                 first,
                 last,
+                matrix(offset_a, own),
+                matrix(offset_b, own),
+                _part_of(sum_a, own, part * chunks_d + chunk_d, rank),
+                _part_of(sum_b, own, part * chunks_s + chunk_s, hidden_size),
+                scaling,
                 chunk_s * TILES * BLOCK_S,
-                chunk_d * TILES_D * BLOCK_D,
-                batch,
-                length,
-                num_tasks,
+                first_d,
                 hidden_size,
                 rank,
-                stride_grad_b,
-                stride_grad_s,
-                stride_grad_d,
-                stride_a_n,
-                stride_a_r,
-                stride_b_r,
-                stride_b_d,
-                HAS_MASK,
-                HAS_TASKS,
-                BY_ROW,
                 TILES,
                 TILES_D,
                 BLOCK_S,
@@ -194,74 +136,20 @@ def splice_backward_kernel(
 
 
 @triton.jit
-def _text_grad(
-    grad_ptrs,
-    plan_ptr,
-    columns_ptr,
-    slot,
-    offs_s,
-    mask_s,
-    mask_d,
-    batch,
-    length,
-    num_tasks,
-    stride_grad_b,
-    stride_grad_s,
-    HAS_MASK: tl.constexpr,
-    HAS_TASKS: tl.constexpr,
-    BY_ROW: tl.constexpr,
-):
-    """The gradient of a tile of positions and channels of the row at a slot."""
-    row = row_of_slot(plan_ptr, slot, HAS_TASKS)
-    columns, real = text_columns(
-        plan_ptr,
-        columns_ptr,
-        row,
-        offs_s,
-        mask_s,
-        batch,
-        length,
-        num_tasks,
-        HAS_MASK,
-        HAS_TASKS,
-        BY_ROW,
-    )
-    return tl.load(
-        grad_ptrs + (row * stride_grad_b + columns * stride_grad_s)[:, None],
-        mask=(mask_s & real)[:, None] & mask_d[None, :],
-        other=0.0,
-    ).to(tl.float32)
-
-
-@triton.jit
 def _text_sums(
-    grad_ptr,
-    part_a_ptr,
-    part_b_ptr,
-    offset_a_ptr,
-    offset_b_ptr,
-    plan_ptr,
-    columns_ptr,
-    scaling,
+    grad,
+    rows,
     first,
     last,
+    a,
+    b,
+    sum_a,
+    sum_b,
+    scaling,
     first_s,
     first_d,
-    batch,
-    length,
-    num_tasks,
     hidden_size,
     rank,
-    stride_grad_b,
-    stride_grad_s,
-    stride_grad_d,
-    stride_a_n,
-    stride_a_r,
-    stride_b_r,
-    stride_b_d,
-    HAS_MASK: tl.constexpr,
-    HAS_TASKS: tl.constexpr,
-    BY_ROW: tl.constexpr,
     TILES: tl.constexpr,
     TILES_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -272,58 +160,21 @@ def _text_sums(
     ORDER: tl.constexpr,
 ):
     """One program's part of dA and dB."""
-    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
-    mask_r = offs_r < rank
-    end_s = tl.minimum(first_s + TILES * BLOCK_S, length)
+    r = axis(0, rank, BLOCK_R)
+    end_s = tl.minimum(first_s + TILES * BLOCK_S, rows.length)
     for tile_d in range(TILES_D):
         if TILES_D > 1:
             tl.debug_barrier()  # its threads may read what others of them have written
-        offs_d = (first_d + tile_d * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-        mask_d = offs_d < hidden_size
+        d = axis(first_d + tile_d * BLOCK_D, hidden_size, BLOCK_D)
         d_b = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for start_s in range(first_s, end_s, BLOCK_S):
-            offs_s = start_s + tl.arange(0, BLOCK_S)
-            mask_s = offs_s < length
-            summed = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-            for slot in tl.range(first, last, disable_licm=True):
-                summed += _text_grad(
-                    grad_ptr + offs_d[None, :] * stride_grad_d,
-                    plan_ptr,
-                    columns_ptr,
-                    slot,
-                    offs_s,
-                    mask_s,
-                    mask_d,
-                    batch,
-                    length,
-                    num_tasks,
-                    stride_grad_b,
-                    stride_grad_s,
-                    HAS_MASK,
-                    HAS_TASKS,
-                    BY_ROW,
-                )
-            offs_p = offs_s.to(tl.int64)
-            mask_a = mask_s[:, None] & mask_r[None, :]
-            b = tl.load(
-                offset_b_ptr + offs_d[:, None] * stride_b_d + offs_r[None, :] * stride_b_r,
-                mask=mask_d[:, None] & mask_r[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            d_a = scaling * dot_split(summed, b, TERMS_G, TERMS, ORDER)
-            a_ptrs = part_a_ptr + offs_p[:, None] * rank + offs_r[None, :]
+            s = axis(start_s, rows.length, BLOCK_S)
+            summed = _sum_over_rows(grad, rows, first, last, s, d)
+            d_a = scaling * dot_split(summed, load(transposed(b), d, r), TERMS_G, TERMS, ORDER)
             if TILES_D > 1:
                 # What this very program has written for the blocks of channels before.
-                d_a += tl.load(a_ptrs, mask=mask_a & (tile_d > 0), other=0.0).to(tl.float32)
-            tl.store(a_ptrs, d_a.to(part_a_ptr.dtype.element_ty), mask=mask_a)
-            a = tl.load(
-                offset_a_ptr + offs_r[:, None] * stride_a_r + offs_p[None, :] * stride_a_n,
-                mask=mask_r[:, None] & mask_s[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            d_b += dot_split(a, summed, TERMS, TERMS_G, ORDER)
-        tl.store(
-            part_b_ptr + offs_r[:, None] * hidden_size + offs_d[None, :],
-            (d_b * scaling).to(part_b_ptr.dtype.element_ty),
-            mask=mask_r[:, None] & mask_d[None, :],
-        )
+                before = inside(s, r) & (tile_d > 0)
+                d_a += tl.load(pointers(sum_a, s, r), mask=before, other=0.0).to(tl.float32)
+            store(sum_a, d_a, s, r)
+            d_b += dot_split(load(transposed(a), r, s), summed, TERMS, TERMS_G, ORDER)
+        store(sum_b, d_b * scaling, r, d)

@@ -6,14 +6,13 @@ The order of every sum follows from them, and with it every bit of the result.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ept_fast.kernels.sizes import ceil_div, power_of_two
 from ept_fast.kernels.tiles import terms_of
 
-__all__ = ["BackwardConfig", "ForwardConfig", "PlanConfig", "backward_config", "forward_config"]
+__all__ = ["BackwardConfig", "ForwardConfig", "backward_config", "forward_config", "plan_options"]
 
 # Programs that fill the largest GPU of today: 132 to 160 multiprocessors hold two to four each.
 _PROGRAMS = 512
@@ -44,72 +43,46 @@ def order_of(dtype: torch.dtype) -> int:
     return 1 if dtype.itemsize == 2 else 2
 
 
-@dataclass(frozen=True)
-class PlanConfig:
-    """Launch of the plan.
-
-    Attributes:
-        block_b: rows whose task ids are looked at together.
-        block_s: columns of the mask that are looked at together.
-        num_warps: warps of a program.
-    """
-
-    block_b: int
-    block_s: int
-    num_warps: int
-
-    def options(self) -> dict[str, Any]:
-        """The kernel's constants and the compiler's options."""
-        return {"BLOCK_B": self.block_b, "BLOCK_S": self.block_s, "num_warps": self.num_warps}
-
-
-def plan_config(batch: int, length: int) -> PlanConfig:
-    """Eight columns a thread, and as many threads as the length needs."""
+def plan_options(batch: int, length: int) -> dict[str, int]:
+    """Of the plan's launch: eight columns a thread, and as many threads as the length needs."""
     block_s = _within(128, power_of_two(length), 4096)
-    return PlanConfig(
-        block_b=_within(32, power_of_two(batch), 1024),
-        block_s=block_s,
-        num_warps=_within(1, block_s // 256, 16),
-    )
+    return {
+        "BLOCK_B": _within(32, power_of_two(batch), 1024),
+        "BLOCK_S": block_s,
+        "num_warps": _within(1, block_s // 256, 16),
+    }
 
 
 @dataclass(frozen=True)
-class ForwardConfig:
-    """Launch of the forward.
-
-    Attributes:
-        rows: places in the order by task that a program writes.
-        block_s: positions of a tile.
-        block_d: channels of a tile.
-        tiles_r: products along the rank.
-        block_r: rank that one product covers.
-        order: of the products (:mod:`ept_fast.kernels.tiles`).
-        num_warps: warps of a program.
-        registers: the most that a thread has.
-    """
-
-    rows: int
-    block_s: int
-    block_d: int
-    tiles_r: int
-    block_r: int
-    order: int
+class _Config:
+    rows: int  # of the forward: slots; of the backward: rows of one task, which are added up
+    block_s: int  # positions of a tile
+    block_d: int  # channels of a tile
+    block_r: int  # rank that one product covers
+    order: int  # of the products (:mod:`ept_fast.kernels.tiles`)
     num_warps: int
-    registers: int
+    maxnreg: int  # registers of a thread, at most
 
-    def options(self) -> dict[str, Any]:
-        """The kernel's constants and the compiler's options."""
-        return {
-            "ROWS": self.rows,
-            "BLOCK_S": self.block_s,
-            "BLOCK_D": self.block_d,
-            "TILES_R": self.tiles_r,
-            "BLOCK_R": self.block_r,
-            "ORDER": self.order,
-            "num_warps": self.num_warps,
-            "num_stages": 1,
-            "maxnreg": self.registers,
-        }
+    def options(self) -> dict[str, int]:
+        """The kernel's constants, and the compiler's options."""
+        named = vars(self).items()
+        compiler = ("num_warps", "maxnreg")
+        return {"num_stages": 1} | {k if k in compiler else k.upper(): v for k, v in named}
+
+
+@dataclass(frozen=True)
+class ForwardConfig(_Config):
+    """Launch of the forward."""
+
+    tiles_r: int  # products along the rank
+
+
+@dataclass(frozen=True)
+class BackwardConfig(_Config):
+    """Launch of the backward's sums; a product covers the whole rank, so no gradient is read twice."""
+
+    tiles: int  # along the text, that a program computes in turn
+    tiles_d: int  # along d
 
 
 def forward_config(
@@ -140,50 +113,8 @@ def forward_config(
         block_r=block_r,
         order=order_of(dtype),
         num_warps=4,
-        registers=_registers(rank),
+        maxnreg=_registers(rank),
     )
-
-
-@dataclass(frozen=True)
-class BackwardConfig:
-    """Launch of the backward's sums.
-
-    Attributes:
-        rows: rows of one task whose gradients a program adds up.
-        tiles: tiles along the text that a program computes in turn.
-        tiles_d: tiles along d that it computes in turn.
-        block_s: positions of a tile.
-        block_d: channels of a tile.
-        block_r: rank that one product covers: all of it, so that no gradient is read twice.
-        order: of the products (:mod:`ept_fast.kernels.tiles`).
-        num_warps: warps of a program.
-        registers: the most that a thread has.
-    """
-
-    rows: int
-    tiles: int
-    tiles_d: int
-    block_s: int
-    block_d: int
-    block_r: int
-    order: int
-    num_warps: int
-    registers: int
-
-    def options(self) -> dict[str, Any]:
-        """The kernel's constants and the compiler's options."""
-        return {
-            "ROWS": self.rows,
-            "TILES": self.tiles,
-            "TILES_D": self.tiles_d,
-            "BLOCK_S": self.block_s,
-            "BLOCK_D": self.block_d,
-            "BLOCK_R": self.block_r,
-            "ORDER": self.order,
-            "num_warps": self.num_warps,
-            "num_stages": 1,
-            "maxnreg": self.registers,
-        }
 
 
 def backward_config(
@@ -250,7 +181,7 @@ def backward_config(
         block_r=block_r,
         order=order_of(dtype),
         num_warps=16 if rows == 1 and tiles_d > 1 and rank % _MIN_BLOCK else 8,
-        registers=_registers(rank) if dtype != torch.float16 else _MOST_REGISTERS,
+        maxnreg=_registers(rank) if dtype != torch.float16 else _MOST_REGISTERS,
     )
 
 

@@ -6,11 +6,9 @@
 pos(b, s) is the number of real tokens before column s of row b, counted from the mask.
 
 With a mask or task ids, one small launch writes the plan (:mod:`.plan`) that forward and backward
-go by; the forward is one launch more (:mod:`.forward`), the backward two (:mod:`.backward`,
-:mod:`.finish`). A row whose task id is not in the bank is NaN, as is a token whose id is not in the
-table: neither is read.
-
-This file is the host code: it describes the launches to a :class:`ept_fast.kernels.runtime.Plan`.
+go by; the forward is one launch more (:mod:`.forward`), the backward two (:mod:`.backward`). A row
+whose task id is not in the bank is NaN, as is a token whose id is not in the table: neither is
+read. Here the launches are described to a :class:`ept_fast.kernels.runtime.Plan`.
 """
 
 from __future__ import annotations
@@ -21,9 +19,8 @@ import torch
 
 from ept_fast.kernels.runtime import Add, Operand, Plan
 from ept_fast.kernels.sizes import ceil_div
-from ept_fast.kernels.splice.backward import splice_backward_kernel
-from ept_fast.kernels.splice.config import plan_options, terms_of_sum
-from ept_fast.kernels.splice.finish import splice_finish_kernel
+from ept_fast.kernels.splice.backward import splice_backward_kernel, splice_finish_kernel
+from ept_fast.kernels.splice.config import plan_options
 from ept_fast.kernels.splice.forward import splice_forward_kernel
 from ept_fast.kernels.splice.plan import splice_plan_kernel
 from ept_fast.kernels.tiles import terms_of
@@ -32,6 +29,14 @@ from ept_fast.ops.types import SpliceInputs
 __all__ = ["Gradients", "backward", "forward", "kept"]
 
 _FINISH_BLOCK = 512
+
+
+class Gradients(NamedTuple):
+    """Of prompt, offset_a and offset_b; None where not needed."""
+
+    prompt: Any
+    offset_a: Any
+    offset_b: Any
 
 
 def _has_offset(inputs: SpliceInputs, length: int) -> bool:
@@ -56,22 +61,21 @@ def _with_strides(tensor: Any) -> Any:
     return None if tensor is None else (tensor, *tensor.stride())
 
 
-def _terms(a: Any, b: Any) -> int:
-    """How many bfloat16 numbers add up to one of A or B."""
-    return 1 if a is None else max(terms_of(a.dtype), terms_of(b.dtype))
+def _offset(inputs: Any, there: bool) -> tuple[Any, int]:
+    """A and B as a kernel takes them, and how many bfloat16 numbers add up to one of theirs."""
+    a, b = inputs.offset_a, inputs.offset_b
+    if not there:
+        return None, 1
+    return (_with_strides(a), _with_strides(b)), max(terms_of(a.dtype), terms_of(b.dtype))
 
 
 def forward(plan: Plan, inputs: Any, scaling: float, add: Add, sizes: Any) -> None:
     """Describe the forward: it returns ``[B, m + S, d]`` in the text's type.
 
-    Args:
-        plan: to be filled.
-        inputs: :class:`SpliceInputs` of operands.
-        scaling: c.
-        add: makes the tensors that the backward goes by.
-        sizes: chooses the launch sizes.
+    ``inputs`` are :class:`SpliceInputs` of operands; ``scaling`` is c; ``add`` makes the tensors
+    that the backward goes by; ``sizes`` chooses the launch sizes.
     """
-    source, ids = inputs.source, inputs.input_ids
+    source, ids, task_ids = inputs.source, inputs.input_ids, inputs.task_ids
     batch, length = inputs.text.shape[:2]
     tasks, m, width = inputs.prompt.shape
     out = plan.returned((batch, m + length, width), source.dtype)
@@ -79,90 +83,41 @@ def forward(plan: Plan, inputs: Any, scaling: float, add: Add, sizes: Any) -> No
     if out.numel() == 0:
         return
     if any(table is not None for table in tables):
-        mask, task_ids = _with_strides(inputs.attention_mask), _with_strides(inputs.task_ids)
+        given = (_with_strides(inputs.attention_mask), _with_strides(task_ids))
         options = plan_options(batch, length)
-        plan.launch(
-            splice_plan_kernel, batch, tables, mask, task_ids, batch, length, tasks, **options
-        )
-    a, b = inputs.offset_a, inputs.offset_b
-    if not _has_offset(inputs, length):
-        a = b = None
-    rank = 0 if a is None else a.shape[2]
-    has_tasks = inputs.task_ids is not None
-    config = sizes(batch, length, m, width, rank, has_tasks, source.dtype)
+        plan.launch(splice_plan_kernel, batch, tables, *given, batch, length, tasks, **options)
+    has_offset = _has_offset(inputs, length)
+    offset, terms = _offset(inputs, has_offset)
+    rank = inputs.offset_a.shape[2] if has_offset else 0
+    config = sizes(batch, length, m, width, rank, task_ids is not None, source.dtype)
     blocks = ceil_div(m, config.block_s) + ceil_div(length, config.block_s)
     plan.launch(
         splice_forward_kernel,
         ceil_div(batch, config.rows) * blocks * ceil_div(width, config.block_d),
         _with_strides(out),
         _with_strides(inputs.prompt),
-        _with_strides(ids),
-        _with_strides(source) if ids is None else (source, 0, *source.stride()),
-        _with_strides(a),
-        _with_strides(b),
+        # A table lies in the same place for all rows.
+        (_with_strides(ids), (source, *(() if ids is None else (0,)), *source.stride())),
+        offset,
         tables,
         scaling,
         batch,
         length,
         tasks,
         (m, width, rank, source.shape[0]),
-        TERMS=_terms(a, b),
+        TERMS=terms,
         **config.options(),
     )
 
 
-class Gradients(NamedTuple):
-    """Of prompt, offset_a and offset_b; None where not needed."""
-
-    prompt: Any
-    offset_a: Any
-    offset_b: Any
-
-
-class _Sums(NamedTuple):
-    """A gradient, and where the first launch puts its sums: in parts, or where they belong.
-
-    Of a task's ``size`` elements the first ``made`` are summed, in so many parts; 0: in none.
-    """
-
-    out: Any
-    put: Any
-    size: int
-    made: int
-    parts: int
-
-    @classmethod
-    def of(cls, plan: Plan, out: Any, size: int, made: int, groups: int, parts: int) -> _Sums:
-        """With memory for the parts of all groups."""
-        put = plan.scratch((groups * parts, made)) if made and parts else out
-        return cls(out, put, size, made, parts)
-
-    def for_sums(self) -> Any:
-        """As the first launch takes it: address, strides of the task and of the part."""
-        if self.made == 0:
-            return None
-        return (self.put, 0, self.made) if self.parts else (self.put, self.size, 0)
-
-
 def backward(
-    plan: Plan,
-    grad: Operand,
-    inputs: Any,
-    scaling: float,
-    add: Add,
-    into: Gradients,
-    sizes: Any,
+    plan: Plan, grad: Operand, inputs: Any, scaling: float, add: Add, into: Gradients, sizes: Any
 ) -> None:
     """Describe the backward: sums over the rows' gradients, each element read once.
 
-    Args:
-        plan: to be filled.
-        grad: of the output, ``[B, m + S, d]``.
-        inputs: :class:`SpliceInputs` of operands; the text itself is not needed.
-        scaling: c.
-        add: finds the tensors that the forward has made, in their order.
-        into: where the gradients go; None where not needed.
-        sizes: chooses the launch sizes.
+    ``grad`` is the output's, ``[B, m + S, d]``; ``inputs`` are :class:`SpliceInputs` of operands,
+    of which the text is not needed; ``scaling`` is c; ``add`` finds the tensors that the forward
+    has made; the gradients go ``into`` these; ``sizes`` chooses the launch sizes.
     """
     batch, total, width = grad.shape
     tasks, m, _ = inputs.prompt.shape
@@ -174,58 +129,60 @@ def backward(
     need_p = d_p is not None and d_p.numel() > 0
     need_o = d_a is not None and d_a.numel() + d_b.numel() > 0
     sum_p, sum_o = need_p and batch > 0, need_o and batch > 0 and length > 0
-    a, b = (inputs.offset_a, inputs.offset_b) if sum_o else (None, None)
     n, rank = inputs.offset_a.shape[1:] if need_o else (0, 0)
-    kind = torch.promote_types(a.dtype, b.dtype) if sum_o else torch.float32
-    config = sizes(batch, length, m, width, rank, tasks, kind, sum_p, sum_o)
+    kind = torch.float32
+    if sum_o:
+        kind = torch.promote_types(inputs.offset_a.dtype, inputs.offset_b.dtype)
+    config = sizes(batch, length, m if sum_p else 0, width, rank, tasks, kind)
     chunks_b = ceil_div(batch, config.rows)
     chunks_s = ceil_div(length, config.block_s * config.tiles)
     chunks_d = ceil_div(width, config.block_d * config.tiles_d)
-    # Sums in one part are written where they belong; over tiles of d they add up in float32.
-    parts_p, parts_a, parts_b = (
-        0 if parts == 1 else parts for parts in (chunks_b, chunks_b * chunks_d, chunks_b * chunks_s)
-    )
-    if config.tiles_d > 1:
-        parts_a = chunks_b * chunks_d
-    sums = (
-        _Sums.of(plan, d_p, m * width, sum_p * m * width, groups, parts_p),
-        _Sums.of(plan, d_a, n * rank, sum_o * length * rank, groups, parts_a),
-        _Sums.of(plan, d_b, rank * width, sum_o * rank * width, groups, parts_b),
-    )
+    sums = []  # of each gradient: of a task's elements, how many are summed, in how many parts
+    for out, size, made, parts, alone in (
+        (d_p, m * width, sum_p * m * width, chunks_b, True),
+        (d_a, n * rank, sum_o * length * rank, chunks_b * chunks_d, config.tiles_d == 1),
+        (d_b, rank * width, sum_o * rank * width, chunks_b * chunks_s, True),
+    ):
+        # What is in one part is written where it belongs; what a program adds to is float32.
+        parts = 0 if parts == 1 and alone else parts
+        put = plan.scratch((groups * parts, made)) if made and parts else out
+        sums.append((out, put, size, made, parts))
     if sum_p or sum_o:
+        offset, terms = _offset(inputs, sum_o)
         blocks = sum_p * ceil_div(m, config.block_s) + sum_o * chunks_s
         plan.launch(
             splice_backward_kernel,
             groups * chunks_b * blocks * chunks_d,
             _with_strides(grad),
-            *(each.for_sums() for each in sums),
-            _with_strides(a),
-            _with_strides(b),
+            tuple(
+                (put, *((0, made) if parts else (size, 0))) if made else None
+                for _, put, size, made, parts in sums
+            ),
+            offset,
             tables if sum_o else (*tables[:2], None, None),
             scaling,
             batch,
             length,
             tasks,
             (m, width, rank),
-            TERMS_G=terms_of_sum(grad.dtype, config.rows),
-            TERMS=_terms(a, b),
+            TERMS_G=terms_of(grad.dtype) if config.rows == 1 else 3,  # of a sum of gradients
+            TERMS=terms,
             **config.options(),
         )
     # What the first launch has written whole needs the second one only for its zeros.
-    rest_p, *rest_o = (each.parts or by_slot or each.made < each.size for each in sums)
-    finish_p, finish_o = need_p and rest_p, need_o and any(rest_o)
-    ends = [
-        (each.out, each.put, each.size) if finish else None
-        for each, finish in zip(sums, (finish_p, finish_o, finish_o), strict=True)
-    ]
+    rest_p, *rest_o = (parts or by_slot or made < size for *_, size, made, parts in sums)
+    finish_o = need_o and any(rest_o)
+    finish = (need_p and rest_p, finish_o, finish_o)
+    blocks = sum(
+        ceil_div(s[2], _FINISH_BLOCK) for s, each in zip(sums, finish, strict=True) if each
+    )
     plan.launch(
         splice_finish_kernel,
-        tasks * sum(ceil_div(end[2], _FINISH_BLOCK) for end in ends if end),
-        *ends,
+        tasks * blocks,
+        tuple(s[:2] if each else None for s, each in zip(sums, finish, strict=True)),
         tables[0] if by_slot else None,
         batch,
-        *(each.made for each in sums),
-        *(each.parts for each in sums),
+        *(number for each in sums for number in each[2:]),
         BLOCK=_FINISH_BLOCK,
         BLOCK_B=128,
         num_warps=4,

@@ -1,9 +1,10 @@
-"""The splice's backward, first launch: sums of the gradient over rows, and their products.
+"""The splice's backward: sums of the gradient over rows, their products, and the sums of parts.
 
-A program owns a block of channels and some blocks of positions, for some rows of one task. It adds
-up the gradient of a tile over the rows, each element read once from the column that its position
-lies in, and multiplies the sum into its part of dA and dB; prompt blocks write theirs of dP'. The
-second launch (:mod:`.finish`) adds the parts in order.
+In the first launch a program owns a block of channels and some blocks of positions, for some rows
+of one task. It adds up the gradient of a tile over the rows, each element read once from the column
+that its position lies in, and multiplies the sum into its part of dA and dB; prompt blocks write
+theirs of dP'. The second launch adds the parts in order. What the first has written whole needs it
+only for zeros: of tasks without rows, and of the offset's positions past the text.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ept_fast.kernels.splice.plan import Rows, columns_of, row_at
+from ept_fast.kernels.splice.plan import Rows, columns_of, read, row_at
 from ept_fast.kernels.tiles import (
     Matrix,
     axis,
@@ -24,7 +25,7 @@ from ept_fast.kernels.tiles import (
     transposed,
 )
 
-__all__ = ["splice_backward_kernel"]
+__all__ = ["splice_backward_kernel", "splice_finish_kernel"]
 
 
 @triton.jit
@@ -47,11 +48,8 @@ def _sum_over_rows(grad, rows, first, last, places, d):
 @triton.jit(do_not_specialize=["batch", "length", "num_tasks"])
 def splice_backward_kernel(
     grad,  # [B, m + S, d]
-    sum_p,  # where sums go: strides of the task and of the part; None if not needed
-    sum_a,
-    sum_b,
-    offset_a,  # [T, n, r]
-    offset_b,  # [T, r, d]
+    sums,  # of P', A and B: where they go, strides of the task and of the part; None if not needed
+    offset,  # A [T, n, r] and B [T, r, d], or None
     tables,  # of the plan
     scaling,
     batch,
@@ -69,11 +67,10 @@ def splice_backward_kernel(
     ORDER: tl.constexpr,
 ):
     m, hidden_size, rank = sizes
-    prompt_blocks = 0
-    if sum_p is not None:
+    prompt_blocks, chunks_s = 0, 0
+    if sums[0] is not None:
         prompt_blocks = tl.cdiv(m, BLOCK_S)
-    chunks_s = 0
-    if sum_a is not None:
+    if sums[1] is not None:
         chunks_s = tl.cdiv(length, BLOCK_S * TILES)
     chunks_d = tl.cdiv(hidden_size, BLOCK_D * TILES_D)
     chunks_b = tl.cdiv(batch, ROWS)
@@ -85,96 +82,120 @@ def splice_backward_kernel(
     chunk_b = pid % chunks_b
     group = (pid // chunks_b).to(tl.int64)
     part = group * chunks_b + chunk_b
-    task = 0
-    begin = 0
-    end = batch
+    task, begin, end = 0, 0, batch
     if tables[1] is not None:
-        task = tl.load(tables[1] + group * 3)
-        begin = tl.load(tables[1] + group * 3 + 1)
-        end = tl.load(tables[1] + group * 3 + 2)
+        task, begin, end = read(tables[1], group)
         if task >= num_tasks:
             return
+    task = tl.cast(task, tl.int64)
     first = begin + chunk_b * ROWS
     last = tl.minimum(first + ROWS, end)
-    own = tl.cast(task, tl.int64)
     first_d = chunk_d * TILES_D * BLOCK_D
 
-    if sum_p is not None:
+    if sums[0] is not None:
         if block < prompt_blocks:
-            rows = Rows(tables[0], None, None, length, num_tasks)
+            rows = Rows(tables[0], None, None, length)
             places = axis(block * BLOCK_S, m, BLOCK_S)
             for tile_d in range(TILES_D):
                 d = axis(first_d + tile_d * BLOCK_D, hidden_size, BLOCK_D)
                 summed = _sum_over_rows(grad, rows, first, last, places, d)
-                store(_part_of(sum_p, own, part, hidden_size), summed, places, d)
-    if sum_a is not None:
+                store(_part_of(sums[0], task, part, hidden_size), summed, places, d)
+    if sums[1] is not None:
         if block >= prompt_blocks:
+            rows = Rows(tables[0], tables[2], tables[3], length)
+            behind = (grad[0] + tl.cast(m, tl.int64) * grad[2], grad[1], grad[2], grad[3])
             chunk_s = block - prompt_blocks
-            _text_sums(
-                (grad[0] + tl.cast(m, tl.int64) * grad[2], grad[1], grad[2], grad[3]),
-                Rows(tables[0], tables[2], tables[3], length, num_tasks),
-                first,
-                last,
-                matrix(offset_a, own),
-                matrix(offset_b, own),
-                _part_of(sum_a, own, part * chunks_d + chunk_d, rank),
-                _part_of(sum_b, own, part * chunks_s + chunk_s, hidden_size),
-                scaling,
-                chunk_s * TILES * BLOCK_S,
-                first_d,
-                hidden_size,
-                rank,
-                TILES,
-                TILES_D,
-                BLOCK_S,
-                BLOCK_D,
-                BLOCK_R,
-                TERMS_G,
-                TERMS,
-                ORDER,
-            )
+            sum_a = _part_of(sums[1], task, part * chunks_d + chunk_d, rank)
+            sum_b = _part_of(sums[2], task, part * chunks_s + chunk_s, hidden_size)
+            a, b = transposed(matrix(offset[0], task)), transposed(matrix(offset[1], task))
+            r = axis(0, rank, BLOCK_R)
+            first_s = chunk_s * TILES * BLOCK_S
+            end_s = tl.minimum(first_s + TILES * BLOCK_S, length)
+            for tile_d in range(TILES_D):
+                if TILES_D > 1:
+                    tl.debug_barrier()  # its threads may read what others of them have written
+                d = axis(first_d + tile_d * BLOCK_D, hidden_size, BLOCK_D)
+                d_b = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+                for start_s in range(first_s, end_s, BLOCK_S):
+                    s = axis(start_s, length, BLOCK_S)
+                    summed = _sum_over_rows(behind, rows, first, last, s, d)
+                    d_a = scaling * dot_split(summed, load(b, d, r), TERMS_G, TERMS, ORDER)
+                    if TILES_D > 1:
+                        # What this very program has written for the blocks of channels before.
+                        before = inside(s, r) & (tile_d > 0)
+                        d_a += tl.load(pointers(sum_a, s, r), before, 0.0).to(tl.float32)
+                    store(sum_a, d_a, s, r)
+                    d_b += dot_split(load(a, r, s), summed, TERMS, TERMS_G, ORDER)
+                store(sum_b, d_b * scaling, r, d)
 
 
 @triton.jit
-def _text_sums(
-    grad,
-    rows,
-    first,
-    last,
-    a,
-    b,
-    sum_a,
-    sum_b,
-    scaling,
-    first_s,
-    first_d,
-    hidden_size,
-    rank,
-    TILES: tl.constexpr,
-    TILES_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    TERMS_G: tl.constexpr,
-    TERMS: tl.constexpr,
-    ORDER: tl.constexpr,
+def _add_parts(of, size, made, parts, task, group, there, block, BLOCK: tl.constexpr):
+    """One block of a task's gradient: its parts in order, and zero past the ``made`` elements.
+
+    ``parts`` is 0 if those have been written in their place already.
+    """
+    offs = axis(block * BLOCK, size, BLOCK).offs
+    made = tl.where(there, made, 0)
+    summed = tl.zeros((BLOCK,), tl.float32)
+    part_ptrs = of[1] + group.to(tl.int64) * parts * made + offs
+    for _ in range(parts):
+        summed += tl.load(part_ptrs, mask=offs < made, other=0.0)
+        part_ptrs += tl.cast(made, tl.int64)
+    first = tl.where(parts > 0, 0, made)
+    tl.store(
+        of[0] + task.to(tl.int64) * size + offs,
+        summed.to(of[0].dtype.element_ty),
+        mask=(offs >= first) & (offs < size),
+    )
+
+
+_NUMBERS = [f"{name}_{of}" for of in "pab" for name in ("size", "made", "parts")]
+
+
+@triton.jit(do_not_specialize=["batch", *_NUMBERS])
+def splice_finish_kernel(
+    ends,  # of P', A and B: the gradient and its parts; None if there is nothing to do
+    slots_ptr,  # of the plan, if groups go by slot
+    batch,
+    size_p,  # elements of a task
+    made_p,  # those that are summed
+    parts_p,  # of a group
+    size_a,
+    made_a,
+    parts_a,
+    size_b,
+    made_b,
+    parts_b,
+    BLOCK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):
-    """One program's part of dA and dB."""
-    r = axis(0, rank, BLOCK_R)
-    end_s = tl.minimum(first_s + TILES * BLOCK_S, rows.length)
-    for tile_d in range(TILES_D):
-        if TILES_D > 1:
-            tl.debug_barrier()  # its threads may read what others of them have written
-        d = axis(first_d + tile_d * BLOCK_D, hidden_size, BLOCK_D)
-        d_b = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-        for start_s in range(first_s, end_s, BLOCK_S):
-            s = axis(start_s, rows.length, BLOCK_S)
-            summed = _sum_over_rows(grad, rows, first, last, s, d)
-            d_a = scaling * dot_split(summed, load(transposed(b), d, r), TERMS_G, TERMS, ORDER)
-            if TILES_D > 1:
-                # What this very program has written for the blocks of channels before.
-                before = inside(s, r) & (tile_d > 0)
-                d_a += tl.load(pointers(sum_a, s, r), mask=before, other=0.0).to(tl.float32)
-            store(sum_a, d_a, s, r)
-            d_b += dot_split(load(transposed(a), r, s), summed, TERMS, TERMS_G, ORDER)
-        store(sum_b, d_b * scaling, r, d)
+    blocks_p, blocks_a, blocks_b = 0, 0, 0
+    if ends[0] is not None:
+        blocks_p = tl.cdiv(size_p, BLOCK)
+    if ends[1] is not None:
+        blocks_a, blocks_b = tl.cdiv(size_a, BLOCK), tl.cdiv(size_b, BLOCK)
+    blocks = blocks_p + blocks_a + blocks_b
+    pid = tl.program_id(0)
+    block = pid % blocks
+    task = pid // blocks
+    group = task
+    there = batch > 0
+    if slots_ptr is not None:
+        group, number = 0, 0
+        for start in range(0, batch, BLOCK_B):
+            b = axis(start, batch, BLOCK_B)
+            tasks = tl.load(slots_ptr + (b.offs * 3 + 1), mask=b.mask, other=0)
+            group += tl.sum((b.mask & (tasks < task)).to(tl.int32))
+            number += tl.sum((b.mask & (tasks == task)).to(tl.int32))
+        there = number > 0
+    if ends[0] is not None:
+        if block < blocks_p:
+            _add_parts(ends[0], size_p, made_p, parts_p, task, group, there, block, BLOCK)
+    if ends[1] is not None:
+        block -= blocks_p
+        if (block >= 0) & (block < blocks_a):
+            _add_parts(ends[1], size_a, made_a, parts_a, task, group, there, block, BLOCK)
+        block -= blocks_a
+        if block >= 0:
+            _add_parts(ends[2], size_b, made_b, parts_b, task, group, there, block, BLOCK)

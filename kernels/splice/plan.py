@@ -26,7 +26,24 @@ import triton.language as tl
 
 from ept_fast.kernels.tiles import Axis, axis
 
-__all__ = ["Rows", "columns_of", "row_at", "run_at", "splice_plan_kernel"]
+__all__ = ["Rows", "columns_of", "read", "row_at", "splice_plan_kernel"]
+
+
+@triton.jit
+def _write(table_ptr, place, x, y, z):
+    """A row of a table."""
+    place = tl.cast(place, tl.int64) * 3
+    tl.store(table_ptr + place, x)
+    tl.store(table_ptr + (place + 1), y)
+    tl.store(table_ptr + (place + 2), z)
+
+
+@triton.jit
+def read(table_ptr, place):
+    """A row of a table."""
+    place = tl.cast(place, tl.int64) * 3
+    y = tl.load(table_ptr + (place + 1))
+    return tl.load(table_ptr + place), y, tl.load(table_ptr + (place + 2))
 
 
 @triton.jit
@@ -54,36 +71,24 @@ def _sort_by_task(slots_ptr, groups_ptr, task_ids, batch, num_tasks, BLOCK_B: tl
         group_less += tl.sum((tasks < wanted).to(tl.int32))
         group_same += tl.sum((tasks == wanted).to(tl.int32))
     slot = less + before
-    slots_ptr += tl.cast(slot, tl.int64) * 3
-    tl.store(slots_ptr, program)
-    tl.store(slots_ptr + 1, own)
-    tl.store(slots_ptr + 2, less + same)
+    _write(slots_ptr, slot, program, own, less + same)
     if program < num_tasks:
-        groups_ptr += tl.cast(tl.where(by_slot, slot, program), tl.int64) * 3
-        tl.store(groups_ptr, tl.where(by_slot & (before > 0), num_tasks, wanted))
-        tl.store(groups_ptr + 1, group_less)
-        tl.store(groups_ptr + 2, group_less + group_same)
+        group = tl.where(by_slot, slot, program)
+        task = tl.where(by_slot & (before > 0), num_tasks, wanted)
+        _write(groups_ptr, group, task, group_less, group_less + group_same)
 
 
 @triton.jit
-def _columns_of_positions(
-    columns_ptr, mask_ptr, stride_mask_s, length, total, BLOCK_S: tl.constexpr
-):
-    """Write the column of each position of one row: its real tokens in order, then its padding."""
-    seen = 0
-    for start in range(0, length, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        inside = offs_s < length
-        real = tl.load(mask_ptr + offs_s.to(tl.int64) * stride_mask_s, mask=inside, other=0) != 0
-        number = seen + tl.cumsum(real.to(tl.int32), 0)
-        position = tl.where(real, number - 1, total + offs_s - number)
-        tl.store(columns_ptr + position.to(tl.int64), offs_s, mask=inside)
-        seen += tl.sum(real.to(tl.int32))
+def _real_at(mask, row, start, length, BLOCK_S: tl.constexpr):
+    """Columns of a row, and which of them are real tokens."""
+    offs_s = start + tl.arange(0, BLOCK_S)
+    ptrs = mask[0] + row * mask[1] + offs_s.to(tl.int64) * mask[2]
+    return offs_s, tl.load(ptrs, mask=offs_s < length, other=0) != 0
 
 
 @triton.jit(do_not_specialize=["batch", "length", "num_tasks"])
 def splice_plan_kernel(
-    tables,  # the four
+    tables,
     mask,  # [B, S]
     task_ids,  # [B]
     batch,
@@ -96,38 +101,37 @@ def splice_plan_kernel(
         _sort_by_task(tables[0], tables[1], task_ids, batch, num_tasks, BLOCK_B)
     if tables[2] is not None:
         row = tl.program_id(0).to(tl.int64)
-        mask_ptr = mask[0] + row * mask[1]
         first = length
         last, total = 0, 0
         for start in range(0, length, BLOCK_S):
-            offs_s = start + tl.arange(0, BLOCK_S)
-            ptrs = mask_ptr + offs_s.to(tl.int64) * mask[2]
-            real = tl.load(ptrs, mask=offs_s < length, other=0) != 0
+            offs_s, real = _real_at(mask, row, start, length, BLOCK_S)
             total += tl.sum(real.to(tl.int32))
             first = tl.minimum(first, tl.min(tl.where(real, offs_s, length)))
             last = tl.maximum(last, tl.max(tl.where(real, offs_s + 1, 0)))
         first = tl.minimum(first, last)
         holes = last - first != total
-        spans_ptr = tables[2] + row * 3
-        tl.store(spans_ptr, first)
-        tl.store(spans_ptr + 1, total)
-        tl.store(spans_ptr + 2, holes.to(tl.int32))
+        _write(tables[2], row, first, total, holes.to(tl.int32))
         if holes:
-            columns_ptr = tables[3] + row * length
-            _columns_of_positions(columns_ptr, mask_ptr, mask[2], length, total, BLOCK_S)
+            seen = 0
+            for start in range(0, length, BLOCK_S):
+                offs_s, real = _real_at(mask, row, start, length, BLOCK_S)
+                number = seen + tl.cumsum(real.to(tl.int32), 0)
+                position = tl.where(real, number - 1, total + offs_s - number)
+                ptrs = tables[3] + (row * length + position.to(tl.int64))
+                tl.store(ptrs, offs_s, mask=offs_s < length)
+                seen += tl.sum(real.to(tl.int32))
 
 
 # What the other kernels read
 
 
 class Rows(NamedTuple):
-    """The batch's rows: three of the tables, and how far they go."""
+    """The batch's rows: three of the tables, and S."""
 
     slots_ptr: Any
     spans_ptr: Any
     columns_ptr: Any
     length: Any
-    num_tasks: Any
 
 
 @triton.jit
@@ -140,18 +144,6 @@ def row_at(rows, slot):
 
 
 @triton.jit
-def run_at(rows, slot, last):
-    """The task of a slot (T: none of the bank's) and the end of its run, at most ``last``."""
-    task = 0
-    end = last
-    if rows.slots_ptr is not None:
-        slots_ptr = rows.slots_ptr + tl.cast(slot, tl.int64) * 3
-        task = tl.load(slots_ptr + 1)
-        end = tl.minimum(tl.load(slots_ptr + 2), last)
-    return task, end
-
-
-@triton.jit
 def columns_of(rows, row, s):
     """The columns of positions of one row; the mask says which are real tokens.
 
@@ -161,10 +153,7 @@ def columns_of(rows, row, s):
     columns = s.offs
     real = s.mask
     if rows.spans_ptr is not None:
-        spans_ptr = rows.spans_ptr + row * 3
-        first = tl.load(spans_ptr)
-        total = tl.load(spans_ptr + 1)
-        holes = tl.load(spans_ptr + 2)
+        first, total, holes = read(rows.spans_ptr, row)
         offs = s.offs.to(tl.int32)
         padding = offs - total
         real = s.mask & (padding < 0)

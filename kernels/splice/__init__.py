@@ -6,9 +6,9 @@
 pos(b, s) is the number of real tokens before column s of row b, counted from the mask.
 
 With a mask or task ids, one small launch writes the plan (:mod:`.plan`) that forward and backward
-go by; the forward is one launch more (:mod:`.forward`), the backward two (:mod:`.backward`). A row
-whose task id is not in the bank is NaN, as is a token whose id is not in the table: neither is
-read. Here the launches are described to a :class:`ept_fast.kernels.runtime.Plan`.
+go by; the forward is one launch more, the backward two (:mod:`.passes`). A row whose task id is not
+in the bank is NaN, as is a token whose id is not in the table: neither is read. Here the launches
+are described to a :class:`ept_fast.kernels.runtime.Plan`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ import torch
 
 from ept_fast.kernels.runtime import Add, Operand, Plan
 from ept_fast.kernels.sizes import ceil_div
-from ept_fast.kernels.splice.backward import splice_backward_kernel, splice_finish_kernel
 from ept_fast.kernels.splice.config import plan_options
-from ept_fast.kernels.splice.forward import splice_forward_kernel
+from ept_fast.kernels.splice.passes import (
+    splice_backward_kernel,
+    splice_finish_kernel,
+    splice_forward_kernel,
+)
 from ept_fast.kernels.splice.plan import splice_plan_kernel
 from ept_fast.kernels.tiles import terms_of
 from ept_fast.ops.types import SpliceInputs
 
 __all__ = ["Gradients", "backward", "forward", "kept"]
 
-_FINISH_BLOCK = 512
+_BLOCK = 512  # elements that a program of the finish adds up
 
 
 class Gradients(NamedTuple):
@@ -37,6 +40,24 @@ class Gradients(NamedTuple):
     prompt: Any
     offset_a: Any
     offset_b: Any
+
+
+class _Sum(NamedTuple):
+    """A gradient: of a task's ``size`` elements the first ``made`` are sums over its rows.
+
+    They are ``put`` in so many parts; 0: where they belong.
+    """
+
+    out: Any
+    put: Any
+    size: int
+    made: int
+    parts: int
+
+    def where(self) -> Any:
+        """As a kernel takes it: address, strides of the task and of the part."""
+        strides = (0, self.made) if self.parts else (self.size, 0)
+        return (self.put, *strides) if self.made else None
 
 
 def _has_offset(inputs: SpliceInputs, length: int) -> bool:
@@ -91,23 +112,14 @@ def forward(plan: Plan, inputs: Any, scaling: float, add: Add, sizes: Any) -> No
     rank = inputs.offset_a.shape[2] if has_offset else 0
     config = sizes(batch, length, m, width, rank, task_ids is not None, source.dtype)
     blocks = ceil_div(m, config.block_s) + ceil_div(length, config.block_s)
-    plan.launch(
-        splice_forward_kernel,
-        ceil_div(batch, config.rows) * blocks * ceil_div(width, config.block_d),
-        _with_strides(out),
-        _with_strides(inputs.prompt),
-        # A table lies in the same place for all rows.
-        (_with_strides(ids), (source, *(() if ids is None else (0,)), *source.stride())),
-        offset,
-        tables,
-        scaling,
-        batch,
-        length,
-        tasks,
-        (m, width, rank, source.shape[0]),
-        TERMS=terms,
-        **config.options(),
-    )
+    blocks *= ceil_div(width, config.block_d) * ceil_div(batch, config.rows)
+    # A table lies in the same place for all rows.
+    embeds = _with_strides(source) if ids is None else (source, 0, *source.stride())
+    tensors = (_with_strides(out), _with_strides(inputs.prompt), (_with_strides(ids), embeds))
+    numbers = (scaling, batch, length, tasks, (m, width, rank, source.shape[0]))
+    tiles_r = ceil_div(rank, config.block_r)
+    options = {"TILES_R": tiles_r, "TERMS": terms, **config.options()}
+    plan.launch(splice_forward_kernel, blocks, *tensors, offset, tables, *numbers, **options)
 
 
 def backward(
@@ -137,53 +149,37 @@ def backward(
     chunks_b = ceil_div(batch, config.rows)
     chunks_s = ceil_div(length, config.block_s * config.tiles)
     chunks_d = ceil_div(width, config.block_d * config.tiles_d)
-    sums = []  # of each gradient: of a task's elements, how many are summed, in how many parts
-    for out, size, made, parts, alone in (
-        (d_p, m * width, sum_p * m * width, chunks_b, True),
-        (d_a, n * rank, sum_o * length * rank, chunks_b * chunks_d, config.tiles_d == 1),
-        (d_b, rank * width, sum_o * rank * width, chunks_b * chunks_s, True),
+    sums = []
+    for out, size, made, parts, adds in (
+        (d_p, m * width, sum_p * m * width, chunks_b, False),
+        (d_a, n * rank, sum_o * length * rank, chunks_b * chunks_d, config.tiles_d > 1),
+        (d_b, rank * width, sum_o * rank * width, chunks_b * chunks_s, False),
     ):
-        # What is in one part is written where it belongs; what a program adds to is float32.
-        parts = 0 if parts == 1 and alone else parts
-        put = plan.scratch((groups * parts, made)) if made and parts else out
-        sums.append((out, put, size, made, parts))
+        # What is in one part is written where it belongs, unless a program adds to it.
+        whole = parts == 1 and not adds
+        put = plan.scratch((groups * parts, made)) if made and not whole else out
+        sums.append(_Sum(out, put, size, made, 0 if whole else parts))
     if sum_p or sum_o:
-        offset, terms = _offset(inputs, sum_o)
         blocks = sum_p * ceil_div(m, config.block_s) + sum_o * chunks_s
-        plan.launch(
-            splice_backward_kernel,
-            groups * chunks_b * blocks * chunks_d,
+        blocks *= groups * chunks_b * chunks_d
+        where = tuple(each.where() for each in sums)
+        offset, terms = _offset(inputs, sum_o)
+        tensors = (
             _with_strides(grad),
-            tuple(
-                (put, *((0, made) if parts else (size, 0))) if made else None
-                for _, put, size, made, parts in sums
-            ),
+            where,
             offset,
-            tables if sum_o else (*tables[:2], None, None),
-            scaling,
-            batch,
-            length,
-            tasks,
-            (m, width, rank),
-            TERMS_G=terms_of(grad.dtype) if config.rows == 1 else 3,  # of a sum of gradients
-            TERMS=terms,
-            **config.options(),
+            tables if sum_o else tables[:2] + (None,) * 2,
         )
+        numbers = (scaling, batch, length, tasks, (m, width, rank))
+        terms_g = terms_of(grad.dtype) if config.rows == 1 else 3
+        options = {"TERMS_G": terms_g, "TERMS": terms, **config.options()}
+        plan.launch(splice_backward_kernel, blocks, *tensors, *numbers, **options)
     # What the first launch has written whole needs the second one only for its zeros.
-    rest_p, *rest_o = (parts or by_slot or made < size for *_, size, made, parts in sums)
-    finish_o = need_o and any(rest_o)
-    finish = (need_p and rest_p, finish_o, finish_o)
-    blocks = sum(
-        ceil_div(s[2], _FINISH_BLOCK) for s, each in zip(sums, finish, strict=True) if each
-    )
-    plan.launch(
-        splice_finish_kernel,
-        tasks * blocks,
-        tuple(s[:2] if each else None for s, each in zip(sums, finish, strict=True)),
-        tables[0] if by_slot else None,
-        batch,
-        *(number for each in sums for number in each[2:]),
-        BLOCK=_FINISH_BLOCK,
-        BLOCK_B=128,
-        num_warps=4,
-    )
+    rest_p, *rest_o = (s.parts > 0 or by_slot or s.made < s.size for s in sums)
+    finish = (need_p and rest_p, need_o and any(rest_o), need_o and any(rest_o))
+    ends = tuple(s[:2] if each else None for s, each in zip(sums, finish, strict=True))
+    blocks = sum(each * ceil_div(s.size, _BLOCK) for s, each in zip(sums, finish, strict=True))
+    ends_of = (batch, *(s.size for s in sums), *(s.made for s in sums), *(s.parts for s in sums))
+    options = {"BLOCK": _BLOCK, "BLOCK_B": 128, "num_warps": 4}
+    slots = tables[0] if by_slot else None
+    plan.launch(splice_finish_kernel, tasks * blocks, ends, slots, *ends_of, **options)

@@ -30,7 +30,9 @@ _BACKWARD_TILE = {16: (32, 64), 32: (32, 64), 64: (32, 32), 128: (16, 32), 256: 
 
 
 @dataclass(frozen=True)
-class _Config:
+class ForwardConfig:
+    """Launch of the forward."""
+
     rows: int  # of a program: slots (forward), or rows of one task that it adds up (backward)
     block_s: int  # positions of a tile
     block_d: int  # channels of a tile
@@ -47,14 +49,7 @@ class _Config:
 
 
 @dataclass(frozen=True)
-class ForwardConfig(_Config):
-    """Launch of the forward."""
-
-    tiles_r: int  # products along the rank
-
-
-@dataclass(frozen=True)
-class BackwardConfig(_Config):
+class BackwardConfig(ForwardConfig):
     """Launch of the backward's sums. One product covers the rank: no gradient is read twice."""
 
     tiles: int  # along the text, which a program computes in turn
@@ -100,16 +95,8 @@ def forward_config(
     )
     blocks = (ceil_div(length, block_s) + ceil_div(m, block_s)) * ceil_div(d, block_d)
     rows = power_of_two(_within(1, blocks * batch // _PROGRAMS, 8))
-    return ForwardConfig(
-        rows=min(rows, power_of_two(batch)),
-        block_s=block_s,
-        block_d=block_d,
-        block_r=block_r,
-        order=_order(dtype),
-        num_warps=4,
-        maxnreg=_registers(rank),
-        tiles_r=ceil_div(rank, block_r),
-    )
+    tile = (min(rows, power_of_two(batch)), block_s, block_d, block_r)
+    return ForwardConfig(*tile, _order(dtype), num_warps=4, maxnreg=_registers(rank))
 
 
 def backward_config(
@@ -155,14 +142,8 @@ def backward_config(
     programs, tiles_d = next(fits, (_FEWEST_PROGRAMS, least))
     _, chunks_s, chunks_b = split(programs, tiles_d)
     rows = max(1, ceil_div(batch, chunks_b))
-    return BackwardConfig(
-        rows=rows,
-        block_s=block_s,
-        block_d=block_d,
-        block_r=block_r,
-        order=_order(dtype),
-        num_warps=16 if rows == 1 and tiles_d > 1 and rank % _MIN_BLOCK else 8,
-        maxnreg=_registers(rank) if dtype != torch.float16 else _MOST_REGISTERS,
-        tiles=ceil_div(blocks_s, chunks_s),
-        tiles_d=tiles_d,
-    )
+    tile = (rows, block_s, block_d, block_r)
+    num_warps = 16 if rows == 1 and tiles_d > 1 and rank % _MIN_BLOCK else 8
+    registers = _registers(rank) if dtype != torch.float16 else _MOST_REGISTERS
+    turns = (ceil_div(blocks_s, chunks_s), tiles_d)
+    return BackwardConfig(*tile, _order(dtype), num_warps, registers, *turns)

@@ -19,14 +19,12 @@ there are holes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from ept_fast.kernels.tiles import Axis, axis
 
-__all__ = ["Rows", "columns_of", "read", "row_at", "splice_plan_kernel"]
+__all__ = ["columns_of", "read", "row_at", "splice_plan_kernel"]
 
 
 @triton.jit
@@ -125,26 +123,17 @@ def splice_plan_kernel(
 # What the other kernels read
 
 
-class Rows(NamedTuple):
-    """The batch's rows: three of the tables, and S."""
-
-    slots_ptr: Any
-    spans_ptr: Any
-    columns_ptr: Any
-    length: Any
-
-
 @triton.jit
-def row_at(rows, slot):
+def row_at(tables, slot):
     """The row of the batch at a slot."""
     row = tl.cast(slot, tl.int64)
-    if rows.slots_ptr is not None:
-        row = tl.load(rows.slots_ptr + row * 3).to(tl.int64)
+    if tables[0] is not None:
+        row = tl.load(tables[0] + row * 3).to(tl.int64)
     return row
 
 
 @triton.jit
-def columns_of(rows, row, s):
+def columns_of(tables, length, row, s):
     """The columns of positions of one row; the mask says which are real tokens.
 
     Positions past a row's tokens stand for its padding: first that before its tokens, then that
@@ -152,8 +141,8 @@ def columns_of(rows, row, s):
     """
     columns = s.offs
     real = s.mask
-    if rows.spans_ptr is not None:
-        first, total, holes = read(rows.spans_ptr, row)
+    if tables[2] is not None:
+        first, total, holes = read(tables[2], row)
         offs = s.offs.to(tl.int32)
         padding = offs - total
         real = s.mask & (padding < 0)
@@ -162,6 +151,6 @@ def columns_of(rows, row, s):
         # Nothing is read for a row without holes. The mask is made of a tile, since the
         # interpreter of Triton 3.9 takes no scalar comparison.
         has_holes = tl.full(s.mask.shape, holes, tl.int32) != 0
-        ptrs = rows.columns_ptr + (row * rows.length + s.offs)
+        ptrs = tables[3] + (row * length + s.offs)
         columns = tl.load(ptrs, mask=s.mask & has_holes, other=columns).to(tl.int64)
     return Axis(columns, real)

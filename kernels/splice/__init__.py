@@ -162,18 +162,13 @@ def backward(
     if sum_p or sum_o:
         blocks = sum_p * ceil_div(m, config.block_s) + sum_o * chunks_s
         blocks *= groups * chunks_b * chunks_d
-        where = tuple(each.where() for each in sums)
         offset, terms = _offset(inputs, sum_o)
-        tensors = (
-            _with_strides(grad),
-            where,
-            offset,
-            tables if sum_o else tables[:2] + (None,) * 2,
-        )
+        tensors = (_with_strides(grad), tuple(each.where() for each in sums), offset)
+        read = tables if sum_o else (*tables[:2], None, None)
         numbers = (scaling, batch, length, tasks, (m, width, rank))
-        terms_g = terms_of(grad.dtype) if config.rows == 1 else 3
+        terms_g = terms_of(grad.dtype) if config.rows == 1 else 3  # of a sum of gradients
         options = {"TERMS_G": terms_g, "TERMS": terms, **config.options()}
-        plan.launch(splice_backward_kernel, blocks, *tensors, *numbers, **options)
+        plan.launch(splice_backward_kernel, blocks, *tensors, read, *numbers, **options)
     # What the first launch has written whole needs the second one only for its zeros.
     rest_p, *rest_o = (s.parts > 0 or by_slot or s.made < s.size for s in sums)
     finish = (need_p and rest_p, need_o and any(rest_o), need_o and any(rest_o))

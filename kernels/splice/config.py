@@ -17,11 +17,7 @@ __all__ = ["BackwardConfig", "ForwardConfig", "backward_config", "forward_config
 _PROGRAMS = 512
 # What is left when memory has to be saved: about one for each multiprocessor.
 _FEWEST_PROGRAMS = 128
-# Registers of a thread, so that a multiprocessor holds 16 warps; and for a rank above this one,
-# whose products need more.
-_REGISTERS = 128
-_NARROW_RANK = 32
-_MOST_REGISTERS = 255
+_MOST_REGISTERS = 255  # of a thread
 # The least that `tl.dot` multiplies, in every dimension.
 _MIN_BLOCK = 16
 _WORKSPACE_BYTES = 14 * 1024 * 1024
@@ -65,7 +61,8 @@ def _block(size: int, most: int) -> int:
 
 
 def _registers(rank: int) -> int:
-    return _REGISTERS if rank <= _NARROW_RANK else _MOST_REGISTERS
+    """Of a thread: so that a multiprocessor holds 16 warps, unless the rank needs more."""
+    return 128 if rank <= 32 else _MOST_REGISTERS
 
 
 def _order(dtype: torch.dtype) -> int:

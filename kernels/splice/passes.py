@@ -74,6 +74,7 @@ def splice_forward_kernel(
     TERMS: tl.constexpr,
     ORDER: tl.constexpr,
 ):
+    """The prompt and the text of a block of positions and channels, for some slots."""
     m, hidden_size, rank, vocabulary = sizes
     ids, source = text
     chunks_d = tl.cdiv(hidden_size, BLOCK_D)
@@ -159,6 +160,7 @@ def splice_backward_kernel(
     TERMS: tl.constexpr,
     ORDER: tl.constexpr,
 ):
+    """The sums over some rows of a task, for some blocks of positions and channels."""
     m, hidden_size, rank = sizes
     prompt_blocks, chunks_s = 0, 0
     if sums[0] is not None:
@@ -241,6 +243,7 @@ def splice_finish_kernel(
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
+    """One block of a task's gradient: its parts in order, and zeros past what is summed."""
     sizes, made = (size_p, size_a, size_b), (made_p, made_a, made_b)
     parts = (parts_p, parts_a, parts_b)
     blocks = 0
@@ -250,8 +253,7 @@ def splice_finish_kernel(
     pid = tl.program_id(0)
     block = pid % blocks
     task = pid // blocks
-    group = task
-    there = batch > 0
+    group, number = task, batch  # rows of the task; or any number that is not 0
     if slots_ptr is not None:
         group, number = 0, 0
         for start in range(0, batch, BLOCK_B):
@@ -259,12 +261,11 @@ def splice_finish_kernel(
             tasks = tl.load(slots_ptr + (b.offs * 3 + 1), mask=b.mask, other=0)
             group += tl.sum((b.mask & (tasks < task)).to(tl.int32))
             number += tl.sum((b.mask & (tasks == task)).to(tl.int32))
-        there = number > 0
     for i in tl.static_range(3):
         if ends[i] is not None:
             if (block >= 0) & (block < tl.cdiv(sizes[i], BLOCK)):
                 offs = axis(block * BLOCK, sizes[i], BLOCK).offs
-                end = tl.where(there, made[i], 0)  # zeros from there on
+                end = tl.where(number > 0, made[i], 0)  # zeros from there on
                 summed = tl.zeros((BLOCK,), tl.float32)
                 part_ptrs = ends[i][1] + group.to(tl.int64) * parts[i] * end + offs
                 for _ in range(parts[i]):

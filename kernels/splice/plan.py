@@ -53,30 +53,6 @@ def _tasks_at(task_ids, b, num_tasks):
 
 
 @triton.jit
-def _sort_by_task(slots_ptr, groups_ptr, task_ids, batch, num_tasks, BLOCK_B: tl.constexpr):
-    """Find the slot of one row, and the slots of one group, by counting."""
-    program = tl.program_id(0)
-    by_slot = num_tasks > batch
-    own = tl.max(_tasks_at(task_ids, axis(program, batch, 1), num_tasks))
-    wanted = tl.where(by_slot, own, program)
-    less, same, before, group_less, group_same = 0, 0, 0, 0, 0
-    for start in range(0, batch, BLOCK_B):
-        b = axis(start, batch, BLOCK_B)
-        tasks = _tasks_at(task_ids, b, num_tasks)
-        less += tl.sum((tasks < own).to(tl.int32))
-        same += tl.sum((tasks == own).to(tl.int32))
-        before += tl.sum(((tasks == own) & (b.offs < program)).to(tl.int32))
-        group_less += tl.sum((tasks < wanted).to(tl.int32))
-        group_same += tl.sum((tasks == wanted).to(tl.int32))
-    slot = less + before
-    _write(slots_ptr, slot, program, own, less + same)
-    if program < num_tasks:
-        group = tl.where(by_slot, slot, program)
-        task = tl.where(by_slot & (before > 0), num_tasks, wanted)
-        _write(groups_ptr, group, task, group_less, group_less + group_same)
-
-
-@triton.jit
 def _real_at(mask, row, start, length, BLOCK_S: tl.constexpr):
     """Columns of a row, and which of them are real tokens."""
     offs_s = start + tl.arange(0, BLOCK_S)
@@ -95,10 +71,29 @@ def splice_plan_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    if tables[0] is not None:
-        _sort_by_task(tables[0], tables[1], task_ids, batch, num_tasks, BLOCK_B)
+    """A row's slot and span, and a group."""
+    program = tl.program_id(0)
+    if tables[0] is not None:  # the slot of one row and the slots of one group, by counting
+        by_slot = num_tasks > batch
+        own = tl.max(_tasks_at(task_ids, axis(program, batch, 1), num_tasks))
+        wanted = tl.where(by_slot, own, program)
+        less, same, before, group_less, group_same = 0, 0, 0, 0, 0
+        for start in range(0, batch, BLOCK_B):
+            b = axis(start, batch, BLOCK_B)
+            tasks = _tasks_at(task_ids, b, num_tasks)
+            less += tl.sum((tasks < own).to(tl.int32))
+            same += tl.sum((tasks == own).to(tl.int32))
+            before += tl.sum(((tasks == own) & (b.offs < program)).to(tl.int32))
+            group_less += tl.sum((tasks < wanted).to(tl.int32))
+            group_same += tl.sum((tasks == wanted).to(tl.int32))
+        slot = less + before
+        _write(tables[0], slot, program, own, less + same)
+        if program < num_tasks:
+            group = tl.where(by_slot, slot, program)
+            task = tl.where(by_slot & (before > 0), num_tasks, wanted)
+            _write(tables[1], group, task, group_less, group_less + group_same)
     if tables[2] is not None:
-        row = tl.program_id(0).to(tl.int64)
+        row = program.to(tl.int64)
         first = length
         last, total = 0, 0
         for start in range(0, length, BLOCK_S):

@@ -158,7 +158,7 @@ def _product(arguments: Mapping[str, Any], programs: int, backward: bool) -> tup
     a = {name: value for name, value in arguments.items() if isinstance(value, int)}
     once = 2 * a["BLOCK_S"] * a["BLOCK_D"] * a["BLOCK_R"]
     blocks = -(-a["length"] // a["BLOCK_S"])
-    prompt = -(-a["num_virtual_tokens"] // a["BLOCK_S"])
+    prompt = -(-arguments["sizes"][0] // a["BLOCK_S"])
     if backward:
         blocks = -(-blocks // a["TILES"])
         once *= 2 * a["TILES"] * a["TILES_D"]

@@ -20,13 +20,17 @@ import triton.language as tl
 from triton import knobs
 
 __all__ = [
+    "Axis",
     "Matrix",
+    "axis",
     "constant",
     "dense",
     "dot_split",
+    "inside",
     "load",
     "load_parts",
     "matrix",
+    "pointers",
     "product",
     "store",
     "terms_of",
@@ -49,12 +53,26 @@ _TERMS = {torch.bfloat16: 1, torch.float16: 2}
 # Tiles
 
 
+class Axis(NamedTuple):
+    """Places along one axis of a tile: their numbers in int64, and which of them are there."""
+
+    offs: Any
+    mask: Any
+
+
 class Matrix(NamedTuple):
     """A matrix in memory, inside a kernel."""
 
     ptr: Any
     stride_i: Any
     stride_j: Any
+
+
+@triton.jit
+def axis(start, end, BLOCK: tl.constexpr):
+    """Places from ``start`` on, as far as ``end``."""
+    offs = (start + tl.arange(0, BLOCK)).to(tl.int64)
+    return Axis(offs, offs < end)
 
 
 @triton.jit
@@ -77,24 +95,33 @@ def transposed(of):
 
 
 @triton.jit
-def load(of, i, mask_i, j, mask_j):
-    """A tile in float32, zero outside; ``i`` and ``j`` are int64."""
-    ptrs = of.ptr + (i[:, None] * of.stride_i + j[None, :] * of.stride_j)
-    return tl.load(ptrs, mask=mask_i[:, None] & mask_j[None, :], other=0.0).to(tl.float32)
+def pointers(of, i, j):
+    """Where the elements of a tile are."""
+    return of.ptr + (i.offs[:, None] * of.stride_i + j.offs[None, :] * of.stride_j)
 
 
 @triton.jit
-def store(of, tile, i, mask_i, j, mask_j):
+def inside(i, j):
+    """Which elements of a tile are there."""
+    return i.mask[:, None] & j.mask[None, :]
+
+
+@triton.jit
+def load(of, i, j):
+    """A tile in float32, zero outside."""
+    return tl.load(pointers(of, i, j), mask=inside(i, j), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(of, tile, i, j):
     """Write a tile, rounded to the matrix's type."""
-    ptrs = of.ptr + (i[:, None] * of.stride_i + j[None, :] * of.stride_j)
-    tl.store(ptrs, tile.to(of.ptr.dtype.element_ty), mask=mask_i[:, None] & mask_j[None, :])
+    tl.store(pointers(of, i, j), tile.to(of.ptr.dtype.element_ty), mask=inside(i, j))
 
 
 @triton.jit
-def load_parts(of, i, mask_i, j, mask_j, parts, stride):
+def load_parts(of, i, j, parts, stride):
     """The sum of a tile of ``parts`` float32 matrices that lie ``stride`` apart, in order."""
-    ptrs = of.ptr + (i[:, None] * of.stride_i + j[None, :] * of.stride_j)
-    mask = mask_i[:, None] & mask_j[None, :]
+    ptrs, mask = pointers(of, i, j), inside(i, j)
     total = tl.zeros(ptrs.shape, tl.float32)
     for first in range(0, parts, 4):
         for later in tl.static_range(4):  # loads that are under way together

@@ -403,7 +403,7 @@ def test_programs_that_share_a_place_store_the_same_bits(
 def test_launches_cover_the_rank_and_the_rows() -> None:
     for s in NAMED.values():
         sizes = (s.batch, s.length, s.m, s.d, s.r, s.tasks or 1)
-        config = backward_config(*sizes, torch.float32, True, True)
+        config = backward_config(*sizes, torch.float32)
         assert config.block_r >= s.r
         assert config.rows * -(-s.batch // config.rows) >= s.batch
         assert (

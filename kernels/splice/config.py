@@ -6,24 +6,18 @@ The order of every sum follows from them, and with it every bit of the result.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ept_fast.kernels.sizes import ceil_div, power_of_two
-from ept_fast.kernels.tiles import terms_of
 
-__all__ = ["BackwardConfig", "ForwardConfig", "PlanConfig", "backward_config", "forward_config"]
+__all__ = ["BackwardConfig", "ForwardConfig", "backward_config", "forward_config", "plan_options"]
 
 # Programs that fill the largest GPU of today: 132 to 160 multiprocessors hold two to four each.
 _PROGRAMS = 512
 # What is left when memory has to be saved: about one for each multiprocessor.
 _FEWEST_PROGRAMS = 128
-# Registers of a thread, so that a multiprocessor holds 16 warps; and for a rank above this one,
-# whose products need more.
-_REGISTERS = 128
-_NARROW_RANK = 32
-_MOST_REGISTERS = 255
+_MOST_REGISTERS = 255  # of a thread
 # The least that `tl.dot` multiplies, in every dimension.
 _MIN_BLOCK = 16
 _WORKSPACE_BYTES = 14 * 1024 * 1024
@@ -31,173 +25,83 @@ _WORKSPACE_BYTES = 14 * 1024 * 1024
 _BACKWARD_TILE = {16: (32, 64), 32: (32, 64), 64: (32, 32), 128: (16, 32), 256: (16, 16)}
 
 
+@dataclass(frozen=True)
+class ForwardConfig:
+    """Launch of the forward."""
+
+    rows: int  # of a program: slots (forward), or rows of one task that it adds up (backward)
+    block_s: int  # positions of a tile
+    block_d: int  # channels of a tile
+    block_r: int  # rank that one product covers
+    order: int  # of the products (:mod:`ept_fast.kernels.tiles`)
+    num_warps: int
+    maxnreg: int  # registers of a thread
+
+    def options(self) -> dict[str, int]:
+        """The kernel's constants, and the compiler's options."""
+        compiler = ("num_warps", "maxnreg")
+        found = {k if k in compiler else k.upper(): v for k, v in vars(self).items()}
+        return {**found, "num_stages": 1}
+
+
+@dataclass(frozen=True)
+class BackwardConfig(ForwardConfig):
+    """Launch of the backward's sums. One product covers the rank: no gradient is read twice."""
+
+    tiles: int  # along the text, which a program computes in turn
+    tiles_d: int  # along d
+
+
 def _within(low: int, value: int, high: int) -> int:
     return max(low, min(value, high))
 
 
+def _block(size: int, most: int) -> int:
+    return _within(_MIN_BLOCK, power_of_two(size), most)
+
+
 def _registers(rank: int) -> int:
-    return _REGISTERS if rank <= _NARROW_RANK else _MOST_REGISTERS
+    """Of a thread: so that a multiprocessor holds 16 warps, unless the rank needs more."""
+    return 128 if rank <= 32 else _MOST_REGISTERS
 
 
-def order_of(dtype: torch.dtype) -> int:
+def _order(dtype: torch.dtype) -> int:
     """Of the products for a result of this type: 16 bits hide what order 1 leaves out."""
     return 1 if dtype.itemsize == 2 else 2
 
 
-@dataclass(frozen=True)
-class PlanConfig:
-    """Launch of the plan.
-
-    Attributes:
-        block_b: rows whose task ids are looked at together.
-        block_s: columns of the mask that are looked at together.
-        num_warps: warps of a program.
-    """
-
-    block_b: int
-    block_s: int
-    num_warps: int
-
-    def options(self) -> dict[str, Any]:
-        """The kernel's constants and the compiler's options."""
-        return {"BLOCK_B": self.block_b, "BLOCK_S": self.block_s, "num_warps": self.num_warps}
-
-
-def plan_config(batch: int, length: int) -> PlanConfig:
-    """Eight columns a thread, and as many threads as the length needs."""
+def plan_options(batch: int, length: int) -> dict[str, int]:
+    """Of the plan's launch: eight columns a thread, and as many threads as the length needs."""
     block_s = _within(128, power_of_two(length), 4096)
-    return PlanConfig(
-        block_b=_within(32, power_of_two(batch), 1024),
-        block_s=block_s,
-        num_warps=_within(1, block_s // 256, 16),
-    )
-
-
-@dataclass(frozen=True)
-class ForwardConfig:
-    """Launch of the forward.
-
-    Attributes:
-        rows: places in the order by task that a program writes.
-        block_s: positions of a tile.
-        block_d: channels of a tile.
-        tiles_r: products along the rank.
-        block_r: rank that one product covers.
-        order: of the products (:mod:`ept_fast.kernels.tiles`).
-        num_warps: warps of a program.
-        registers: the most that a thread has.
-    """
-
-    rows: int
-    block_s: int
-    block_d: int
-    tiles_r: int
-    block_r: int
-    order: int
-    num_warps: int
-    registers: int
-
-    def options(self) -> dict[str, Any]:
-        """The kernel's constants and the compiler's options."""
-        return {
-            "ROWS": self.rows,
-            "BLOCK_S": self.block_s,
-            "BLOCK_D": self.block_d,
-            "TILES_R": self.tiles_r,
-            "BLOCK_R": self.block_r,
-            "ORDER": self.order,
-            "num_warps": self.num_warps,
-            "num_stages": 1,
-            "maxnreg": self.registers,
-        }
+    block_b = _within(32, power_of_two(batch), 1024)
+    return {"BLOCK_B": block_b, "BLOCK_S": block_s, "num_warps": _within(1, block_s // 256, 16)}
 
 
 def forward_config(
-    batch: int,
-    length: int,
-    num_virtual_tokens: int,
-    hidden_size: int,
-    rank: int,
-    has_tasks: bool,
-    dtype: torch.dtype,
+    batch: int, length: int, m: int, d: int, rank: int, has_tasks: bool, dtype: torch.dtype
 ) -> ForwardConfig:
-    """The launch of the splice's forward.
+    """The launch of the splice's forward; ``dtype``: of the text.
 
     A tile's offset is computed once for the rows that share it, so a program takes as many rows as
     leave enough programs. Of a bank, whose kernel needs more registers, tiles are half as long.
     """
-    block_s = _within(_MIN_BLOCK, power_of_two(length), 16 if has_tasks else 32)
-    block_d = _within(_MIN_BLOCK, power_of_two(hidden_size), 64)
-    blocks = ceil_div(length, block_s) + ceil_div(num_virtual_tokens, block_s)
-    blocks *= ceil_div(hidden_size, block_d)
-    rows = _within(1, blocks * batch // _PROGRAMS, 8)
-    block_r = _within(_MIN_BLOCK, power_of_two(rank), 32)
-    return ForwardConfig(
-        rows=min(power_of_two(rows), power_of_two(batch)),
-        block_s=block_s,
-        block_d=block_d,
-        tiles_r=ceil_div(rank, block_r),
-        block_r=block_r,
-        order=order_of(dtype),
-        num_warps=4,
-        registers=_registers(rank),
+    block_s, block_d, block_r = (
+        _block(length, 16 if has_tasks else 32),
+        _block(d, 64),
+        _block(rank, 32),
     )
-
-
-@dataclass(frozen=True)
-class BackwardConfig:
-    """Launch of the backward's sums.
-
-    Attributes:
-        rows: rows of one task whose gradients a program adds up.
-        tiles: tiles along the text that a program computes in turn.
-        tiles_d: tiles along d that it computes in turn.
-        block_s: positions of a tile.
-        block_d: channels of a tile.
-        block_r: rank that one product covers: all of it, so that no gradient is read twice.
-        order: of the products (:mod:`ept_fast.kernels.tiles`).
-        num_warps: warps of a program.
-        registers: the most that a thread has.
-    """
-
-    rows: int
-    tiles: int
-    tiles_d: int
-    block_s: int
-    block_d: int
-    block_r: int
-    order: int
-    num_warps: int
-    registers: int
-
-    def options(self) -> dict[str, Any]:
-        """The kernel's constants and the compiler's options."""
-        return {
-            "ROWS": self.rows,
-            "TILES": self.tiles,
-            "TILES_D": self.tiles_d,
-            "BLOCK_S": self.block_s,
-            "BLOCK_D": self.block_d,
-            "BLOCK_R": self.block_r,
-            "ORDER": self.order,
-            "num_warps": self.num_warps,
-            "num_stages": 1,
-            "maxnreg": self.registers,
-        }
+    blocks = (ceil_div(length, block_s) + ceil_div(m, block_s)) * ceil_div(d, block_d)
+    rows = power_of_two(_within(1, blocks * batch // _PROGRAMS, 8))
+    tile = (min(rows, power_of_two(batch)), block_s, block_d, block_r)
+    return ForwardConfig(*tile, _order(dtype), num_warps=4, maxnreg=_registers(rank))
 
 
 def backward_config(
-    batch: int,
-    length: int,
-    num_virtual_tokens: int,
-    hidden_size: int,
-    rank: int,
-    tasks: int,
-    dtype: torch.dtype,
-    has_prompt: bool,
-    has_offset: bool,
+    batch: int, length: int, m: int, d: int, rank: int, tasks: int, dtype: torch.dtype
 ) -> BackwardConfig:
     """The launch of the splice's backward; ``dtype``: of the offset's parameters.
+
+    ``m`` and ``rank`` are 0 if the gradients of the prompt or of the offset are not needed.
 
     The whole rank goes through one product; the tile is the smaller for it. The channels are split
     into as many programs as there are tiles, then the positions and the rows until the programs
@@ -206,11 +110,10 @@ def backward_config(
     they need the least. One row whose rank is no multiple of 16 then needs the registers of twice
     as many threads: its loads are 8 bytes wide, and its products take longer than these.
     """
-    block_r = _within(_MIN_BLOCK, power_of_two(rank), 256)
+    block_r = _block(rank, 256)
     widest_s, widest_d = _BACKWARD_TILE[block_r]
-    block_s = _within(_MIN_BLOCK, power_of_two(length), widest_s)
-    block_d = _within(_MIN_BLOCK, power_of_two(hidden_size), widest_d)
-    blocks_d, blocks_s = ceil_div(hidden_size, block_d), max(1, ceil_div(length, block_s))
+    block_s, block_d = _block(length, widest_s), _block(d, widest_d)
+    blocks_d, blocks_s = ceil_div(d, block_d), max(1, ceil_div(length, block_s))
     groups = max(1, min(tasks, batch))
 
     def split(programs: int, tiles_d: int) -> tuple[int, int, int]:
@@ -220,40 +123,24 @@ def backward_config(
         chunks_b = 1
         if tasks == 1:
             chunks_b = _within(1, ceil_div(programs, chunks_d * chunks_s), ceil_div(batch, 8))
-        parts = [(num_virtual_tokens * hidden_size * has_prompt, chunks_b)]
-        if has_offset:
-            parts += [
-                (rank * length, chunks_b * chunks_d),
-                (rank * hidden_size, chunks_b * chunks_s),
-            ]
+        parts = [(m * d, chunks_b)]
+        if length:
+            parts += [(rank * length, chunks_b * chunks_d), (rank * d, chunks_b * chunks_s)]
         # What is in one part is written where it belongs.
         elements = sum(size * number for size, number in parts if number > 1)
         return 4 * groups * elements, chunks_s, chunks_b
 
-    tiles = [1 << i for i in range(blocks_d.bit_length())]
     # The registers of the widest rank leave no room for a second loop.
     most = _WORKSPACE_BYTES * (8 if block_r == 256 else 1)
+    tiles = [1 << i for i in range(blocks_d.bit_length())]
     numbers = (_PROGRAMS, _PROGRAMS // 2, _FEWEST_PROGRAMS)
-    choices = [(n, t) for t in tiles for n in numbers]
-    fits = (choice for choice in choices if split(*choice)[0] <= most)
-    fewest = [(n, t) for n, t in choices if n == _FEWEST_PROGRAMS]
-    least = min(fewest, key=lambda choice: split(*choice)[0])
-    programs, tiles_d = next(fits, least)
+    fits = ((n, t) for t in tiles for n in numbers if split(n, t)[0] <= most)
+    least = min(tiles, key=lambda t: split(_FEWEST_PROGRAMS, t)[0])
+    programs, tiles_d = next(fits, (_FEWEST_PROGRAMS, least))
     _, chunks_s, chunks_b = split(programs, tiles_d)
     rows = max(1, ceil_div(batch, chunks_b))
-    return BackwardConfig(
-        rows=rows,
-        tiles=ceil_div(blocks_s, chunks_s),
-        tiles_d=tiles_d,
-        block_s=block_s,
-        block_d=block_d,
-        block_r=block_r,
-        order=order_of(dtype),
-        num_warps=16 if rows == 1 and tiles_d > 1 and rank % _MIN_BLOCK else 8,
-        registers=_registers(rank) if dtype != torch.float16 else _MOST_REGISTERS,
-    )
-
-
-def terms_of_sum(dtype: torch.dtype, rows: int) -> int:
-    """How many bfloat16 numbers add up to a sum of so many rows of gradients of a type."""
-    return terms_of(dtype) if rows == 1 else 3
+    tile = (rows, block_s, block_d, block_r)
+    num_warps = 16 if rows == 1 and tiles_d > 1 and rank % _MIN_BLOCK else 8
+    registers = _registers(rank) if dtype != torch.float16 else _MOST_REGISTERS
+    turns = (ceil_div(blocks_s, chunks_s), tiles_d)
+    return BackwardConfig(*tile, _order(dtype), num_warps, registers, *turns)

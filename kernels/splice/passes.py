@@ -1,0 +1,277 @@
+"""The splice's forward and backward.
+
+Forward: a program owns a block of positions and of channels, for some slots. Prompt blocks write P'
+before the text of their rows. Text blocks compute the offset of their tile once for each run of
+rows with one task and add it to that tile of every row in it, wherever the row's padding puts it.
+
+Backward: a program owns a block of channels and some blocks of positions, for some rows of one
+task. It adds up the gradient of a tile over the rows, each element read once from the column that
+its position lies in, and multiplies the sum into its part of dA and dB; prompt blocks write theirs
+of dP'. A second launch, the finish, adds the parts in order. What the first has written whole needs
+it only for zeros: of tasks without rows, and of the offset's positions past the text.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ept_fast.kernels.splice.plan import columns_of, read, row_at
+from ept_fast.kernels.tiles import (
+    Axis,
+    Matrix,
+    axis,
+    dot_split,
+    inside,
+    load,
+    matrix,
+    pointers,
+    store,
+    transposed,
+)
+
+__all__ = ["splice_backward_kernel", "splice_finish_kernel", "splice_forward_kernel"]
+
+
+@triton.jit
+def _run_at(tables, slot, last, num_tasks, places):
+    """The task of a slot, the end of its run, at most ``last``, and the places: none of them are
+    there if the bank does not have the task.
+    """
+    task = 0
+    end = last
+    mask = places.mask
+    if tables[0] is not None:
+        _, task, end = read(tables[0], slot)
+        end = tl.minimum(end, last)
+        mask = mask & (tl.full(mask.shape, task, tl.int32) < num_tasks)
+    return tl.cast(task, tl.int64), end, Axis(places.offs, mask)
+
+
+@triton.jit
+def _load_or_nan(of, i, j):
+    """A tile in float32, NaN outside."""
+    return tl.load(pointers(of, i, j), mask=inside(i, j), other=float("nan")).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["batch", "length", "num_tasks"])
+def splice_forward_kernel(
+    out,  # [B, m + S, d]
+    prompt,  # [T, m, d]
+    text,  # ids [B, S] and their embeddings [V, d], or None and [B, S, d]
+    offset,  # A [T, n, r] and B [T, r, d], or None
+    tables,  # of the plan
+    scaling,
+    batch,
+    length,
+    num_tasks,
+    sizes,  # m, d, r, V
+    ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILES_R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TERMS: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """The prompt and the text of a block of positions and channels, for some slots."""
+    m, hidden_size, rank, vocabulary = sizes
+    ids, source = text
+    chunks_d = tl.cdiv(hidden_size, BLOCK_D)
+    prompt_blocks = tl.cdiv(m, BLOCK_S)
+    blocks = prompt_blocks + tl.cdiv(length, BLOCK_S)
+    pid = tl.program_id(0)
+    d = axis((pid % chunks_d) * BLOCK_D, hidden_size, BLOCK_D)
+    block = (pid // chunks_d) % blocks
+    slot = pid // (chunks_d * blocks) * ROWS
+    last = tl.minimum(slot + ROWS, batch)
+
+    if block < prompt_blocks:
+        places = axis(block * BLOCK_S, m, BLOCK_S)
+        while slot < last:
+            task, end, known = _run_at(tables, slot, last, num_tasks, places)
+            tile = _load_or_nan(matrix(prompt, task), known, d)
+            for each in range(slot, end):
+                store(matrix(out, row_at(tables, each)), tile, places, d)
+            slot = end
+    else:
+        s = axis((block - prompt_blocks) * BLOCK_S, length, BLOCK_S)
+        behind = (out[0] + tl.cast(m, tl.int64) * out[2], out[1], out[2], out[3])
+        while slot < last:
+            task, end, known = _run_at(tables, slot, last, num_tasks, s)
+            tile = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+            if offset is not None:
+                a, b = matrix(offset[0], task), matrix(offset[1], task)
+                for tile_r in range(TILES_R):
+                    r = axis(tile_r * BLOCK_R, rank, BLOCK_R)
+                    tile += dot_split(load(a, known, r), load(b, r, d), TERMS, TERMS, ORDER)
+                tile = scaling * tile
+            for each in range(slot, end):
+                row = row_at(tables, each)
+                columns = columns_of(tables, length, row, s)
+                places = Axis(columns.offs, known.mask)
+                if ids is not None:
+                    ids_ptrs = ids[0] + row * ids[1] + columns.offs * ids[2]
+                    tokens = tl.load(ids_ptrs, mask=known.mask, other=0).to(tl.int64)
+                    in_table = (tokens >= 0) & (tokens < vocabulary)
+                    places = Axis(tokens, known.mask & in_table)
+                words = _load_or_nan(matrix(source, row), places, d)
+                if offset is not None:
+                    words = tl.where(columns.mask[:, None], words + tile, words)
+                store(matrix(behind, row), words, Axis(columns.offs, s.mask), d)
+            slot = end
+
+
+@triton.jit
+def _part_of(sums, task, part, columns):
+    """Where a part goes: of the task's gradient itself, or among the parts."""
+    ptr = sums[0] + task * sums[1] + part * sums[2]
+    return Matrix(ptr, tl.cast(columns, tl.int64), 1)
+
+
+@triton.jit
+def _sum_over_rows(grad, tables, length, first, last, places, d):
+    """A tile of the gradient of real tokens, added up over the rows of slots [first, last)."""
+    summed = tl.zeros((places.offs.shape[0], d.offs.shape[0]), tl.float32)
+    for slot in tl.range(first, last, disable_licm=True):
+        row = row_at(tables, slot)
+        summed += load(matrix(grad, row), columns_of(tables, length, row, places), d)
+    return summed
+
+
+@triton.jit(do_not_specialize=["batch", "length", "num_tasks"])
+def splice_backward_kernel(
+    grad,  # [B, m + S, d]
+    sums,  # of P', A and B: where they go, strides of the task and of the part; None if not needed
+    offset,  # A [T, n, r] and B [T, r, d], or None
+    tables,  # of the plan
+    scaling,
+    batch,
+    length,
+    num_tasks,
+    sizes,  # m, d, r
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    TILES_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TERMS_G: tl.constexpr,
+    TERMS: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """The sums over some rows of a task, for some blocks of positions and channels."""
+    m, hidden_size, rank = sizes
+    prompt_blocks, chunks_s = 0, 0
+    if sums[0] is not None:
+        prompt_blocks = tl.cdiv(m, BLOCK_S)
+    if sums[1] is not None:
+        chunks_s = tl.cdiv(length, BLOCK_S * TILES)
+    chunks_d = tl.cdiv(hidden_size, BLOCK_D * TILES_D)
+    chunks_b = tl.cdiv(batch, ROWS)
+    pid = tl.program_id(0)
+    chunk_d = pid % chunks_d
+    pid = pid // chunks_d
+    block = pid % (prompt_blocks + chunks_s)
+    pid = pid // (prompt_blocks + chunks_s)
+    chunk_b = pid % chunks_b
+    group = (pid // chunks_b).to(tl.int64)
+    part = group * chunks_b + chunk_b
+    task, begin, end = 0, 0, batch
+    if tables[1] is not None:
+        task, begin, end = read(tables[1], group)
+        if task >= num_tasks:
+            return
+    task = tl.cast(task, tl.int64)
+    first = begin + chunk_b * ROWS
+    last = tl.minimum(first + ROWS, end)
+    first_d = chunk_d * TILES_D * BLOCK_D
+
+    if sums[0] is not None:
+        if block < prompt_blocks:
+            no_mask = (tables[0], None, None, None)
+            places = axis(block * BLOCK_S, m, BLOCK_S)
+            for tile_d in range(TILES_D):
+                d = axis(first_d + tile_d * BLOCK_D, hidden_size, BLOCK_D)
+                summed = _sum_over_rows(grad, no_mask, length, first, last, places, d)
+                store(_part_of(sums[0], task, part, hidden_size), summed, places, d)
+    if sums[1] is not None:
+        if block >= prompt_blocks:
+            behind = (grad[0] + tl.cast(m, tl.int64) * grad[2], grad[1], grad[2], grad[3])
+            chunk_s = block - prompt_blocks
+            sum_a = _part_of(sums[1], task, part * chunks_d + chunk_d, rank)
+            sum_b = _part_of(sums[2], task, part * chunks_s + chunk_s, hidden_size)
+            a, b = transposed(matrix(offset[0], task)), transposed(matrix(offset[1], task))
+            r = axis(0, rank, BLOCK_R)
+            first_s = chunk_s * TILES * BLOCK_S
+            end_s = tl.minimum(first_s + TILES * BLOCK_S, length)
+            for tile_d in range(TILES_D):
+                if TILES_D > 1:
+                    tl.debug_barrier()  # its threads may read what others of them have written
+                d = axis(first_d + tile_d * BLOCK_D, hidden_size, BLOCK_D)
+                d_b = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+                for start_s in range(first_s, end_s, BLOCK_S):
+                    s = axis(start_s, length, BLOCK_S)
+                    summed = _sum_over_rows(behind, tables, length, first, last, s, d)
+                    d_a = scaling * dot_split(summed, load(b, d, r), TERMS_G, TERMS, ORDER)
+                    if TILES_D > 1:
+                        # What this very program has written for the blocks of channels before.
+                        before = inside(s, r) & (tile_d > 0)
+                        d_a += tl.load(pointers(sum_a, s, r), before, 0.0).to(tl.float32)
+                    store(sum_a, d_a, s, r)
+                    d_b += dot_split(load(a, r, s), summed, TERMS, TERMS_G, ORDER)
+                store(sum_b, d_b * scaling, r, d)
+
+
+_NUMBERS = ["batch", "size_p", "size_a", "size_b", "made_p", "made_a", "made_b"]
+
+
+@triton.jit(do_not_specialize=[*_NUMBERS, "parts_p", "parts_a", "parts_b"])
+def splice_finish_kernel(
+    ends,  # of P', A and B: the gradient and its parts; None if there is nothing to do
+    slots_ptr,  # of the plan, if groups go by slot
+    batch,
+    size_p,  # elements of a task
+    size_a,
+    size_b,
+    made_p,  # those of them that are summed
+    made_a,
+    made_b,
+    parts_p,  # of a group's sums; 0 if they have been written where they belong
+    parts_a,
+    parts_b,
+    BLOCK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """One block of a task's gradient: its parts in order, and zeros past what is summed."""
+    sizes, made = (size_p, size_a, size_b), (made_p, made_a, made_b)
+    parts = (parts_p, parts_a, parts_b)
+    blocks = 0
+    for i in tl.static_range(3):
+        if ends[i] is not None:
+            blocks += tl.cdiv(sizes[i], BLOCK)
+    pid = tl.program_id(0)
+    block = pid % blocks
+    task = pid // blocks
+    group, number = task, batch  # rows of the task; or any number that is not 0
+    if slots_ptr is not None:
+        group, number = 0, 0
+        for start in range(0, batch, BLOCK_B):
+            b = axis(start, batch, BLOCK_B)
+            tasks = tl.load(slots_ptr + (b.offs * 3 + 1), mask=b.mask, other=0)
+            group += tl.sum((b.mask & (tasks < task)).to(tl.int32))
+            number += tl.sum((b.mask & (tasks == task)).to(tl.int32))
+    for i in tl.static_range(3):
+        if ends[i] is not None:
+            if (block >= 0) & (block < tl.cdiv(sizes[i], BLOCK)):
+                offs = axis(block * BLOCK, sizes[i], BLOCK).offs
+                end = tl.where(number > 0, made[i], 0)  # zeros from there on
+                summed = tl.zeros((BLOCK,), tl.float32)
+                part_ptrs = ends[i][1] + group.to(tl.int64) * parts[i] * end + offs
+                for _ in range(parts[i]):
+                    summed += tl.load(part_ptrs, mask=offs < end, other=0.0)
+                    part_ptrs += tl.cast(end, tl.int64)
+                todo = (offs < sizes[i]) & ((offs >= end) | (parts[i] > 0))
+                ptrs = ends[i][0] + task.to(tl.int64) * sizes[i] + offs
+                tl.store(ptrs, summed.to(ends[i][0].dtype.element_ty), mask=todo)
+            block -= tl.cdiv(sizes[i], BLOCK)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from ept_fast.kernels.reconstruct.backward import reconstruct_backward_kernel
-from ept_fast.kernels.reconstruct.config import ROWS
+from ept_fast.kernels.reconstruct.config import KINDS, ROWS, Config
 from ept_fast.kernels.reconstruct.core import reconstruct_reduce_kernel
-from ept_fast.kernels.reconstruct.expand import NUMBER_OF_KINDS
 from ept_fast.kernels.reconstruct.forward import (
     reconstruct_attend_kernel,
     reconstruct_forward_kernel,
@@ -26,12 +25,16 @@ def saved(add: Add, parameters: Parameters) -> Saved:
     return Saved(*(add(shape, torch.float32) for shape in Saved.shapes(parameters)))
 
 
-def _with_strides(tensor: Any, order: tuple[int, ...] = ()) -> Any:
-    """A tensor as a kernel takes it: address and strides; None if it is absent."""
-    if tensor is None:
-        return None
-    strides = tensor.stride()
-    return (tensor, *(strides[i] for i in order or range(len(strides))))
+def _of(parameters: Any, flags: Flags) -> tuple[Any, ...]:
+    """Sizes, numbers and parameters as the kernels take them (see :class:`.core.Task`)."""
+    _, m, n, r, spaces, dim, d = parameters.sizes()
+    dims = spaces * dim
+    sizes = (m, n, r, spaces, dim, dims, dims + spaces, d)
+    tensors = [None if t is None else (t, *t.stride()) for t in parameters]
+    if tensors[3] is not None:
+        down, task, k, i, j = tensors[3]
+        tensors[3] = (down, task, k, j, i)
+    return (*sizes, flags.scaling, d**-0.5, flags.temperature, *tensors)
 
 
 def _options(width: int, core: bool = False, expand: bool = True) -> dict[str, int]:
@@ -44,31 +47,24 @@ def _options(width: int, core: bool = False, expand: bool = True) -> dict[str, i
     return {"num_warps": 8 if core else 4, "maxnreg": most}
 
 
-def _reduce(
-    plan: Plan, sums: Operand, steps: int, sizes: tuple[int, ...], *tensors: Any, forward: bool
-) -> None:
-    """The products over d: [P ; B]·[Bᵀ | D | G], or Y·[Bᵀ | Uᵀ]."""
-    tasks, splits, rows, columns = sums.shape
-    m = sizes[0]
+def _products(
+    plan: Plan, config: Config, of: tuple[Any, ...], tasks: int, rows: int, columns: int
+) -> tuple[Any, ...]:
+    """The products over d as the kernels take them; their launch, if they have one.
+
+    ``of``: as :func:`_of`, with what is multiplied in the places of P, B, D and G.
+    """
+    m, d = of[0], of[7]
+    columns = ceil_div(columns, 16) * 16  # rows begin at multiples of 16 bytes
     blocks = ceil_div(m, ROWS) + ceil_div(rows - m, ROWS)
-    plan.launch(
-        reconstruct_reduce_kernel,
-        tasks * blocks * splits,
-        sums,
-        *tensors,
-        sizes,
-        rows,
-        columns,
-        splits,
-        steps,
-        FORWARD=forward,
-        **_options(sizes[-1]),
-    )
-
-
-def _padded(columns: int) -> int:
-    """Columns of the products over d in memory: rows begin at multiples of 16 bytes."""
-    return ceil_div(columns, 16) * 16
+    splits = max(1, config.splits)
+    sums = (plan.scratch((tasks, splits, rows, columns)), rows, columns, blocks)
+    if config.splits:
+        programs = tasks * blocks * splits
+        plan.launch(
+            reconstruct_reduce_kernel, programs, sums, of, splits, config.steps, **_options(d)
+        )
+    return sums
 
 
 def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: Add, sizes: Any) -> None:
@@ -82,42 +78,31 @@ def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: Add, s
         add: makes what the backward needs, as :func:`saved` lists it.
         sizes: chooses the launch sizes.
     """
-    tasks, m, n, r, spaces, dim, d = measures = parameters.sizes()
+    tasks, m, _, r, spaces, dim, d = measures = parameters.sizes()
     has_offset, has_spaces = parameters.has_offset, parameters.has_spaces
-    config = sizes(*measures, has_spaces and flags.gate == "prompt")
-    metric = (m, n, r, spaces, dim, spaces * dim, spaces * dim + spaces, d)
-    numbers = (flags.scaling, d**-0.5, flags.temperature)
+    prompt = flags.gate == "prompt"
+    config = sizes(*measures, has_spaces and prompt)
     options = _options(d)
+    of = _of(parameters, flags)
     kept = saved(add, parameters)
-    p, a, b = map(_with_strides, parameters[:3])
-    up, gate, bias = map(_with_strides, parameters[4:])
-    down = _with_strides(parameters.space_down, (0, 1, 3, 2))
-
+    factors = (*of[:12], None, *of[13:15], None, of[16], None)
     rows = m + r if has_offset and has_spaces else m
-    columns = _padded(r + spaces * dim + spaces)
-    splits = max(1, config.splits)
-    sums = plan.scratch((tasks, splits, rows, columns))
-    if config.splits:
-        _reduce(plan, sums, config.steps, metric, p, b, down, gate, forward=True)
+    sums = _products(plan, config, factors, tasks, rows, r + spaces * dim + spaces)
+    splits, n_splits = max(1, config.splits), config.n_splits
     parts = None
     blocks = tasks * ceil_div(m, ROWS)
-    if config.n_splits:
-        shape = (tasks, config.n_splits, m)
+    if n_splits:
+        shape = (tasks, n_splits, m)
         parts = (plan.scratch(shape), plan.scratch(shape), plan.scratch((*shape, r)))
         plan.launch(
             reconstruct_attend_kernel,
-            blocks * config.n_splits,
+            blocks * n_splits,
             sums,
             kept.query,
             parts,
-            p,
-            a,
-            metric,
-            numbers,
-            rows,
-            columns,
+            of,
             splits,
-            config.n_splits,
+            n_splits,
             config.n_tiles,
             **options,
         )
@@ -129,23 +114,13 @@ def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: Add, s
         plan.scratch((tasks, m, spaces)),
         sums,
         parts,
-        p,
-        a,
-        b,
-        down,
-        up,
-        gate,
-        bias,
-        metric,
-        numbers,
-        rows,
-        columns,
+        of,
         splits,
-        config.n_splits,
+        n_splits,
         config.d_tiles,
         REDUCED=config.splits > 0,
         ACTIVATION=flags.activation,
-        PROMPT=flags.gate == "prompt",
+        PROMPT=prompt,
         **options,
     )
 
@@ -172,18 +147,13 @@ def backward(
         halves: float32, what is added to the gradients of A and B before they are rounded.
         sizes: chooses the launch sizes.
     """
-    tasks, m, n, r, spaces, dim, d = measures = parameters.sizes()
+    tasks, m, _, r, spaces, dim, d = measures = parameters.sizes()
     config = sizes(*measures)
-    metric = (m, n, r, spaces, dim, spaces * dim, spaces * dim + spaces, d)
-    numbers = (flags.scaling, d**-0.5, flags.temperature)
-    y, p, a, b = map(_with_strides, (grad, *parameters[:3]))
-    up, gate = map(_with_strides, parameters[4:6])
-    down = _with_strides(parameters.space_down, (0, 1, 3, 2))
-
-    columns = _padded(r + spaces * dim)
-    splits = max(1, config.splits)
-    parts = config.pieces if config.core else 1
-    sums = plan.scratch((tasks, splits, m, columns))
+    of = _of(parameters, flags)
+    y = (grad, *grad.stride())
+    factors = (*of[:11], y, None, of[13], of[15], None, None, None)
+    sums = _products(plan, config, factors, tasks, m, r + spaces * dim)
+    parts = max(1, config.n_splits)
     work = (
         plan.scratch((tasks, m, spaces * dim + spaces)),
         plan.scratch((tasks, m, spaces)),
@@ -191,10 +161,10 @@ def backward(
         plan.scratch((tasks, m)),
         plan.scratch((tasks, parts, m, r)),
     )
-    if config.splits:
-        _reduce(plan, sums, config.steps, metric, y, b, up, None, forward=False)
-    for core, expand in [(True, False), (False, True)] if config.core else [(True, True)]:
-        pieces = config.pieces if core else NUMBER_OF_KINDS * config.chunks
+    for core, expand in [(True, False), (False, True)] if config.n_splits else [(True, True)]:
+        pieces = config.chunks
+        if not (core and expand):
+            pieces = config.n_splits if core else KINDS * config.chunks
         plan.launch(
             reconstruct_backward_kernel,
             tasks * pieces,
@@ -204,16 +174,8 @@ def backward(
             sums,
             tuple(kept),
             y,
-            p,
-            a,
-            b,
-            down,
-            up,
-            gate,
-            metric,
-            numbers,
-            columns,
-            splits,
+            of,
+            max(1, config.splits),
             parts,
             pieces,
             config.n_tiles,

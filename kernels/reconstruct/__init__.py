@@ -64,6 +64,7 @@ def _products(
         plan.launch(
             reconstruct_reduce_kernel, programs, sums, of, splits, config.steps, **_options(d)
         )
+        return (*sums[:3], None)
     return sums
 
 
@@ -118,7 +119,6 @@ def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: Add, s
         splits,
         n_splits,
         config.d_tiles,
-        REDUCED=config.splits > 0,
         ACTIVATION=flags.activation,
         PROMPT=prompt,
         **options,
@@ -180,7 +180,6 @@ def backward(
             pieces,
             config.n_tiles,
             config.d_tiles,
-            REDUCED=config.splits > 0,
             CORE=core,
             EXPAND=expand,
             ACTIVATION=flags.activation,

@@ -23,43 +23,14 @@ import triton
 import triton.language as tl
 
 from ept_fast.kernels.activations import activate, activation_derivative
-from ept_fast.kernels.reconstruct.config import KINDS
-from ept_fast.kernels.reconstruct.core import (
-    BLOCK,
-    BLOCK_M,
-    NONE,
-    Parts,
-    Task,
-    add_product,
-    add_up,
-    gate_columns,
-    kept_of,
-    load_down,
-    load_gated,
-    load_or_mean,
-    load_sum,
-    of_spaces,
-    parts_of,
-    program,
-    reduce,
-    shifted,
-    space_columns,
-    spaces_of,
-)
-from ept_fast.kernels.tiles import (
-    axis,
-    constant,
-    dense,
-    load,
-    matrix,
-    product,
-    store,
-    transposed,
-)
+from ept_fast.kernels.reconstruct import config, core
+from ept_fast.kernels.reconstruct.core import BLOCK, BLOCK_M, NONE, add_product, load_sum
+from ept_fast.kernels.tiles import Axis, axis, constant, dense, load, matrix, product, store
+from ept_fast.kernels.tiles import transposed as tr
 
 __all__ = ["reconstruct_backward_kernel"]
 
-_KINDS = constant(KINDS)
+_KINDS = constant(config.KINDS)
 
 
 class _Work(NamedTuple):
@@ -86,10 +57,10 @@ def _space_grads(t, kept, work, i, ACTIVATION: tl.constexpr):
         last = tl.minimum(start + BLOCK, t.spaces) * t.dim
         for column in tl.range(start * t.dim, last, BLOCK, num_stages=1, disable_licm=True):
             c = axis(column, last, BLOCK)
-            grad = load_sum(work.products, i, shifted(c, t.r))
+            grad = load_sum(work.products, i, axis(t.r + column, t.r + last, BLOCK))
             hidden = load(kept.hidden, i, c)
             # A product with zeros and ones adds up the columns of each space.
-            space = spaces_of(c, t.dim)
+            space = Axis(c.offs // t.dim, c.mask)
             member = (space.offs[:, None] == k.offs[None, :]).to(tl.float32)
             d_gate += product(grad * activate(hidden, ACTIVATION), member)
             grad *= load(kept.gates, i, space) * activation_derivative(hidden, ACTIVATION)
@@ -103,30 +74,28 @@ def _logit_grads(t, kept, work, i, PROMPT: tl.constexpr):
     inner = tl.zeros((BLOCK_M,), tl.float32)  # Σ_k g_k·dg_k
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
         k = axis(start, t.spaces, BLOCK)
-        inner += tl.sum(load(kept.gates, i, k) * load_or_mean(t, work.d_gates, i, k, PROMPT), 1)
+        inner += tl.sum(
+            load(kept.gates, i, k) * core.load_or_mean(t, work.d_gates, i, k, PROMPT), 1
+        )
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
         k = axis(start, t.spaces, BLOCK)
-        gates, grads = load(kept.gates, i, k), load_or_mean(t, work.d_gates, i, k, PROMPT)
+        gates, grads = load(kept.gates, i, k), core.load_or_mean(t, work.d_gates, i, k, PROMPT)
         d_z = gates * (grads - inner[:, None]) / t.temperature
-        store(work.d_x, d_z, i, shifted(k, t.dims))
+        store(work.d_x, d_z, i, axis(t.dims + start, t.width, BLOCK))
 
 
 @triton.jit
 def _attended_grads(t, kept, work, i):
-    """dO = dC[:, :r] + dX·Sᵀ of a block of tokens, to memory."""
+    """dO = dC[:, :r] + dX·Sᵀ of a block of tokens and Σ_j W·dW = dO·O, to memory."""
     for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
         j = axis(start, t.r, BLOCK)
         grad = load_sum(work.products, i, j)
         if t.down is not None:
-            grad = add_product(grad, work.d_x, i, transposed(kept.cross), j, t.width)
+            grad = add_product(grad, work.d_x, i, tr(kept.cross), j, t.width)
         store(work.d_attended, grad, i, j)
-
-
-@triton.jit
-def _store_inner(t, kept, work, i):
-    """Σ_j W·dW = dO·O of a block of tokens, to memory."""
+    tl.debug_barrier()
     inner = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    inner = add_product(inner, kept.attended, i, transposed(work.d_attended), i, t.r)
+    inner = add_product(inner, kept.attended, i, tr(work.d_attended), i, t.r)
     same = i.offs[:, None] == i.offs[None, :]
     tl.store(work.inner_ptr + i.offs, tl.sum(tl.where(same, inner, 0.0), 0), mask=i.mask)
 
@@ -136,12 +105,12 @@ def _score_grads(t, kept, work, n, i):
     """W and the gradient of the scores, both [BLOCK, BLOCK_M]."""
     a = matrix(t.a, t.task)
     zeros = tl.zeros((BLOCK, BLOCK_M), tl.float32)
-    scores = add_product(zeros, a, n, transposed(kept.query), i, t.r, t.scaling)
+    scores = add_product(zeros, a, n, tr(kept.query), i, t.r, t.scaling)
     top = tl.load(kept.stats_ptr + i.offs, mask=i.mask, other=0.0)
     total = tl.load(kept.stats_ptr + (t.m + i.offs), mask=i.mask, other=1.0)
     scores = tl.where(n.mask[:, None], scores, float("-inf"))
     weights = tl.exp((scores - top[None, :]) * t.score_scale) * (1.0 / total)[None, :]
-    grads = add_product(zeros, a, n, transposed(work.d_attended), i, t.r, t.scaling)
+    grads = add_product(zeros, a, n, tr(work.d_attended), i, t.r, t.scaling)
     inner = tl.load(work.inner_ptr + i.offs, mask=i.mask, other=0.0)
     return weights, weights * (grads - inner[None, :]) * t.score_scale
 
@@ -176,9 +145,9 @@ def _store_grad_query(t, kept, work, d_query, begin, end):
             for start in tl.range(begin, end, BLOCK, num_stages=1, disable_licm=True):
                 n = axis(start, t.n, BLOCK)
                 _, d_scores = _score_grads(t, kept, work, n, i)
-                a = load(transposed(matrix(t.a, t.task)), j, n) * t.scaling
+                a = load(tr(matrix(t.a, t.task)), j, n) * t.scaling
                 grad += product(a, d_scores)
-            store(transposed(d_query), grad, j, i)
+            store(tr(d_query), grad, j, i)
 
 
 # Expansion
@@ -191,7 +160,10 @@ def _fused_grad(t, work, i, j):
     if t.down is not None:
         for start in tl.range(0, t.width, BLOCK, num_stages=1, disable_licm=True):
             c = axis(start, t.width, BLOCK)
-            grad += product(load(work.d_x, i, c), tl.trans(load_down(t, j, c)))
+            down, at = core.spaces(t, t.down, Axis(c.offs, c.offs < t.dims), t.dim)
+            k = Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims))
+            both = load(down, j, at) + load(matrix(t.gate, t.task), j, k)
+            grad += product(load(work.d_x, i, c), tl.trans(both))
     return grad
 
 
@@ -211,7 +183,7 @@ def _grad_prompt(t, work, d_prompt, j):
 @triton.jit
 def _grad_b(t, kept, work, d_b, halves, j):
     """dB = Oᵀ·dF + dQᵀ·P."""
-    d_query = Parts(transposed(work.d_query.first), work.d_query.number, work.d_query.stride)
+    d_query = (tr(work.d_query[0]), work.d_query[1], work.d_query[2])
     for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
         at = axis(start, t.r, BLOCK)
         grad = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -219,7 +191,7 @@ def _grad_b(t, kept, work, d_b, halves, j):
             grad = load(dense(halves[1], t.task, t.r, t.d), at, j)
         for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
             i = axis(row, t.m, BLOCK_M)
-            grad += product(load(transposed(kept.attended), at, i), _fused_grad(t, work, i, j))
+            grad += product(load(tr(kept.attended), at, i), _fused_grad(t, work, i, j))
             grad += product(load_sum(d_query, at, i), load(matrix(t.p, t.task), i, j))
         store(d_b, grad, at, j)
 
@@ -235,9 +207,11 @@ def _grad_down(t, kept, work, d_down, d_gate, j):
             fused = load(matrix(t.p, t.task), i, j)
             if t.b is not None:
                 fused = add_product(fused, kept.attended, i, matrix(t.b, t.task), j, t.r)
-            grad += product(load(transposed(work.d_x), c, i), fused)
-        store(transposed(of_spaces(d_down, t.task)), grad, space_columns(t, d_down, c), j)
-        store(transposed(d_gate), grad, gate_columns(t, c), j)
+            grad += product(load(tr(work.d_x), c, i), fused)
+        down, at = core.spaces(t, d_down, Axis(c.offs, c.offs < t.dims), t.dim)
+        store(tr(down), grad, at, j)
+        k = Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims))
+        store(tr(d_gate), grad, k, j)
 
 
 @triton.jit
@@ -248,36 +222,9 @@ def _grad_up(t, kept, work, d_up, j, ACTIVATION: tl.constexpr):
         grad = tl.zeros((BLOCK, BLOCK), tl.float32)
         for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
             i = axis(row, t.m, BLOCK_M)
-            gated = load_gated(t, kept, i, c, ACTIVATION)
+            gated = core.load_gated(t, kept, i, c, ACTIVATION)
             grad += product(tl.trans(gated), load(work.y, i, j))
         store(d_up, grad, c, j)
-
-
-@triton.jit
-def _grad_bias(t, work, d_bias_ptr):
-    """db = Σ dz."""
-    for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
-        k = axis(start, t.spaces, BLOCK)
-        grad = add_up(tl.zeros((BLOCK,), tl.float32), t, work.d_x, shifted(k, t.dims))
-        ptrs = d_bias_ptr + t.task * t.spaces + k.offs
-        tl.store(ptrs, grad.to(d_bias_ptr.dtype.element_ty), mask=k.mask)
-
-
-@triton.jit
-def _expand(t, kept, work, kind, grads, halves, j, ACTIVATION: tl.constexpr):
-    """The gradients of some channels: all of them, or those of a kind >= 0."""
-    if (kind < 0) | (kind == 0):
-        _grad_prompt(t, work, dense(grads[0], t.task, t.m, t.d), j)
-    if t.b is not None:
-        if (kind < 0) | (kind == 1):
-            _grad_b(t, kept, work, dense(grads[2], t.task, t.r, t.d), halves, j)
-    if t.down is not None:
-        if (kind < 0) | (kind == 2):
-            d = tl.cast(t.d, tl.int64)
-            d_down = (grads[3], d * t.dims, d * t.dim, 1, t.dim)
-            _grad_down(t, kept, work, d_down, dense(grads[5], t.task, t.d, t.spaces), j)
-        if (kind < 0) | (kind == 3):
-            _grad_up(t, kept, work, dense(grads[4], t.task, t.dims, t.d), j, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=["splits", "n_parts", "pieces", "n_tiles", "d_tiles"])
@@ -285,7 +232,7 @@ def reconstruct_backward_kernel(
     grads,  # dP, dA, dB, dD [T, K, d, h], dU, dG, db, without gaps
     halves,  # what is added to dA and dB, float32; None: nothing
     work_ptrs,  # dX [T, m, W], dg [T, m, K], dO [T, m, r], dO·O [T, m], dQ [T, n_parts, m, r]
-    sums,  # dC: address of [T, splits, rows, columns], rows, columns, blocks of rows
+    sums,  # dC: address of [T, splits, rows, columns], rows, columns, blocks to be made if any
     kept_ptrs,  # what `Kept` lists, of all tasks
     y,
     of,
@@ -294,29 +241,28 @@ def reconstruct_backward_kernel(
     pieces,
     n_tiles,
     d_tiles,
-    REDUCED: tl.constexpr,  # the products over d are made
     CORE: tl.constexpr,
     EXPAND: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PROMPT: tl.constexpr,
 ):
     """A piece of a task's gradients: the core for a chunk of n, the expansion of a chunk of d."""
-    piece, _, task = program(pieces, 1)
-    t = Task(task, *of)
-    kept = kept_of(t, kept_ptrs)
+    piece, _, task = core.program(pieces, 1)
+    t = core.Task(task, *of)
+    kept = core.kept_of(t, kept_ptrs)
     work = _Work(
         matrix(y, task),
-        parts_of(sums[0], task, splits, sums[1], sums[2]),
+        core.parts_of(sums[0], task, splits, sums[1], sums[2]),
         dense(work_ptrs[0], task, t.m, t.width),
         dense(work_ptrs[1], task, t.m, t.spaces),
         dense(work_ptrs[2], task, t.m, t.r),
         work_ptrs[3] + task * t.m,
-        parts_of(work_ptrs[4], task, n_parts, t.m, t.r),
+        core.parts_of(work_ptrs[4], task, n_parts, t.m, t.r),
     )
     if CORE:
-        if not REDUCED:
+        if sums[3] is not None:
             for block in tl.range(sums[3], disable_licm=True):
-                reduce(t, work.products.first, block, y, t.up, NONE, 0, t.d)
+                core.reduce(t, work.products[0], block, y, t.up, NONE, NONE)
             tl.debug_barrier()  # the program's threads may read what others of them have written
         if t.down is not None:
             for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
@@ -329,14 +275,11 @@ def reconstruct_backward_kernel(
             for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
                 _attended_grads(t, kept, work, axis(row, t.m, BLOCK_M))
             tl.debug_barrier()
-            for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-                _store_inner(t, kept, work, axis(row, t.m, BLOCK_M))
-            tl.debug_barrier()
             begin = piece * n_tiles * BLOCK
             end = tl.minimum(begin + n_tiles * BLOCK, t.n)
             _store_grad_a(t, kept, work, grads[1], halves, begin, end)
             if EXPAND:  # which needs all of dQ
-                _store_grad_query(t, kept, work, work.d_query.first, 0, t.n)
+                _store_grad_query(t, kept, work, work.d_query[0], 0, t.n)
             else:
                 part = dense(work_ptrs[4], task * n_parts + piece, t.m, t.r)
                 _store_grad_query(t, kept, work, part, begin, end)
@@ -351,7 +294,27 @@ def reconstruct_backward_kernel(
         end = tl.minimum(begin + d_tiles * BLOCK, t.d)
         for start in tl.range(begin, end, BLOCK, num_stages=1, disable_licm=True):
             j = axis(start, t.d, BLOCK)
-            _expand(t, kept, work, kind, grads, halves, j, ACTIVATION)
+            if (kind < 0) | (kind == 0):
+                _grad_prompt(t, work, dense(grads[0], task, t.m, t.d), j)
+            if t.b is not None:
+                if (kind < 0) | (kind == 1):
+                    _grad_b(t, kept, work, dense(grads[2], task, t.r, t.d), halves, j)
+            if t.down is not None:
+                if (kind < 0) | (kind == 2):
+                    d = tl.cast(t.d, tl.int64)
+                    d_down = (grads[3], d * t.dims, d * t.dim, 1, t.dim)
+                    _grad_down(t, kept, work, d_down, dense(grads[5], task, t.d, t.spaces), j)
+                if (kind < 0) | (kind == 3):
+                    _grad_up(t, kept, work, dense(grads[4], task, t.dims, t.d), j, ACTIVATION)
         if t.down is not None:
             if piece == 0:
-                _grad_bias(t, work, grads[6])
+                for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
+                    k = axis(start, t.spaces, BLOCK)
+                    d_bias = tl.zeros((BLOCK,), tl.float32)  # Σ dz
+                    for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
+                        d_z = load(
+                            work.d_x, axis(row, t.m, BLOCK_M), axis(t.dims + start, t.width, BLOCK)
+                        )
+                        d_bias += tl.sum(d_z, 0)
+                    ptrs = grads[6] + task * t.spaces + k.offs
+                    tl.store(ptrs, d_bias.to(grads[6].dtype.element_ty), mask=k.mask)

@@ -19,26 +19,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ept_fast.kernels.reconstruct.core import (
-    BLOCK,
-    BLOCK_M,
-    Task,
-    add_product,
-    gate_columns,
-    kept_of,
-    load_gated,
-    load_or_mean,
-    load_sum,
-    of_spaces,
-    parts_of,
-    program,
-    reduce,
-    shifted,
-    space_columns,
-)
+from ept_fast.kernels.reconstruct import core
+from ept_fast.kernels.reconstruct.core import BLOCK, BLOCK_M, NONE, add_product, load_sum
 from ept_fast.kernels.tiles import Axis, axis, dense, load, matrix, product, store, transposed
-
-__all__ = ["reconstruct_attend_kernel", "reconstruct_forward_kernel"]
 
 
 @triton.jit
@@ -76,7 +59,7 @@ def _attend(t, query, i, j, begin, end):
 
 @triton.jit(do_not_specialize=["splits", "n_splits", "n_tiles"])
 def reconstruct_attend_kernel(
-    sums,  # address of [T, splits, rows, columns], rows, columns, blocks of rows
+    sums,  # address of [T, splits, rows, columns], rows, columns
     query_ptr,  # [T, m, r]
     parts,  # maxima and sums [T, n_splits, m], attended [T, n_splits, m, r]
     of,
@@ -85,11 +68,11 @@ def reconstruct_attend_kernel(
     n_tiles,
 ):
     """Attention of a block of tokens to a chunk of n."""
-    split, block, task = program(n_splits, tl.cdiv(of[0], BLOCK_M))
-    t = Task(task, *of)
+    split, block, task = core.program(n_splits, tl.cdiv(of[0], BLOCK_M))
+    t = core.Task(task, *of)
     i = axis(block * BLOCK_M, t.m, BLOCK_M)
     query = dense(query_ptr, task, t.m, t.r)
-    _store_query(t, query, parts_of(sums[0], task, splits, sums[1], sums[2]), i)
+    _store_query(t, query, core.parts_of(sums[0], task, splits, sums[1], sums[2]), i)
     tl.debug_barrier()  # the program's threads may read what others of them have written
     begin = split * n_tiles * BLOCK
     end = tl.minimum(begin + n_tiles * BLOCK, t.n)
@@ -125,22 +108,22 @@ def _combine(t, parts, i, j, n_splits):
 def _project(t, kept, logits, sums, i):
     """[Hin | zin] = R + O·S of a block of tokens, to memory; so is S."""
     for start in tl.range(0, t.width, BLOCK, num_stages=1, disable_licm=True):
-        c = axis(start, t.width, BLOCK)
-        x = load_sum(sums, i, shifted(c, t.r))
+        c, column = axis(start, t.width, BLOCK), axis(t.r + start, t.r + t.width, BLOCK)
+        x = load_sum(sums, i, column)
         if t.b is not None:
             for begin in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
                 j = axis(begin, t.r, BLOCK)
-                cross = load_sum(sums, shifted(j, t.m), shifted(c, t.r))
+                cross = load_sum(sums, axis(t.m + begin, t.m + t.r, BLOCK), column)
                 store(kept.cross, cross, j, c)
                 x += product(load(kept.attended, i, j), cross)
         store(kept.hidden, x, i, Axis(c.offs, c.offs < t.dims))
-        store(logits, x, i, gate_columns(t, c))
+        store(logits, x, i, Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims)))
 
 
 @triton.jit
 def _logits(t, logits, i, k, PROMPT: tl.constexpr):
     """z [BLOCK_M, BLOCK]; in prompt mode the mean over all tokens in every row."""
-    z = load_or_mean(t, logits, i, k, PROMPT)
+    z = core.load_or_mean(t, logits, i, k, PROMPT)
     ptrs = t.bias[0] + t.task * t.bias[1] + k.offs * t.bias[2]
     bias = tl.load(ptrs, mask=k.mask, other=0.0).to(tl.float32)
     return tl.where(k.mask[None, :], (z + bias[None, :]) / t.temperature, float("-inf"))
@@ -169,11 +152,11 @@ def _expand(t, kept, i, j, ACTIVATION: tl.constexpr):
     if t.b is not None:
         out = add_product(out, kept.attended, i, matrix(t.b, t.task), j, t.r)
     if t.up is not None:
-        up = transposed(of_spaces(t.up, t.task))
         for start in tl.range(0, t.dims, BLOCK, num_stages=1, disable_licm=True):
             c = axis(start, t.dims, BLOCK)
-            gated = load_gated(t, kept, i, c, ACTIVATION)
-            out += product(gated, load(up, space_columns(t, t.up, c), j))
+            gated = core.load_gated(t, kept, i, c, ACTIVATION)
+            up, at = core.spaces(t, t.up, c, t.dim)
+            out += product(gated, load(transposed(up), at, j))
     return out
 
 
@@ -182,35 +165,34 @@ def reconstruct_forward_kernel(
     out_ptr,  # P′ [T, m, d]
     kept_ptrs,  # what `Kept` lists, of all tasks
     logits_ptr,  # zin [T, m, K]
-    sums,  # address of [T, splits, rows, columns], rows, columns, blocks of rows
+    sums,  # address of [T, splits, rows, columns], rows, columns, blocks to be made if any
     parts,  # of the attention's own launch; None without one
     of,
     splits,
     n_splits,
     d_tiles,
-    REDUCED: tl.constexpr,  # the products over d are made
     ACTIVATION: tl.constexpr,
     PROMPT: tl.constexpr,
 ):
     """P′ of a block of tokens and a chunk of d, and what the backward needs of these tokens."""
     blocks = tl.cdiv(of[0], BLOCK_M)
-    chunk, block, task = program(tl.cdiv(of[7], d_tiles * BLOCK), blocks)
-    t = Task(task, *of)
-    kept = kept_of(t, kept_ptrs)
-    products = parts_of(sums[0], task, splits, sums[1], sums[2])
+    chunk, block, task = core.program(tl.cdiv(of[7], d_tiles * BLOCK), blocks)
+    t = core.Task(task, *of)
+    kept = core.kept_of(t, kept_ptrs)
+    products = core.parts_of(sums[0], task, splits, sums[1], sums[2])
     first = block * BLOCK_M
     last = first + BLOCK_M
     i = axis(first, t.m, BLOCK_M)
     if PROMPT:  # the gate depends on all tokens
         first = 0
         last = t.m
-    if not REDUCED:
+    if sums[3] is not None:
         # The blocks of these tokens, and those of B, which come after those of all tokens.
         number = tl.cdiv(last - first, BLOCK_M)
         skipped = blocks - number
         for each in tl.range(sums[3] - skipped, disable_licm=True):
             at = tl.where(each < number, first // BLOCK_M + each, skipped + each)
-            reduce(t, products.first, at, t.p, t.down, t.gate, 0, t.d)
+            core.reduce(t, products[0], at, t.p, t.down, t.gate, NONE)
         tl.debug_barrier()  # the program's threads may read what others of them have written
     if t.b is not None:
         for row in tl.range(first, last, BLOCK_M, num_stages=1, disable_licm=True):

@@ -25,16 +25,14 @@ def saved(add: Add, parameters: Parameters) -> Saved:
     return Saved(*(add(shape, torch.float32) for shape in Saved.shapes(parameters)))
 
 
-def _of(parameters: Any, flags: Flags) -> tuple[Any, ...]:
-    """Sizes, numbers and parameters as the kernels take them (see :class:`.core.Task`)."""
+def _given(parameters: Any, flags: Flags) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Sizes and numbers, and the parameters, as the kernels take them (see :class:`.core.Task`)."""
     _, m, n, r, spaces, dim, d = parameters.sizes()
     dims = spaces * dim
-    sizes = (m, n, r, spaces, dim, dims, dims + spaces, d)
-    tensors = [None if t is None else (t, *t.stride()) for t in parameters]
-    if tensors[3] is not None:
-        down, task, k, i, j = tensors[3]
-        tensors[3] = (down, task, k, j, i)
-    return (*sizes, flags.scaling, d**-0.5, flags.temperature, *tensors)
+    numbers = (m, n, r, spaces, dim, dims, dims + spaces, d)
+    p, a, b, down, up, gate, bias = (t and (t, *t.stride()) for t in parameters)
+    down = down and (*down[:3], down[4], down[3])
+    return (*numbers, flags.scaling, d**-0.5, flags.temperature), (p, a, b, down, up, gate, bias)
 
 
 def _options(width: int, core: bool = False, expand: bool = True) -> dict[str, int]:
@@ -49,76 +47,51 @@ def _options(width: int, core: bool = False, expand: bool = True) -> dict[str, i
 
 def _products(
     plan: Plan, config: Config, of: tuple[Any, ...], tasks: int, rows: int, columns: int
-) -> tuple[Any, ...]:
-    """The products over d as the kernels take them; their launch, if they have one.
+) -> tuple[tuple[Any, ...], int]:
+    """The products over d and the number of their parts; launched, if by a launch of their own.
 
-    ``of``: as :func:`_of`, with what is multiplied in the places of P, B, D and G.
+    ``of``: sizes, numbers and, in the places of P, B, D and G, the factors.
     """
     m, d = of[0], of[7]
     columns = ceil_div(columns, 16) * 16  # rows begin at multiples of 16 bytes
-    blocks = ceil_div(m, ROWS) + ceil_div(rows - m, ROWS)
     splits = max(1, config.splits)
+    blocks = ceil_div(m, ROWS) + ceil_div(rows - m, ROWS)
     sums = (plan.scratch((tasks, splits, rows, columns)), rows, columns, blocks)
-    if config.splits:
-        programs = tasks * blocks * splits
-        plan.launch(
-            reconstruct_reduce_kernel, programs, sums, of, splits, config.steps, **_options(d)
-        )
-        return (*sums[:3], None)
-    return sums
+    if not config.splits:
+        return sums, splits
+    arguments = (sums, of, splits, config.steps)
+    plan.launch(reconstruct_reduce_kernel, tasks * blocks * splits, *arguments, **_options(d))
+    return (*sums[:3], None), splits
 
 
 def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: Add, sizes: Any) -> None:
-    """Describe the forward, with an offset or subspaces.
+    """Describe the forward, with an offset or subspaces, for :class:`Parameters` of operands.
 
-    Args:
-        plan: to be filled.
-        parameters: :class:`Parameters` of operands.
-        flags: the operation's choices.
-        out: where P′ ``[T, m, d]`` goes.
-        add: makes what the backward needs, as :func:`saved` lists it.
-        sizes: chooses the launch sizes.
+    P′ ``[T, m, d]`` goes to ``out``; ``add`` makes what the backward needs, as for :func:`saved`;
+    ``sizes`` chooses the launch sizes.
     """
     tasks, m, _, r, spaces, dim, d = measures = parameters.sizes()
-    has_offset, has_spaces = parameters.has_offset, parameters.has_spaces
     prompt = flags.gate == "prompt"
-    config = sizes(*measures, has_spaces and prompt)
-    options = _options(d)
-    of = _of(parameters, flags)
+    config = sizes(*measures, parameters.has_spaces and prompt)
+    numbers, tensors = _given(parameters, flags)
+    p, _, b, down, _, gate, _ = tensors
+    of = (*numbers, *tensors)
     kept = saved(add, parameters)
-    factors = (*of[:12], None, *of[13:15], None, of[16], None)
-    rows = m + r if has_offset and has_spaces else m
-    sums = _products(plan, config, factors, tasks, rows, r + spaces * dim + spaces)
-    splits, n_splits = max(1, config.splits), config.n_splits
+    factors = (*numbers, p, None, b, down, None, gate, None)
+    rows = m + r if parameters.has_spaces else m
+    sums, splits = _products(plan, config, factors, tasks, rows, r + spaces * dim + spaces)
+    blocks, options = tasks * ceil_div(m, ROWS), _options(d)
     parts = None
-    blocks = tasks * ceil_div(m, ROWS)
-    if n_splits:
+    if n_splits := config.n_splits:
         shape = (tasks, n_splits, m)
         parts = (plan.scratch(shape), plan.scratch(shape), plan.scratch((*shape, r)))
-        plan.launch(
-            reconstruct_attend_kernel,
-            blocks * n_splits,
-            sums,
-            kept.query,
-            parts,
-            of,
-            splits,
-            n_splits,
-            config.n_tiles,
-            **options,
-        )
+        first = (sums, kept.query, parts, of, splits, n_splits, config.n_tiles)
+        plan.launch(reconstruct_attend_kernel, blocks * n_splits, *first, **options)
     plan.launch(
         reconstruct_forward_kernel,
         blocks * config.chunks,
-        out,
-        tuple(kept),
-        plan.scratch((tasks, m, spaces)),
-        sums,
-        parts,
-        of,
-        splits,
-        n_splits,
-        config.d_tiles,
+        *(out, tuple(kept), plan.scratch((tasks, m, spaces)), sums, parts, of),
+        *(splits, n_splits, config.d_tiles),
         ACTIVATION=flags.activation,
         PROMPT=prompt,
         **options,
@@ -135,51 +108,31 @@ def backward(
     halves: tuple[Operand, Operand] | None,
     sizes: Any,
 ) -> None:
-    """Describe the backward, with an offset or subspaces.
+    """Describe the backward, with an offset or subspaces, for :class:`Parameters` of operands.
 
-    Args:
-        plan: to be filled.
-        grad: Y = dL/dP′ ``[T, m, d]``.
-        parameters: :class:`Parameters` of operands.
-        flags: the operation's choices.
-        kept: :class:`Saved` of operands, contiguous.
-        into: :class:`Parameters` of operands, where the gradients go.
-        halves: float32, what is added to the gradients of A and B before they are rounded.
-        sizes: chooses the launch sizes.
+    Y = dL/dP′ ``[T, m, d]`` is ``grad``; ``kept`` is a contiguous :class:`Saved`; the gradients go
+    ``into`` :class:`Parameters`, where ``halves`` in float32 are added to those of A and B before
+    these are rounded.
     """
     tasks, m, _, r, spaces, dim, d = measures = parameters.sizes()
     config = sizes(*measures)
-    of = _of(parameters, flags)
+    numbers, tensors = _given(parameters, flags)
     y = (grad, *grad.stride())
-    factors = (*of[:11], y, None, of[13], of[15], None, None, None)
-    sums = _products(plan, config, factors, tasks, m, r + spaces * dim)
-    parts = max(1, config.n_splits)
-    work = (
-        plan.scratch((tasks, m, spaces * dim + spaces)),
-        plan.scratch((tasks, m, spaces)),
-        plan.scratch((tasks, m, r)),
-        plan.scratch((tasks, m)),
-        plan.scratch((tasks, parts, m, r)),
-    )
-    for core, expand in [(True, False), (False, True)] if config.n_splits else [(True, True)]:
-        pieces = config.chunks
-        if not (core and expand):
-            pieces = config.n_splits if core else KINDS * config.chunks
+    factors = (*numbers, y, None, tensors[2], tensors[4], None, None, None)
+    sums, splits = _products(plan, config, factors, tasks, m, r + spaces * dim)
+    pieces, chunks = config.n_splits, config.chunks
+    parts = max(1, pieces)
+    shapes = ((m, spaces * dim + spaces), (m, spaces), (m, r), (m,), (parts, m, r))
+    work = tuple(plan.scratch((tasks, *shape)) for shape in shapes)
+    tensors = (tuple(into), halves, work, sums, tuple(kept), y, (*numbers, *tensors))
+    both = [(True, True, chunks)]
+    each = [(True, False, pieces), (False, True, KINDS * chunks)]
+    for core, expand, programs in each if pieces else both:
         plan.launch(
             reconstruct_backward_kernel,
-            tasks * pieces,
-            tuple(into),
-            halves,
-            work,
-            sums,
-            tuple(kept),
-            y,
-            of,
-            max(1, config.splits),
-            parts,
-            pieces,
-            config.n_tiles,
-            config.d_tiles,
+            tasks * programs,
+            *tensors,
+            *(splits, parts, programs, config.n_tiles, config.d_tiles),
             CORE=core,
             EXPAND=expand,
             ACTIVATION=flags.activation,

@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ept_fast.kernels import tiles
 from ept_fast.kernels.activations import activate, activation_derivative
 from ept_fast.kernels.reconstruct import config, core
 from ept_fast.kernels.reconstruct.core import BLOCK, BLOCK_M, NONE, add_product, load_sum
-from ept_fast.kernels.tiles import Axis, axis, constant, dense, load, matrix, product, store
-from ept_fast.kernels.tiles import transposed as tr
+from ept_fast.kernels.tiles import Axis, axis, dense, load, matrix, product, transposed
 
 __all__ = ["reconstruct_backward_kernel"]
 
-_KINDS = constant(config.KINDS)
+_KINDS = tiles.constant(config.KINDS)
 
 
 class _Work(NamedTuple):
@@ -64,8 +64,8 @@ def _space_grads(t, kept, work, i, ACTIVATION: tl.constexpr):
             member = (space.offs[:, None] == k.offs[None, :]).to(tl.float32)
             d_gate += product(grad * activate(hidden, ACTIVATION), member)
             grad *= load(kept.gates, i, space) * activation_derivative(hidden, ACTIVATION)
-            store(work.d_x, grad, i, c)
-        store(work.d_gates, d_gate, i, k)
+            tiles.store(work.d_x, grad, i, c)
+        tiles.store(work.d_gates, d_gate, i, k)
 
 
 @triton.jit
@@ -74,14 +74,13 @@ def _logit_grads(t, kept, work, i, PROMPT: tl.constexpr):
     inner = tl.zeros((BLOCK_M,), tl.float32)  # Σ_k g_k·dg_k
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
         k = axis(start, t.spaces, BLOCK)
-        inner += tl.sum(
-            load(kept.gates, i, k) * core.load_or_mean(t, work.d_gates, i, k, PROMPT), 1
-        )
+        gates, grads = load(kept.gates, i, k), core.load_or_mean(t, work.d_gates, i, k, PROMPT)
+        inner += tl.sum(gates * grads, 1)
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
         k = axis(start, t.spaces, BLOCK)
         gates, grads = load(kept.gates, i, k), core.load_or_mean(t, work.d_gates, i, k, PROMPT)
         d_z = gates * (grads - inner[:, None]) / t.temperature
-        store(work.d_x, d_z, i, axis(t.dims + start, t.width, BLOCK))
+        tiles.store(work.d_x, d_z, i, axis(t.dims + start, t.width, BLOCK))
 
 
 @triton.jit
@@ -91,11 +90,11 @@ def _attended_grads(t, kept, work, i):
         j = axis(start, t.r, BLOCK)
         grad = load_sum(work.products, i, j)
         if t.down is not None:
-            grad = add_product(grad, work.d_x, i, tr(kept.cross), j, t.width)
-        store(work.d_attended, grad, i, j)
+            grad = add_product(grad, work.d_x, i, transposed(kept.cross), j, t.width)
+        tiles.store(work.d_attended, grad, i, j)
     tl.debug_barrier()
     inner = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    inner = add_product(inner, kept.attended, i, tr(work.d_attended), i, t.r)
+    inner = add_product(inner, kept.attended, i, transposed(work.d_attended), i, t.r)
     same = i.offs[:, None] == i.offs[None, :]
     tl.store(work.inner_ptr + i.offs, tl.sum(tl.where(same, inner, 0.0), 0), mask=i.mask)
 
@@ -105,12 +104,12 @@ def _score_grads(t, kept, work, n, i):
     """W and the gradient of the scores, both [BLOCK, BLOCK_M]."""
     a = matrix(t.a, t.task)
     zeros = tl.zeros((BLOCK, BLOCK_M), tl.float32)
-    scores = add_product(zeros, a, n, tr(kept.query), i, t.r, t.scaling)
+    scores = add_product(zeros, a, n, transposed(kept.query), i, t.r, t.scaling)
     top = tl.load(kept.stats_ptr + i.offs, mask=i.mask, other=0.0)
     total = tl.load(kept.stats_ptr + (t.m + i.offs), mask=i.mask, other=1.0)
     scores = tl.where(n.mask[:, None], scores, float("-inf"))
     weights = tl.exp((scores - top[None, :]) * t.score_scale) * (1.0 / total)[None, :]
-    grads = add_product(zeros, a, n, tr(work.d_attended), i, t.r, t.scaling)
+    grads = add_product(zeros, a, n, transposed(work.d_attended), i, t.r, t.scaling)
     inner = tl.load(work.inner_ptr + i.offs, mask=i.mask, other=0.0)
     return weights, weights * (grads - inner[None, :]) * t.score_scale
 
@@ -131,7 +130,7 @@ def _store_grad_a(t, kept, work, d_a_ptr, halves, begin, end):
             grad *= t.scaling
             if halves is not None:
                 grad += load(dense(halves[0], t.task, t.n, t.r), n, j)
-            store(dense(d_a_ptr, t.task, t.n, t.r), grad, n, j)
+            tiles.store(dense(d_a_ptr, t.task, t.n, t.r), grad, n, j)
 
 
 @triton.jit
@@ -145,9 +144,9 @@ def _store_grad_query(t, kept, work, d_query, begin, end):
             for start in tl.range(begin, end, BLOCK, num_stages=1, disable_licm=True):
                 n = axis(start, t.n, BLOCK)
                 _, d_scores = _score_grads(t, kept, work, n, i)
-                a = load(tr(matrix(t.a, t.task)), j, n) * t.scaling
+                a = load(transposed(matrix(t.a, t.task)), j, n) * t.scaling
                 grad += product(a, d_scores)
-            store(tr(d_query), grad, j, i)
+            tiles.store(transposed(d_query), grad, j, i)
 
 
 # Expansion
@@ -177,13 +176,13 @@ def _grad_prompt(t, work, d_prompt, j):
             for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
                 at = axis(start, t.r, BLOCK)
                 grad += product(load_sum(work.d_query, i, at), load(matrix(t.b, t.task), at, j))
-        store(d_prompt, grad, i, j)
+        tiles.store(d_prompt, grad, i, j)
 
 
 @triton.jit
 def _grad_b(t, kept, work, d_b, halves, j):
     """dB = Oᵀ·dF + dQᵀ·P."""
-    d_query = (tr(work.d_query[0]), work.d_query[1], work.d_query[2])
+    d_query = (transposed(work.d_query[0]), work.d_query[1], work.d_query[2])
     for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
         at = axis(start, t.r, BLOCK)
         grad = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -191,9 +190,9 @@ def _grad_b(t, kept, work, d_b, halves, j):
             grad = load(dense(halves[1], t.task, t.r, t.d), at, j)
         for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
             i = axis(row, t.m, BLOCK_M)
-            grad += product(load(tr(kept.attended), at, i), _fused_grad(t, work, i, j))
+            grad += product(load(transposed(kept.attended), at, i), _fused_grad(t, work, i, j))
             grad += product(load_sum(d_query, at, i), load(matrix(t.p, t.task), i, j))
-        store(d_b, grad, at, j)
+        tiles.store(d_b, grad, at, j)
 
 
 @triton.jit
@@ -207,11 +206,11 @@ def _grad_down(t, kept, work, d_down, d_gate, j):
             fused = load(matrix(t.p, t.task), i, j)
             if t.b is not None:
                 fused = add_product(fused, kept.attended, i, matrix(t.b, t.task), j, t.r)
-            grad += product(load(tr(work.d_x), c, i), fused)
+            grad += product(load(transposed(work.d_x), c, i), fused)
         down, at = core.spaces(t, d_down, Axis(c.offs, c.offs < t.dims), t.dim)
-        store(tr(down), grad, at, j)
+        tiles.store(transposed(down), grad, at, j)
         k = Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims))
-        store(tr(d_gate), grad, k, j)
+        tiles.store(transposed(d_gate), grad, k, j)
 
 
 @triton.jit
@@ -224,7 +223,19 @@ def _grad_up(t, kept, work, d_up, j, ACTIVATION: tl.constexpr):
             i = axis(row, t.m, BLOCK_M)
             gated = core.load_gated(t, kept, i, c, ACTIVATION)
             grad += product(tl.trans(gated), load(work.y, i, j))
-        store(d_up, grad, c, j)
+        tiles.store(d_up, grad, c, j)
+
+
+@triton.jit
+def _grad_bias(t, work, d_bias_ptr):
+    """db = Σ dz."""
+    for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
+        k, column = axis(start, t.spaces, BLOCK), axis(t.dims + start, t.width, BLOCK)
+        grad = tl.zeros((BLOCK,), tl.float32)
+        for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
+            grad += tl.sum(load(work.d_x, axis(row, t.m, BLOCK_M), column), 0)
+        ptrs = d_bias_ptr + t.task * t.spaces + k.offs
+        tl.store(ptrs, grad.to(d_bias_ptr.dtype.element_ty), mask=k.mask)
 
 
 @triton.jit(do_not_specialize=["splits", "n_parts", "pieces", "n_tiles", "d_tiles"])
@@ -308,13 +319,4 @@ def reconstruct_backward_kernel(
                     _grad_up(t, kept, work, dense(grads[4], task, t.dims, t.d), j, ACTIVATION)
         if t.down is not None:
             if piece == 0:
-                for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
-                    k = axis(start, t.spaces, BLOCK)
-                    d_bias = tl.zeros((BLOCK,), tl.float32)  # Σ dz
-                    for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-                        d_z = load(
-                            work.d_x, axis(row, t.m, BLOCK_M), axis(t.dims + start, t.width, BLOCK)
-                        )
-                        d_bias += tl.sum(d_z, 0)
-                    ptrs = grads[6] + task * t.spaces + k.offs
-                    tl.store(ptrs, d_bias.to(grads[6].dtype.element_ty), mask=k.mask)
+                _grad_bias(t, work, grads[6])

@@ -67,10 +67,7 @@ def forward_config(
     The programs of a block of tokens repeat what they share, if the products over d are at most
     `MOST_REPEATED` and so are those of the attention. Otherwise the products over d get a launch,
     and the attention another one if it has more. Nothing is repeated if there are as many blocks
-    of tokens as fill a GPU.
-
-    Args:
-        all_tokens: whether a program looks at all tokens of its task, for the gate's mean.
+    of tokens as fill a GPU. ``all_tokens``: whether a program looks at all tokens of its task.
     """
     columns = spaces * dim + spaces
     blocks = ceil_div(m, ROWS)

@@ -23,6 +23,8 @@ from ept_fast.kernels.reconstruct import core
 from ept_fast.kernels.reconstruct.core import BLOCK, BLOCK_M, NONE, add_product, load_sum
 from ept_fast.kernels.tiles import Axis, axis, dense, load, matrix, product, store, transposed
 
+__all__ = ["reconstruct_attend_kernel", "reconstruct_forward_kernel"]
+
 
 @triton.jit
 def _store_query(t, query, sums, i):

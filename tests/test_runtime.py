@@ -169,7 +169,7 @@ def test_what_changes_a_plan(name: str, step: Step, backend: str) -> None:
         ("forward_config", {"block_s": 64}),
         ("backward_config", {"block_d": 64}),
         ("reconstruct_forward_config", {"d_tiles": 2, "chunks": 1}),
-        ("reconstruct_backward_config", {"d_tiles": 2, "chunks": 1, "pieces": 1, "n_tiles": 9}),
+        ("reconstruct_backward_config", {"d_tiles": 2, "chunks": 1, "n_tiles": 9}),
     ],
 )
 def test_other_launch_sizes_are_another_plan(

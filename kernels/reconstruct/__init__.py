@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ept_fast.kernels.reconstruct.backward import reconstruct_backward_kernel
-from ept_fast.kernels.reconstruct.config import ROWS
+from ept_fast.kernels.reconstruct.config import KINDS, ROWS, Config
 from ept_fast.kernels.reconstruct.core import reconstruct_reduce_kernel
-from ept_fast.kernels.reconstruct.expand import NUMBER_OF_KINDS
 from ept_fast.kernels.reconstruct.forward import (
     reconstruct_attend_kernel,
     reconstruct_forward_kernel,
@@ -28,12 +27,14 @@ def saved(add: Add, parameters: Parameters) -> Saved:
     return Saved(*(add(shape, torch.float32) for shape in Saved.shapes(parameters)))
 
 
-def _with_strides(tensor: Any, order: tuple[int, ...] = ()) -> Any:
-    """A tensor as a kernel takes it: address and strides; None if it is absent."""
-    if tensor is None:
-        return None
-    strides = tensor.stride()
-    return (tensor, *(strides[i] for i in order or range(len(strides))))
+def _given(parameters: Any, flags: Flags) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Sizes and numbers, and the parameters, as the kernels take them (see :class:`.core.Task`)."""
+    _, m, n, r, spaces, dim, d = parameters.sizes()
+    dims = spaces * dim
+    numbers = (m, n, r, spaces, dim, dims, dims + spaces, d)
+    p, a, b, down, up, gate, bias = (t and (t, *t.stride()) for t in parameters)
+    down = down and (*down[:3], down[4], down[3])
+    return (*numbers, flags.scaling, d**-0.5, flags.temperature), (p, a, b, down, up, gate, bias)
 
 
 def _options(width: int, core: bool = False, expand: bool = True) -> dict[str, int]:
@@ -46,108 +47,55 @@ def _options(width: int, core: bool = False, expand: bool = True) -> dict[str, i
     return {"num_warps": 8 if core else 4, "maxnreg": most}
 
 
-def _reduce(
-    plan: Plan, sums: Operand, steps: int, sizes: tuple[int, ...], *tensors: Any, forward: bool
-) -> None:
-    """The products over d: [P ; B]·[Bᵀ | D | G], or Y·[Bᵀ | Uᵀ]."""
-    tasks, splits, rows, columns = sums.shape
-    m = sizes[0]
+def _products(
+    plan: Plan, config: Config, of: tuple[Any, ...], tasks: int, rows: int, columns: int
+) -> tuple[tuple[Any, ...], int]:
+    """The products over d and the number of their parts; launched, if by a launch of their own.
+
+    ``of``: sizes, numbers and, in the places of P, B, D and G, the factors.
+    """
+    m, d = of[0], of[7]
+    columns = ceil_div(columns, 16) * 16  # rows begin at multiples of 16 bytes
+    splits = max(1, config.splits)
     blocks = ceil_div(m, ROWS) + ceil_div(rows - m, ROWS)
-    plan.launch(
-        reconstruct_reduce_kernel,
-        tasks * blocks * splits,
-        sums,
-        *tensors,
-        sizes,
-        rows,
-        columns,
-        splits,
-        steps,
-        FORWARD=forward,
-        **_options(sizes[-1]),
-    )
-
-
-def _padded(columns: int) -> int:
-    """Columns of the products over d in memory: rows begin at multiples of 16 bytes."""
-    return ceil_div(columns, 16) * 16
+    sums = (plan.scratch((tasks, splits, rows, columns)), rows, columns, blocks)
+    if not config.splits:
+        return sums, splits
+    arguments = (sums, of, splits, config.steps)
+    plan.launch(reconstruct_reduce_kernel, tasks * blocks * splits, *arguments, **_options(d))
+    return (*sums[:3], None), splits
 
 
 def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: Add, sizes: Any) -> None:
-    """Describe the forward, with an offset or subspaces.
+    """Describe the forward, with an offset or subspaces, for :class:`Parameters` of operands.
 
-    Args:
-        plan: to be filled.
-        parameters: :class:`Parameters` of operands.
-        flags: the operation's choices.
-        out: where P′ ``[T, m, d]`` goes.
-        add: makes what the backward needs, as :func:`saved` lists it.
-        sizes: chooses the launch sizes.
+    P′ ``[T, m, d]`` goes to ``out``; ``add`` makes what the backward needs, as for :func:`saved`;
+    ``sizes`` chooses the launch sizes.
     """
-    tasks, m, n, r, spaces, dim, d = measures = parameters.sizes()
-    has_offset, has_spaces = parameters.has_offset, parameters.has_spaces
-    config = sizes(*measures, has_spaces and flags.gate == "prompt")
-    metric = (m, n, r, spaces, dim, spaces * dim, spaces * dim + spaces, d)
-    numbers = (flags.scaling, d**-0.5, flags.temperature)
-    options = _options(d)
+    tasks, m, _, r, spaces, dim, d = measures = parameters.sizes()
+    prompt = flags.gate == "prompt"
+    config = sizes(*measures, parameters.has_spaces and prompt)
+    numbers, tensors = _given(parameters, flags)
+    p, _, b, down, _, gate, _ = tensors
+    of = (*numbers, *tensors)
     kept = saved(add, parameters)
-    p, a, b = map(_with_strides, parameters[:3])
-    up, gate, bias = map(_with_strides, parameters[4:])
-    down = _with_strides(parameters.space_down, (0, 1, 3, 2))
-
-    rows = m + r if has_offset and has_spaces else m
-    columns = _padded(r + spaces * dim + spaces)
-    splits = max(1, config.splits)
-    sums = plan.scratch((tasks, splits, rows, columns))
-    if config.splits:
-        _reduce(plan, sums, config.steps, metric, p, b, down, gate, forward=True)
+    factors = (*numbers, p, None, b, down, None, gate, None)
+    rows = m + r if parameters.has_spaces else m
+    sums, splits = _products(plan, config, factors, tasks, rows, r + spaces * dim + spaces)
+    blocks, options = tasks * ceil_div(m, ROWS), _options(d)
     parts = None
-    blocks = tasks * ceil_div(m, ROWS)
-    if config.n_splits:
-        shape = (tasks, config.n_splits, m)
+    if n_splits := config.n_splits:
+        shape = (tasks, n_splits, m)
         parts = (plan.scratch(shape), plan.scratch(shape), plan.scratch((*shape, r)))
-        plan.launch(
-            reconstruct_attend_kernel,
-            blocks * config.n_splits,
-            sums,
-            kept.query,
-            parts,
-            p,
-            a,
-            metric,
-            numbers,
-            rows,
-            columns,
-            splits,
-            config.n_splits,
-            config.n_tiles,
-            **options,
-        )
+        first = (sums, kept.query, parts, of, splits, n_splits, config.n_tiles)
+        plan.launch(reconstruct_attend_kernel, blocks * n_splits, *first, **options)
     plan.launch(
         reconstruct_forward_kernel,
         blocks * config.chunks,
-        out,
-        tuple(kept),
-        plan.scratch((tasks, m, spaces)),
-        sums,
-        parts,
-        p,
-        a,
-        b,
-        down,
-        up,
-        gate,
-        bias,
-        metric,
-        numbers,
-        rows,
-        columns,
-        splits,
-        config.n_splits,
-        config.d_tiles,
-        REDUCED=config.splits > 0,
+        *(out, tuple(kept), plan.scratch((tasks, m, spaces)), sums, parts, of),
+        *(splits, n_splits, config.d_tiles),
         ACTIVATION=flags.activation,
-        PROMPT=flags.gate == "prompt",
+        PROMPT=prompt,
         **options,
     )
 
@@ -162,65 +110,31 @@ def backward(
     halves: tuple[Operand, Operand] | None,
     sizes: Any,
 ) -> None:
-    """Describe the backward, with an offset or subspaces.
+    """Describe the backward, with an offset or subspaces, for :class:`Parameters` of operands.
 
-    Args:
-        plan: to be filled.
-        grad: Y = dL/dP′ ``[T, m, d]``.
-        parameters: :class:`Parameters` of operands.
-        flags: the operation's choices.
-        kept: :class:`Saved` of operands, contiguous.
-        into: :class:`Parameters` of operands, where the gradients go.
-        halves: float32, what is added to the gradients of A and B before they are rounded.
-        sizes: chooses the launch sizes.
+    Y = dL/dP′ ``[T, m, d]`` is ``grad``; ``kept`` is a contiguous :class:`Saved`; the gradients go
+    ``into`` :class:`Parameters`, where ``halves`` in float32 are added to those of A and B before
+    these are rounded.
     """
-    tasks, m, n, r, spaces, dim, d = measures = parameters.sizes()
+    tasks, m, _, r, spaces, dim, d = measures = parameters.sizes()
     config = sizes(*measures)
-    metric = (m, n, r, spaces, dim, spaces * dim, spaces * dim + spaces, d)
-    numbers = (flags.scaling, d**-0.5, flags.temperature)
-    y, p, a, b = map(_with_strides, (grad, *parameters[:3]))
-    up, gate = map(_with_strides, parameters[4:6])
-    down = _with_strides(parameters.space_down, (0, 1, 3, 2))
-
-    columns = _padded(r + spaces * dim)
-    splits = max(1, config.splits)
-    parts = config.pieces if config.core else 1
-    sums = plan.scratch((tasks, splits, m, columns))
-    work = (
-        plan.scratch((tasks, m, spaces * dim + spaces)),
-        plan.scratch((tasks, m, spaces)),
-        plan.scratch((tasks, m, r)),
-        plan.scratch((tasks, m)),
-        plan.scratch((tasks, parts, m, r)),
-    )
-    if config.splits:
-        _reduce(plan, sums, config.steps, metric, y, b, up, None, forward=False)
-    for core, expand in [(True, False), (False, True)] if config.core else [(True, True)]:
-        pieces = config.pieces if core else NUMBER_OF_KINDS * config.chunks
+    numbers, tensors = _given(parameters, flags)
+    y = (grad, *grad.stride())
+    factors = (*numbers, y, None, tensors[2], tensors[4], None, None, None)
+    sums, splits = _products(plan, config, factors, tasks, m, r + spaces * dim)
+    pieces, chunks = config.n_splits, config.chunks
+    parts = max(1, pieces)
+    shapes = ((m, spaces * dim + spaces), (m, spaces), (m, r), (m,), (parts, m, r))
+    work = tuple(plan.scratch((tasks, *shape)) for shape in shapes)
+    tensors = (tuple(into), halves, work, sums, tuple(kept), y, (*numbers, *tensors))
+    both = [(True, True, chunks)]
+    each = [(True, False, pieces), (False, True, KINDS * chunks)]
+    for core, expand, programs in each if pieces else both:
         plan.launch(
             reconstruct_backward_kernel,
-            tasks * pieces,
-            tuple(into),
-            halves,
-            work,
-            sums,
-            tuple(kept),
-            y,
-            p,
-            a,
-            b,
-            down,
-            up,
-            gate,
-            metric,
-            numbers,
-            columns,
-            splits,
-            parts,
-            pieces,
-            config.n_tiles,
-            config.d_tiles,
-            REDUCED=config.splits > 0,
+            tasks * programs,
+            *tensors,
+            *(splits, parts, programs, config.n_tiles, config.d_tiles),
             CORE=core,
             EXPAND=expand,
             ACTIVATION=flags.activation,

@@ -1,4 +1,4 @@
-"""Operation 1, backward, as METHOD's algebra has it; here the core, in :mod:`.expand` the rest.
+"""Operation 1, backward, as METHOD's algebra has it:
 
     products over d   dC = Y·[B ; U]ᵀ                                     Y = dL/dP′
     core              dX = [dHin | dz]   dO = dC[:, :r] + dX·Sᵀ   dQ   dA
@@ -22,284 +22,301 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ept_fast.kernels import tiles
 from ept_fast.kernels.activations import activate, activation_derivative
-from ept_fast.kernels.reconstruct.core import (
-    BLOCK,
-    BLOCK_M,
-    Task,
-    add_product,
-    load_or_mean,
-    reduce,
-)
-from ept_fast.kernels.reconstruct.expand import KINDS, expand, grad_bias
-from ept_fast.kernels.tiles import dense, load, load_parts, matrix, product, store, transposed
+from ept_fast.kernels.reconstruct import config, core
+from ept_fast.kernels.reconstruct.core import BLOCK, BLOCK_M, NONE, add_product, load_sum
+from ept_fast.kernels.tiles import Axis, axis, dense, load, matrix, product, transposed
 
 __all__ = ["reconstruct_backward_kernel"]
 
+_KINDS = tiles.constant(config.KINDS)
+
+
+class _Work(NamedTuple):
+    """What the programs of a task read, and leave for later ones, besides what was kept."""
+
+    y: Any
+    products: Any  # dC [m, r + K·h], in parts
+    d_x: Any  # dX [m, W]
+    d_gates: Any  # dg [m, K]
+    d_attended: Any  # dO [m, r]
+    inner_ptr: Any  # Σ_j W·dW [m]
+    d_query: Any  # dQ [m, r], in parts
+
+
+# Core
+
 
 @triton.jit
-def _space_grads(t, d_x, d_gates, sums, saved, offs_m, splits, ACTIVATION: tl.constexpr):
+def _space_grads(t, kept, work, i, ACTIVATION: tl.constexpr):
     """dHin and dg of a block of tokens, to memory."""
-    mask_m = offs_m < t.m
-    part = tl.cast(t.m, tl.int64) * sums.stride_i
-    of_hidden = dense(saved[3], t.task, t.m, t.dims)
-    of_gates = dense(saved[4], t.task, t.m, t.spaces)
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
-        offs_k = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        k = axis(start, t.spaces, BLOCK)
         d_gate = tl.zeros((BLOCK_M, BLOCK), tl.float32)
         last = tl.minimum(start + BLOCK, t.spaces) * t.dim
         for column in tl.range(start * t.dim, last, BLOCK, num_stages=1, disable_licm=True):
-            offs_c = (column + tl.arange(0, BLOCK)).to(tl.int64)
-            mask_c = offs_c < last
-            grad = load_parts(sums, offs_m, mask_m, t.r + offs_c, mask_c, splits, part)
-            hidden = load(of_hidden, offs_m, mask_m, offs_c, mask_c)
+            c = axis(column, last, BLOCK)
+            grad = load_sum(work.products, i, axis(t.r + column, t.r + last, BLOCK))
+            hidden = load(kept.hidden, i, c)
             # A product with zeros and ones adds up the columns of each space.
-            member = (offs_c[:, None] // t.dim == offs_k[None, :]).to(tl.float32)
+            space = Axis(c.offs // t.dim, c.mask)
+            member = (space.offs[:, None] == k.offs[None, :]).to(tl.float32)
             d_gate += product(grad * activate(hidden, ACTIVATION), member)
-            gates = load(of_gates, offs_m, mask_m, offs_c // t.dim, mask_c)
-            grad *= gates * activation_derivative(hidden, ACTIVATION)
-            store(d_x, grad, offs_m, mask_m, offs_c, mask_c)
-        store(d_gates, d_gate, offs_m, mask_m, offs_k, offs_k < t.spaces)
+            grad *= load(kept.gates, i, space) * activation_derivative(hidden, ACTIVATION)
+            tiles.store(work.d_x, grad, i, c)
+        tiles.store(work.d_gates, d_gate, i, k)
 
 
 @triton.jit
-def _logit_grads(t, d_x, d_gates, gates, offs_m, temperature, PROMPT: tl.constexpr):
+def _logit_grads(t, kept, work, i, PROMPT: tl.constexpr):
     """dz of a block of tokens, to memory."""
-    mask_m = offs_m < t.m
     inner = tl.zeros((BLOCK_M,), tl.float32)  # Σ_k g_k·dg_k
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
-        offs_k = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        g = load(gates, offs_m, mask_m, offs_k, offs_k < t.spaces)
-        inner += tl.sum(g * load_or_mean(t, d_gates, offs_m, offs_k, PROMPT), 1)
+        k = axis(start, t.spaces, BLOCK)
+        gates, grads = load(kept.gates, i, k), core.load_or_mean(t, work.d_gates, i, k, PROMPT)
+        inner += tl.sum(gates * grads, 1)
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
-        offs_k = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        mask_k = offs_k < t.spaces
-        g = load(gates, offs_m, mask_m, offs_k, mask_k)
-        grads = load_or_mean(t, d_gates, offs_m, offs_k, PROMPT)
-        d_z = g * (grads - inner[:, None]) / temperature
-        store(d_x, d_z, offs_m, mask_m, t.dims + offs_k, mask_k)
+        k = axis(start, t.spaces, BLOCK)
+        gates, grads = load(kept.gates, i, k), core.load_or_mean(t, work.d_gates, i, k, PROMPT)
+        d_z = gates * (grads - inner[:, None]) / t.temperature
+        tiles.store(work.d_x, d_z, i, axis(t.dims + start, t.width, BLOCK))
 
 
 @triton.jit
-def _attended_grads(t, d_attended, d_x, sums, saved, offs_m, splits):
-    """dO = dC[:, :r] + dX·Sᵀ of a block of tokens, to memory."""
-    mask_m = offs_m < t.m
-    part = tl.cast(t.m, tl.int64) * sums.stride_i
+def _attended_grads(t, kept, work, i):
+    """dO = dC[:, :r] + dX·Sᵀ of a block of tokens and Σ_j W·dW = dO·O, to memory."""
     for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
-        offs_r = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        mask_r = offs_r < t.r
-        grad = load_parts(sums, offs_m, mask_m, offs_r, mask_r, splits, part)
+        j = axis(start, t.r, BLOCK)
+        grad = load_sum(work.products, i, j)
         if t.down is not None:
-            cross = transposed(dense(saved[5], t.task, t.r, t.width))
-            grad = add_product(grad, d_x, offs_m, mask_m, cross, offs_r, mask_r, t.width, 1.0)
-        store(d_attended, grad, offs_m, mask_m, offs_r, mask_r)
-
-
-class _Attention(NamedTuple):
-    """What the gradients of the attention are made of, at a task."""
-
-    query: Any
-    attended: Any
-    d_attended: Any
-    stats_ptr: Any  # row maxima and row sums
-    inner_ptr: Any  # Σ_j W·dW
-    scaling: Any
-    score_scale: Any
-
-
-@triton.jit
-def _store_inner(t, of, offs_m):
-    """Σ_j W·dW = dO·O of a block of tokens, to memory."""
-    mask_m = offs_m < t.m
+            grad = add_product(grad, work.d_x, i, transposed(kept.cross), j, t.width)
+        tiles.store(work.d_attended, grad, i, j)
+    tl.debug_barrier()
     inner = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    inner = add_product(
-        inner, of.attended, offs_m, mask_m, transposed(of.d_attended), offs_m, mask_m, t.r, 1.0
-    )
-    same = offs_m[:, None] == offs_m[None, :]
-    tl.store(of.inner_ptr + offs_m, tl.sum(tl.where(same, inner, 0.0), 0), mask=mask_m)
+    inner = add_product(inner, kept.attended, i, transposed(work.d_attended), i, t.r)
+    same = i.offs[:, None] == i.offs[None, :]
+    tl.store(work.inner_ptr + i.offs, tl.sum(tl.where(same, inner, 0.0), 0), mask=i.mask)
 
 
 @triton.jit
-def _score_grads(t, of, offs_n, offs_m):
+def _score_grads(t, kept, work, n, i):
     """W and the gradient of the scores, both [BLOCK, BLOCK_M]."""
-    mask_n, mask_m = offs_n < t.n, offs_m < t.m
     a = matrix(t.a, t.task)
     zeros = tl.zeros((BLOCK, BLOCK_M), tl.float32)
-    scores = add_product(
-        zeros, a, offs_n, mask_n, transposed(of.query), offs_m, mask_m, t.r, of.scaling
-    )
-    top = tl.load(of.stats_ptr + offs_m, mask=mask_m, other=0.0)
-    total = tl.load(of.stats_ptr + (t.m + offs_m), mask=mask_m, other=1.0)
-    scores = tl.where(mask_n[:, None], scores, float("-inf"))
-    weights = tl.exp((scores - top[None, :]) * of.score_scale) * (1.0 / total)[None, :]
-    grads = add_product(
-        zeros, a, offs_n, mask_n, transposed(of.d_attended), offs_m, mask_m, t.r, of.scaling
-    )
-    inner = tl.load(of.inner_ptr + offs_m, mask=mask_m, other=0.0)
-    return weights, weights * (grads - inner[None, :]) * of.score_scale
+    scores = add_product(zeros, a, n, transposed(kept.query), i, t.r, t.scaling)
+    top = tl.load(kept.stats_ptr + i.offs, mask=i.mask, other=0.0)
+    total = tl.load(kept.stats_ptr + (t.m + i.offs), mask=i.mask, other=1.0)
+    scores = tl.where(n.mask[:, None], scores, float("-inf"))
+    weights = tl.exp((scores - top[None, :]) * t.score_scale) * (1.0 / total)[None, :]
+    grads = add_product(zeros, a, n, transposed(work.d_attended), i, t.r, t.scaling)
+    inner = tl.load(work.inner_ptr + i.offs, mask=i.mask, other=0.0)
+    return weights, weights * (grads - inner[None, :]) * t.score_scale
 
 
 @triton.jit
-def _store_grad_a(t, d_a, half_a, of, first, last):
-    """dA of the tiles [first, last) of positions."""
-    for tile in tl.range(first, last, num_stages=1, disable_licm=True):
-        offs_n = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-        mask_n = offs_n < t.n
-        for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
-            offs_r = (start + tl.arange(0, BLOCK)).to(tl.int64)
-            mask_r = offs_r < t.r
+def _store_grad_a(t, kept, work, d_a_ptr, halves, begin, end):
+    """dA of the positions from ``begin`` to ``end``."""
+    for start in tl.range(begin, end, BLOCK, num_stages=1, disable_licm=True):
+        n = axis(start, t.n, BLOCK)
+        for first in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
+            j = axis(first, t.r, BLOCK)
             grad = tl.zeros((BLOCK, BLOCK), tl.float32)
             for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-                offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-                mask_m = offs_m < t.m
-                weights, d_scores = _score_grads(t, of, offs_n, offs_m)
-                grad += product(weights, load(of.d_attended, offs_m, mask_m, offs_r, mask_r))
-                grad += product(d_scores, load(of.query, offs_m, mask_m, offs_r, mask_r))
-            grad *= of.scaling
-            if half_a is not None:
-                grad += load(half_a, offs_n, mask_n, offs_r, mask_r)
-            store(d_a, grad, offs_n, mask_n, offs_r, mask_r)
+                i = axis(row, t.m, BLOCK_M)
+                weights, d_scores = _score_grads(t, kept, work, n, i)
+                grad += product(weights, load(work.d_attended, i, j))
+                grad += product(d_scores, load(kept.query, i, j))
+            grad *= t.scaling
+            if halves is not None:
+                grad += load(dense(halves[0], t.task, t.n, t.r), n, j)
+            tiles.store(dense(d_a_ptr, t.task, t.n, t.r), grad, n, j)
 
 
 @triton.jit
-def _store_grad_query(t, d_query, of, first, last):
-    """dQ, or the part of it that the tiles [first, last) of positions give."""
+def _store_grad_query(t, kept, work, d_query, begin, end):
+    """The part of dQ that the positions from ``begin`` to ``end`` give."""
     for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-        offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-        for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
-            offs_r = (start + tl.arange(0, BLOCK)).to(tl.int64)
-            mask_r = offs_r < t.r
+        i = axis(row, t.m, BLOCK_M)
+        for first in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
+            j = axis(first, t.r, BLOCK)
             grad = tl.zeros((BLOCK, BLOCK_M), tl.float32)
-            for tile in tl.range(first, last, num_stages=1, disable_licm=True):
-                offs_n = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-                _, d_scores = _score_grads(t, of, offs_n, offs_m)
-                a = (
-                    load(transposed(matrix(t.a, t.task)), offs_r, mask_r, offs_n, offs_n < t.n)
-                    * of.scaling
-                )
+            for start in tl.range(begin, end, BLOCK, num_stages=1, disable_licm=True):
+                n = axis(start, t.n, BLOCK)
+                _, d_scores = _score_grads(t, kept, work, n, i)
+                a = load(transposed(matrix(t.a, t.task)), j, n) * t.scaling
                 grad += product(a, d_scores)
-            store(transposed(d_query), grad, offs_r, mask_r, offs_m, offs_m < t.m)
+            tiles.store(transposed(d_query), grad, j, i)
+
+
+# Expansion
 
 
 @triton.jit
-def _core_of_spaces(
-    t,
-    d_x,
-    d_gates,
-    sums,
-    saved,
-    splits,
-    temperature,
-    ACTIVATION: tl.constexpr,
-    PROMPT: tl.constexpr,
-):
-    """dX = [dHin | dz] of all tokens, to memory."""
+def _fused_grad(t, work, i, j):
+    """dF = Y + dX·[D | G]ᵀ [BLOCK_M, BLOCK]."""
+    grad = load(work.y, i, j)
+    if t.down is not None:
+        for start in tl.range(0, t.width, BLOCK, num_stages=1, disable_licm=True):
+            c = axis(start, t.width, BLOCK)
+            down, at = core.spaces(t, t.down, Axis(c.offs, c.offs < t.dims), t.dim)
+            k = Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims))
+            both = load(down, j, at) + load(matrix(t.gate, t.task), j, k)
+            grad += product(load(work.d_x, i, c), tl.trans(both))
+    return grad
+
+
+@triton.jit
+def _grad_prompt(t, work, d_prompt, j):
+    """dP = dF + dQ·B."""
     for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-        offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-        _space_grads(t, d_x, d_gates, sums, saved, offs_m, splits, ACTIVATION)
-    tl.debug_barrier()
-    gates = dense(saved[4], t.task, t.m, t.spaces)
-    for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-        offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-        _logit_grads(t, d_x, d_gates, gates, offs_m, temperature, PROMPT)
-    tl.debug_barrier()
+        i = axis(row, t.m, BLOCK_M)
+        grad = _fused_grad(t, work, i, j)
+        if t.b is not None:
+            for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
+                at = axis(start, t.r, BLOCK)
+                grad += product(load_sum(work.d_query, i, at), load(matrix(t.b, t.task), at, j))
+        tiles.store(d_prompt, grad, i, j)
+
+
+@triton.jit
+def _grad_b(t, kept, work, d_b, halves, j):
+    """dB = Oᵀ·dF + dQᵀ·P."""
+    d_query = (transposed(work.d_query[0]), work.d_query[1], work.d_query[2])
+    for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
+        at = axis(start, t.r, BLOCK)
+        grad = tl.zeros((BLOCK, BLOCK), tl.float32)
+        if halves is not None:
+            grad = load(dense(halves[1], t.task, t.r, t.d), at, j)
+        for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
+            i = axis(row, t.m, BLOCK_M)
+            grad += product(load(transposed(kept.attended), at, i), _fused_grad(t, work, i, j))
+            grad += product(load_sum(d_query, at, i), load(matrix(t.p, t.task), i, j))
+        tiles.store(d_b, grad, at, j)
+
+
+@triton.jit
+def _grad_down(t, kept, work, d_down, d_gate, j):
+    """d[D | G]ᵀ = dXᵀ·F."""
+    for start in tl.range(0, t.width, BLOCK, num_stages=1, disable_licm=True):
+        c = axis(start, t.width, BLOCK)
+        grad = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
+            i = axis(row, t.m, BLOCK_M)
+            fused = load(matrix(t.p, t.task), i, j)
+            if t.b is not None:
+                fused = add_product(fused, kept.attended, i, matrix(t.b, t.task), j, t.r)
+            grad += product(load(transposed(work.d_x), c, i), fused)
+        down, at = core.spaces(t, d_down, Axis(c.offs, c.offs < t.dims), t.dim)
+        tiles.store(transposed(down), grad, at, j)
+        k = Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims))
+        tiles.store(transposed(d_gate), grad, k, j)
+
+
+@triton.jit
+def _grad_up(t, kept, work, d_up, j, ACTIVATION: tl.constexpr):
+    """dU = (g·Φ)ᵀ·Y."""
+    for start in tl.range(0, t.dims, BLOCK, num_stages=1, disable_licm=True):
+        c = axis(start, t.dims, BLOCK)
+        grad = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
+            i = axis(row, t.m, BLOCK_M)
+            gated = core.load_gated(t, kept, i, c, ACTIVATION)
+            grad += product(tl.trans(gated), load(work.y, i, j))
+        tiles.store(d_up, grad, c, j)
+
+
+@triton.jit
+def _grad_bias(t, work, d_bias_ptr):
+    """db = Σ dz."""
+    for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
+        k, column = axis(start, t.spaces, BLOCK), axis(t.dims + start, t.width, BLOCK)
+        grad = tl.zeros((BLOCK,), tl.float32)
+        for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
+            grad += tl.sum(load(work.d_x, axis(row, t.m, BLOCK_M), column), 0)
+        ptrs = d_bias_ptr + t.task * t.spaces + k.offs
+        tl.store(ptrs, grad.to(d_bias_ptr.dtype.element_ty), mask=k.mask)
 
 
 @triton.jit(do_not_specialize=["splits", "n_parts", "pieces", "n_tiles", "d_tiles"])
 def reconstruct_backward_kernel(
     grads,  # dP, dA, dB, dD [T, K, d, h], dU, dG, db, without gaps
     halves,  # what is added to dA and dB, float32; None: nothing
-    work,  # dX [T, m, W], dg [T, m, K], dO [T, m, r], dO·O [T, m], dQ [T, n_parts, m, r]
-    sums_ptr,  # dC [T, splits, m, columns]
-    saved,  # as the forward gives it
+    work_ptrs,  # dX [T, m, W], dg [T, m, K], dO [T, m, r], dO·O [T, m], dQ [T, n_parts, m, r]
+    sums,  # dC: address of [T, splits, rows, columns], rows, columns, blocks to be made if any
+    kept_ptrs,  # what `Kept` lists, of all tasks
     y,
-    p,
-    a,
-    b,
-    down,
-    up,
-    gate,
-    sizes,
-    numbers,  # c, 1/√d, τ
-    columns,
+    of,
     splits,
     n_parts,
     pieces,
     n_tiles,
     d_tiles,
-    REDUCED: tl.constexpr,  # the products over d are made
     CORE: tl.constexpr,
     EXPAND: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PROMPT: tl.constexpr,
 ):
     """A piece of a task's gradients: the core for a chunk of n, the expansion of a chunk of d."""
-    piece = tl.program_id(0) % pieces
-    task = (tl.program_id(0) // pieces).to(tl.int64)
-    m, n, r, spaces, dim, dims, width, d = sizes
-    t = Task(task, m, n, r, spaces, dim, dims, width, d, p, a, b, down, up, gate)
-    of_y = matrix(y, task)
-    d_x = dense(work[0], task, t.m, t.width)
-    attended = dense(saved[2], task, t.m, t.r)
+    piece, _, task = core.program(pieces, 1)
+    t = core.Task(task, *of)
+    kept = core.kept_of(t, kept_ptrs)
+    work = _Work(
+        matrix(y, task),
+        core.parts_of(sums[0], task, splits, sums[1], sums[2]),
+        dense(work_ptrs[0], task, t.m, t.width),
+        dense(work_ptrs[1], task, t.m, t.spaces),
+        dense(work_ptrs[2], task, t.m, t.r),
+        work_ptrs[3] + task * t.m,
+        core.parts_of(work_ptrs[4], task, n_parts, t.m, t.r),
+    )
     if CORE:
-        sums = dense(sums_ptr, task * splits, t.m, columns)
-        if not REDUCED:
-            for block in tl.range(tl.cdiv(t.m, BLOCK_M), disable_licm=True):
-                reduce(t, sums, block, of_y, 0, tl.cdiv(t.d, BLOCK), False)
+        if sums[3] is not None:
+            for block in tl.range(sums[3], disable_licm=True):
+                core.reduce(t, work.products[0], block, y, t.up, NONE, NONE)
             tl.debug_barrier()  # the program's threads may read what others of them have written
-        if down is not None:
-            d_gates = dense(work[1], task, t.m, t.spaces)
-            _core_of_spaces(t, d_x, d_gates, sums, saved, splits, numbers[2], ACTIVATION, PROMPT)
-        if b is not None:
-            d_attended = dense(work[2], task, t.m, t.r)
-            query = dense(saved[0], task, t.m, t.r)
-            stats_ptr, inner_ptr = saved[1] + task * 2 * t.m, work[3] + task * t.m
-            of = _Attention(
-                query, attended, d_attended, stats_ptr, inner_ptr, numbers[0], numbers[1]
-            )
+        if t.down is not None:
             for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-                offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-                _attended_grads(t, d_attended, d_x, sums, saved, offs_m, splits)
+                _space_grads(t, kept, work, axis(row, t.m, BLOCK_M), ACTIVATION)
             tl.debug_barrier()
             for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-                _store_inner(t, of, (row + tl.arange(0, BLOCK_M)).to(tl.int64))
+                _logit_grads(t, kept, work, axis(row, t.m, BLOCK_M), PROMPT)
             tl.debug_barrier()
-            first = piece * n_tiles
-            last = tl.minimum(first + n_tiles, tl.cdiv(t.n, BLOCK))
-            half_a = halves
-            if halves is not None:
-                half_a = dense(halves[0], task, t.n, t.r)
-            _store_grad_a(t, dense(grads[1], task, t.n, t.r), half_a, of, first, last)
-            if EXPAND:
-                _store_grad_query(t, dense(work[4], task, t.m, t.r), of, 0, tl.cdiv(t.n, BLOCK))
+        if t.b is not None:
+            for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
+                _attended_grads(t, kept, work, axis(row, t.m, BLOCK_M))
+            tl.debug_barrier()
+            begin = piece * n_tiles * BLOCK
+            end = tl.minimum(begin + n_tiles * BLOCK, t.n)
+            _store_grad_a(t, kept, work, grads[1], halves, begin, end)
+            if EXPAND:  # which needs all of dQ
+                _store_grad_query(t, kept, work, work.d_query[0], 0, t.n)
             else:
-                part = dense(work[4], task * n_parts + piece, t.m, t.r)
-                _store_grad_query(t, part, of, first, last)
+                part = dense(work_ptrs[4], task * n_parts + piece, t.m, t.r)
+                _store_grad_query(t, kept, work, part, begin, end)
             tl.debug_barrier()
     if EXPAND:
         kind = -1  # all gradients
         chunk = piece
         if not CORE:
-            kind = piece % KINDS
-            chunk = piece // KINDS
-        d_query = dense(work[4], task * n_parts, t.m, t.r)
-        last_tile = tl.minimum((chunk + 1) * d_tiles, tl.cdiv(t.d, BLOCK))
-        for tile in tl.range(chunk * d_tiles, last_tile, num_stages=1, disable_licm=True):
-            offs_d = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-            expand(
-                t,
-                kind,
-                grads,
-                halves,
-                saved,
-                of_y,
-                d_x,
-                d_query,
-                n_parts,
-                attended,
-                offs_d,
-                ACTIVATION,
-            )
-        if down is not None:
+            kind = piece % _KINDS
+            chunk = piece // _KINDS
+        begin = chunk * d_tiles * BLOCK
+        end = tl.minimum(begin + d_tiles * BLOCK, t.d)
+        for start in tl.range(begin, end, BLOCK, num_stages=1, disable_licm=True):
+            j = axis(start, t.d, BLOCK)
+            if (kind < 0) | (kind == 0):
+                _grad_prompt(t, work, dense(grads[0], task, t.m, t.d), j)
+            if t.b is not None:
+                if (kind < 0) | (kind == 1):
+                    _grad_b(t, kept, work, dense(grads[2], task, t.r, t.d), halves, j)
+            if t.down is not None:
+                if (kind < 0) | (kind == 2):
+                    d = tl.cast(t.d, tl.int64)
+                    d_down = (grads[3], d * t.dims, d * t.dim, 1, t.dim)
+                    _grad_down(t, kept, work, d_down, dense(grads[5], task, t.d, t.spaces), j)
+                if (kind < 0) | (kind == 3):
+                    _grad_up(t, kept, work, dense(grads[4], task, t.dims, t.d), j, ACTIVATION)
+        if t.down is not None:
             if piece == 0:
-                grad_bias(t, grads[6] + task * t.spaces, d_x)
+                _grad_bias(t, work, grads[6])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ept_fast.kernels.sizes import ceil_div
 
-__all__ = ["MOST_REPEATED", "BackwardConfig", "ForwardConfig", "backward_config", "forward_config"]
+__all__ = ["KINDS", "MOST_REPEATED", "ROWS", "WIDTH", "Config", "backward_config", "forward_config"]
 
 # Products (a multiplication and an addition each) that a program repeats rather than wait for
 # another launch: 2 million of them take about as long as a launch and what it costs the host.
@@ -22,23 +22,21 @@ _MOST_SPLITS = 16
 _MOST_ATTENTION_SPLITS = 32
 # Of a tile: tokens; positions, or channels.
 ROWS, WIDTH = 16, 32
-
-
-def _chunks(length: int, block: int, most: int) -> tuple[int, int]:
-    """``length`` cut into at most ``most`` equal chunks of blocks: (chunks, blocks of a chunk)."""
-    blocks = max(1, ceil_div(length, block * max(1, most)))
-    return max(1, ceil_div(length, blocks * block)), blocks
+# Of programs that only expand backward: each makes one of dP, dB, d[D | G], dU of its channels.
+KINDS = 4
 
 
 @dataclass(frozen=True)
-class ForwardConfig:
-    """Launches of the forward.
+class Config:
+    """Launches of one direction.
 
     Attributes:
         splits, steps: chunks of d of the products over d, and blocks of channels in each; 0 if
             these have no launch of their own.
-        n_splits, n_tiles: chunks of n of the attention, and tiles of positions in each; likewise.
-        chunks, d_tiles: programs that share a block of tokens, and tiles of channels of each.
+        n_splits, n_tiles: chunks of n of the attention (backward: of the core), and tiles of
+            positions in each; 0 splits if it has no launch of its own.
+        chunks, d_tiles: programs that share a block of tokens (backward: a task), and tiles of
+            channels of each.
     """
 
     splits: int
@@ -49,22 +47,10 @@ class ForwardConfig:
     d_tiles: int
 
 
-@dataclass(frozen=True)
-class BackwardConfig:
-    """Launches of the backward; attributes as of :class:`ForwardConfig` if not listed.
-
-    Attributes:
-        core: whether the core has a launch of its own.
-        pieces, n_tiles: programs of a task that share its core, and tiles of positions of each.
-    """
-
-    splits: int
-    steps: int
-    core: bool
-    pieces: int
-    n_tiles: int
-    chunks: int
-    d_tiles: int
+def _chunks(length: int, block: int, most: int) -> tuple[int, int]:
+    """``length`` cut into at most ``most`` equal chunks of blocks: (chunks, blocks of a chunk)."""
+    blocks = max(1, ceil_div(length, block * max(1, most)))
+    return max(1, ceil_div(length, blocks * block)), blocks
 
 
 def _splits(width: int, blocks: int) -> tuple[int, int]:
@@ -75,16 +61,13 @@ def _splits(width: int, blocks: int) -> tuple[int, int]:
 
 def forward_config(
     tasks: int, m: int, n: int, rank: int, spaces: int, dim: int, width: int, all_tokens: bool
-) -> ForwardConfig:
+) -> Config:
     """For METHOD's sizes T, m, n, r, K, h and d; 0 for what does not apply.
 
     The programs of a block of tokens repeat what they share, if the products over d are at most
     `MOST_REPEATED` and so are those of the attention. Otherwise the products over d get a launch,
     and the attention another one if it has more. Nothing is repeated if there are as many blocks
-    of tokens as fill a GPU.
-
-    Args:
-        all_tokens: whether a program looks at all tokens of its task, for the gate's mean.
+    of tokens as fill a GPU. ``all_tokens``: whether a program looks at all tokens of its task.
     """
     columns = spaces * dim + spaces
     blocks = ceil_div(m, ROWS)
@@ -100,12 +83,12 @@ def forward_config(
     if repeated and attention > MOST_REPEATED:
         most = min(_PROGRAMS // (tasks * blocks), _MOST_ATTENTION_SPLITS)
         n_splits, n_tiles = _chunks(n, WIDTH, most)
-    return ForwardConfig(splits, steps, n_splits, n_tiles, chunks, d_tiles)
+    return Config(splits, steps, n_splits, n_tiles, chunks, d_tiles)
 
 
 def backward_config(
     tasks: int, m: int, n: int, rank: int, spaces: int, dim: int, width: int
-) -> BackwardConfig:
+) -> Config:
     """As :func:`forward_config`; all programs of a task share what they repeat."""
     chunks, d_tiles = _chunks(width, WIDTH, ceil_div(_PROGRAMS, tasks))
     products, attention = m * (rank + spaces * dim) * width, 3 * m * n * rank
@@ -114,4 +97,4 @@ def backward_config(
     if core or (chunks > 1 and products > MOST_REPEATED):
         splits, steps = _splits(width, tasks * ceil_div(m, ROWS))
     pieces, n_tiles = _chunks(n, WIDTH, ceil_div(_PROGRAMS, tasks) if core else chunks)
-    return BackwardConfig(splits, steps, core, pieces if core else chunks, n_tiles, chunks, d_tiles)
+    return Config(splits, steps, pieces if core else 0, n_tiles, chunks, d_tiles)

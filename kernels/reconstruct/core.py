@@ -2,7 +2,8 @@
 products over d.
 
 Columns of D and U are numbered c = k·h + j; W = K·h + K is the width of [D | G]. Tiles are small
-enough for the registers at every size, so they are constants.
+enough for the registers at every size, so they are constants. Every kernel takes a task's sizes,
+numbers and parameters as one tuple ``of``: a `Task` but for the task's number.
 """
 
 from __future__ import annotations
@@ -12,29 +13,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ept_fast.kernels import tiles
 from ept_fast.kernels.activations import activate
 from ept_fast.kernels.reconstruct.config import ROWS, WIDTH
-from ept_fast.kernels.tiles import constant, dense, load, matrix, product, transposed
+from ept_fast.kernels.tiles import Axis, axis, dense, load, matrix, product
 
-__all__ = [
-    "BLOCK",
-    "BLOCK_M",
-    "NONE",
-    "Task",
-    "add_product",
-    "blocks_of",
-    "load_down",
-    "load_gated",
-    "load_or_mean",
-    "load_up",
-    "reconstruct_reduce_kernel",
-    "reduce",
-    "space_offsets",
-]
-
-NONE = constant(None)  # what is absent
-BLOCK_M = constant(ROWS)  # tokens of a tile
-BLOCK = constant(WIDTH)  # positions, channels, columns of the spaces, or part of the rank
+NONE = tiles.constant(None)  # what is absent
+BLOCK_M = tiles.constant(ROWS)  # tokens of a tile
+BLOCK = tiles.constant(WIDTH)  # positions, channels, columns of the spaces, or part of the rank
+BLOCK_K = tiles.constant(16)  # columns of G in the products over d
 
 
 class Task(NamedTuple):
@@ -49,189 +36,154 @@ class Task(NamedTuple):
     dims: Any  # K·h
     width: Any  # W
     d: Any
+    scaling: Any  # c
+    score_scale: Any  # 1/√d
+    temperature: Any  # τ
     p: Any
     a: Any
     b: Any
     down: Any  # strides of T, k, j, d, as of U
     up: Any
     gate: Any
+    bias: Any
+
+
+class Kept(NamedTuple):
+    """What the forward of a task keeps for the backward."""
+
+    query: Any  # Q [m, r]
+    stats_ptr: Any  # maxima of the scores and sums of the exponentials, [2, m]
+    attended: Any  # O [m, r]
+    hidden: Any  # Hin [m, K·h]
+    gates: Any  # g [m, K]
+    cross: Any  # S [r, W]
 
 
 @triton.jit
-def space_offsets(columns, stride_k, stride_j, dim):
-    """Where columns c of the spaces begin."""
-    return (columns // dim).to(tl.int64) * stride_k + (columns % dim).to(tl.int64) * stride_j
+def program(inner, blocks):
+    """What a program owns: one of ``inner`` parts of one of ``blocks``, and its task."""
+    number = tl.program_id(0)
+    return number % inner, number // inner % blocks, (number // (inner * blocks)).to(tl.int64)
 
 
 @triton.jit
-def load_down(t, offs_d, columns):
-    """[BLOCK, BLOCK] of [D | G], a channel in each row."""
-    mask_d = offs_d < t.d
-    offsets = space_offsets(columns, t.down[2], t.down[3], t.dim)
-    of_down = matrix((t.down[0], t.down[1], t.down[4], 1), t.task)
-    tile = load(of_down, offs_d, mask_d, offsets, columns < t.dims)
-    mask_k = (columns >= t.dims) & (columns < t.width)
-    return tile + load(
-        matrix(t.gate, t.task), offs_d, mask_d, (columns - t.dims).to(tl.int64), mask_k
-    )
+def kept_of(t, ptrs):
+    """A task's part of what is kept."""
+    query, attended = dense(ptrs[0], t.task, t.m, t.r), dense(ptrs[2], t.task, t.m, t.r)
+    hidden, gates = dense(ptrs[3], t.task, t.m, t.dims), dense(ptrs[4], t.task, t.m, t.spaces)
+    cross = dense(ptrs[5], t.task, t.r, t.width)
+    return Kept(query, ptrs[1] + t.task * 2 * t.m, attended, hidden, gates, cross)
 
 
 @triton.jit
-def load_up(t, columns, offs_d):
-    """[BLOCK, BLOCK] of U, a column c in each row."""
-    offsets = space_offsets(columns, t.up[2], t.up[3], t.dim)
-    of_up = matrix((t.up[0], t.up[1], 1, t.up[4]), t.task)
-    return load(of_up, offsets, columns < t.dims, offs_d, offs_d < t.d)
+def parts_of(ptr, task, number, rows, columns):
+    """A task's matrix that is a sum of parts [T, number, rows, columns]: first, number, stride."""
+    first = dense(ptr, task * number, rows, columns)
+    return first, number, tl.cast(rows, tl.int64) * columns
 
 
 @triton.jit
-def load_gated(t, saved, offs_m, columns, ACTIVATION: tl.constexpr):
+def load_sum(parts, i, j):
+    """A tile of a sum of parts."""
+    return tiles.load_parts(parts[0], i, j, parts[1], parts[2])
+
+
+@triton.jit
+def spaces(t, tensor, c, dim):
+    """D or U as a matrix [d, K·h], and where its columns c begin; B and G have spaces of one."""
+    number = c.offs.to(tl.int32)
+    begins = (number // dim).to(tl.int64) * tensor[2] + (number % dim).to(tl.int64) * tensor[3]
+    return matrix((tensor[0], tensor[1], tensor[4], 1), t.task), Axis(begins, c.mask)
+
+
+@triton.jit
+def load_gated(t, kept, i, c, ACTIVATION: tl.constexpr):
     """g_k·φ(H_k) [BLOCK_M, BLOCK] of the columns c."""
-    mask_m, mask_c = offs_m < t.m, columns < t.dims
-    hidden = load(
-        dense(saved[3], t.task, t.m, t.dims), offs_m, mask_m, columns.to(tl.int64), mask_c
-    )
-    offs_k = (columns // t.dim).to(tl.int64)
-    gates = load(dense(saved[4], t.task, t.m, t.spaces), offs_m, mask_m, offs_k, mask_c)
-    return gates * activate(hidden, ACTIVATION)
+    k = Axis((c.offs.to(tl.int32) // t.dim).to(tl.int64), c.mask)
+    return load(kept.gates, i, k) * activate(load(kept.hidden, i, c), ACTIVATION)
 
 
 @triton.jit
-def load_or_mean(t, of, offs_m, offs_k, MEAN: tl.constexpr):
+def load_or_mean(t, of, i, k, MEAN: tl.constexpr):
     """[BLOCK_M, BLOCK] of a matrix [m, K]; or its mean over all tokens, in every row."""
-    mask_k = offs_k < t.spaces
-    tile = load(of, offs_m, offs_m < t.m, offs_k, mask_k)
+    tile = load(of, i, k)
     if MEAN:
         total = tl.zeros((BLOCK,), tl.float32)
         for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-            rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-            total += tl.sum(load(of, rows, rows < t.m, offs_k, mask_k), 0)
+            total += tl.sum(load(of, axis(row, t.m, BLOCK_M), k), 0)
         tile = tl.broadcast_to((total / t.m)[None, :], tile.shape)
     return tile
 
 
 @triton.jit
-def add_product(acc, left, i, mask_i, right, j, mask_j, depth, scale):
-    """acc + (scale·left)·right for rows i and columns j of matrices in memory."""
-    for start in tl.range(0, depth, BLOCK, num_stages=1, disable_licm=True):
-        offs = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        mask = offs < depth
-        acc += product(
-            load(left, i, mask_i, offs, mask) * scale, load(right, offs, mask, j, mask_j)
-        )
+def add_product(acc, left, i, right, j, depth, scale=1.0, chunk=NONE, STAGES: tl.constexpr = 1):
+    """acc + (scale·left)·right for rows i and columns j of matrices in memory.
+
+    ``chunk``: from where to where of the depth; None: all.
+    """
+    begin, end = 0, depth
+    if chunk is not None:
+        begin, end = chunk
+    for start in tl.range(begin, end, BLOCK, num_stages=STAGES, disable_licm=True):
+        at = axis(start, depth, BLOCK)
+        acc += product(load(left, i, at) * scale, load(right, at, j))
     return acc
 
 
 # Products over d
 
 
-class _Lines(NamedTuple):
-    """One factor of a product over d: where some rows or columns begin, and their stride."""
-
-    ptr: Any
-    offsets: Any
-    stride: Any
-    mask: Any
+@triton.jit
+def _reduce_columns(t, sums, left, i, row, of, dim, first, end, chunk, COLUMNS: tl.constexpr):
+    """Rows i times as many columns as end, to ``row`` and the columns from ``first`` on."""
+    for start in tl.range(0, end, COLUMNS, num_stages=1, disable_licm=True):
+        c = axis(start, end, COLUMNS)
+        right, j = spaces(t, of, c, dim)
+        acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+        acc = add_product(acc, left, i, right, j, t.d, 1.0, chunk, STAGES=3)
+        tiles.store(sums, acc, row, Axis(c.offs + first, c.mask))
 
 
 @triton.jit
-def _rows(of, first, end, NUMBER: tl.constexpr):
-    """Rows of a matrix from ``first`` on."""
-    rows = (first + tl.arange(0, NUMBER)).to(tl.int64)
-    return _Lines(of.ptr, rows * of.stride_i, of.stride_j, rows < end)
-
-
-@triton.jit
-def _store_products(sums, left, right, row, column, first, steps, d):
-    """A tile of the products: over ``steps`` blocks of d from block ``first`` on."""
-    acc = tl.zeros((left.offsets.shape[0], right.offsets.shape[0]), tl.float32)
-    for step in tl.range(first, first + steps, num_stages=3, disable_licm=True):
-        offs_d = (step * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-        mask_d = offs_d < d
-        ptrs = left.ptr + (left.offsets[:, None] + offs_d[None, :] * left.stride)
-        x = tl.load(ptrs, mask=left.mask[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-        ptrs = right.ptr + (right.offsets[None, :] + offs_d[:, None] * right.stride)
-        y = tl.load(ptrs, mask=mask_d[:, None] & right.mask[None, :], other=0.0).to(tl.float32)
-        acc += product(x, y)
-    offs_m = (row + tl.arange(0, acc.shape[0])).to(tl.int64)
-    offs_c = (column + tl.arange(0, acc.shape[1])).to(tl.int64)
-    ptrs = sums.ptr + (offs_m[:, None] * sums.stride_i + offs_c[None, :])
-    tl.store(ptrs, acc, mask=left.mask[:, None] & right.mask[None, :])
-
-
-@triton.jit
-def _reduce_rows(t, sums, left, row, spaces, b, gate, first, steps):
-    """Lines times [Bᵀ | D | G] or, backward, times [Bᵀ | Uᵀ]; they end up at ``row``."""
+def _reduce_rows(t, sums, left, i, row, b, down, gate, chunk):
+    """Rows i times [Bᵀ | D | G] or, backward, times [Bᵀ | Uᵀ]."""
     if b is not None:
-        for column in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
-            right = _rows(matrix(b, t.task), column, t.r, BLOCK)
-            _store_products(sums, left, right, row, column, first, steps, t.d)
-    if spaces is not None:
-        for column in tl.range(0, t.dims, BLOCK, num_stages=1, disable_licm=True):
-            columns = column + tl.arange(0, BLOCK)
-            offsets = space_offsets(columns, spaces[2], spaces[3], t.dim)
-            ptr = spaces[0] + t.task * spaces[1]
-            right = _Lines(ptr, offsets, spaces[4], columns < t.dims)
-            _store_products(sums, left, right, row, t.r + column, first, steps, t.d)
+        b = (b[0], b[1], b[2], 0, b[3])
+        _reduce_columns(t, sums, left, i, row, b, 1, 0, t.r, chunk, BLOCK)
+    if down is not None:
+        _reduce_columns(t, sums, left, i, row, down, t.dim, t.r, t.dims, chunk, BLOCK)
     if gate is not None:
-        for k in tl.range(0, t.spaces, 16, num_stages=1, disable_licm=True):
-            right = _rows(transposed(matrix(gate, t.task)), k, t.spaces, 16)
-            _store_products(sums, left, right, row, t.r + t.dims + k, first, steps, t.d)
+        gate = (gate[0], gate[1], gate[3], 0, gate[2])
+        _reduce_columns(t, sums, left, i, row, gate, 1, t.r + t.dims, t.spaces, chunk, BLOCK_K)
 
 
 @triton.jit
-def reduce(t, sums, block, x, first, steps, FORWARD: tl.constexpr):
+def reduce(t, sums, block, x, down, gate, chunk):
     """A block of rows of [P ; B]·[Bᵀ | D | G] but B·Bᵀ or, backward, of Y·[Bᵀ | Uᵀ].
 
-    The sum goes over ``steps`` blocks of d from block ``first`` on. Blocks of B follow those of x.
+    The sum goes over a chunk of d. Blocks of B follow those of x.
     """
-    blocks_m = tl.cdiv(t.m, BLOCK_M)
-    if block < blocks_m:
-        row = block * BLOCK_M
-        left = _rows(x, row, t.m, BLOCK_M)
-        if FORWARD:
-            _reduce_rows(t, sums, left, row, t.down, t.b, t.gate, first, steps)
-        else:
-            _reduce_rows(t, sums, left, row, t.up, t.b, NONE, first, steps)
-    elif FORWARD and t.b is not None and t.down is not None:
-        row = (block - blocks_m) * BLOCK_M
-        of_b = _rows(matrix(t.b, t.task), row, t.r, BLOCK_M)
-        _reduce_rows(t, sums, of_b, t.m + row, t.down, NONE, t.gate, first, steps)
-
-
-@triton.jit
-def blocks_of(t, FORWARD: tl.constexpr):
-    """Blocks of rows that :func:`reduce` knows."""
     blocks = tl.cdiv(t.m, BLOCK_M)
-    if FORWARD and t.b is not None and t.down is not None:
-        blocks += tl.cdiv(t.r, BLOCK_M)
-    return blocks
+    if block < blocks:
+        i = axis(block * BLOCK_M, t.m, BLOCK_M)
+        _reduce_rows(t, sums, matrix(x, t.task), i, i, t.b, down, gate, chunk)
+    elif t.b is not None and gate is not None:
+        i = axis((block - blocks) * BLOCK_M, t.r, BLOCK_M)
+        row = Axis(i.offs + t.m, i.mask)
+        _reduce_rows(t, sums, matrix(t.b, t.task), i, row, NONE, down, gate, chunk)
 
 
 @triton.jit(do_not_specialize=["splits", "steps"])
 def reconstruct_reduce_kernel(
-    sums_ptr,  # [T, splits, rows, columns]
-    x,  # P or Y
-    b,
-    spaces,  # D or U
-    gate,  # None in the backward
-    sizes,
-    rows,
-    columns,
+    sums,  # address of [T, splits, rows, columns], rows, columns, blocks of rows
+    of,  # backward Y for P, U for D, and no G
     splits,
     steps,
-    FORWARD: tl.constexpr,
 ):
     """A block of rows of the products, over one chunk of d."""
-    blocks = tl.cdiv(sizes[0], BLOCK_M)
-    if FORWARD and b is not None and spaces is not None:
-        blocks += tl.cdiv(sizes[2], BLOCK_M)
-    split = tl.program_id(0) % splits
-    block = tl.program_id(0) // splits % blocks
-    task = (tl.program_id(0) // (splits * blocks)).to(tl.int64)
-    m, n, r, number, dim, dims, width, d = sizes
-    t = Task(task, m, n, r, number, dim, dims, width, d, x, NONE, b, spaces, spaces, gate)
-    first = split * steps
-    last = tl.minimum(first + steps, tl.cdiv(t.d, BLOCK))
-    sums = dense(sums_ptr, task * splits + split, rows, columns)
-    reduce(t, sums, block, matrix(x, task), first, last - first, FORWARD)
+    split, block, task = program(splits, sums[3])
+    t = Task(task, *of)
+    begin = split * steps * BLOCK
+    chunk = begin, tl.minimum(begin + steps * BLOCK, t.d)
+    own = dense(sums[0], task * splits + split, sums[1], sums[2])
+    reduce(t, own, block, t.p, t.down, t.gate, chunk)

@@ -19,284 +19,208 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ept_fast.kernels.reconstruct.core import (
-    BLOCK,
-    BLOCK_M,
-    NONE,
-    Task,
-    add_product,
-    blocks_of,
-    load_gated,
-    load_or_mean,
-    load_up,
-    reduce,
-)
-from ept_fast.kernels.tiles import (
-    Matrix,
-    dense,
-    load,
-    load_parts,
-    matrix,
-    product,
-    store,
-    transposed,
-)
+from ept_fast.kernels.reconstruct import core
+from ept_fast.kernels.reconstruct.core import BLOCK, BLOCK_M, NONE, add_product, load_sum
+from ept_fast.kernels.tiles import Axis, axis, dense, load, matrix, product, store, transposed
 
 __all__ = ["reconstruct_attend_kernel", "reconstruct_forward_kernel"]
 
 
 @triton.jit
-def _store_query(t, query, sums, offs_m, splits, part):
+def _store_query(t, query, sums, i):
     """Q of a block of tokens, from the parts of the products over d."""
-    mask_m = offs_m < t.m
     for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
-        offs_r = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        mask_r = offs_r < t.r
-        total = load_parts(sums, offs_m, mask_m, offs_r, mask_r, splits, part)
-        store(query, total, offs_m, mask_m, offs_r, mask_r)
+        j = axis(start, t.r, BLOCK)
+        store(query, load_sum(sums, i, j), i, j)
 
 
 @triton.jit
-def _attend(t, query, offs_m, offs_r, first, last, scaling, score_scale):
-    """Attention of a block of tokens to the tiles [first, last) of positions.
+def _attend(t, query, i, j, begin, end):
+    """Attention of a block of tokens to the positions from ``begin`` to ``end``.
 
     Maxima of the scores and sums of the exponentials [BLOCK_M]; these times c·A [BLOCK, BLOCK_M].
     """
-    mask_m = offs_m < t.m
-    of_a = matrix(t.a, t.task)
+    a = matrix(t.a, t.task)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     attended = tl.zeros((BLOCK, BLOCK_M), tl.float32)
-    for tile in tl.range(first, last, num_stages=1, disable_licm=True):
-        offs_n = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-        mask_n = offs_n < t.n
+    for start in tl.range(begin, end, BLOCK, num_stages=1, disable_licm=True):
+        n = axis(start, t.n, BLOCK)
         scores = tl.zeros((BLOCK, BLOCK_M), tl.float32)
-        scores = add_product(
-            scores, of_a, offs_n, mask_n, transposed(query), offs_m, mask_m, t.r, scaling
-        )
-        scores = tl.where(mask_n[:, None], scores, float("-inf"))
+        scores = add_product(scores, a, n, transposed(query), i, t.r, t.scaling)
+        scores = tl.where(n.mask[:, None], scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, 0))
-        scale = tl.exp((top - highest) * score_scale)
-        weights = tl.exp((scores - highest[None, :]) * score_scale)
+        scale = tl.exp((top - highest) * t.score_scale)
+        weights = tl.exp((scores - highest[None, :]) * t.score_scale)
         total = total * scale + tl.sum(weights, 0)
-        a = load(transposed(of_a), offs_r, offs_r < t.r, offs_n, mask_n) * scaling
-        attended = attended * scale[None, :] + product(a, weights)
+        values = load(transposed(a), j, n) * t.scaling
+        attended = attended * scale[None, :] + product(values, weights)
         top = highest
     return top, total, attended
 
 
 @triton.jit(do_not_specialize=["splits", "n_splits", "n_tiles"])
 def reconstruct_attend_kernel(
-    sums_ptr,  # [T, splits, rows, columns]
+    sums,  # address of [T, splits, rows, columns], rows, columns
     query_ptr,  # [T, m, r]
     parts,  # maxima and sums [T, n_splits, m], attended [T, n_splits, m, r]
-    p,
-    a,
-    sizes,
-    numbers,  # c, 1/√d, τ
-    rows,
-    columns,
+    of,
     splits,
     n_splits,
     n_tiles,
 ):
     """Attention of a block of tokens to a chunk of n."""
-    split = tl.program_id(0) % n_splits
-    blocks = tl.cdiv(sizes[0], BLOCK_M)
-    block = tl.program_id(0) // n_splits % blocks
-    task = (tl.program_id(0) // (n_splits * blocks)).to(tl.int64)
-    m, n, r, spaces, dim, dims, width, d = sizes
-    t = Task(task, m, n, r, spaces, dim, dims, width, d, p, a, NONE, NONE, NONE, NONE)
-    offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    mask_m = offs_m < t.m
+    split, block, task = core.program(n_splits, tl.cdiv(of[0], BLOCK_M))
+    t = core.Task(task, *of)
+    i = axis(block * BLOCK_M, t.m, BLOCK_M)
     query = dense(query_ptr, task, t.m, t.r)
-    sums = dense(sums_ptr, task * splits, rows, columns)
-    _store_query(t, query, sums, offs_m, splits, tl.cast(rows, tl.int64) * columns)
+    _store_query(t, query, core.parts_of(sums[0], task, splits, sums[1], sums[2]), i)
     tl.debug_barrier()  # the program's threads may read what others of them have written
-    first = split * n_tiles
-    last = tl.minimum(first + n_tiles, tl.cdiv(t.n, BLOCK))
+    begin = split * n_tiles * BLOCK
+    end = tl.minimum(begin + n_tiles * BLOCK, t.n)
     place = task * n_splits + split
-    of_attended = transposed(dense(parts[2], place, t.m, t.r))
     for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
-        offs_r = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        top, total, attended = _attend(
-            t, query, offs_m, offs_r, first, last, numbers[0], numbers[1]
-        )
-        tl.store(parts[0] + place * t.m + offs_m, top, mask=mask_m)
-        tl.store(parts[1] + place * t.m + offs_m, total, mask=mask_m)
-        store(of_attended, attended, offs_r, offs_r < t.r, offs_m, mask_m)
+        j = axis(start, t.r, BLOCK)
+        top, total, attended = _attend(t, query, i, j, begin, end)
+        tl.store(parts[0] + place * t.m + i.offs, top, mask=i.mask)
+        tl.store(parts[1] + place * t.m + i.offs, total, mask=i.mask)
+        store(transposed(dense(parts[2], place, t.m, t.r)), attended, j, i)
 
 
 @triton.jit
-def _combine(t, parts, offs_m, offs_r, score_scale, n_splits):
+def _combine(t, parts, i, j, n_splits):
     """What :func:`_attend` gives for all positions, from the chunks of n."""
     first = t.task * n_splits
-    mask_m = offs_m < t.m
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for i in range(n_splits):
-        place = (first + i) * t.m + offs_m
-        top = tl.maximum(top, tl.load(parts[0] + place, mask=mask_m, other=0.0))
+    for split in range(n_splits):
+        place = (first + split) * t.m + i.offs
+        top = tl.maximum(top, tl.load(parts[0] + place, mask=i.mask, other=0.0))
     total = tl.zeros((BLOCK_M,), tl.float32)
     attended = tl.zeros((BLOCK, BLOCK_M), tl.float32)
-    for i in range(n_splits):
-        place = (first + i) * t.m + offs_m
-        scale = tl.exp((tl.load(parts[0] + place, mask=mask_m, other=0.0) - top) * score_scale)
-        total += scale * tl.load(parts[1] + place, mask=mask_m, other=1.0)
-        part = transposed(dense(parts[2], first + i, t.m, t.r))
-        attended += scale[None, :] * load(part, offs_r, offs_r < t.r, offs_m, mask_m)
+    for split in range(n_splits):
+        place = (first + split) * t.m + i.offs
+        scale = tl.exp((tl.load(parts[0] + place, mask=i.mask, other=0.0) - top) * t.score_scale)
+        total += scale * tl.load(parts[1] + place, mask=i.mask, other=1.0)
+        part = transposed(dense(parts[2], first + split, t.m, t.r))
+        attended += scale[None, :] * load(part, j, i)
     return top, total, attended
 
 
 @triton.jit
-def _project(t, sums, saved, logits, offs_m, splits, part):
+def _project(t, kept, logits, sums, i):
     """[Hin | zin] = R + O·S of a block of tokens, to memory; so is S."""
-    mask_m = offs_m < t.m
     for start in tl.range(0, t.width, BLOCK, num_stages=1, disable_licm=True):
-        offs_c = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        mask_c = offs_c < t.width
-        x = load_parts(sums, offs_m, mask_m, t.r + offs_c, mask_c, splits, part)
+        c, column = axis(start, t.width, BLOCK), axis(t.r + start, t.r + t.width, BLOCK)
+        x = load_sum(sums, i, column)
         if t.b is not None:
             for begin in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
-                offs_r = (begin + tl.arange(0, BLOCK)).to(tl.int64)
-                mask_r = offs_r < t.r
-                cross = load_parts(sums, t.m + offs_r, mask_r, t.r + offs_c, mask_c, splits, part)
-                of_cross = dense(saved[5], t.task, t.r, t.width)
-                store(of_cross, cross, offs_r, mask_r, offs_c, mask_c)
-                of_attended = dense(saved[2], t.task, t.m, t.r)
-                x += product(load(of_attended, offs_m, mask_m, offs_r, mask_r), cross)
-        store(dense(saved[3], t.task, t.m, t.dims), x, offs_m, mask_m, offs_c, offs_c < t.dims)
-        store(logits, x, offs_m, mask_m, offs_c - t.dims, (offs_c >= t.dims) & mask_c)
+                j = axis(begin, t.r, BLOCK)
+                cross = load_sum(sums, axis(t.m + begin, t.m + t.r, BLOCK), column)
+                store(kept.cross, cross, j, c)
+                x += product(load(kept.attended, i, j), cross)
+        store(kept.hidden, x, i, Axis(c.offs, c.offs < t.dims))
+        store(logits, x, i, Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims)))
 
 
 @triton.jit
-def _logits(t, logits, bias, offs_m, offs_k, temperature, PROMPT: tl.constexpr):
+def _logits(t, logits, i, k, PROMPT: tl.constexpr):
     """z [BLOCK_M, BLOCK]; in prompt mode the mean over all tokens in every row."""
-    mask_k = offs_k < t.spaces
-    z = load_or_mean(t, logits, offs_m, offs_k, PROMPT)
-    added = tl.load(bias.ptr + offs_k * bias.stride_j, mask=mask_k, other=0.0).to(tl.float32)
-    return tl.where(mask_k[None, :], (z + added[None, :]) / temperature, float("-inf"))
+    z = core.load_or_mean(t, logits, i, k, PROMPT)
+    ptrs = t.bias[0] + t.task * t.bias[1] + k.offs * t.bias[2]
+    bias = tl.load(ptrs, mask=k.mask, other=0.0).to(tl.float32)
+    return tl.where(k.mask[None, :], (z + bias[None, :]) / t.temperature, float("-inf"))
 
 
 @triton.jit
-def _gates(t, gates, logits, bias, offs_m, temperature, PROMPT: tl.constexpr):
+def _gates(t, gates, logits, i, PROMPT: tl.constexpr):
     """g of a block of tokens, to memory: the softmax's maximum and sum first."""
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
-        offs_k = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        z = _logits(t, logits, bias, offs_m, offs_k, temperature, PROMPT)
+        z = _logits(t, logits, i, axis(start, t.spaces, BLOCK), PROMPT)
         highest = tl.maximum(top, tl.max(z, 1))
         total = total * tl.exp(top - highest) + tl.sum(tl.exp(z - highest[:, None]), 1)
         top = highest
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
-        offs_k = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        z = _logits(t, logits, bias, offs_m, offs_k, temperature, PROMPT)
-        values = tl.exp(z - top[:, None]) / total[:, None]
-        store(gates, values, offs_m, offs_m < t.m, offs_k, offs_k < t.spaces)
+        k = axis(start, t.spaces, BLOCK)
+        z = _logits(t, logits, i, k, PROMPT)
+        store(gates, tl.exp(z - top[:, None]) / total[:, None], i, k)
 
 
 @triton.jit
-def _expand(t, saved, offs_m, offs_d, ACTIVATION: tl.constexpr):
+def _expand(t, kept, i, j, ACTIVATION: tl.constexpr):
     """A tile of P′ = P + [O | g_k·φ(H_k)]·[B ; U]."""
-    mask_m, mask_d = offs_m < t.m, offs_d < t.d
-    out = load(matrix(t.p, t.task), offs_m, mask_m, offs_d, mask_d)
+    out = load(matrix(t.p, t.task), i, j)
     if t.b is not None:
-        attended, of_b = dense(saved[2], t.task, t.m, t.r), matrix(t.b, t.task)
-        out = add_product(out, attended, offs_m, mask_m, of_b, offs_d, mask_d, t.r, 1.0)
+        out = add_product(out, kept.attended, i, matrix(t.b, t.task), j, t.r)
     if t.up is not None:
         for start in tl.range(0, t.dims, BLOCK, num_stages=1, disable_licm=True):
-            columns = start + tl.arange(0, BLOCK)
-            gated = load_gated(t, saved, offs_m, columns, ACTIVATION)
-            out += product(gated, load_up(t, columns, offs_d))
+            c = axis(start, t.dims, BLOCK)
+            gated = core.load_gated(t, kept, i, c, ACTIVATION)
+            up, at = core.spaces(t, t.up, c, t.dim)
+            out += product(gated, load(transposed(up), at, j))
     return out
 
 
 @triton.jit(do_not_specialize=["splits", "n_splits", "d_tiles"])
 def reconstruct_forward_kernel(
     out_ptr,  # P′ [T, m, d]
-    saved,  # Q [T, m, r], maxima and sums [T, 2, m], O, Hin [T, m, K·h], g [T, m, K], S [T, r, W]
+    kept_ptrs,  # what `Kept` lists, of all tasks
     logits_ptr,  # zin [T, m, K]
-    sums_ptr,  # [T, splits, rows, columns]
+    sums,  # address of [T, splits, rows, columns], rows, columns, blocks to be made if any
     parts,  # of the attention's own launch; None without one
-    p,
-    a,
-    b,
-    down,
-    up,
-    gate,
-    bias,
-    sizes,
-    numbers,  # c, 1/√d, τ
-    rows,
-    columns,
+    of,
     splits,
     n_splits,
     d_tiles,
-    REDUCED: tl.constexpr,  # the products over d are made
     ACTIVATION: tl.constexpr,
     PROMPT: tl.constexpr,
 ):
     """P′ of a block of tokens and a chunk of d, and what the backward needs of these tokens."""
-    chunks = tl.cdiv(sizes[7], d_tiles * BLOCK)
-    blocks = tl.cdiv(sizes[0], BLOCK_M)
-    chunk = tl.program_id(0) % chunks
-    block = tl.program_id(0) // chunks % blocks
-    task = (tl.program_id(0) // (chunks * blocks)).to(tl.int64)
-    m, n, r, spaces, dim, dims, width, d = sizes
-    t = Task(task, m, n, r, spaces, dim, dims, width, d, p, a, b, down, up, gate)
-    sums = dense(sums_ptr, task * splits, rows, columns)
-    part = tl.cast(rows, tl.int64) * columns
-    own = block * BLOCK_M
-    first = own
-    last = own + BLOCK_M
+    blocks = tl.cdiv(of[0], BLOCK_M)
+    chunk, block, task = core.program(tl.cdiv(of[7], d_tiles * BLOCK), blocks)
+    t = core.Task(task, *of)
+    kept = core.kept_of(t, kept_ptrs)
+    products = core.parts_of(sums[0], task, splits, sums[1], sums[2])
+    first = block * BLOCK_M
+    last = first + BLOCK_M
+    i = axis(first, t.m, BLOCK_M)
     if PROMPT:  # the gate depends on all tokens
         first = 0
         last = t.m
-    if not REDUCED:
+    if sums[3] is not None:
         # The blocks of these tokens, and those of B, which come after those of all tokens.
         number = tl.cdiv(last - first, BLOCK_M)
         skipped = blocks - number
-        for i in tl.range(blocks_of(t, True) - skipped, disable_licm=True):
-            at = tl.where(i < number, first // BLOCK_M + i, skipped + i)
-            reduce(t, sums, at, matrix(p, task), 0, tl.cdiv(t.d, BLOCK), True)
+        for each in tl.range(sums[3] - skipped, disable_licm=True):
+            at = tl.where(each < number, first // BLOCK_M + each, skipped + each)
+            core.reduce(t, products[0], at, t.p, t.down, t.gate, NONE)
         tl.debug_barrier()  # the program's threads may read what others of them have written
-    if b is not None:
-        query = dense(saved[0], task, t.m, t.r)
-        of_attended = transposed(dense(saved[2], task, t.m, t.r))
+    if t.b is not None:
         for row in tl.range(first, last, BLOCK_M, num_stages=1, disable_licm=True):
-            offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-            mask_m = offs_m < t.m
+            rows = axis(row, t.m, BLOCK_M)
             if parts is None:
-                _store_query(t, query, sums, offs_m, splits, part)
+                _store_query(t, kept.query, products, rows)
                 tl.debug_barrier()
             for start in tl.range(0, t.r, BLOCK, num_stages=1, disable_licm=True):
-                offs_r = (start + tl.arange(0, BLOCK)).to(tl.int64)
+                j = axis(start, t.r, BLOCK)
                 if parts is None:
-                    n_all = tl.cdiv(t.n, BLOCK)
-                    top, total, attended = _attend(
-                        t, query, offs_m, offs_r, 0, n_all, numbers[0], numbers[1]
-                    )
+                    top, total, attended = _attend(t, kept.query, rows, j, 0, t.n)
                 else:
-                    top, total, attended = _combine(t, parts, offs_m, offs_r, numbers[1], n_splits)
-                stats_ptr = saved[1] + task * 2 * t.m
-                tl.store(stats_ptr + offs_m, top, mask=mask_m)
-                tl.store(stats_ptr + (t.m + offs_m), total, mask=mask_m)
-                attended *= (1.0 / total)[None, :]
-                store(of_attended, attended, offs_r, offs_r < t.r, offs_m, mask_m)
+                    top, total, attended = _combine(t, parts, rows, j, n_splits)
+                tl.store(kept.stats_ptr + rows.offs, top, mask=rows.mask)
+                tl.store(kept.stats_ptr + (t.m + rows.offs), total, mask=rows.mask)
+                store(transposed(kept.attended), attended * (1.0 / total)[None, :], j, rows)
         tl.debug_barrier()
-    offs_m = (own + tl.arange(0, BLOCK_M)).to(tl.int64)
-    if down is not None:
+    if t.down is not None:
         logits = dense(logits_ptr, task, t.m, t.spaces)
         for row in tl.range(first, last, BLOCK_M, num_stages=1, disable_licm=True):
-            offs = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-            _project(t, sums, saved, logits, offs, splits, part)
+            _project(t, kept, logits, products, axis(row, t.m, BLOCK_M))
         tl.debug_barrier()
-        gates = dense(saved[4], task, t.m, t.spaces)
-        of_bias = Matrix(bias[0] + task * bias[1], 0, bias[2])
-        _gates(t, gates, logits, of_bias, offs_m, numbers[2], PROMPT)
+        _gates(t, kept.gates, logits, i, PROMPT)
         tl.debug_barrier()
-    last_tile = tl.minimum((chunk + 1) * d_tiles, tl.cdiv(t.d, BLOCK))
-    for tile in tl.range(chunk * d_tiles, last_tile, num_stages=1, disable_licm=True):
-        offs_d = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-        out = _expand(t, saved, offs_m, offs_d, ACTIVATION)
-        store(dense(out_ptr, task, t.m, t.d), out, offs_m, offs_m < t.m, offs_d, offs_d < t.d)
+    begin = chunk * d_tiles * BLOCK
+    end = tl.minimum(begin + d_tiles * BLOCK, t.d)
+    for start in tl.range(begin, end, BLOCK, num_stages=1, disable_licm=True):
+        j = axis(start, t.d, BLOCK)
+        store(dense(out_ptr, task, t.m, t.d), _expand(t, kept, i, j, ACTIVATION), i, j)

@@ -58,8 +58,8 @@ class _Sum(NamedTuple):
 
     def where(self) -> Any:
         """As a kernel takes it: address, strides of the task and of the part."""
-        strides = (0, self.made) if self.parts else (self.size, 0)
-        return (self.put, *strides) if self.made else None
+        part = self.made if self.parts else None
+        return (self.put, self.size, part) if self.made else None
 
 
 def _has_offset(inputs: SpliceInputs, length: int) -> bool:

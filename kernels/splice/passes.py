@@ -125,7 +125,9 @@ def splice_forward_kernel(
 @triton.jit
 def _part_of(sums, task, part, columns):
     """Where a part goes: of the task's gradient itself, or among the parts."""
-    ptr = sums[0] + task * sums[1] + part * sums[2]
+    ptr = sums[0] + task * sums[1]
+    if sums[2] is not None:
+        ptr = sums[0] + part * sums[2]
     return Matrix(ptr, tl.cast(columns, tl.int64), 1)
 
 
@@ -142,7 +144,7 @@ def _sum_over_rows(grad, tables, length, first, last, places, d):
 @triton.jit(do_not_specialize=["batch", "length", "num_tasks"])
 def splice_backward_kernel(
     grad,  # [B, m + S, d]
-    sums,  # of P', A and B: where they go, strides of the task and of the part; None if not needed
+    sums,  # of P', A and B: where they go, strides of the task and of the part (None: no parts)
     offset,  # A [T, n, r] and B [T, r, d], or None
     tables,  # of the plan
     scaling,

@@ -110,7 +110,7 @@ def splice_plan_kernel(
                 offs_s, real = _real_at(mask, row, start, length, BLOCK_S)
                 number = seen + tl.cumsum(real.to(tl.int32), 0)
                 position = tl.where(real, number - 1, total + offs_s - number)
-                ptrs = tables[3] + (row * length + position.to(tl.int64))
+                ptrs = tables[3] + row * length + position.to(tl.int64)
                 tl.store(ptrs, offs_s, mask=offs_s < length)
                 seen += tl.sum(real.to(tl.int32))
 

@@ -1,13 +1,7 @@
-"""The activations φ of operation 1's subspaces in Triton; the names are those of
-:mod:`ept_fast.ops.activations`.
-"""
-
-from __future__ import annotations
+"""The activations φ of :mod:`ept_fast.ops.activations` in Triton."""
 
 import triton
 import triton.language as tl
-
-__all__ = ["activate", "activation_derivative"]
 
 
 @triton.jit

@@ -19,24 +19,6 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-__all__ = [
-    "Axis",
-    "Matrix",
-    "axis",
-    "constant",
-    "dense",
-    "dot_split",
-    "inside",
-    "load",
-    "load_parts",
-    "matrix",
-    "pointers",
-    "product",
-    "store",
-    "terms_of",
-    "transposed",
-]
-
 # Triton's interpreter cuts float32 to bfloat16 instead of rounding it, and multiplies the bit
 # patterns of bfloat16 numbers: there, the terms stay float32 numbers with 8 bits.
 _INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
@@ -45,12 +27,6 @@ _INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 def constant(value: int | None) -> Any:
     """What kernels are compiled with; the interpreter computes with plain numbers."""
     return value if knobs.runtime.interpret else tl.constexpr(value)
-
-
-_TERMS = {torch.bfloat16: 1, torch.float16: 2}
-
-
-# Tiles
 
 
 class Axis(NamedTuple):
@@ -118,26 +94,9 @@ def store(of, tile, i, j):
     tl.store(pointers(of, i, j), tile.to(of.ptr.dtype.element_ty), mask=inside(i, j))
 
 
-@triton.jit
-def load_parts(of, i, j, parts, stride):
-    """The sum of a tile of ``parts`` float32 matrices that lie ``stride`` apart, in order."""
-    ptrs, mask = pointers(of, i, j), inside(i, j)
-    total = tl.zeros(ptrs.shape, tl.float32)
-    for first in range(0, parts, 4):
-        for later in tl.static_range(4):  # loads that are under way together
-            part = tl.cast(first + later, tl.int64)
-            # Compared as a tile: Triton 3.9's interpreter makes no mask of a scalar comparison.
-            mask_part = mask & (tl.full(mask.shape, part, tl.int64) < parts)
-            total += tl.load(ptrs + part * stride, mask=mask_part, other=0.0)
-    return total
-
-
-# Products
-
-
 def terms_of(dtype: torch.dtype) -> int:
     """How many bfloat16 numbers add up to a number of this type."""
-    return _TERMS.get(dtype, 3)
+    return {torch.bfloat16: 1, torch.float16: 2}.get(dtype, 3)
 
 
 @triton.jit

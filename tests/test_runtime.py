@@ -497,7 +497,7 @@ def test_direct_launches_are_those_of_the_front(runs: list[dict[str, Any]]) -> N
 def test_every_kernel_is_compared(runs: list[dict[str, Any]]) -> None:
     files = (
         *(f"reconstruct.{name}" for name in ("core", "forward", "backward")),
-        *(f"splice.{name}" for name in ("plan", "passes")),
+        *(f"splice.{name}" for name in ("plan", "forward", "backward")),
     )
     kernels = {
         name

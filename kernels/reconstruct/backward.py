@@ -28,8 +28,6 @@ from ept_fast.kernels.reconstruct import config, core
 from ept_fast.kernels.reconstruct.core import BLOCK, BLOCK_M, NONE, add_product, load_sum
 from ept_fast.kernels.tiles import Axis, axis, dense, load, matrix, product, transposed
 
-__all__ = ["reconstruct_backward_kernel"]
-
 _KINDS = tiles.constant(config.KINDS)
 
 
@@ -43,9 +41,6 @@ class _Work(NamedTuple):
     d_attended: Any  # dO [m, r]
     inner_ptr: Any  # Σ_j W·dW [m]
     d_query: Any  # dQ [m, r], in parts
-
-
-# Core
 
 
 @triton.jit
@@ -147,9 +142,6 @@ def _store_grad_query(t, kept, work, d_query, begin, end):
                 a = load(transposed(matrix(t.a, t.task)), j, n) * t.scaling
                 grad += product(a, d_scores)
             tiles.store(transposed(d_query), grad, j, i)
-
-
-# Expansion
 
 
 @triton.jit

@@ -84,8 +84,17 @@ def parts_of(ptr, task, number, rows, columns):
 
 @triton.jit
 def load_sum(parts, i, j):
-    """A tile of a sum of parts."""
-    return tiles.load_parts(parts[0], i, j, parts[1], parts[2])
+    """A tile of a sum of parts, added in order."""
+    first, number, stride = parts
+    ptrs, mask = tiles.pointers(first, i, j), tiles.inside(i, j)
+    total = tl.zeros(ptrs.shape, tl.float32)
+    for four in range(0, number, 4):
+        for later in tl.static_range(4):  # loads that are under way together
+            part = tl.cast(four + later, tl.int64)
+            # Compared as a tile: Triton 3.9's interpreter makes no mask of a scalar comparison.
+            mask_part = mask & (tl.full(mask.shape, part, tl.int64) < number)
+            total += tl.load(ptrs + part * stride, mask=mask_part, other=0.0)
+    return total
 
 
 @triton.jit
@@ -128,9 +137,6 @@ def add_product(acc, left, i, right, j, depth, scale=1.0, chunk=NONE, STAGES: tl
         at = axis(start, depth, BLOCK)
         acc += product(load(left, i, at) * scale, load(right, at, j))
     return acc
-
-
-# Products over d
 
 
 @triton.jit

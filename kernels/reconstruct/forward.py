@@ -14,16 +14,12 @@ largest score whatever its rounding, and A is scaled as it is read: if one posit
 weight, O is then that row of c·A to the bit. No product's transpose is a factor of another.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
 from ept_fast.kernels.reconstruct import core
 from ept_fast.kernels.reconstruct.core import BLOCK, BLOCK_M, NONE, add_product, load_sum
 from ept_fast.kernels.tiles import Axis, axis, dense, load, matrix, product, store, transposed
-
-__all__ = ["reconstruct_attend_kernel", "reconstruct_forward_kernel"]
 
 
 @triton.jit

@@ -6,9 +6,9 @@
 pos(b, s) is the number of real tokens before column s of row b, counted from the mask.
 
 With a mask or task ids, one small launch writes the plan (:mod:`.plan`) that forward and backward
-go by; the forward is one launch more, the backward two (:mod:`.passes`). A row whose task id is not
-in the bank is NaN, as is a token whose id is not in the table: neither is read. Here the launches
-are described to a :class:`.runtime.Plan`.
+go by; the forward is one launch more (:mod:`.forward`), the backward two (:mod:`.backward`). A row
+whose task id is not in the bank is NaN, as is a token whose id is not in the table: neither is
+read. Here the launches are described to a plan (:mod:`ept_fast.backends.triton.runtime`).
 """
 
 from __future__ import annotations
@@ -18,30 +18,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ept_fast.kernels.sizes import ceil_div
+from ept_fast.kernels.splice.backward import splice_backward_kernel, splice_finish_kernel
 from ept_fast.kernels.splice.config import plan_options
-from ept_fast.kernels.splice.passes import (
-    splice_backward_kernel,
-    splice_finish_kernel,
-    splice_forward_kernel,
-)
+from ept_fast.kernels.splice.forward import splice_forward_kernel
 from ept_fast.kernels.splice.plan import splice_plan_kernel
 from ept_fast.kernels.tiles import terms_of
-from ept_fast.ops.types import SpliceInputs
+from ept_fast.ops.types import SpliceGrads, SpliceInputs
 
 if TYPE_CHECKING:
     from ept_fast.backends.triton.runtime import Add, Operand, Plan
 
-__all__ = ["Gradients", "backward", "forward", "kept"]
+__all__ = ["backward", "forward", "kept"]
 
 _BLOCK = 512  # elements that a program of the finish adds up
-
-
-class Gradients(NamedTuple):
-    """Of prompt, offset_a and offset_b; None where not needed."""
-
-    prompt: Any
-    offset_a: Any
-    offset_b: Any
 
 
 class _Sum(NamedTuple):
@@ -125,13 +114,13 @@ def forward(plan: Plan, inputs: Any, scaling: float, add: Add, sizes: Any) -> No
 
 
 def backward(
-    plan: Plan, grad: Operand, inputs: Any, scaling: float, add: Add, into: Gradients, sizes: Any
+    plan: Plan, grad: Operand, inputs: Any, scaling: float, add: Add, into: SpliceGrads, sizes: Any
 ) -> None:
     """Describe the backward: sums over the rows' gradients, each element read once.
 
     ``grad`` is the output's, ``[B, m + S, d]``; ``inputs`` are :class:`SpliceInputs` of operands,
     of which the text is not needed; ``scaling`` is c; ``add`` finds the tensors that the forward
-    has made; the gradients go ``into`` these; ``sizes`` chooses the launch sizes.
+    has made; the gradients go ``into`` these, if not None; ``sizes`` chooses the launch sizes.
     """
     batch, total, width = grad.shape
     tasks, m, _ = inputs.prompt.shape

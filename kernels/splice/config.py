@@ -85,11 +85,8 @@ def forward_config(
     A tile's offset is computed once for the rows that share it, so a program takes as many rows as
     leave enough programs. Of a bank, whose kernel needs more registers, tiles are half as long.
     """
-    block_s, block_d, block_r = (
-        _block(length, 16 if has_tasks else 32),
-        _block(d, 64),
-        _block(rank, 32),
-    )
+    block_s = _block(length, 16 if has_tasks else 32)
+    block_d, block_r = _block(d, 64), _block(rank, 32)
     blocks = (ceil_div(length, block_s) + ceil_div(m, block_s)) * ceil_div(d, block_d)
     rows = power_of_two(_within(1, blocks * batch // _PROGRAMS, 8))
     tile = (min(rows, power_of_two(batch)), block_s, block_d, block_r)

@@ -17,14 +17,10 @@ A program owns a row, its threads share the columns. It reads the row's mask onc
 there are holes.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
 from ept_fast.kernels.tiles import Axis, axis
-
-__all__ = ["columns_of", "read", "row_at", "splice_plan_kernel"]
 
 
 @triton.jit
@@ -113,9 +109,6 @@ def splice_plan_kernel(
                 ptrs = tables[3] + row * length + position.to(tl.int64)
                 tl.store(ptrs, offs_s, mask=offs_s < length)
                 seen += tl.sum(real.to(tl.int32))
-
-
-# What the other kernels read
 
 
 @triton.jit

@@ -159,7 +159,7 @@ def describe_path_backward(
     )
     into: Any = Parameters(*found)  # type: ignore[arg-type]
     halves = None
-    ends = splice.Gradients(into.short_prompt, into.offset_a, into.offset_b)
+    ends: Any = SpliceGrads(into.short_prompt, into.offset_a, into.offset_b)
     if not needs.offset:
         ends = ends._replace(offset_a=None, offset_b=None)
     if seen and needs.prompt:

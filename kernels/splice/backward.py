@@ -10,18 +10,9 @@ for zeros: of tasks without rows, and of the offset's positions past the text.
 import triton
 import triton.language as tl
 
+from ept_fast.kernels import tiles
 from ept_fast.kernels.splice.plan import columns_of, read, row_at
-from ept_fast.kernels.tiles import (
-    Matrix,
-    axis,
-    dot_split,
-    inside,
-    load,
-    matrix,
-    pointers,
-    store,
-    transposed,
-)
+from ept_fast.kernels.tiles import axis, dot_split, load, matrix, pointers, store, transposed
 
 
 @triton.jit
@@ -30,7 +21,7 @@ def _part_of(sums, task, part, columns):
     ptr = sums[0] + task * sums[1]
     if sums[2] is not None:
         ptr = sums[0] + part * sums[2]
-    return Matrix(ptr, tl.cast(columns, tl.int64), 1)
+    return tiles.Matrix(ptr, tl.cast(columns, tl.int64), 1)
 
 
 @triton.jit
@@ -120,7 +111,7 @@ def splice_backward_kernel(
                     d_a = scaling * dot_split(summed, load(b, d, r), TERMS_G, TERMS, ORDER)
                     if TILES_D > 1:
                         # What this very program has written for the blocks of channels before.
-                        before = inside(s, r) & (tile_d > 0)
+                        before = tiles.inside(s, r) & (tile_d > 0)
                         d_a += tl.load(pointers(sum_a, s, r), before, 0.0).to(tl.float32)
                     store(sum_a, d_a, s, r)
                     d_b += dot_split(load(a, r, s), summed, TERMS, TERMS_G, ORDER)

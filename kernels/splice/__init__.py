@@ -54,11 +54,6 @@ class _Sum(NamedTuple):
     made: int
     parts: int
 
-    def where(self) -> Any:
-        """As a kernel takes it: address, strides of the task and of the part."""
-        part = self.made if self.parts else None
-        return (self.put, self.size, part) if self.made else None
-
 
 def _has_offset(inputs: SpliceInputs, length: int) -> bool:
     a = inputs.offset_a
@@ -163,7 +158,9 @@ def backward(
         blocks = sum_p * ceil_div(m, config.block_s) + sum_o * chunks_s
         blocks *= groups * chunks_b * chunks_d
         offset, terms = _offset(inputs, sum_o)
-        tensors = (_with_strides(grad), tuple(each.where() for each in sums), offset)
+        where = tuple((s.put, s.size) if s.made else None for s in sums)
+        strides = tuple(s.made if s.parts else None for s in sums)
+        tensors = (_with_strides(grad), where, strides, offset)
         read = tables if sum_o else (*tables[:2], None, None)
         numbers = (scaling, batch, length, tasks, (m, width, rank))
         terms_g = terms_of(grad.dtype) if config.rows == 1 else 3  # of a sum of gradients

@@ -123,11 +123,11 @@ def splice_forward_kernel(
 
 
 @triton.jit
-def _part_of(sums, task, part, columns):
+def _part_of(sums, stride_part, task, part, columns):
     """Where a part goes: of the task's gradient itself, or among the parts."""
     ptr = sums[0] + task * sums[1]
-    if sums[2] is not None:
-        ptr = sums[0] + part * sums[2]
+    if stride_part is not None:
+        ptr = sums[0] + part * stride_part
     return Matrix(ptr, tl.cast(columns, tl.int64), 1)
 
 
@@ -144,7 +144,8 @@ def _sum_over_rows(grad, tables, length, first, last, places, d):
 @triton.jit(do_not_specialize=["batch", "length", "num_tasks"])
 def splice_backward_kernel(
     grad,  # [B, m + S, d]
-    sums,  # of P', A and B: where they go, strides of the task and of the part (None: no parts)
+    sums,  # of P', A and B: where they go, stride of the task; None if not needed
+    strides,  # of their parts; None if there are none
     offset,  # A [T, n, r] and B [T, r, d], or None
     tables,  # of the plan
     scaling,
@@ -196,13 +197,14 @@ def splice_backward_kernel(
             for tile_d in range(TILES_D):
                 d = axis(first_d + tile_d * BLOCK_D, hidden_size, BLOCK_D)
                 summed = _sum_over_rows(grad, no_mask, length, first, last, places, d)
-                store(_part_of(sums[0], task, part, hidden_size), summed, places, d)
+                store(_part_of(sums[0], strides[0], task, part, hidden_size), summed, places, d)
     if sums[1] is not None:
         if block >= prompt_blocks:
             behind = (grad[0] + tl.cast(m, tl.int64) * grad[2], grad[1], grad[2], grad[3])
             chunk_s = block - prompt_blocks
-            sum_a = _part_of(sums[1], task, part * chunks_d + chunk_d, rank)
-            sum_b = _part_of(sums[2], task, part * chunks_s + chunk_s, hidden_size)
+            part_a, part_b = part * chunks_d + chunk_d, part * chunks_s + chunk_s
+            sum_a = _part_of(sums[1], strides[1], task, part_a, rank)
+            sum_b = _part_of(sums[2], strides[2], task, part_b, hidden_size)
             a, b = transposed(matrix(offset[0], task)), transposed(matrix(offset[1], task))
             r = axis(0, rank, BLOCK_R)
             first_s = chunk_s * TILES * BLOCK_S

@@ -164,7 +164,7 @@ def splice_finish_kernel(
                 offs = axis(block * BLOCK, sizes[i], BLOCK).offs
                 end = tl.where(number > 0, made[i], 0)  # zeros from there on
                 summed = tl.zeros((BLOCK,), tl.float32)
-                part_ptrs = ends[i][1] + group.to(tl.int64) * parts[i] * end + offs
+                part_ptrs = ends[i][1] + tl.cast(group, tl.int64) * parts[i] * end + offs
                 for _ in range(parts[i]):
                     summed += tl.load(part_ptrs, mask=offs < end, other=0.0)
                     part_ptrs += tl.cast(end, tl.int64)

@@ -168,7 +168,8 @@ def splice_finish_kernel(
                 for _ in range(parts[i]):
                     summed += tl.load(part_ptrs, mask=offs < end, other=0.0)
                     part_ptrs += tl.cast(end, tl.int64)
-                todo = (offs < sizes[i]) & ((offs >= end) | (parts[i] > 0))
+                first = tl.where(parts[i] > 0, 0, end)  # before it, what is written already
+                todo = (offs >= first) & (offs < sizes[i])
                 ptrs = ends[i][0] + task.to(tl.int64) * sizes[i] + offs
                 tl.store(ptrs, summed.to(ends[i][0].dtype.element_ty), mask=todo)
             block -= tl.cdiv(sizes[i], BLOCK)

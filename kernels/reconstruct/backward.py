@@ -182,7 +182,8 @@ def _grad_b(t, kept, work, d_b, halves, j):
             grad = load(dense(halves[1], t.task, t.r, t.d), at, j)
         for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
             i = axis(row, t.m, BLOCK_M)
-            grad += product(load(transposed(kept.attended), at, i), _fused_grad(t, work, i, j))
+            fused = _fused_grad(t, work, i, j)
+            grad += product(load(transposed(kept.attended), at, i), fused)
             grad += product(load_sum(d_query, at, i), load(matrix(t.p, t.task), i, j))
         tiles.store(d_b, grad, at, j)
 

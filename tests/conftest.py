@@ -61,15 +61,21 @@ def _patch_the_language_once() -> None:
     """Take about half the time of Triton's interpreter.
 
     In every call of a device function it replaces all of ``triton.language`` again, as it has done
-    for the kernel that calls. Triton versions that call them otherwise stay as they are.
+    for the kernel that calls. Only for Triton's own functions, which see another module, it has to
+    be done: once, since it is not undone. Versions that call them otherwise stay as they are.
     """
     from triton.runtime import interpreter
 
     function = interpreter.InterpretedFunction
     if "_patch_lang" not in function.__call__.__code__.co_names:
         return
+    patched: set[str] = set()
 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
         try:
             return self.rewrite()(*arguments, **named)
         except Exception as error:

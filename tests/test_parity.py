@@ -57,10 +57,34 @@ def drawn(rows: list[tuple[Sizes, str, str]], types: str) -> Iterator[Case]:
         yield case.typed(types).laid_out(layout)
 
 
+def in_pairs(types: str, backend: str) -> list[int]:
+    """Rows of the table: each type with each shape and padding, not all three."""
+    first = list(TYPES).index(types) % len(PADDINGS)
+    return [s + (first + s // 5) % 5 for s in range(0, len(table(backend)), 5)]
+
+
 @pytest.mark.parametrize("types", TYPES)
-@over(EAGER, pytest.param("triton", marks=[*TRITON.marks, pytest.mark.slow]), HOST, CUDA)
+@over(EAGER, HOST, CUDA)
 def test_parity_of_types(backend: str, types: str) -> None:
     assert_as_exact_as_the_definition(drawn(table(backend), types), backend)
+
+
+@pytest.mark.parametrize("types", TYPES)
+@over(TRITON)
+def test_parity_of_types_in_pairs(backend: str, types: str) -> None:
+    """In the interpreter, which is slow; the rest of the table is the next test's."""
+    rows = table(backend)
+    chosen = [rows[i] for i in in_pairs(types, backend)]
+    assert_as_exact_as_the_definition(drawn(chosen, types), backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("types", TYPES)
+@over(TRITON)
+def test_parity_of_types_out_of_pairs(backend: str, types: str) -> None:
+    pairs = in_pairs(types, backend)
+    chosen = [row for i, row in enumerate(table(backend)) if i not in pairs]
+    assert_as_exact_as_the_definition(drawn(chosen, types), backend)
 
 
 @pytest.mark.parametrize("types", TYPES)
@@ -70,16 +94,6 @@ def test_parity_of_the_path(backend: str, types: str) -> None:
     first = list(TYPES).index(types)
     rows = table(backend)[first % 2 :: 8 if backend == "triton" else 2]
     assert_as_exact_as_the_definition(drawn(rows, types), backend, forward=Case.path)
-
-
-@pytest.mark.parametrize("types", TYPES)
-@over(TRITON)
-def test_parity_of_types_in_pairs(backend: str, types: str) -> None:
-    """In the interpreter, which is slow: each type with each shape and padding, not all three."""
-    first = list(TYPES).index(types) % len(PADDINGS)
-    rows = table(backend)
-    chosen = [rows[s + (first + s // 5) % 5] for s in range(0, len(rows), 5)]
-    assert_as_exact_as_the_definition(drawn(chosen, types), backend)
 
 
 @each_backend

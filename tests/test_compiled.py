@@ -69,6 +69,7 @@ def toys() -> dict[str, Any]:
 
 @needs_tools
 @pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_code_keeps_the_rule(report: dict[str, Any], kernel: str, rule: str) -> None:
@@ -80,6 +81,7 @@ def test_code_keeps_the_rule(report: dict[str, Any], kernel: str, rule: str) -> 
 
 @needs_tools
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_every_kernel_type_and_target_is_compiled_and_on_record(report: dict[str, Any]) -> None:
     made = {(row["kernel"], row["types"], row["target"]) for row in report["rows"]}
     first = ("reconstruct_reduce_kernel", "reconstruct_attend_kernel")  # launches before others
@@ -98,6 +100,7 @@ def test_every_kernel_type_and_target_is_compiled_and_on_record(report: dict[str
 
 @needs_tools
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_every_kernel_of_the_splice_is_compiled_at_every_shape(report: dict[str, Any]) -> None:
     made = {(row["kernel"], row["shape"], row["target"]) for row in report["shapes"]}
     shapes = {shape.name for shape in compiled.SHAPES}

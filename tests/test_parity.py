@@ -79,6 +79,7 @@ def test_parity_of_types_in_pairs(backend: str, types: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("types", TYPES)
 @over(TRITON)
 def test_parity_of_types_out_of_pairs(backend: str, types: str) -> None:

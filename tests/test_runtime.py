@@ -231,15 +231,21 @@ def _texts(lengths: range) -> list[Case]:
     ]
 
 
-def test_of_too_many_plans_all_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_unused_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime.forget()
     monkeypatch.setattr(runtime, "PLANS", 4)
-    cases = _texts(range(1, 6))
+    cases = _texts(range(1, 7))
     found = [_plan(case) for case in cases[:4]]
-    assert [_plan(case) for case in cases[:4]] == found
-    last = _plan(cases[4])
-    assert runtime.plans() == 1
-    assert _plan(cases[4]) is last
+    assert _plan(cases[0]) is found[0]  # the second is now the one unused for longest
+    found += [_plan(cases[4])]
+    assert runtime.plans() == 4
+    for i in (0, 2, 3, 4):
+        assert _plan(cases[i]) is found[i]
+    found += [_plan(cases[5])]
+    assert runtime.plans() == 4
+    for i in (5, 4, 3, 2):
+        assert _plan(cases[i]) is found[i]
+    assert _plan(cases[1]) is not found[1]
     assert _plan(cases[0]) is not found[0]
 
 
@@ -283,10 +289,44 @@ def test_threads(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         begin.wait(60)
         for i in random.Random(seed).choices(range(len(cases)), k=16):
             _assert_same(_splice(cases[i]), expected[i])
-            assert runtime.plans() <= 3 + 8  # each may be about to add one
+            assert runtime.plans() <= 3
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(many, range(8)))
+
+
+def test_two_threads_with_the_same_new_plan_take_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.forget()
+    monkeypatch.setattr(runtime, "PLANS", 2)
+    old = _plan(_case())
+    both = threading.Barrier(2)
+
+    def describe(plan: runtime.Plan) -> None:
+        both.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: runtime.plan_of(describe, [torch.ones(1)]), range(2)))
+    assert runtime.plans() == 2
+    assert _plan(_case()) is old
+
+
+def test_a_new_plan_is_the_one_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a thread that makes another one before the first has its plan in hand."""
+    runtime.forget()
+    monkeypatch.setattr(runtime, "PLANS", 2)
+    _plan(_case())
+    seen: list[bool] = []
+
+    class Lock:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None:
+            kept = sorted(runtime._plans.values(), key=lambda plan: plan.last_used)
+            seen.append(kept[-1].inputs[0].shape == (7,))
+
+    monkeypatch.setattr(runtime, "_lock", Lock())
+    runtime.plan_of(lambda plan: None, [torch.ones(7)])
+    assert seen == [True]
 
 
 # Processes of their own
@@ -300,30 +340,44 @@ def _program(name: str, **variables: str | None) -> Any:
 
 
 def forked() -> dict[str, int]:
-    """Exit status of a child that computes as its parent."""
+    """Exit status of a child that computes as its parent, by whether a thread held the lock."""
     torch.set_num_threads(1)
     case = _case()
     expected = _path(case)
     plans = runtime.plans()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(100)  # ends a child that waits for ever
-        code = 1
-        try:
-            assert runtime.plans() == 0
-            _assert_same(_path(case), expected)
-            assert runtime.plans() == plans
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    return {"plans": plans, "child": status, "afterwards": runtime.plans()}
+    found = {"plans": plans}
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with runtime._lock:
+            held.set()
+            done.wait()
+
+    for name in ("free", "held"):
+        if name == "held":
+            threading.Thread(target=hold, daemon=True).start()
+            assert held.wait(60)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(100)  # ends a child that waits for ever
+            code = 1
+            try:
+                assert runtime.plans() == 0
+                _assert_same(_path(case), expected)
+                assert runtime.plans() == plans
+                code = 0
+            finally:
+                os._exit(code)
+        found[name] = os.waitpid(child, 0)[1]
+    done.set()
+    found["afterwards"] = runtime.plans()
+    return found
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_makes_its_own_plans() -> None:
     found = _program("forked", TRITON_INTERPRET="1")
-    assert found == {"plans": 2, "child": 0, "afterwards": 2}
+    assert found == {"plans": 2, "free": 0, "held": 0, "afterwards": 2}
 
 
 # Direct launches, with the stub of libcuda

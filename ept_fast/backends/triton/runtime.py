@@ -19,6 +19,7 @@ import functools
 import itertools
 import operator
 import os
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ __all__ = [
     "rounded",
 ]
 
-PLANS = 512  # that are kept
+PLANS = 512  # that are kept; the one that was not used for longest goes first
 _ALIGNMENT = 16  # bytes: what Triton's front distinguishes, and the widest access
 # Where an operand is: among the inputs, the tensors returned, or the pieces of buffers. And the
 # buffers: what is kept, the scratch, and then the inputs.
@@ -128,6 +129,7 @@ class Plan:
             None if t is None else Operand((_INPUTS, i), t.shape, t.stride(), t.dtype)
             for i, t in enumerate(inputs)
         ]
+        self.last_used = 0
         self.launches: list[Launch] = []
         self._returned: list[Operand] = []
         self._like: dict[int, int] = {}  # of those, by inputs of the same shape and strides
@@ -312,6 +314,8 @@ def _view(memory: Tensor | None, start: int, operand: Operand) -> Tensor:
 # Plans by what they depend on
 
 _plans: dict[Any, Plan] = {}
+_lock = threading.Lock()
+_clock = itertools.count(1)
 
 
 def plan_of(
@@ -337,9 +341,12 @@ def plan_of(
         plan = Plan(tensors)
         describe(plan, *choices)
         plan.seal()
-        if len(_plans) >= PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        plan.last_used = next(_clock)
+        with _lock:
+            if key not in _plans and len(_plans) >= PLANS:
+                del _plans[min(_plans, key=lambda key: _plans[key].last_used)]
+            _plans[key] = plan
+    plan.last_used = next(_clock)
     return plan
 
 
@@ -368,9 +375,15 @@ def plans() -> int:
 
 def forget() -> None:
     """Drop all plans."""
+    with _lock:
+        _plans.clear()
+
+
+def _after_fork() -> None:
+    """A compiled kernel belongs to the process that loaded it, as does a lock's holder."""
+    global _lock
+    _lock = threading.Lock()
     _plans.clear()
 
 
-os.register_at_fork(
-    after_in_child=forget
-)  # a compiled kernel belongs to the process that loaded it
+os.register_at_fork(after_in_child=_after_fork)

@@ -174,9 +174,10 @@ def splice_works(shape: Shape) -> dict[str, Work]:
     Bytes are counted once each: the text's embeddings, the output, ids and mask; backward the
     gradient; and the parts of sums, written by one launch and read by the next.
     """
+    from ept_fast.backends.fused import splice_flags
     from ept_fast.backends.triton import calls
     from ept_fast.backends.triton.runtime import Operand, Plan
-    from ept_fast.ops.types import Flags, Needs, SpliceInputs
+    from ept_fast.ops.types import Needs, SpliceInputs
 
     kind: dict[str, Any] = {"device": "meta"}
     tasks, m, d, r = shape.tasks or 1, shape.num_virtual_tokens, shape.hidden_size, shape.rank
@@ -192,7 +193,7 @@ def splice_works(shape: Shape) -> dict[str, Work]:
         ids[:, 0] if shape.tasks else None,
     )
     parameters, behind = inputs.parts()
-    flags, no_sizes = Flags(1.0, "identity", "token", 1.0), None  # of operation 1
+    flags, no_sizes = splice_flags(1.0), None  # of operation 1
     forward = Plan((*parameters, *behind))
     calls.describe_path_forward(forward, flags, False, no_sizes, calls.forward_config)
     size = (shape.batch, m + shape.length, d)

@@ -29,6 +29,11 @@ def constant(value: int | None) -> Any:
     return value if knobs.runtime.interpret else tl.constexpr(value)
 
 
+def with_strides(tensor: Any) -> Any:
+    """A tensor as a kernel takes it: address and strides; None if it is absent."""
+    return None if tensor is None else (tensor, *tensor.stride())
+
+
 class Axis(NamedTuple):
     """Places along one axis of a tile: their numbers in int64, and which of them are there."""
 

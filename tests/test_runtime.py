@@ -39,7 +39,6 @@ from ept_fast.backends import fused
 from ept_fast.backends.triton import calls, launch, runtime
 from ept_fast.cli import main as command
 from ept_fast.kernels.reconstruct import config as reconstruct_config
-from ept_fast.ops.types import Flags
 from tests.cases import Case, Sizes, make_case
 from tests.cases import run as run_functions
 from tests.parity import TRITON, cotangent_of, over
@@ -193,7 +192,7 @@ def test_other_launch_sizes_are_another_plan(
 def _call(case: Case) -> tuple[Any, ...]:
     """The splice's forward: what describes the call, its tensors, and its choices."""
     parameters, text = case.inputs().parts()
-    flags = Flags(0.5, "identity", "token", 1.0)
+    flags = fused.splice_flags(0.5)
     sizes = calls.reconstruct_forward_config, calls.forward_config
     return calls.describe_path_forward, (*parameters, *text), flags, False, *sizes
 

@@ -1,5 +1,5 @@
-"""What the backends of fused kernels have in common: the architecture of a GPU, limits, and what is
-left to eager.
+"""What the backends of fused kernels have in common: their calls, the architecture of a GPU,
+limits, and what is left to eager.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import functools
 import torch
 from torch import Tensor
 
-from ept_fast.ops.types import Parameters, SpliceInputs
+from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 
 __all__ = [
+    "CALLS",
     "MAX_RANK",
     "MAX_SIZE",
     "MAX_SPACES",
@@ -19,10 +20,22 @@ __all__ = [
     "has_empty",
     "is_plain",
     "needs_float64",
+    "splice_flags",
     "target",
     "too_large",
 ]
 
+# What each of them serves.
+CALLS = (
+    "path_backward",
+    "path_forward",
+    "path_kept",
+    "reconstruct_backward",
+    "reconstruct_forward",
+    "splice_backward",
+    "splice_forward",
+    "splice_kept",
+)
 # The largest sizes that every backend of kernels serves. csrc/kernels.h has the same names.
 MAX_RANK = 256  # r
 MAX_SPACES = 512  # K·h
@@ -53,6 +66,11 @@ def target(device: torch.device) -> str:
 # What `torch.compiler.assume_constant_result` does, without its import of the whole compiler: the
 # compiler asks for the target while it traces a call, and cannot trace the driver's answer.
 target._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def splice_flags(scaling: float) -> Flags:
+    """Those of both operations in a row with nothing for the first to do."""
+    return Flags(scaling, "identity", "token", 1.0)
 
 
 def needs_float64(tensors: Parameters | SpliceInputs) -> str:

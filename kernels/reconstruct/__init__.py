@@ -14,6 +14,7 @@ from ept_fast.kernels.reconstruct.forward import (
     reconstruct_forward_kernel,
 )
 from ept_fast.kernels.sizes import ceil_div
+from ept_fast.kernels.tiles import with_strides
 from ept_fast.ops.types import Flags, Parameters, Saved
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def _given(parameters: Any, flags: Flags) -> tuple[tuple[Any, ...], tuple[Any, .
     _, m, n, r, spaces, dim, d = parameters.sizes()
     dims = spaces * dim
     numbers = (m, n, r, spaces, dim, dims, dims + spaces, d)
-    p, a, b, down, up, gate, bias = (t and (t, *t.stride()) for t in parameters)
+    p, a, b, down, up, gate, bias = map(with_strides, parameters)
     down = down and (*down[:3], down[4], down[3])
     return (*numbers, flags.scaling, d**-0.5, flags.temperature), (p, a, b, down, up, gate, bias)
 
@@ -119,7 +120,7 @@ def backward(
     tasks, m, _, r, spaces, dim, d = measures = parameters.sizes()
     config = sizes(*measures)
     numbers, tensors = _given(parameters, flags)
-    y = (grad, *grad.stride())
+    y = with_strides(grad)
     factors = (*numbers, y, None, tensors[2], tensors[4], None, None, None)
     sums, splits = _products(plan, config, factors, tasks, m, r + spaces * dim)
     pieces, chunks = config.n_splits, config.chunks

@@ -22,7 +22,7 @@ from ept_fast.kernels.splice.backward import splice_backward_kernel, splice_fini
 from ept_fast.kernels.splice.config import plan_options
 from ept_fast.kernels.splice.forward import splice_forward_kernel
 from ept_fast.kernels.splice.plan import splice_plan_kernel
-from ept_fast.kernels.tiles import terms_of
+from ept_fast.kernels.tiles import terms_of, with_strides
 from ept_fast.ops.types import SpliceGrads, SpliceInputs
 
 if TYPE_CHECKING:
@@ -63,17 +63,12 @@ def kept(add: Add, inputs: SpliceInputs, batch: int, length: int) -> tuple[Any, 
     return slots, groups, spans, columns
 
 
-def _with_strides(tensor: Any) -> Any:
-    """A tensor as a kernel takes it: address and strides; None if it is absent."""
-    return None if tensor is None else (tensor, *tensor.stride())
-
-
 def _offset(inputs: Any, there: bool) -> tuple[Any, int]:
     """A and B as a kernel takes them, and how many bfloat16 numbers add up to one of theirs."""
     a, b = inputs.offset_a, inputs.offset_b
     if not there:
         return None, 1
-    return (_with_strides(a), _with_strides(b)), max(terms_of(a.dtype), terms_of(b.dtype))
+    return (with_strides(a), with_strides(b)), max(terms_of(a.dtype), terms_of(b.dtype))
 
 
 def forward(plan: Plan, inputs: Any, scaling: float, add: Add, sizes: Any) -> None:
@@ -90,7 +85,7 @@ def forward(plan: Plan, inputs: Any, scaling: float, add: Add, sizes: Any) -> No
     if out.numel() == 0:
         return
     if any(table is not None for table in tables):
-        given = (_with_strides(inputs.attention_mask), _with_strides(task_ids))
+        given = (with_strides(inputs.attention_mask), with_strides(task_ids))
         options = plan_options(batch, length)
         plan.launch(splice_plan_kernel, batch, tables, *given, batch, length, tasks, **options)
     has_offset = _has_offset(inputs, length)
@@ -100,8 +95,8 @@ def forward(plan: Plan, inputs: Any, scaling: float, add: Add, sizes: Any) -> No
     blocks = ceil_div(m, config.block_s) + ceil_div(length, config.block_s)
     blocks *= ceil_div(width, config.block_d) * ceil_div(batch, config.rows)
     # A table lies in the same place for all rows.
-    embeds = _with_strides(source) if ids is None else (source, 0, *source.stride())
-    tensors = (_with_strides(out), _with_strides(inputs.prompt), (_with_strides(ids), embeds))
+    embeds = with_strides(source) if ids is None else (source, 0, *source.stride())
+    tensors = (with_strides(out), with_strides(inputs.prompt), (with_strides(ids), embeds))
     numbers = (scaling, batch, length, tasks, (m, width, rank, source.shape[0]))
     tiles_r = ceil_div(rank, config.block_r)
     options = {"TILES_R": tiles_r, "TERMS": terms, **config.options()}
@@ -151,7 +146,7 @@ def backward(
         offset, terms = _offset(inputs, sum_o)
         where = tuple((s.put, s.size) if s.made else None for s in sums)
         strides = tuple(s.made if s.parts else None for s in sums)
-        tensors = (_with_strides(grad), where, strides, offset)
+        tensors = (with_strides(grad), where, strides, offset)
         read = tables if sum_o else (*tables[:2], None, None)
         numbers = (scaling, batch, length, tasks, (m, width, rank))
         terms_g = terms_of(grad.dtype) if config.rows == 1 else 3  # of a sum of gradients

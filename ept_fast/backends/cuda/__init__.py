@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from ept_fast.backends import eager
-from ept_fast.backends.fused import has_empty, is_plain, needs_float64, target, too_large
+from ept_fast.backends.fused import (
+    CALLS,
+    has_empty,
+    is_plain,
+    needs_float64,
+    splice_flags,
+    target,
+    too_large,
+)
 from ept_fast.config import GATES
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.ops.types import (
@@ -29,18 +37,7 @@ from ept_fast.ops.types import (
     Text,
 )
 
-__all__ = [
-    "available",
-    "path_backward",
-    "path_forward",
-    "path_kept",
-    "reconstruct_backward",
-    "reconstruct_forward",
-    "splice_backward",
-    "splice_forward",
-    "splice_kept",
-    "supports",
-]
+__all__ = ["available", "supports", *CALLS]
 
 _OLDEST = 75
 
@@ -137,7 +134,7 @@ def splice_forward(inputs: SpliceInputs, scaling: float) -> tuple[Tensor, list[T
     if has_empty(*inputs):
         return eager.splice_forward(inputs, scaling)
     parameters, text = inputs.parts()
-    return path_forward(parameters, text, _splice_flags(scaling), fusion=False)[0], []
+    return path_forward(parameters, text, splice_flags(scaling), fusion=False)[0], []
 
 
 def splice_backward(
@@ -154,18 +151,13 @@ def splice_backward(
     parameters, text = inputs.parts()
     needs = Needs(need_prompt, need_offset)
     nothing = [grad.new_empty(0)]
-    found = _backward(grad, parameters, text, nothing, _splice_flags(scaling), False, needs)
+    found = _backward(grad, parameters, text, nothing, splice_flags(scaling), False, needs)
     return SpliceGrads(*found[: len(SpliceGrads._fields)])
 
 
 def splice_kept(inputs: SpliceInputs) -> list[Tensor]:
     """The forward keeps nothing."""
     return []
-
-
-def _splice_flags(scaling: float) -> Flags:
-    """Those of a path without operation 1."""
-    return Flags(scaling, "identity", "token", 1.0)
 
 
 def path_forward(

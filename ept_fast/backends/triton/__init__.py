@@ -12,21 +12,11 @@ from typing import Any
 
 import torch
 
-from ept_fast.backends.fused import needs_float64, target, too_large
+from ept_fast.backends.fused import CALLS, needs_float64, target, too_large
 from ept_fast.backends.triton.launch import dotted, launcher, triton_version
 from ept_fast.ops.types import Parameters, SpliceInputs
 
-_CALLS = (
-    "path_backward",
-    "path_forward",
-    "path_kept",
-    "reconstruct_backward",
-    "reconstruct_forward",
-    "splice_backward",
-    "splice_forward",
-    "splice_kept",
-)
-__all__ = ["available", "supports", *_CALLS]
+__all__ = ["available", "supports", *CALLS]
 
 _OLDEST = (3, 5, 0)
 # Architecture, the first version that is good again, what is wrong before it. From the compilers'
@@ -95,5 +85,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ept_fast.backends.triton import calls
 
-    globals().update({each: getattr(calls, each) for each in _CALLS})
+    globals().update({each: getattr(calls, each) for each in CALLS})
     return globals()[name]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ept_fast.backends import eager
-from ept_fast.backends.fused import is_plain
+from ept_fast.backends.fused import CALLS, is_plain, splice_flags
 from ept_fast.backends.triton import runtime
 from ept_fast.backends.triton.runtime import Plan
 from ept_fast.kernels import reconstruct, splice
@@ -37,14 +37,7 @@ __all__ = [
     "describe_path_forward",
     "describe_reconstruct_backward",
     "describe_reconstruct_forward",
-    "path_backward",
-    "path_forward",
-    "path_kept",
-    "reconstruct_backward",
-    "reconstruct_forward",
-    "splice_backward",
-    "splice_forward",
-    "splice_kept",
+    *CALLS,
 ]
 
 
@@ -193,16 +186,11 @@ def path_backward(
 # Operation 2
 
 
-def _flags(scaling: float) -> Flags:
-    """Of a call that has no subspaces."""
-    return Flags(scaling, "identity", "token", 1.0)
-
-
 def splice_forward(inputs: SpliceInputs, scaling: float) -> tuple[Tensor, list[Tensor]]:
     """The prompt before the text and the low-rank offset onto its real tokens, ``[B, m + S, d]``;
     and where the rows' tokens lie, for the backward.
     """
-    out, *kept = path_forward(*inputs.parts(), _flags(scaling), False)
+    out, *kept = path_forward(*inputs.parts(), splice_flags(scaling), False)
     return out, kept
 
 
@@ -223,5 +211,5 @@ def splice_backward(
     parameters, text = inputs.parts()
     given = Text(attention_mask=text.attention_mask, task_ids=text.task_ids)
     needs = Needs(need_prompt, need_offset)
-    found = path_backward(grad, parameters, given, kept, _flags(scaling), False, needs)
+    found = path_backward(grad, parameters, given, kept, splice_flags(scaling), False, needs)
     return SpliceGrads(*found[:3])

@@ -250,7 +250,7 @@ def test_constraints_pin_every_requirement(root: Path, built: Built) -> None:
 def test_install(kind: str, root: Path, installs: dict[str, Install], tmp_path: Path) -> None:
     """Imports come from where it was put, no other top-level name does, and the script runs."""
     python, package = installs[kind].python, installs[kind].package
-    names = {"ept_fast", "ept_fast.kernels.sizes", "ept_fast.reference"}
+    names = {"ept_fast", "ept_fast.kernels.tiles", "ept_fast.reference"}
     if kind == "wheel":  # once is enough for those that import transformers
         assert names <= set(modules_of(root))
         names = set(modules_of(root))
@@ -269,9 +269,9 @@ def test_install(kind: str, root: Path, installs: dict[str, Install], tmp_path: 
 
 
 def test_in_tree(root: Path) -> None:
-    files = module_files(sys.executable, "ept_fast", "ept_fast.kernels.sizes", cwd=root)
+    files = module_files(sys.executable, "ept_fast", "ept_fast.kernels.tiles", cwd=root)
     assert files["ept_fast"] == str(root / "ept_fast" / "__init__.py")
-    assert files["ept_fast.kernels.sizes"] == str(root / "ept_fast" / "kernels" / "sizes.py")
+    assert files["ept_fast.kernels.tiles"] == str(root / "ept_fast" / "kernels" / "tiles.py")
 
 
 @pytest.mark.slow
@@ -287,11 +287,11 @@ def test_a_real_kernels_package_wins_in_the_tree(
     if order == "package first":
         paths.reverse()
     # -P: the path is what PYTHONPATH says, without the current folder in front.
-    probe = (sys.executable, "-P", "-c", PROBE, "kernels", "ept_fast.kernels.sizes")
+    probe = (sys.executable, "-P", "-c", PROBE, "kernels", "ept_fast.kernels.tiles")
     output = run(*probe, cwd=tmp_path, PYTHONPATH=os.pathsep.join(paths))
     files = json.loads(output.splitlines()[-1])
     assert files["kernels"] == str(real)
-    assert files["ept_fast.kernels.sizes"] == str(root / "ept_fast" / "kernels" / "sizes.py")
+    assert files["ept_fast.kernels.tiles"] == str(root / "ept_fast" / "kernels" / "tiles.py")
 
 
 def test_transformers_does_not_take_our_folder_for_the_kernels_package(root: Path) -> None:

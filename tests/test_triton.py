@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ept_fast import EPTConfig, EPTOutput, FusedEPTPrompt
 from ept_fast.backends import triton
 from ept_fast.backends.triton import launch, runtime
 from ept_fast.kernels.reconstruct import config as reconstruct_config
 from ept_fast.kernels.splice.config import backward_config, forward_config
+from ept_fast.ops import path
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 from tests.cases import GATES, LARGEST, NAMED, PADDINGS, PARTS, Sizes, make_case, shapes_of
 from tests.parity import (
@@ -208,6 +210,58 @@ def test_launches(sizes: Sizes, gate: str, part: str, monkeypatch: pytest.Monkey
     counted.names.clear()
     prompt.backward(torch.ones_like(prompt))
     assert len(counted.names) <= 3
+
+
+class _Asked(TorchDispatchMode):
+    """Names of PyTorch's operators in the order of their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+@pytest.mark.parametrize(("part", "m"), [("all", 3), ("no offset", 3), ("prompt only", 130)])
+@pytest.mark.parametrize("kind", ["none", "bool", "uint8", "int32", "strided int64"])
+def test_mask_and_positions(
+    kind: str, part: str, m: int, tasks: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module's call has them written by the launch for where the rows' tokens lie, and no
+    operator of PyTorch launches anything.
+    """
+    sizes = Sizes(m=m, n=140, r=2, k=2, h=1, d=4, batch=3, length=135, tasks=tasks)
+    case = make_case(sizes, dtype=torch.float32, **PARTS[part])
+    rank, spaces = ("offset_a" in case.parameters) * 2, ("space_down" in case.parameters) * 2
+    config = EPTConfig(4, m, 140, rank, num_spaces=spaces, space_dim=1)
+    masks = {} if kind == "none" else {"attention_mask": case.attention_mask}
+    if kind == "strided int64":
+        masks["attention_mask"] = case.attention_mask.repeat_interleave(2, 1)[:, ::2]
+    elif masks:
+        masks["attention_mask"] = case.attention_mask.to(getattr(torch, kind))
+    given = {"inputs_embeds": case.weight[case.input_ids], "task_ids": case.task_ids, **masks}
+
+    def called(backend: str) -> EPTOutput:
+        prompt = FusedEPTPrompt.from_tensors(
+            config, case.parameters, num_tasks=tasks, backend=backend
+        )
+        return prompt(**given)
+
+    found, expected = called("triton"), called("eager")
+    assert torch.equal(found.attention_mask, expected.attention_mask)
+    assert torch.equal(found.position_ids, expected.position_ids)
+    assert found.attention_mask.dtype == expected.attention_mask.dtype
+    assert found.position_ids.dtype == expected.position_ids.dtype
+    counted = _Counted(monkeypatch)
+    monkeypatch.setattr(path, "values_are_checked", lambda device: False)  # as on a GPU
+    with _Asked() as asked:
+        called("triton")
+    assert "splice_plan_kernel" in counted.names
+    assert len(counted.names) <= 3
+    assert set(asked.names) <= {"empty", "new_empty", "detach"}
 
 
 REDUCE, ATTEND, FORWARD, BACKWARD = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ept_fast.checks import (
     values_are_checked,
 )
 from ept_fast.ops import dispatch
-from ept_fast.ops.path import path
+from ept_fast.ops.path import How, own_path, path
 from ept_fast.ops.reconstruct import gate_weights as _gate_weights
 from ept_fast.ops.reconstruct import reconstruct
 from ept_fast.ops.splice import splice
@@ -200,14 +200,19 @@ def splice_prompt(
     return splice(inputs, float(scaling), chosen)
 
 
-class _Checked:
-    """Arguments of both operations that were checked, by their backends' names.
+class _Checked(NamedTuple):
+    """What is known of arguments of both operations that were checked.
 
-    It stands for all calls with the same shapes, strides, types, devices, alignment and choices.
+    Attributes:
+        flags: with numbers for constants.
+        first, second: the backends of the operations.
+        how: how one backend does both; None if two do.
     """
 
-    def __init__(self, flags: Flags, first: str, second: str) -> None:
-        self.flags, self.first, self.second = flags, first, second
+    flags: Flags
+    first: str
+    second: str
+    how: How | None
 
 
 _CHECKED = 512
@@ -223,17 +228,14 @@ def _known(
     """
     if torch.compiler.is_compiling():
         return None, None
-    variables = os.environ.get("EPT_FAST_BACKEND"), os.environ.get("EPT_FAST_DISABLE")
-    found: list[Any] = [backend, variables, dispatch.supporters(), fusion, flags]
-    found += map(type, (fusion, *flags))  # 1 and True are equal
+    disabled = os.environ.get("EPT_FAST_DISABLE")
+    named = backend or os.environ.get("EPT_FAST_BACKEND")
+    types = tuple(map(type, (fusion, *flags, *tensors)))  # 1 and True are equal
     try:
-        for t in tensors:
-            if t is not None and type(t) not in _PLAIN:
-                return None, None
-            found.append(facts_of(t))
-        key = tuple(found)
+        facts = tuple(map(facts_of, tensors))
+        key = (backend, named, disabled, dispatch.supporters(), fusion, flags, types, facts)
         return key, _checked.get(key)
-    except (RuntimeError, TypeError):  # no storage, or not what it should be
+    except (AttributeError, RuntimeError, TypeError):  # no storage, or not what it should be
         return None, None
 
 
@@ -243,16 +245,23 @@ def _check(
     flags: Flags,
     fusion: bool,
     backend: str | None,
-    first_check: Callable[[], object] | None,
+    first_check: Callable[[Text], object] | None,
+    known: Hashable,
 ) -> _Checked:
     """Check the arguments of both operations, and choose the backends."""
     if first_check is not None:
-        first_check()
+        first_check(text)
     flags = flags._replace(scaling=constant(flags.scaling), temperature=constant(flags.temperature))
     _, numbers, first = _prepared(parameters, flags, fusion, backend)
     prompt = parameters.short_prompt  # P′ has its shape and type
     check_text(text, "short_prompt", prompt, parameters.offset_a)
-    return _Checked(numbers, first, dispatch.select(backend, text.behind(prompt, parameters)))
+    second = dispatch.select(backend, text.behind(prompt, parameters))
+    how = None
+    if first == second != dispatch.REFERENCE:
+        # The compiler needs no module: operators are opaque to it.
+        own = None if torch.compiler.is_compiling() else own_path(first, parameters)
+        how = How(numbers, fusion, first, own, known)
+    return _Checked(numbers, first, second, how)
 
 
 def prompt_path(
@@ -261,27 +270,34 @@ def prompt_path(
     flags: Flags,
     fusion: bool,
     backend: str | None,
-    first_check: Callable[[], object] | None = None,
+    first_check: Callable[[Text], object] | None = None,
+    places: list[Tensor] | None = None,
 ) -> Tensor:
     """:func:`reconstruct_and_splice` for arguments that are in their tuples already.
 
-    ``first_check`` is called unless arguments like these were checked before.
+    ``first_check`` is called with the text unless arguments like these were checked before.
+    ``places`` gets the mask and the positions of prompt and text, ``[B, m + S]``, if the backend
+    writes them.
     """
-    key, checked = _known((*parameters, *text), flags, fusion, backend)
+    tensors = (*parameters, *text)
+    key, checked = _known(tensors, flags, fusion, backend)
     if checked is None:
-        checked = _check(parameters, text, flags, fusion, backend, first_check)
+        if any(t is not None and type(t) not in _PLAIN for t in tensors):
+            key = None  # what else they depend on is not known
+        known = None if key is None else object()
+        checked = _check(parameters, text, flags, fusion, backend, first_check, known)
         if key is not None:
             if len(_checked) >= _CHECKED:
                 _checked.clear()
             _checked[key] = checked
-    flags, first, second = checked.flags, checked.first, checked.second
-    if first != second or first == dispatch.REFERENCE:
+    flags, first, second, how = checked
+    if how is None:
         prompt = reconstruct_prompt(*parameters, **_by_name(flags), fusion=fusion, backend=first)
         inputs = _by_name(text.behind(prompt, parameters))
         return splice_prompt(**inputs, scaling=flags.scaling, backend=second)
     if text.weight is not None and text.weight.requires_grad:
         text = text._replace(weight=text.weight.detach())
-    return path(parameters, text, flags, fusion, first, None if key is None else checked)
+    return path(parameters, text, how, places)
 
 
 def reconstruct_and_splice(

@@ -24,14 +24,33 @@ from ept_fast.ops import dispatch
 from ept_fast.ops.types import Flags, Needs, Parameters, Saved, Text
 from ept_fast.precision import without_autocast
 
-__all__ = ["path"]
+__all__ = ["How", "own_path", "path"]
 
 _PARAMETERS = len(Parameters._fields)
 _SAVED = len(Saved._fields)
 _WIDE = "eager"  # the backend that can leave the offset's gradients unrounded
 
 
-def _own(backend: str, parameters: Parameters) -> Any:
+class How(NamedTuple):
+    """What a call is besides its tensors.
+
+    Attributes:
+        flags: the choices of the first operation, and the scaling of both.
+        fusion: whether the first operation sees the offset.
+        backend: its name.
+        own: the backend's module if it has a path of its own for these tensors, else None.
+        known: something equal for calls with the same backend, choices, and shapes, strides, types,
+            devices and alignment of all tensors, and no others; None if they are not known.
+    """
+
+    flags: Flags
+    fusion: bool
+    backend: str
+    own: Any
+    known: Hashable = None
+
+
+def own_path(backend: str, parameters: Parameters) -> Any:
     """The backend's module if it has a path of its own for these tensors, else None."""
     module = dispatch.load(backend)
     return module if hasattr(module, "path_forward") and not has_empty(*parameters) else None
@@ -90,40 +109,28 @@ def _composed_backward(
 
 
 def _forward(
-    parameters: Parameters,
-    text: Text,
-    flags: Flags,
-    fusion: bool,
-    backend: str,
-    known: Hashable = None,
+    parameters: Parameters, text: Text, how: How, places: list[Tensor] | None = None
 ) -> list[Tensor]:
     """The output, then what the backward needs."""
+    flags, fusion, backend, own, known = how
     device = parameters.short_prompt.device
     if values_are_checked(device):
         check_splice_values(text.behind(parameters.short_prompt, parameters))
-    if module := _own(backend, parameters):
-        found: list[Tensor] = module.path_forward(parameters, text, flags, fusion, known)
-        return found
+    if own is not None:
+        return own.path_forward(parameters, text, flags, fusion, known, places)  # type: ignore[no-any-return]
     with without_autocast(device):
         return _composed_forward(backend, parameters, text, flags, fusion)
 
 
 def _backward(
-    grad: Tensor,
-    parameters: Parameters,
-    text: Text,
-    kept: list[Tensor],
-    flags: Flags,
-    fusion: bool,
-    needs: Needs,
-    backend: str,
+    grad: Tensor, parameters: Parameters, text: Text, kept: list[Tensor], how: How, needs: Needs
 ) -> list[Tensor]:
     """A tensor for each parameter: its gradient if ``needs`` asks for it."""
-    if module := _own(backend, parameters):
-        found: list[Tensor] = module.path_backward(
-            grad, parameters, text, kept, flags, fusion, needs
+    flags, fusion, backend, own, known = how
+    if own is not None:
+        return own.path_backward(  # type: ignore[no-any-return]
+            grad, parameters, text, kept, flags, fusion, needs, known
         )
-        return found
     with without_autocast(grad.device):
         return _composed_backward(backend, grad, parameters, text, kept, flags, fusion, needs)
 
@@ -141,8 +148,10 @@ def _forward_body(
     fusion: bool,
     backend: str,
 ) -> list[Tensor]:
+    given = Parameters(*parameters)  # type: ignore[arg-type]
     flags = Flags(scaling, activation, gate, temperature)
-    return _forward(Parameters(*parameters), Text(*text), flags, fusion, backend)  # type: ignore[arg-type]
+    how = How(flags, fusion, backend, own_path(backend, given))
+    return _forward(given, Text(*text), how)
 
 
 def _backward_body(
@@ -159,16 +168,10 @@ def _backward_body(
     need_offset: bool,
     backend: str,
 ) -> list[Tensor]:
-    return _backward(
-        grad,
-        Parameters(*parameters),  # type: ignore[arg-type]
-        Text(*text),
-        kept,
-        Flags(scaling, activation, gate, temperature),
-        fusion,
-        Needs(need_prompt, need_offset),
-        backend,
-    )
+    given = Parameters(*parameters)  # type: ignore[arg-type]
+    flags = Flags(scaling, activation, gate, temperature)
+    how = How(flags, fusion, backend, own_path(backend, given))
+    return _backward(grad, given, Text(*text), kept, how, Needs(need_prompt, need_offset))
 
 
 _forward_op = torch.library.custom_op("ept_fast::path_forward", _forward_body, mutates_args=())
@@ -191,7 +194,7 @@ def _(
     batch, length = inputs.text.shape[:2]
     m, width = given.short_prompt.shape[-2:]
     out = inputs.source.new_empty(batch, m + length, width)
-    if module := _own(backend, given):
+    if module := own_path(backend, given):
         return [out, *module.path_kept(given, behind, fusion)]
     tasked = given.with_task_axis()
     spliced = dispatch.load(backend).splice_kept(behind.behind(tasked.short_prompt, tasked))
@@ -223,25 +226,16 @@ def _(
     ]
 
 
-class _How(NamedTuple):
-    """What a call is besides its tensors."""
-
-    flags: Flags
-    fusion: bool
-    backend: str
-    known: Hashable
-
-
 class _Path(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, how: _How, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, how: How, places: list[Tensor] | None, *tensors: Tensor | None) -> Tensor:
         parameters = Parameters(*tensors[:_PARAMETERS])  # type: ignore[arg-type]
         text = Text(*tensors[_PARAMETERS:])
-        flags, fusion, backend, known = how
         if torch.compiler.is_compiling():
-            found = _forward_op(list(parameters), list(text), *flags, fusion, backend)
+            given = (list(parameters), list(text), *how.flags, how.fusion, how.backend)
+            found = _forward_op(*given)
         else:
-            found = _forward(parameters, text, flags, fusion, backend, known)
+            found = _forward(parameters, text, how, places)
         ctx.save_for_backward(*parameters, text.attention_mask, text.task_ids, *found[1:])
         ctx.how = how
         out: Tensor = found[0]
@@ -255,53 +249,50 @@ class _Path(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> Any:
     saved: tuple[Any, ...] = ctx.saved_tensors  # once: checkpointing computes them again
-    flags, fusion, backend, _ = ctx.how
+    how: How = ctx.how
     parameters = Parameters(*saved[:_PARAMETERS])
     mask, task_ids, *kept = saved[_PARAMETERS:]
     text = Text(attention_mask=mask, task_ids=task_ids)
-    _, *asked = ctx.needs_input_grad
-    needs = Needs.for_gradients(asked[:_PARAMETERS], fusion)
+    asked = ctx.needs_input_grad[2:]
+    wanted = asked[:_PARAMETERS]
+    needs = Needs.for_gradients(wanted, how.fusion)
     grads: list[Tensor | None] = [None] * _PARAMETERS
     if needs.prompt or needs.offset:
         if torch.compiler.is_compiling():
-            given = (list(parameters), list(text), kept, *flags, fusion, *needs, backend)
-            found = _backward_op(grad, *given)
+            given = (list(parameters), list(text), kept, *how.flags, how.fusion, *needs)
+            found = _backward_op(grad, *given, how.backend)
         else:
-            found = _backward(grad, parameters, text, kept, flags, fusion, needs, backend)
-        grads = [each if need else None for each, need in zip(found, asked, strict=False)]
+            found = _backward(grad, parameters, text, kept, how, needs)
+        grads = [*found]
+        if not all(wanted):
+            grads = [each if need else None for each, need in zip(found, wanted, strict=True)]
     embeds = None
     if asked[_PARAMETERS + Text._fields.index("inputs_embeds")]:
         embeds = grad[:, parameters.short_prompt.shape[-2] :]
-    return None, *grads, None, None, embeds, None, None
+    return None, None, *grads, None, None, embeds, None, None
 
 
 _refusing = once_differentiable(_gradients)
 
 
 def path(
-    parameters: Parameters,
-    text: Text,
-    flags: Flags,
-    fusion: bool,
-    backend: str,
-    known: Hashable = None,
+    parameters: Parameters, text: Text, how: How, places: list[Tensor] | None = None
 ) -> Tensor:
     """``[B, m + S, d]``, differentiable.
 
     Args:
         parameters: with or without a task axis; the offset is spliced in any case.
         text: what the prompt is put before.
-        flags: the choices of the first operation, and the scaling of both.
-        fusion: whether the first operation sees the offset.
-        backend: its name.
-        known: something equal for calls with the same backend, choices, and shapes, strides, types,
-            devices and alignment of all tensors, and no others; None if they are not known.
+        how: the rest of the call, for these parameters.
+        places: gets the mask and the positions of prompt and text, ``[B, m + S]``, if the backend
+            writes them.
     """
-    if backend == "eager" and not torch.compiler.is_compiling():  # which is plain PyTorch
+    if how.backend == "eager" and not torch.compiler.is_compiling():  # which is plain PyTorch
         floats = (*parameters, text.inputs_embeds)
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats)
         if not trains:
-            return _forward(parameters, text, flags, fusion, backend)[0]
-    how = _How(flags, fusion, backend, known)
-    result: Tensor = _Path.apply(how, *parameters, *text)  # type: ignore[no-untyped-call]
+            return _forward(parameters, text, how)[0]
+    if torch.compiler.is_compiling():
+        places = None  # the operator writes none, as the compiler makes one loop of what does
+    result: Tensor = _Path.apply(how, places, *parameters, *text)  # type: ignore[no-untyped-call]
     return result

@@ -22,7 +22,6 @@ from ept_fast.ops.types import Text
 from ept_fast.prompts.embedding import (
     check_width,
     embedding_device,
-    embedding_weight,
     is_plain_table,
 )
 from ept_fast.prompts.initial import LongPrompt
@@ -111,8 +110,12 @@ class SplicedPrompt(nn.Module):
         """P′, ``[(T,) m, d]``."""
         raise NotImplementedError
 
-    def put_before(self, text: Text) -> Tensor:
-        """The embeddings ``[B, m + S, d]`` of prompt and text."""
+    def put_before(self, text: Text, places: list[Tensor] | None = None) -> Tensor:
+        """The embeddings ``[B, m + S, d]`` of prompt and text.
+
+        ``places`` gets their mask and positions, ``[B, m + S]``, if the backend writes them.
+        """
+        check_whole({"embedding.weight": text.weight})
         return splice_prompt(self.reconstruct(), **self._spliced(text), backend=self.backend)
 
     def _spliced(self, text: Text) -> dict[str, Any]:
@@ -156,13 +159,16 @@ class SplicedPrompt(nn.Module):
                     "(set_input_embeddings gives it one), got input_ids"
                 )
             if is_plain_table(embedding):
-                weight = embedding_weight(embedding)
+                weight = embedding.weight
             else:
                 inputs_embeds = self._look_up(embedding, input_ids)
                 input_ids = None
         text = Text(input_ids, weight, inputs_embeds, attention_mask, task_ids)
-        embeds = self.put_before(text)
-        if attention_mask is None:
+        places: list[Tensor] = []
+        embeds = self.put_before(text, places)
+        if places:
+            mask, ranks = places
+        elif attention_mask is None:
             kind: dict[str, Any] = {"dtype": torch.int64, "device": embeds.device}
             mask = torch.ones(embeds.shape[:2], **kind)
             ranks = torch.arange(embeds.shape[1], **kind).expand(mask.shape)
@@ -454,10 +460,11 @@ class FoldedPrompt(SplicedPrompt):
         """The constant prompt P′, ``[(T,) m, d]``."""
         return self.prompt
 
-    def put_before(self, text: Text) -> Tensor:
+    def put_before(self, text: Text, places: list[Tensor] | None = None) -> Tensor:
         """The embeddings ``[B, m + S, d]`` of prompt and text; offsets from the table, if any."""
         table = self.offset_table
         if table is not None:
+            check_whole({"embedding.weight": text.weight})
             return splice_table(self.prompt, table=table, **self._spliced(text))
         embeds = super().put_before(text)
         if self.config.rank and self.offset_a is None:  # folded without its offset

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module  # the hooks of all modules
@@ -47,7 +49,7 @@ def check_width(embedding: nn.Module, hidden_size: int) -> None:
         raise ValueError(f"embedding: expected width hidden_size {hidden_size}, got {width}")
 
 
-def is_plain_table(embedding: nn.Module) -> bool:
+def is_plain_table(embedding: nn.Module) -> TypeGuard[nn.Embedding]:
     """Whether calling the layer is just a lookup in ``weight``."""
     return (
         type(embedding) is nn.Embedding

@@ -12,6 +12,7 @@ from ept_fast.config import EPTConfig, PromptConfig
 from ept_fast.ops.functional import gate_weights, prompt_path, reconstruct_prompt
 from ept_fast.ops.types import Flags, Parameters, Text
 from ept_fast.prompts.base import FoldedPrompt, Prompt, register
+from ept_fast.storage.sharded import check_whole
 
 __all__ = ["FoldedEPTPrompt", "FusedEPTPrompt"]
 
@@ -114,7 +115,7 @@ class FusedEPTPrompt(Prompt):
             backend=self.backend,
         )
 
-    def put_before(self, text: Text) -> Tensor:
+    def put_before(self, text: Text, places: list[Tensor] | None = None) -> Tensor:
         """The embeddings ``[B, m + S, d]`` of prompt and text, by both operations in one."""
         if type(self).reconstruct is not FusedEPTPrompt.reconstruct:  # a subclass has its own
             return super().put_before(text)
@@ -125,7 +126,14 @@ class FusedEPTPrompt(Prompt):
         parameters = Parameters(*tensors)  # type: ignore[arg-type]
         c = self.config
         flags = Flags(c.scaling, c.activation, c.gate, c.temperature)
-        return prompt_path(parameters, text, flags, c.fusion, self.backend, self.tensors)
+        return prompt_path(
+            parameters, text, flags, c.fusion, self.backend, self._first_check, places
+        )
+
+    def _first_check(self, text: Text) -> None:
+        """That this process holds all of every tensor."""
+        self.tensors()
+        check_whole({"embedding.weight": text.weight})
 
     @property
     def has_gate(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 
 from ept_fast.kernels.reconstruct.backward import reconstruct_backward_kernel
 from ept_fast.kernels.reconstruct.config import KINDS, ROWS, Config
@@ -13,7 +14,6 @@ from ept_fast.kernels.reconstruct.forward import (
     reconstruct_attend_kernel,
     reconstruct_forward_kernel,
 )
-from ept_fast.kernels.sizes import ceil_div
 from ept_fast.kernels.tiles import with_strides
 from ept_fast.ops.types import Flags, Parameters, Saved
 
@@ -56,9 +56,9 @@ def _products(
     ``of``: sizes, numbers and, in the places of P, B, D and G, the factors.
     """
     m, d = of[0], of[7]
-    columns = ceil_div(columns, 16) * 16  # rows begin at multiples of 16 bytes
+    columns = triton.cdiv(columns, 16) * 16  # rows begin at multiples of 16 bytes
     splits = max(1, config.splits)
-    blocks = ceil_div(m, ROWS) + ceil_div(rows - m, ROWS)
+    blocks = triton.cdiv(m, ROWS) + triton.cdiv(rows - m, ROWS)
     sums = (plan.scratch((tasks, splits, rows, columns)), rows, columns, blocks)
     if not config.splits:
         return sums, splits
@@ -83,7 +83,7 @@ def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: Add, s
     factors = (*numbers, p, None, b, down, None, gate, None)
     rows = m + r if parameters.has_spaces else m
     sums, splits = _products(plan, config, factors, tasks, rows, r + spaces * dim + spaces)
-    blocks, options = tasks * ceil_div(m, ROWS), _options(d)
+    blocks, options = tasks * triton.cdiv(m, ROWS), _options(d)
     parts = None
     if n_splits := config.n_splits:
         shape = (tasks, n_splits, m)

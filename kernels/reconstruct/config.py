@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ept_fast.kernels.sizes import ceil_div
+import triton
 
 __all__ = ["KINDS", "MOST_REPEATED", "ROWS", "WIDTH", "Config", "backward_config", "forward_config"]
 
@@ -49,13 +49,13 @@ class Config:
 
 def _chunks(length: int, block: int, most: int) -> tuple[int, int]:
     """``length`` cut into at most ``most`` equal chunks of blocks: (chunks, blocks of a chunk)."""
-    blocks = max(1, ceil_div(length, block * max(1, most)))
-    return max(1, ceil_div(length, blocks * block)), blocks
+    blocks = max(1, triton.cdiv(length, block * max(1, most)))
+    return max(1, triton.cdiv(length, blocks * block)), blocks
 
 
 def _splits(width: int, blocks: int) -> tuple[int, int]:
     """Chunks of d for a launch of its own with so many blocks of rows, and steps of each."""
-    most = min(ceil_div(_PROGRAMS, blocks), _MOST_SPLITS, ceil_div(width, 2 * WIDTH))
+    most = min(triton.cdiv(_PROGRAMS, blocks), _MOST_SPLITS, triton.cdiv(width, 2 * WIDTH))
     return _chunks(width, WIDTH, most)
 
 
@@ -70,15 +70,15 @@ def forward_config(
     of tokens as fill a GPU. ``all_tokens``: whether a program looks at all tokens of its task.
     """
     columns = spaces * dim + spaces
-    blocks = ceil_div(m, ROWS)
-    chunks, d_tiles = _chunks(width, WIDTH, ceil_div(_PROGRAMS, tasks * blocks))
+    blocks = triton.cdiv(m, ROWS)
+    chunks, d_tiles = _chunks(width, WIDTH, triton.cdiv(_PROGRAMS, tasks * blocks))
     tokens = m if all_tokens else min(m, ROWS)
     products = width * (tokens * (rank + columns) + rank * columns)
     attention = 2 * tokens * n * rank
     repeated = chunks > 1 or (all_tokens and blocks > 1)
     splits = steps = n_splits = n_tiles = 0
     if repeated and max(products, attention) > MOST_REPEATED:
-        blocks_of_b = ceil_div(rank, ROWS) if columns else 0
+        blocks_of_b = triton.cdiv(rank, ROWS) if columns else 0
         splits, steps = _splits(width, tasks * (blocks + blocks_of_b))
     if repeated and attention > MOST_REPEATED:
         most = min(_PROGRAMS // (tasks * blocks), _MOST_ATTENTION_SPLITS)
@@ -90,11 +90,11 @@ def backward_config(
     tasks: int, m: int, n: int, rank: int, spaces: int, dim: int, width: int
 ) -> Config:
     """As :func:`forward_config`; all programs of a task share what they repeat."""
-    chunks, d_tiles = _chunks(width, WIDTH, ceil_div(_PROGRAMS, tasks))
+    chunks, d_tiles = _chunks(width, WIDTH, triton.cdiv(_PROGRAMS, tasks))
     products, attention = m * (rank + spaces * dim) * width, 3 * m * n * rank
     core = chunks > 1 and attention > MOST_REPEATED
     splits = steps = 0
     if core or (chunks > 1 and products > MOST_REPEATED):
-        splits, steps = _splits(width, tasks * ceil_div(m, ROWS))
-    pieces, n_tiles = _chunks(n, WIDTH, ceil_div(_PROGRAMS, tasks) if core else chunks)
+        splits, steps = _splits(width, tasks * triton.cdiv(m, ROWS))
+    pieces, n_tiles = _chunks(n, WIDTH, triton.cdiv(_PROGRAMS, tasks) if core else chunks)
     return Config(splits, steps, pieces if core else 0, n_tiles, chunks, d_tiles)

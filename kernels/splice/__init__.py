@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import triton
 
-from ept_fast.kernels.sizes import ceil_div
 from ept_fast.kernels.splice.backward import splice_backward_kernel, splice_finish_kernel
 from ept_fast.kernels.splice.config import plan_options
 from ept_fast.kernels.splice.forward import splice_forward_kernel
@@ -71,34 +71,40 @@ def _offset(inputs: Any, there: bool) -> tuple[Any, int]:
     return (with_strides(a), with_strides(b)), max(terms_of(a.dtype), terms_of(b.dtype))
 
 
-def forward(plan: Plan, inputs: Any, scaling: float, add: Add, sizes: Any) -> None:
+def forward(
+    plan: Plan, inputs: Any, scaling: float, add: Add, sizes: Any, with_places: bool
+) -> None:
     """Describe the forward: it returns ``[B, m + S, d]`` in the text's type.
 
     ``inputs`` are :class:`SpliceInputs` of operands; ``scaling`` is c; ``add`` makes the tensors
-    that the backward goes by; ``sizes`` chooses the launch sizes.
+    that the backward goes by; ``sizes`` chooses the launch sizes. ``with_places``: also returned
+    are the mask, in its type or int64, and the positions of prompt and text in int64, ``[B, m+S]``.
     """
     source, ids, task_ids = inputs.source, inputs.input_ids, inputs.task_ids
     batch, length = inputs.text.shape[:2]
     tasks, m, width = inputs.prompt.shape
     out = plan.returned((batch, m + length, width), source.dtype)
-    tables = kept(add, inputs, batch, length)
+    tables, places, mask = kept(add, inputs, batch, length), None, inputs.attention_mask
+    if with_places:
+        kinds = (torch.int64 if mask is None else mask.dtype, torch.int64)
+        places = tuple(plan.returned((batch, m + length), kind) for kind in kinds)
     if out.numel() == 0:
         return
-    if any(table is not None for table in tables):
-        given = (with_strides(inputs.attention_mask), with_strides(task_ids))
+    if places or any(table is not None for table in tables):
+        given = (places, with_strides(mask), with_strides(task_ids), batch, m, length, tasks)
         options = plan_options(batch, length)
-        plan.launch(splice_plan_kernel, batch, tables, *given, batch, length, tasks, **options)
+        plan.launch(splice_plan_kernel, batch, tables, *given, **options)
     has_offset = _has_offset(inputs, length)
     offset, terms = _offset(inputs, has_offset)
     rank = inputs.offset_a.shape[2] if has_offset else 0
     config = sizes(batch, length, m, width, rank, task_ids is not None, source.dtype)
-    blocks = ceil_div(m, config.block_s) + ceil_div(length, config.block_s)
-    blocks *= ceil_div(width, config.block_d) * ceil_div(batch, config.rows)
+    blocks = triton.cdiv(m, config.block_s) + triton.cdiv(length, config.block_s)
+    blocks *= triton.cdiv(width, config.block_d) * triton.cdiv(batch, config.rows)
     # A table lies in the same place for all rows.
     embeds = with_strides(source) if ids is None else (source, 0, *source.stride())
     tensors = (with_strides(out), with_strides(inputs.prompt), (with_strides(ids), embeds))
     numbers = (scaling, batch, length, tasks, (m, width, rank, source.shape[0]))
-    tiles_r = ceil_div(rank, config.block_r)
+    tiles_r = triton.cdiv(rank, config.block_r)
     options = {"TILES_R": tiles_r, "TERMS": terms, **config.options()}
     plan.launch(splice_forward_kernel, blocks, *tensors, offset, tables, *numbers, **options)
 
@@ -127,9 +133,9 @@ def backward(
     if sum_o:
         kind = torch.promote_types(inputs.offset_a.dtype, inputs.offset_b.dtype)
     config = sizes(batch, length, m if sum_p else 0, width, rank, tasks, kind)
-    chunks_b = ceil_div(batch, config.rows)
-    chunks_s = ceil_div(length, config.block_s * config.tiles)
-    chunks_d = ceil_div(width, config.block_d * config.tiles_d)
+    chunks_b = triton.cdiv(batch, config.rows)
+    chunks_s = triton.cdiv(length, config.block_s * config.tiles)
+    chunks_d = triton.cdiv(width, config.block_d * config.tiles_d)
     sums = []
     for out, size, made, parts, adds in (
         (d_p, m * width, sum_p * m * width, chunks_b, False),
@@ -141,7 +147,7 @@ def backward(
         put = plan.scratch((groups * parts, made)) if made and not whole else out
         sums.append(_Sum(out, put, size, made, 0 if whole else parts))
     if sum_p or sum_o:
-        blocks = sum_p * ceil_div(m, config.block_s) + sum_o * chunks_s
+        blocks = sum_p * triton.cdiv(m, config.block_s) + sum_o * chunks_s
         blocks *= groups * chunks_b * chunks_d
         offset, terms = _offset(inputs, sum_o)
         where = tuple((s.put, s.size) if s.made else None for s in sums)
@@ -156,7 +162,7 @@ def backward(
     rest_p, *rest_o = (s.parts > 0 or by_slot or s.made < s.size for s in sums)
     finish = (need_p and rest_p, need_o and any(rest_o), need_o and any(rest_o))
     ends = tuple(s[:2] if each else None for s, each in zip(sums, finish, strict=True))
-    blocks = sum(each * ceil_div(s.size, _BLOCK) for s, each in zip(sums, finish, strict=True))
+    blocks = sum(each * triton.cdiv(s.size, _BLOCK) for s, each in zip(sums, finish, strict=True))
     ends_of = (batch, *(s.size for s in sums), *(s.made for s in sums), *(s.parts for s in sums))
     options = {"BLOCK": _BLOCK, "BLOCK_B": 128, "num_warps": 4}
     slots = tables[0] if by_slot else None

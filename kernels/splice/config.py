@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
-from ept_fast.kernels.sizes import ceil_div, power_of_two
+import triton
 
 __all__ = ["BackwardConfig", "ForwardConfig", "backward_config", "forward_config", "plan_options"]
 
@@ -57,7 +56,7 @@ def _within(low: int, value: int, high: int) -> int:
 
 
 def _block(size: int, most: int) -> int:
-    return _within(_MIN_BLOCK, power_of_two(size), most)
+    return _within(_MIN_BLOCK, triton.next_power_of_2(size), most)
 
 
 def _registers(rank: int) -> int:
@@ -72,8 +71,8 @@ def _order(dtype: torch.dtype) -> int:
 
 def plan_options(batch: int, length: int) -> dict[str, int]:
     """Of the plan's launch: eight columns a thread, and as many threads as the length needs."""
-    block_s = _within(128, power_of_two(length), 4096)
-    block_b = _within(32, power_of_two(batch), 1024)
+    block_s = _within(128, triton.next_power_of_2(length), 4096)
+    block_b = _within(32, triton.next_power_of_2(batch), 1024)
     return {"BLOCK_B": block_b, "BLOCK_S": block_s, "num_warps": _within(1, block_s // 256, 16)}
 
 
@@ -87,9 +86,9 @@ def forward_config(
     """
     block_s = _block(length, 16 if has_tasks else 32)
     block_d, block_r = _block(d, 64), _block(rank, 32)
-    blocks = (ceil_div(length, block_s) + ceil_div(m, block_s)) * ceil_div(d, block_d)
-    rows = power_of_two(_within(1, blocks * batch // _PROGRAMS, 8))
-    tile = (min(rows, power_of_two(batch)), block_s, block_d, block_r)
+    blocks = (triton.cdiv(length, block_s) + triton.cdiv(m, block_s)) * triton.cdiv(d, block_d)
+    rows = triton.next_power_of_2(_within(1, blocks * batch // _PROGRAMS, 8))
+    tile = (min(rows, triton.next_power_of_2(batch)), block_s, block_d, block_r)
     return ForwardConfig(*tile, _order(dtype), num_warps=4, maxnreg=_registers(rank))
 
 
@@ -110,16 +109,16 @@ def backward_config(
     block_r = _block(rank, 256)
     widest_s, widest_d = _BACKWARD_TILE[block_r]
     block_s, block_d = _block(length, widest_s), _block(d, widest_d)
-    blocks_d, blocks_s = ceil_div(d, block_d), max(1, ceil_div(length, block_s))
+    blocks_d, blocks_s = triton.cdiv(d, block_d), max(1, triton.cdiv(length, block_s))
     groups = max(1, min(tasks, batch))
 
     def split(programs: int, tiles_d: int) -> tuple[int, int, int]:
         """Bytes of the parts, and chunks of positions and of rows, for about so many programs."""
-        chunks_d = ceil_div(blocks_d, tiles_d)
-        chunks_s = _within(1, ceil_div(programs, chunks_d * groups), blocks_s)
+        chunks_d = triton.cdiv(blocks_d, tiles_d)
+        chunks_s = _within(1, triton.cdiv(programs, chunks_d * groups), blocks_s)
         chunks_b = 1
         if tasks == 1:
-            chunks_b = _within(1, ceil_div(programs, chunks_d * chunks_s), ceil_div(batch, 8))
+            chunks_b = _within(1, triton.cdiv(programs, chunks_d * chunks_s), triton.cdiv(batch, 8))
         parts = [(m * d, chunks_b)]
         if length:
             parts += [(rank * length, chunks_b * chunks_d), (rank * d, chunks_b * chunks_s)]
@@ -135,9 +134,9 @@ def backward_config(
     least = min(tiles, key=lambda t: split(_FEWEST_PROGRAMS, t)[0])
     programs, tiles_d = next(fits, (_FEWEST_PROGRAMS, least))
     _, chunks_s, chunks_b = split(programs, tiles_d)
-    rows = max(1, ceil_div(batch, chunks_b))
+    rows = max(1, triton.cdiv(batch, chunks_b))
     tile = (rows, block_s, block_d, block_r)
     num_warps = 16 if rows == 1 and tiles_d > 1 and rank % _MIN_BLOCK else 8
     registers = _registers(rank) if dtype != torch.float16 else _MOST_REGISTERS
-    turns = (ceil_div(blocks_s, chunks_s), tiles_d)
+    turns = (triton.cdiv(blocks_s, chunks_s), tiles_d)
     return BackwardConfig(*tile, _order(dtype), num_warps, registers, *turns)

@@ -1,6 +1,6 @@
 """Where the rows' real tokens lie and which rows have which task: one launch, before the others.
 
-It writes tables of int32:
+It writes tables of int32, and if asked the mask and the positions of prompt and text [B, m + S]:
 
     slots [B, 3]     the rows in the order of their tasks; of each place in it, a slot: the row, its
                      task (T if the bank does not have it), and the end of the task's slots
@@ -49,25 +49,31 @@ def _tasks_at(task_ids, b, num_tasks):
 
 
 @triton.jit
-def _real_at(mask, row, start, length, BLOCK_S: tl.constexpr):
-    """Columns of a row, and which of them are real tokens."""
+def _mask_at(mask, row, start, length, BLOCK_S: tl.constexpr):
+    """Columns of a row and its mask there: 1 before the text, and everywhere without a mask."""
     offs_s = start + tl.arange(0, BLOCK_S)
-    ptrs = mask[0] + row * mask[1] + offs_s.to(tl.int64) * mask[2]
-    return offs_s, tl.load(ptrs, mask=offs_s < length, other=0) != 0
+    value = (offs_s < length).to(tl.int32)
+    if mask is not None:
+        ptrs = mask[0] + row * mask[1] + offs_s.to(tl.int64) * mask[2]
+        in_text = (offs_s >= 0) & (offs_s < length)
+        value = tl.where(offs_s < 0, 1, tl.load(ptrs, mask=in_text, other=0))
+    return offs_s, value
 
 
-@triton.jit(do_not_specialize=["batch", "length", "num_tasks"])
+@triton.jit(do_not_specialize=["batch", "m", "length", "num_tasks"])
 def splice_plan_kernel(
     tables,
+    places,  # mask and positions of prompt and text [B, m + S], or None
     mask,  # [B, S]
     task_ids,  # [B]
     batch,
+    m,
     length,
     num_tasks,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """A row's slot and span, and a group."""
+    """A row's slot, span and places, and a group."""
     program = tl.program_id(0)
     if tables[0] is not None:  # the slot of one row and the slots of one group, by counting
         by_slot = num_tasks > batch
@@ -88,22 +94,29 @@ def splice_plan_kernel(
             group = tl.where(by_slot, slot, program)
             task = tl.where(by_slot & (before > 0), num_tasks, wanted)
             _write(tables[1], group, task, group_less, group_less + group_same)
+    row = program.to(tl.int64)
+    begin = 0 if places is None else -m
+    first, last, seen = length, 0, 0
+    for start in range(begin, length, BLOCK_S):  # left out by the compiler if nothing reads it
+        offs_s, value = _mask_at(mask, row, start, length, BLOCK_S)
+        real = value != 0
+        if places is not None:
+            at = row * (m + length) + (m + offs_s)
+            tl.store(places[0] + at, value, mask=offs_s < length)
+            number = seen + tl.cumsum(real.to(tl.int32), 0)
+            tl.store(places[1] + at, number - 1, mask=offs_s < length)
+        seen += tl.sum(real.to(tl.int32))
+        first = tl.minimum(first, tl.min(tl.where(real & (offs_s >= 0), offs_s, length)))
+        last = tl.maximum(last, tl.max(tl.where(real, offs_s + 1, 0)))
     if tables[2] is not None:
-        row = program.to(tl.int64)
-        first = length
-        last, total = 0, 0
-        for start in range(0, length, BLOCK_S):
-            offs_s, real = _real_at(mask, row, start, length, BLOCK_S)
-            total += tl.sum(real.to(tl.int32))
-            first = tl.minimum(first, tl.min(tl.where(real, offs_s, length)))
-            last = tl.maximum(last, tl.max(tl.where(real, offs_s + 1, 0)))
-        first = tl.minimum(first, last)
+        first, total = tl.minimum(first, last), seen + begin
         holes = last - first != total
         _write(tables[2], row, first, total, holes.to(tl.int32))
         if holes:
             seen = 0
             for start in range(0, length, BLOCK_S):
-                offs_s, real = _real_at(mask, row, start, length, BLOCK_S)
+                offs_s, value = _mask_at(mask, row, start, length, BLOCK_S)
+                real = value != 0
                 number = seen + tl.cumsum(real.to(tl.int32), 0)
                 position = tl.where(real, number - 1, total + offs_s - number)
                 ptrs = tables[3] + row * length + position.to(tl.int64)

@@ -161,7 +161,12 @@ def splice_kept(inputs: SpliceInputs) -> list[Tensor]:
 
 
 def path_forward(
-    parameters: Parameters, text: Text, flags: Flags, fusion: bool, known: Hashable = None
+    parameters: Parameters,
+    text: Text,
+    flags: Flags,
+    fusion: bool,
+    known: Hashable = None,
+    places: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Both operations: the spliced text [B, m + S, d] and what the backward needs."""
     found: list[Tensor] = _operator("cuda_forward")(*parameters, *text, *_numbers(flags), fusion)
@@ -183,6 +188,7 @@ def path_backward(
     flags: Flags,
     fusion: bool,
     needs: Needs,
+    known: Hashable = None,
 ) -> list[Tensor]:
     """The gradient of each parameter in its type; empty where ``needs`` does not ask for it."""
     if has_empty(grad):

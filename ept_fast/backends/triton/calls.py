@@ -91,7 +91,12 @@ def _seen(parameters: Any, fusion: bool) -> Any:
 
 
 def describe_path_forward(
-    plan: Plan, flags: Flags, fusion: bool, first_sizes: Any, second_sizes: Any
+    plan: Plan,
+    flags: Flags,
+    fusion: bool,
+    first_sizes: Any,
+    second_sizes: Any,
+    with_places: bool = False,
 ) -> None:
     """Fill a plan for the tensors of :class:`Parameters` and :class:`Text`."""
     parameters, text = Parameters(*plan.inputs[:7]).with_task_axis(), Text(*plan.inputs[7:])
@@ -100,18 +105,27 @@ def describe_path_forward(
         prompt = plan.scratch(prompt.shape, prompt.dtype)
         reconstruct.forward(plan, seen, flags, prompt, plan.kept, first_sizes)
     inputs = text.behind(prompt, parameters)
-    splice.forward(plan, inputs, flags.scaling, plan.kept, second_sizes)
+    splice.forward(plan, inputs, flags.scaling, plan.kept, second_sizes, with_places)
 
 
 def path_forward(
-    parameters: Parameters, text: Text, flags: Flags, fusion: bool, known: Hashable = None
+    parameters: Parameters,
+    text: Text,
+    flags: Flags,
+    fusion: bool,
+    known: Hashable = None,
+    places: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """The spliced text ``[B, m + S, d]`` and what the backward needs.
 
-    ``known`` stands for all that the launches depend on (:func:`.runtime.plan_of`).
+    ``known`` stands for all that the launches depend on (:func:`.runtime.plan_of`). ``places``, if
+    given, gets the mask and the positions of prompt and text, ``[B, m + S]``.
     """
-    choices = (flags, fusion, reconstruct_forward_config, forward_config)
-    (out,), kept = runtime.call(describe_path_forward, (*parameters, *text), *choices, known=known)
+    choices = (flags, fusion, reconstruct_forward_config, forward_config, places is not None)
+    tensors = (*parameters, *text)
+    (out, *written), kept = runtime.call(describe_path_forward, tensors, *choices, known=known)
+    if places is not None:
+        places += written
     return [out, out.new_empty(0, dtype=torch.uint8) if kept is None else kept]
 
 
@@ -175,12 +189,21 @@ def path_backward(
     flags: Flags,
     fusion: bool,
     needs: Needs,
+    known: Hashable = None,
 ) -> list[Tensor]:
-    """The gradient of each parameter in its type and shape; empty where not needed."""
+    """The gradient of each parameter in its type and shape; empty where not needed.
+
+    ``known`` is the forward's.
+    """
     tensors = (grad, *parameters, *text, *kept)
+    if known is not None:
+        known = known, runtime.facts_of(grad), *map(runtime.layout_of, tensors)
     choices = (flags, fusion, needs, reconstruct_backward_config, backward_config)
-    found = iter(runtime.call(describe_path_backward, tensors, *choices)[0])
-    return [next(found) if each else grad.new_empty(0) for each in needs.of(parameters, fusion)]
+    found, _ = runtime.call(describe_path_backward, tensors, *choices, known=known)
+    if len(found) == len(parameters):
+        return found
+    rest = iter(found)
+    return [next(rest) if each else grad.new_empty(0) for each in needs.of(parameters, fusion)]
 
 
 # Operation 2

@@ -48,6 +48,7 @@ __all__ = [
     "call",
     "facts_of",
     "forget",
+    "layout_of",
     "plan_of",
     "plans",
     "rounded",
@@ -59,6 +60,7 @@ _ALIGNMENT = 16  # bytes: what Triton's front distinguishes, and the widest acce
 # buffers: what is kept, the scratch, and then the inputs.
 _INPUTS, _RETURNED, _PIECES = range(3)
 _KEPT, _SCRATCH, _FIRST_INPUT = range(3)
+_SAME: Any = nullcontext()  # the device is the current one
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +134,12 @@ class Plan:
         self.last_used = 0
         self.launches: list[Launch] = []
         self._returned: list[Operand] = []
-        self._like: dict[int, int] = {}  # of those, by inputs of the same shape and strides
         self._pieces: list[tuple[int, int, Operand]] = []  # buffer, where in it, tensor
         self._sizes = [0, 0]  # bytes of what is kept and of the scratch, so far
         self._most_scratch = 0
-        self._new: list[tuple[Callable[[], Tensor], int | None]] = []
-        self._new_buffers: list[Any] = [None, None]
+        # Tensors without memory, which those of a run are made like: in a third of the time.
+        self._like_returned: list[Tensor] = []
+        self._like_buffers: list[Tensor | None] = [None, None]
         self._direct: list[Any] = []  # the launches without Triton's front
         self._numbers: list[Any] = []
 
@@ -151,10 +153,7 @@ class Plan:
 
     def returned_like(self, operand: Operand) -> Operand:
         """A new tensor of an input's shape and type, without gaps, that the call returns."""
-        found = self.returned(operand.shape, operand.dtype)
-        if operand.strides == found.strides and operand.place[0] == _INPUTS:
-            self._like[found.place[1]] = operand.place[1]
-        return found
+        return self.returned(operand.shape, operand.dtype)
 
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> Operand:
         """A new tensor in the memory that is kept."""
@@ -212,13 +211,11 @@ class Plan:
 
     def seal(self) -> None:
         """Host code has said all: prepare the allocations."""
-        empty = functools.partial(torch.empty, device=self.device)
-        self._new = [
-            (functools.partial(empty, each.shape, dtype=each.dtype), self._like.get(i))
-            for i, each in enumerate(self._returned)
+        self._like_returned = [
+            _without_memory(each.shape, each.dtype, self.device) for each in self._returned
         ]
-        self._new_buffers = [
-            functools.partial(empty, size, dtype=torch.uint8) if size else None
+        self._like_buffers = [
+            _without_memory((size,), torch.uint8, self.device) if size else None
             for size in self.sizes
         ]
 
@@ -230,12 +227,8 @@ class Plan:
         Returns:
             The tensors returned, and the memory of what is kept; None if nothing is.
         """
-        # What is made like another tensor takes a third of the time.
-        returned = [
-            new() if like is None else torch.empty_like(tensors[like])  # type: ignore[arg-type]
-            for new, like in self._new
-        ]
-        buffers = [new and new() for new in self._new_buffers]
+        returned = [torch.empty_like(like) for like in self._like_returned]
+        buffers = [None if like is None else torch.empty_like(like) for like in self._like_buffers]
         if self._direct and not hooked():
             self._launch_directly(tensors, returned, buffers)
         else:
@@ -291,7 +284,7 @@ class Plan:
         driver = triton_runtime()[0].active
         current = driver.get_current_device()
         index = current if self.device.index is None else self.device.index
-        with nullcontext() if index == current else torch.cuda.device(index):
+        with _SAME if index == current else torch.cuda.device(index):
             stream = driver.get_current_stream(index)
             pool: list[Any] = [None if t is None else t.data_ptr() for t in tensors]
             bases = [0 if b is None else b.data_ptr() for b in buffers] + pool
@@ -300,6 +293,13 @@ class Plan:
             pool += self._numbers
             for launch, pick in self._direct:
                 launch(stream, pick(pool))
+
+
+def _without_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor with no more than a shape and a type."""
+    found = torch.empty(shape, dtype=dtype, device=device)
+    found.untyped_storage().resize_(0)
+    return found
 
 
 def _view(memory: Tensor | None, start: int, operand: Operand) -> Tensor:
@@ -356,6 +356,13 @@ def facts_of(tensor: Tensor | None) -> Hashable:
         return None
     alignment = tensor.data_ptr() % _ALIGNMENT
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, alignment
+
+
+def layout_of(tensor: Tensor | None) -> Hashable:
+    """What of it may be another in the backward than in the forward, which saved the tensor: hooks
+    (torch.autograd.graph.saved_tensors_hooks) keep its shape, type and device.
+    """
+    return None if tensor is None else (tensor.stride(), tensor.data_ptr() % _ALIGNMENT)
 
 
 def call(

@@ -382,7 +382,11 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class Splice:
-    """One call of operation 2 and its backward; ``types``: of the embeddings and the parameters."""
+    """One call of operation 2 and its backward.
+
+    ``types``: of the embeddings and the parameters; ``places``: with the mask and the positions
+    that a module's call has.
+    """
 
     shape: Shape
     types: tuple[str, str]
@@ -390,13 +394,14 @@ class Splice:
     mask: torch.dtype | None = torch.int64
     offset: bool = True
     need_prompt: bool = True
+    places: bool = False
 
     @property
     def label(self) -> str:
         return "/".join(self.types)
 
     def run(self) -> None:
-        from ept_fast.backends.triton.calls import splice_backward, splice_forward
+        from ept_fast.backends.triton.calls import path_forward, splice_backward
 
         s, t, d = self.shape, self.shape.tasks or 1, self.shape.hidden_size
         embeddings, parameters = (FLOATS[name] for name in self.types)
@@ -418,7 +423,8 @@ class Splice:
             inputs = inputs._replace(attention_mask=torch.ones(text, dtype=self.mask))
         if s.tasks:
             inputs = inputs._replace(task_ids=torch.zeros(s.batch, dtype=torch.int64))
-        out, kept = splice_forward(inputs, 0.5)
+        given = (*inputs.parts(), fused.splice_flags(0.5), False)
+        out, *kept = path_forward(*given, places=[] if self.places else None)
         splice_backward(torch.empty_like(out), inputs, kept, 0.5, self.need_prompt, self.offset)
 
 
@@ -446,6 +452,8 @@ def cases() -> list[Case]:
         *(replace(splice, types=pair) for pair in itertools.product(FLOATS, FLOATS)),
         *(replace(splice, shape=shape) for shape in SHAPES[1:]),
         replace(splice, mask=None),
+        replace(splice, places=True),
+        replace(splice, mask=None, places=True),
         replace(splice, ids=None, mask=torch.bool),
         replace(splice, offset=False),
         replace(splice, need_prompt=False),

@@ -253,7 +253,9 @@ def test_largest_sizes(limit: str, backend: str) -> None:
 
 @over(HOST, CUDA)
 def test_the_largest_width_of_one_token(backend: str) -> None:
-    """Not in the interpreter: all Triton's programs repeat its sums, which takes half an hour."""
+    """Not in the interpreter: all Triton's programs repeat its sums, which takes longer than a
+    quarter of an hour.
+    """
     sizes = Sizes(m=1, n=2, r=2, k=1, h=2, d=16384, batch=1, length=1)
     assert_close(make_case(sizes, padding="none", dtype=torch.float32), backend, 5e-6)
 

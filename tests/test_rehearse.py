@@ -64,7 +64,7 @@ def test_the_committed_record_is_of_the_machines_triton() -> None:
     (version,) = re.findall("^triton==(.*)$", rehearse.PINS.read_text(), re.MULTILINE)
     (record,) = rehearse.RECORDS.glob("findings-*.csv")
     assert record.name == f"findings-{version}.csv"
-    assert {key[2] for key in rehearse.read_record(record)} == {rehearse.TARGET}
+    assert {key[2] for key in rehearse.read_record(record)} <= {rehearse.TARGET}
 
 
 # Versions

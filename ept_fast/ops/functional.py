@@ -217,7 +217,7 @@ class _Checked(NamedTuple):
 
 _CHECKED = 512
 _checked: dict[Hashable, _Checked] = {}
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
 def _known(
@@ -226,16 +226,16 @@ def _known(
     """All that checks and the choice of a backend depend on, None if it is not known; and what is
     known of it. Compiled code must not look there: it would be compiled for what it finds.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
         return None, None
     disabled = os.environ.get("EPT_FAST_DISABLE")
     named = backend or os.environ.get("EPT_FAST_BACKEND")
-    types = tuple(map(type, (fusion, *flags, *tensors)))  # 1 and True are equal
+    types = tuple(map(type, (fusion, *flags)))  # 1 and True are equal
     try:
         facts = tuple(map(facts_of, tensors))
         key = (backend, named, disabled, dispatch.supporters(), fusion, flags, types, facts)
         return key, _checked.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # no storage, or not what it should be
+    except (RuntimeError, TypeError):  # no storage, or not what it should be
         return None, None
 
 
@@ -279,11 +279,8 @@ def prompt_path(
     ``places`` gets the mask and the positions of prompt and text, ``[B, m + S]``, if the backend
     writes them.
     """
-    tensors = (*parameters, *text)
-    key, checked = _known(tensors, flags, fusion, backend)
+    key, checked = _known((*parameters, *text), flags, fusion, backend)
     if checked is None:
-        if any(t is not None and type(t) not in _PLAIN for t in tensors):
-            key = None  # what else they depend on is not known
         known = None if key is None else object()
         checked = _check(parameters, text, flags, fusion, backend, first_check, known)
         if key is not None:

@@ -137,10 +137,10 @@ class Plan:
         self._pieces: list[tuple[int, int, Operand]] = []  # buffer, where in it, tensor
         self._sizes = [0, 0]  # bytes of what is kept and of the scratch, so far
         self._most_scratch = 0
-        # Tensors without memory, which those of a run are made like: in a third of the time.
-        self._like_returned: list[Tensor] = []
-        self._like_buffers: list[Tensor | None] = [None, None]
         self._direct: list[Any] = []  # the launches without Triton's front
+        # Of those: tensors without memory, which a run's are made like, in a third of the time.
+        self._like_returned: list[Tensor] = []
+        self._like_buffers: list[Tensor | None] = []
         self._numbers: list[Any] = []
 
     # For host code
@@ -209,16 +209,6 @@ class Plan:
         """Bytes of what is kept and of the scratch."""
         return self._sizes[_KEPT], max(self._most_scratch, self._sizes[_SCRATCH])
 
-    def seal(self) -> None:
-        """Host code has said all: prepare the allocations."""
-        self._like_returned = [
-            _without_memory(each.shape, each.dtype, self.device) for each in self._returned
-        ]
-        self._like_buffers = [
-            _without_memory((size,), torch.uint8, self.device) if size else None
-            for size in self.sizes
-        ]
-
     # A run
 
     def carry_out(self, tensors: Tensors) -> tuple[list[Tensor], Tensor | None]:
@@ -227,13 +217,22 @@ class Plan:
         Returns:
             The tensors returned, and the memory of what is kept; None if nothing is.
         """
-        returned = [torch.empty_like(like) for like in self._like_returned]
-        buffers = [None if like is None else torch.empty_like(like) for like in self._like_buffers]
+        if self._direct:
+            returned = [torch.empty_like(t) for t in self._like_returned]
+            buffers = [None if t is None else torch.empty_like(t) for t in self._like_buffers]
+        else:
+            returned, buffers = self._new_tensors()
         if self._direct and not hooked():
             self._launch_directly(tensors, returned, buffers)
         else:
             self.launch_all(tensors, returned, buffers)
         return returned, buffers[_KEPT]
+
+    def _new_tensors(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The tensors returned, and the buffers; None for those without bytes."""
+        new = functools.partial(torch.empty, device=self.device)
+        returned = [new(each.shape, dtype=each.dtype) for each in self._returned]
+        return returned, [new(size, dtype=torch.uint8) if size else None for size in self.sizes]
 
     def launch_all(self, tensors: Tensors, returned: list[Tensor], buffers: Tensors) -> None:
         """Launch through Triton's front, and keep what it compiled for the runs to come."""
@@ -277,6 +276,10 @@ class Plan:
                 return
             values = list(leaves(tuple(launch.arguments.values())))
             direct.append((found[0], operator.itemgetter(*(slot(values[i]) for i in found[1]))))
+        self._like_returned, self._like_buffers = self._new_tensors()
+        for each in (*self._like_returned, *self._like_buffers):
+            if each is not None:
+                each.untyped_storage().resize_(0)
         self._direct = direct
 
     def _launch_directly(self, tensors: Tensors, returned: list[Tensor], buffers: Tensors) -> None:
@@ -293,13 +296,6 @@ class Plan:
             pool += self._numbers
             for launch, pick in self._direct:
                 launch(stream, pick(pool))
-
-
-def _without_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor with no more than a shape and a type."""
-    found = torch.empty(shape, dtype=dtype, device=device)
-    found.untyped_storage().resize_(0)
-    return found
 
 
 def _view(memory: Tensor | None, start: int, operand: Operand) -> Tensor:
@@ -340,7 +336,6 @@ def plan_of(
     if plan is None:
         plan = Plan(tensors)
         describe(plan, *choices)
-        plan.seal()
         plan.last_used = next(_clock)
         with _lock:
             if key not in _plans and len(_plans) >= PLANS:

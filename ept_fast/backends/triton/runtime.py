@@ -131,6 +131,7 @@ class Plan:
             None if t is None else Operand((_INPUTS, i), t.shape, t.stride(), t.dtype)
             for i, t in enumerate(inputs)
         ]
+        self._empty = functools.partial(torch.empty, device=self.device)
         self.last_used = 0
         self.launches: list[Launch] = []
         self._returned: list[Operand] = []
@@ -230,7 +231,7 @@ class Plan:
 
     def _new_tensors(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """The tensors returned, and the buffers; None for those without bytes."""
-        new = functools.partial(torch.empty, device=self.device)
+        new = self._empty
         returned = [new(each.shape, dtype=each.dtype) for each in self._returned]
         return returned, [new(size, dtype=torch.uint8) if size else None for size in self.sizes]
 

@@ -168,7 +168,10 @@ def path_forward(
     known: Hashable = None,
     places: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Both operations: the spliced text [B, m + S, d] and what the backward needs."""
+    """Both operations: the spliced text [B, m + S, d] and what the backward needs.
+
+    ``places`` stays as it is: no kernel here writes mask and positions.
+    """
     found: list[Tensor] = _operator("cuda_forward")(*parameters, *text, *_numbers(flags), fusion)
     return found
 

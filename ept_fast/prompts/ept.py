@@ -132,8 +132,8 @@ class FusedEPTPrompt(Prompt):
 
     def _first_check(self, text: Text) -> None:
         """That this process holds all of every tensor."""
-        self.tensors()
         check_whole({"embedding.weight": text.weight})
+        self.tensors()
 
     @property
     def has_gate(self) -> bool:

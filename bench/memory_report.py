@@ -100,7 +100,9 @@ def without_data() -> Iterator[None]:
     runtime = "ept_fast.backends.triton.runtime"
     not_launched = patch(f"{runtime}.Plan.launch_all", lambda *arguments: None)
     # There are no addresses whose alignment could be asked.
-    facts = patch(f"{runtime}.facts_of", lambda t: t if t is None else t.shape)
+    facts = patch(
+        f"{runtime}.facts_of", lambda tensors: tuple(t if t is None else t.shape for t in tensors)
+    )
     # Ids have no values that could be out of range.
     unchecked = patch("ept_fast.ops.path.values_are_checked", return_value=False)
     with FakeTensorMode(), not_launched, facts, unchecked:

@@ -232,7 +232,7 @@ def _known(
     named = backend or os.environ.get("EPT_FAST_BACKEND")
     types = tuple(map(type, (fusion, *flags)))  # 1 and True are equal
     try:
-        facts = tuple(map(facts_of, tensors))
+        facts = facts_of(tensors)
         key = (backend, named, disabled, dispatch.supporters(), fusion, flags, types, facts)
         return key, _checked.get(key)
     except (RuntimeError, TypeError):  # no storage, or not what it should be

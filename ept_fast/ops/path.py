@@ -228,9 +228,15 @@ def _(
 
 class _Path(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, how: How, places: list[Tensor] | None, *tensors: Tensor | None) -> Tensor:
-        parameters = Parameters(*tensors[:_PARAMETERS])  # type: ignore[arg-type]
-        text = Text(*tensors[_PARAMETERS:])
+    def forward(
+        ctx: Any,
+        how: How,
+        places: list[Tensor] | None,
+        text: Text,
+        inputs_embeds: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        parameters = Parameters(*tensors)  # type: ignore[arg-type]
         if torch.compiler.is_compiling():
             given = (list(parameters), list(text), *how.flags, how.fusion, how.backend)
             found = _forward_op(*given)
@@ -253,8 +259,8 @@ def _gradients(ctx: Any, grad: Tensor) -> Any:
     parameters = Parameters(*saved[:_PARAMETERS])
     mask, task_ids, *kept = saved[_PARAMETERS:]
     text = Text(attention_mask=mask, task_ids=task_ids)
-    asked = ctx.needs_input_grad[2:]
-    wanted = asked[:_PARAMETERS]
+    asked = ctx.needs_input_grad
+    wanted = asked[-_PARAMETERS:]
     needs = Needs.for_gradients(wanted, how.fusion)
     grads: list[Tensor | None] = [None] * _PARAMETERS
     if needs.prompt or needs.offset:
@@ -267,9 +273,9 @@ def _gradients(ctx: Any, grad: Tensor) -> Any:
         if not all(wanted):
             grads = [each if need else None for each, need in zip(found, wanted, strict=True)]
     embeds = None
-    if asked[_PARAMETERS + Text._fields.index("inputs_embeds")]:
+    if asked[-_PARAMETERS - 1]:
         embeds = grad[:, parameters.short_prompt.shape[-2] :]
-    return None, None, *grads, None, None, embeds, None, None
+    return None, None, None, embeds, *grads
 
 
 _refusing = once_differentiable(_gradients)
@@ -294,5 +300,7 @@ def path(
             return _forward(parameters, text, how)[0]
     if torch.compiler.is_compiling():
         places = None  # the operator writes none, as the compiler makes one loop of what does
-    result: Tensor = _Path.apply(how, places, *parameters, *text)  # type: ignore[no-untyped-call]
+    # Autograd looks at each argument, so the text's tensors without a gradient are one.
+    given = (how, places, text, text.inputs_embeds, *parameters)
+    result: Tensor = _Path.apply(*given)  # type: ignore[no-untyped-call]
     return result

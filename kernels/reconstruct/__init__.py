@@ -90,15 +90,10 @@ def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: Add, s
         parts = (plan.scratch(shape), plan.scratch(shape), plan.scratch((*shape, r)))
         first = (sums, kept.query, parts, of, splits, n_splits, config.n_tiles)
         plan.launch(reconstruct_attend_kernel, blocks * n_splits, *first, **options)
-    plan.launch(
-        reconstruct_forward_kernel,
-        blocks * config.chunks,
-        *(out, tuple(kept), plan.scratch((tasks, m, spaces)), sums, parts, of),
-        *(splits, n_splits, config.d_tiles),
-        ACTIVATION=flags.activation,
-        PROMPT=prompt,
-        **options,
-    )
+    second = (out, tuple(kept), plan.scratch((tasks, m, spaces)), sums, parts, of)
+    given = (*second, splits, n_splits, config.d_tiles)
+    flags_of = {"ACTIVATION": flags.activation, "PROMPT": prompt}
+    plan.launch(reconstruct_forward_kernel, blocks * config.chunks, *given, **flags_of, **options)
 
 
 def backward(
@@ -130,15 +125,8 @@ def backward(
     tensors = (tuple(into), halves, work, sums, tuple(kept), y, (*numbers, *tensors))
     both = [(True, True, chunks)]
     each = [(True, False, pieces), (False, True, KINDS * chunks)]
+    flags_of = {"ACTIVATION": flags.activation, "PROMPT": flags.gate == "prompt"}
     for core, expand, programs in each if pieces else both:
-        plan.launch(
-            reconstruct_backward_kernel,
-            tasks * programs,
-            *tensors,
-            *(splits, parts, programs, config.n_tiles, config.d_tiles),
-            CORE=core,
-            EXPAND=expand,
-            ACTIVATION=flags.activation,
-            PROMPT=flags.gate == "prompt",
-            **_options(d, core, expand),
-        )
+        given = (*tensors, splits, parts, programs, config.n_tiles, config.d_tiles)
+        options = {"CORE": core, "EXPAND": expand, **flags_of, **_options(d, core, expand)}
+        plan.launch(reconstruct_backward_kernel, tasks * programs, *given, **options)

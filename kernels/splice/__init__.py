@@ -84,14 +84,16 @@ def forward(
     batch, length = inputs.text.shape[:2]
     tasks, m, width = inputs.prompt.shape
     out = plan.returned((batch, m + length, width), source.dtype)
-    tables, places, mask = kept(add, inputs, batch, length), None, inputs.attention_mask
+    tables, mask = kept(add, inputs, batch, length), inputs.attention_mask
+    places = None
     if with_places:
         kinds = (torch.int64 if mask is None else mask.dtype, torch.int64)
         places = tuple(plan.returned((batch, m + length), kind) for kind in kinds)
+    counted, filled = (None, places) if mask is None else (places, None)
     if out.numel() == 0:
         return
-    if places or any(table is not None for table in tables):
-        given = (places, with_strides(mask), with_strides(task_ids), batch, m, length, tasks)
+    if counted or any(table is not None for table in tables):
+        given = (counted, with_strides(mask), with_strides(task_ids), batch, m, length, tasks)
         options = plan_options(batch, length)
         plan.launch(splice_plan_kernel, batch, tables, *given, **options)
     has_offset = _has_offset(inputs, length)
@@ -104,9 +106,9 @@ def forward(
     embeds = with_strides(source) if ids is None else (source, 0, *source.stride())
     tensors = (with_strides(out), with_strides(inputs.prompt), (with_strides(ids), embeds))
     numbers = (scaling, batch, length, tasks, (m, width, rank, source.shape[0]))
-    tiles_r = triton.cdiv(rank, config.block_r)
-    options = {"TILES_R": tiles_r, "TERMS": terms, **config.options()}
-    plan.launch(splice_forward_kernel, blocks, *tensors, offset, tables, *numbers, **options)
+    rest = (offset, tables, filled, *numbers)
+    options = {"TILES_R": triton.cdiv(rank, config.block_r), "TERMS": terms, **config.options()}
+    plan.launch(splice_forward_kernel, blocks, *tensors, *rest, **options)
 
 
 def backward(

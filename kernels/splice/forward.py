@@ -40,6 +40,7 @@ def splice_forward_kernel(
     text,  # ids [B, S] and their embeddings [V, d], or None and [B, S, d]
     offset,  # A [T, n, r] and B [T, r, d], or None
     tables,  # of the plan
+    filled,  # without a mask: mask and positions of prompt and text [B, m + S], or None
     scaling,
     batch,
     length,
@@ -65,6 +66,13 @@ def splice_forward_kernel(
     slot = pid // (chunks_d * blocks) * ROWS
     last = tl.minimum(slot + ROWS, batch)
 
+    if filled is not None:
+        if pid % chunks_d == 0:
+            at = axis(block * BLOCK_S, m + length, BLOCK_S)
+            for row in range(slot, last):
+                ptrs = tl.cast(row, tl.int64) * (m + length) + at.offs
+                tl.store(filled[0] + ptrs, 1, mask=at.mask)
+                tl.store(filled[1] + ptrs, at.offs, mask=at.mask)
     if block < prompt_blocks:
         places = axis(block * BLOCK_S, m, BLOCK_S)
         while slot < last:

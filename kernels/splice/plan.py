@@ -1,6 +1,6 @@
 """Where the rows' real tokens lie and which rows have which task: one launch, before the others.
 
-It writes tables of int32, and if asked the mask and the positions of prompt and text [B, m + S]:
+It writes tables of int32, and if asked, from a mask, that of prompt and text and their positions:
 
     slots [B, 3]     the rows in the order of their tasks; of each place in it, a slot: the row, its
                      task (T if the bank does not have it), and the end of the task's slots
@@ -50,14 +50,11 @@ def _tasks_at(task_ids, b, num_tasks):
 
 @triton.jit
 def _mask_at(mask, row, start, length, BLOCK_S: tl.constexpr):
-    """Columns of a row and its mask there: 1 before the text, and everywhere without a mask."""
+    """Columns of a row and its mask there: 1 before the text."""
     offs_s = start + tl.arange(0, BLOCK_S)
-    value = (offs_s < length).to(tl.int32)
-    if mask is not None:
-        ptrs = mask[0] + row * mask[1] + offs_s.to(tl.int64) * mask[2]
-        in_text = (offs_s >= 0) & (offs_s < length)
-        value = tl.where(offs_s < 0, 1, tl.load(ptrs, mask=in_text, other=0))
-    return offs_s, value
+    ptrs = mask[0] + row * mask[1] + offs_s.to(tl.int64) * mask[2]
+    value = tl.load(ptrs, mask=(offs_s >= 0) & (offs_s < length), other=0)
+    return offs_s, tl.where(offs_s < 0, 1, value)
 
 
 @triton.jit(do_not_specialize=["batch", "m", "length", "num_tasks"])
@@ -94,34 +91,35 @@ def splice_plan_kernel(
             group = tl.where(by_slot, slot, program)
             task = tl.where(by_slot & (before > 0), num_tasks, wanted)
             _write(tables[1], group, task, group_less, group_less + group_same)
-    row = program.to(tl.int64)
-    begin = 0 if places is None else -m
-    first, last, seen = length, 0, 0
-    for start in range(begin, length, BLOCK_S):  # left out by the compiler if nothing reads it
-        offs_s, value = _mask_at(mask, row, start, length, BLOCK_S)
-        real = value != 0
-        if places is not None:
-            at = row * (m + length) + (m + offs_s)
-            tl.store(places[0] + at, value, mask=offs_s < length)
-            number = seen + tl.cumsum(real.to(tl.int32), 0)
-            tl.store(places[1] + at, number - 1, mask=offs_s < length)
-        seen += tl.sum(real.to(tl.int32))
-        first = tl.minimum(first, tl.min(tl.where(real & (offs_s >= 0), offs_s, length)))
-        last = tl.maximum(last, tl.max(tl.where(real, offs_s + 1, 0)))
-    if tables[2] is not None:
-        first, total = tl.minimum(first, last), seen + begin
-        holes = last - first != total
-        _write(tables[2], row, first, total, holes.to(tl.int32))
-        if holes:
-            seen = 0
-            for start in range(0, length, BLOCK_S):
-                offs_s, value = _mask_at(mask, row, start, length, BLOCK_S)
-                real = value != 0
+    if mask is not None:
+        row = program.to(tl.int64)
+        begin = 0 if places is None else -m
+        first, last, seen = length, 0, 0
+        for start in range(begin, length, BLOCK_S):
+            offs_s, value = _mask_at(mask, row, start, length, BLOCK_S)
+            real = value != 0
+            if places is not None:
+                at = row * (m + length) + (m + offs_s)
+                tl.store(places[0] + at, value, mask=offs_s < length)
                 number = seen + tl.cumsum(real.to(tl.int32), 0)
-                position = tl.where(real, number - 1, total + offs_s - number)
-                ptrs = tables[3] + row * length + position.to(tl.int64)
-                tl.store(ptrs, offs_s, mask=offs_s < length)
-                seen += tl.sum(real.to(tl.int32))
+                tl.store(places[1] + at, number - 1, mask=offs_s < length)
+            seen += tl.sum(real.to(tl.int32))
+            first = tl.minimum(first, tl.min(tl.where(real & (offs_s >= 0), offs_s, length)))
+            last = tl.maximum(last, tl.max(tl.where(real, offs_s + 1, 0)))
+        if tables[2] is not None:
+            first, total = tl.minimum(first, last), seen + begin
+            holes = last - first != total
+            _write(tables[2], row, first, total, holes.to(tl.int32))
+            if holes:
+                seen = 0
+                for start in range(0, length, BLOCK_S):
+                    offs_s, value = _mask_at(mask, row, start, length, BLOCK_S)
+                    real = value != 0
+                    number = seen + tl.cumsum(real.to(tl.int32), 0)
+                    position = tl.where(real, number - 1, total + offs_s - number)
+                    ptrs = tables[3] + row * length + position.to(tl.int64)
+                    tl.store(ptrs, offs_s, mask=offs_s < length)
+                    seen += tl.sum(real.to(tl.int32))
 
 
 @triton.jit

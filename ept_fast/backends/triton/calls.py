@@ -197,7 +197,7 @@ def path_backward(
     """
     tensors = (grad, *parameters, *text, *kept)
     if known is not None:
-        known = known, runtime.facts_of(grad), *map(runtime.layout_of, tensors)
+        known = known, runtime.facts_of((grad,)), runtime.layouts_of(tensors)
     choices = (flags, fusion, needs, reconstruct_backward_config, backward_config)
     found, _ = runtime.call(describe_path_backward, tensors, *choices, known=known)
     if len(found) == len(parameters):

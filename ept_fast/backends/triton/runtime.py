@@ -48,7 +48,7 @@ __all__ = [
     "call",
     "facts_of",
     "forget",
-    "layout_of",
+    "layouts_of",
     "plan_of",
     "plans",
     "rounded",
@@ -331,7 +331,7 @@ def plan_of(
         known: stands for what a plan depends on of the tensors: equal for the same shapes, strides,
             types, devices and alignment, and for no others; None: look at them.
     """
-    facts = tuple(map(facts_of, tensors)) if known is None else known
+    facts = facts_of(tensors) if known is None else known
     key = (describe, choices, facts)
     plan = _plans.get(key)
     if plan is None:
@@ -346,19 +346,21 @@ def plan_of(
     return plan
 
 
-def facts_of(tensor: Tensor | None) -> Hashable:
-    """What a plan depends on of a tensor."""
-    if tensor is None:
-        return None
-    alignment = tensor.data_ptr() % _ALIGNMENT
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, alignment
+def facts_of(tensors: Tensors) -> tuple[Hashable, ...]:
+    """What a plan depends on of tensors."""
+    return tuple(
+        [
+            t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % _ALIGNMENT)
+            for t in tensors
+        ]
+    )
 
 
-def layout_of(tensor: Tensor | None) -> Hashable:
-    """What of it may be another in the backward than in the forward, which saved the tensor: hooks
-    (torch.autograd.graph.saved_tensors_hooks) keep its shape, type and device.
+def layouts_of(tensors: Tensors) -> tuple[Hashable, ...]:
+    """What of tensors may be another in the backward than in the forward, which saved them: hooks
+    (torch.autograd.graph.saved_tensors_hooks) keep their shapes, types and devices.
     """
-    return None if tensor is None else (tensor.stride(), tensor.data_ptr() % _ALIGNMENT)
+    return tuple([t if t is None else (t.stride(), t.data_ptr() % _ALIGNMENT) for t in tensors])
 
 
 def call(

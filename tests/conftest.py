@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -84,6 +85,17 @@ def _patch_the_language_once() -> None:
     function.__call__ = call
 
 
+def _check_overflow(on: bool) -> None:
+    """Whether Triton's interpreter looks for overflow in each sum and product of integers.
+
+    That takes a good third of its time. Only the largest sizes come anywhere near.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=on)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     support.add_option(parser)
 
@@ -95,6 +107,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _poison_memory(True)
     if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
         _patch_the_language_once()
+        _check_overflow(False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -106,6 +119,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture
+def overflow_checked() -> Iterator[None]:
+    """No sum or product of integers overflows in a test, if kernels are interpreted."""
+    interpreted = "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton")
+    if interpreted:
+        _check_overflow(True)
+    yield
+    if interpreted:
+        _check_overflow(False)
 
 
 @pytest.fixture(autouse=True)

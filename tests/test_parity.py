@@ -244,6 +244,7 @@ LIMITS: dict[str, tuple[Sizes, dict[str, Any]]] = {
 MINUTES = (pytest.mark.slow, pytest.mark.minutes)  # "d" alone takes a quarter of an hour
 
 
+@pytest.mark.usefixtures("overflow_checked")
 @over(pytest.param("triton", marks=[*TRITON.marks, *MINUTES]), HOST, CUDA)
 @pytest.mark.parametrize("limit", LIMITS)
 def test_largest_sizes(limit: str, backend: str) -> None:
@@ -259,6 +260,7 @@ def test_a_long_text(backend: str) -> None:
     assert_close(make_case(sizes, dtype=torch.float32), backend, 5e-6)
 
 
+@pytest.mark.usefixtures("overflow_checked")
 @each_kernel
 def test_the_largest_bank(backend: str) -> None:
     """4096 tasks, of which three have rows; the prompts of all would take the interpreter hours."""

@@ -385,7 +385,7 @@ def test_programs_that_take_several_tiles(
     sizes = Sizes(m=17, n=70, r=5, k=2, h=6, d=66, batch=9, length=65, tasks=tasks)
     cases = (
         make_case(sizes, padding=padding, dtype=torch.float32, seed=seed)
-        for seed, padding in enumerate(("right", "holes"))
+        for seed, padding in enumerate(("right", "holes") * 2)
     )
     assert_as_exact_as_the_definition(cases, "triton")
 
@@ -420,7 +420,7 @@ def test_every_way_to_launch_reconstruct(
 
     monkeypatch.setattr(runtime.Plan, "carry_out", counted)
     runtime.forget()
-    cases = [make_case(sizes, gate=gate, dtype=torch.float32, seed=seed) for seed in range(2)]
+    cases = [make_case(sizes, gate=gate, dtype=torch.float32, seed=seed) for seed in range(4)]
     assert_as_exact_as_the_definition(cases, "triton")
     runtime.forget()
     assert sum(name.startswith("reconstruct_") for name in names) == 2 * launches * len(cases)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import os
@@ -25,7 +24,7 @@ import pytest
 import torch
 import torch.utils.deterministic
 
-from tests import host_kernels, support
+from tests import host_kernels, interpreter, support
 
 # The kernels run in Triton's interpreter if there is no GPU to compile them for; triton reads
 # this when it is imported.
@@ -58,44 +57,6 @@ def _poison_memory(on: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = on
 
 
-def _patch_the_language_once() -> None:
-    """Take about half the time of Triton's interpreter.
-
-    In every call of a device function it replaces all of ``triton.language`` again, as it has done
-    for the kernel that calls. Only for Triton's own functions, which see another module, it has to
-    be done: once, since it is not undone. Versions that call them otherwise stay as they are.
-    """
-    from triton.runtime import interpreter
-
-    function = interpreter.InterpretedFunction
-    if "_patch_lang" not in function.__call__.__code__.co_names:
-        return
-    patched: set[str] = set()
-
-    def call(self: Any, *arguments: Any, **named: Any) -> Any:
-        module = self.fn.__module__
-        if module.startswith("triton.") and module not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(module)
-        try:
-            return self.rewrite()(*arguments, **named)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    function.__call__ = call
-
-
-def _check_overflow(on: bool) -> None:
-    """Whether Triton's interpreter looks for overflow in each sum and product of integers.
-
-    That takes a good third of its time. Only the largest sizes come anywhere near.
-    """
-    from triton.runtime import interpreter
-
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=on)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     support.add_option(parser)
 
@@ -106,8 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     _poison_memory(True)
     if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
-        _patch_the_language_once()
-        _check_overflow(False)
+        interpreter.make_faster()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -126,10 +86,10 @@ def overflow_checked() -> Iterator[None]:
     """No sum or product of integers overflows in a test, if kernels are interpreted."""
     interpreted = "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton")
     if interpreted:
-        _check_overflow(True)
+        interpreter.check_overflow(True)
     yield
     if interpreted:
-        _check_overflow(False)
+        interpreter.check_overflow(False)
 
 
 @pytest.fixture(autouse=True)

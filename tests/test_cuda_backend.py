@@ -474,7 +474,7 @@ def test_a_library_in_the_package_that_does_not_fit_is_passed_over(
 @pytest.mark.parametrize(
     ("off", "name", "why"),
     [
-        ("", "triton", "less time on the GPU that ran both, nothing to build; cuda takes less"),
+        ("", "triton", "less time on the GPU that ran both, nothing to build; cuda's functions"),
         ("triton", "cuda", "triton does not work here"),
         ("triton,cuda", "eager", "neither triton nor cuda works here"),
         ("triton,cuda,eager", "none", "all are switched off"),

@@ -2,7 +2,7 @@
 sizes, since a prompt's last bits should not depend on the size of the batch it is put before.
 
 Triton goes before CUDA. On the one GPU that ran both it needed less time for a single prompt, and
-it has nothing to build; the CUDA library takes less of the host (docs/cuda.md).
+it has nothing to build; the CUDA library's functions take less of the host (docs/cuda.md).
 
 ``reference`` is not among the backends: it is the definition under autograd and runs on request
 only.
@@ -31,7 +31,8 @@ _IN_ORDER: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "eager": eag
 _NAMES = (*_IN_ORDER, REFERENCE)
 _OFF = "switched off by EPT_FAST_DISABLE"
 _WHY_FIRST = {
-    "triton": "less time on the GPU that ran both, nothing to build; cuda takes less of the host",
+    "triton": "less time on the GPU that ran both, nothing to build; "
+    "cuda's functions take less of the host",
     "cuda": "triton does not work here",
     "eager": "neither triton nor cuda works here",
 }

@@ -13,9 +13,15 @@ import pytest
 import torch
 import torch.utils.deterministic
 
+from tests import interpreter
 from tests.gpu.support import DEVICE, LISTING, ON_GPU
 
 HERE = Path(__file__).resolve().parent
+
+
+def pytest_configure() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter.make_faster()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -57,6 +57,11 @@ def _poison_memory(on: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = on
 
 
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter here."""
+    return "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton") is not None
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     support.add_option(parser)
 
@@ -66,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     _poison_memory(True)
-    if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+    if _interpreted():
         interpreter.make_faster()
 
 
@@ -84,11 +89,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def overflow_checked() -> Iterator[None]:
     """No sum or product of integers overflows in a test, if kernels are interpreted."""
-    interpreted = "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton")
-    if interpreted:
+    if _interpreted():
         interpreter.check_overflow(True)
     yield
-    if interpreted:
+    if _interpreted():
         interpreter.check_overflow(False)
 
 

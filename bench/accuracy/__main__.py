@@ -9,12 +9,11 @@ from pathlib import Path
 
 import bench.accuracy
 from bench.accuracy.packed import pack
-from bench.accuracy.records import done_runs, read_records
 from bench.accuracy.schedule import run_study
-from bench.accuracy.study import METHODS, TASKS, Study, embedded_model
+from bench.accuracy.study import PARTS, Study, embedded_model, files_of
 from bench.accuracy.tables import report
-from bench.accuracy.timing import print_memory, time_methods
-from bench.accuracy.worker import device_name
+
+COMMANDS = ("run", "report", "pack")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,9 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=bench.accuracy.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = ("run", "timing", "report", "pack", "memory")
-    parser.add_argument("command", choices=commands)
-    parser.add_argument("--data", type=Path, help="folder with sst2, trec and cola")
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--data", type=Path, help="folder with few_shot, sst2, trec and rte")
     parser.add_argument("--model", help="folder or hub id; the embedded MiniLM if not given")
     parser.add_argument("--out", type=Path, default=Path("bench/results/accuracy"))
     parser.add_argument(
@@ -35,13 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "records are of, needed if they are of several",
     )
     parser.add_argument("--minutes", type=float, help="limit of run")
-    parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--method", choices=tuple(METHODS), help="for memory")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=200, help="of a final run, or of the timing")
-    parser.add_argument("--grid-steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--tasks", help="all if not given")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all steps")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--workers", type=int, default=2, help="processes side by side")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     given = parser.parse_args(arguments)
@@ -49,46 +44,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report(given.out, given.device)
         return 0
     if given.data is None:
-        parser.error("--data: expected the folder with sst2, trec and cola")
-    tasks = _names(parser, "--tasks", given.tasks, TASKS)
-    if given.command == "pack":
-        if given.out == parser.get_default("out"):
-            parser.error("--out: expected a folder to pack into")
-        size = pack(given.model or embedded_model(), given.data, given.out, tasks)
-        print(f"{given.out}: {size / 2**20:.1f} MiB")
-        return 0
+        parser.error("--data: expected the folder with few_shot, sst2, trec and rte")
     if given.device not in (None, "cpu", "cuda"):
         parser.error(f"--device: expected cpu or cuda, got {given.device!r}")
+    parts = _names(parser, "--parts", given.parts, PARTS)
+    tasks = None
+    if given.tasks is not None:
+        known = {task for part in parts for task in PARTS[part].tasks}
+        tasks = _names(parser, "--tasks", given.tasks, sorted(known))
     study = Study(
         data=given.data,
         model=given.model or embedded_model(),
         out=given.out,
+        parts=parts,
         tasks=tasks,
-        methods=_names(parser, "--methods", given.methods, METHODS),
-        seeds=tuple(int(seed) for seed in given.seeds.split(",")),
-        steps=given.steps,
-        grid_steps=given.grid_steps,
-        batch_size=given.batch_size,
         workers=given.workers,
         threads=given.threads,
         device=given.device or "cpu",
         minutes=given.minutes,
+        scale=given.scale,
+        dtype=given.dtype,
     )
     if given.command == "run":
-        status = run_study(study)
-        device = device_name(study.device)
-        records = done_runs(read_records(study.out), device).values()
-        if any(record["kind"] == "final" for record in records):
-            report(study.out, device)
-        return status
-    if study.device != "cpu":
-        parser.error(f"--device: expected cpu for {given.command}, got {study.device}")
-    if given.command == "timing":
-        if "pt" not in study.methods:
-            parser.error("--methods: expected pt among them, the ratios are to it")
-        time_methods(study)
-    else:
-        print_memory(study, given.method or parser.error("--method: expected one"))
+        return run_study(study)
+    if given.out == parser.get_default("out"):
+        parser.error("--out: expected a folder to pack into")
+    size = pack(study.model, given.data, given.out, files_of(study))
+    print(f"{given.out}: {size / 2**20:.1f} MiB")
     return 0
 
 

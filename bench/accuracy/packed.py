@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from bench.accuracy.study import TASKS
-
 LIMIT = 60 * 2**20  # bytes
 _WEIGHTS = "model.safetensors"
 # What loading the model and its tokenizer reads beside the weights, always or if it is there.
@@ -18,10 +16,13 @@ _FILES = ("config.json", "tokenizer.json")
 _OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
-def pack(model: str, data: Path, out: Path, tasks: Sequence[str], limit: int = LIMIT) -> int:
-    """Write ``out/model``, with float16 weights, and ``out/data``; give their size in bytes.
+def pack(model: str, data: Path, out: Path, files: Sequence[str], limit: int = LIMIT) -> int:
+    """Write ``out/model``, with float16 weights, and ``out/data`` with these files of the data.
 
     Nothing of ``out`` changes if this fails.
+
+    Returns:
+        Their size in bytes.
 
     Raises:
         SystemExit: a missing file, weights beyond float16, or more bytes than the limit.
@@ -30,11 +31,9 @@ def pack(model: str, data: Path, out: Path, tasks: Sequence[str], limit: int = L
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         work = Path(folder)
         _pack_model(Path(model), work / "model")
-        for task in tasks:
-            (work / "data" / task).mkdir(parents=True)
-            for split in ("train", TASKS[task][0]):
-                name = f"{task}/{split}.jsonl"
-                _copy("--data", data / name, work / "data" / name)
+        for name in files:
+            (work / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy("--data", data / name, work / "data" / name)
         size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
         if size > limit:
             raise SystemExit(

@@ -63,5 +63,5 @@ def done_runs(records: Iterable[dict[str, Any]], device: str) -> Records:
     return {
         Run(**{name: record[name] for name in names}).key: record
         for record in records
-        if record["kind"] in ("grid", "final") and device_of(record) == device
+        if device_of(record) == device
     }

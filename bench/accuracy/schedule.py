@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ def run_study(study: Study, target: Callable[..., None] = serve) -> int:
 
     Args:
         study: what to do.
-        target: what a process does; it takes a pipe, the study and a folder for files.
+        target: what a process does; it takes a pipe and the study.
 
     Returns:
         The exit status: ``ALL_DONE``, ``FAILED`` or ``RUNS_LEFT``.
@@ -57,25 +56,23 @@ def run_study(study: Study, target: Callable[..., None] = serve) -> int:
     minutes = study.minutes
     left = schedule.left()
     _say(
-        f"{schedule.device}: {_numbers(left)} to do, {schedule.steps(left)} steps, "
-        f"{study.workers} at a time; {len(schedule.done)} recorded before"
+        f"{schedule.device}: {left} runs to do, {study.workers} at a time; "
+        f"{len(schedule.done)} recorded before"
         + ("" if minutes is None else f"; limit {minutes:g} minutes")
     )
-    with tempfile.TemporaryDirectory(prefix="ept-accuracy-") as folder:
-        try:
-            cut = schedule.loop(None if minutes is None else start + 60 * minutes, folder)
-        finally:
-            for worker in schedule.workers:
-                worker.stop()
+    try:
+        cut = schedule.loop(None if minutes is None else start + 60 * minutes)
+    finally:
+        for worker in schedule.workers:
+            worker.stop()
     left = schedule.left()
-    count = sum(left.values())
     _say(
         f"{len(schedule.finished)} done in {(time.monotonic() - start) / 60:.1f} minutes, "
-        f"{_numbers(left)} left" + (", at the limit" if cut and count else "")
+        f"{left} left" + (", at the limit" if cut and left else "")
     )
     if schedule.failed:
         return FAILED
-    return RUNS_LEFT if count else ALL_DONE
+    return RUNS_LEFT if left else ALL_DONE
 
 
 class _Schedule:
@@ -87,12 +84,12 @@ class _Schedule:
         self.workers: list[_Worker] = []
         self.finished: list[dict[str, Any]] = []  # in this call
 
-    def loop(self, limit: float | None, folder: str) -> bool:
+    def loop(self, limit: float | None) -> bool:
         """Give the workers runs and take their records; True at the limit."""
         while True:
             if limit is not None and time.monotonic() >= limit:
                 return True
-            self.give(folder)
+            self.give()
             busy = {worker.pipe: worker for worker in self.workers if worker.run is not None}
             if not busy:
                 return False
@@ -100,7 +97,7 @@ class _Schedule:
             for pipe in wait(list(busy), rest):
                 self.take(busy[pipe])  # type: ignore[index]
 
-    def give(self, folder: str) -> None:
+    def give(self) -> None:
         """Start what can start."""
         if len(self.failed) >= MOST_FAILURES:
             return
@@ -112,17 +109,15 @@ class _Schedule:
             if worker is None:
                 if len(self.workers) >= self.study.workers:
                     return
-                worker = self.start(folder)
+                worker = self.start()
             with contextlib.suppress(OSError):  # it died idle; its pipe tells of that
                 worker.pipe.send(run)
             worker.run = run
 
-    def start(self, folder: str) -> _Worker:
+    def start(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(
-            target=self.target, args=(theirs, self.study, folder), daemon=True
-        )
+        process = context.Process(target=self.target, args=(theirs, self.study), daemon=True)
         process.start()
         theirs.close()  # so that ours tells of the process's end
         worker = _Worker(process, ours)
@@ -147,25 +142,16 @@ class _Schedule:
         append_record(self.study.out, record)
         self.done[run.key] = record
         self.finished.append(record)
-        _say(
-            f"{_now()} {_words(run)} {record['metric']} {record['value']:.4f} "
-            f"{record['seconds_per_step']:.3f} s/step; {self.outlook()}"
-        )
+        _say(f"{_now()} {_words(run)} {record['seconds']:.0f} s; {self.outlook()}")
 
-    def left(self) -> dict[str, int]:
+    def left(self) -> int:
         return runs_left(self.study, self.done)
-
-    def steps(self, left: dict[str, int]) -> int:
-        """Training steps of that many runs of each kind."""
-        return left["grid"] * self.study.grid_steps + left["final"] * self.study.steps
 
     def outlook(self) -> str:
         """How much is left, and for how long, by the runs of this call."""
         left = self.left()
-        seconds = sum(record["seconds"] for record in self.finished)
-        per_step = seconds / sum(record["steps"] for record in self.finished)
-        rest = per_step * self.steps(left) / self.study.workers
-        return f"{sum(left.values())} left, about {rest / 60:.1f} minutes"
+        mean = sum(record["seconds"] for record in self.finished) / len(self.finished)
+        return f"{left} left, about {mean * left / self.study.workers / 60:.1f} minutes"
 
 
 def _say(text: str) -> None:
@@ -177,10 +163,4 @@ def _now() -> str:
 
 
 def _words(run: Run) -> str:
-    return f"{run.kind:5} {run.task:4} {run.method:16} {run.setting:6} seed {run.seed}"
-
-
-def _numbers(left: dict[str, int]) -> str:
-    """As in "72 runs (27 grid, 45 final)"."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in left.items())
-    return f"{sum(left.values())} runs ({kinds})"
+    return f"{run.kind:6} {run.part} {run.task} {run.method} {run.setting} seed {run.seed}"

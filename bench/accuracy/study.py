@@ -1,64 +1,187 @@
-"""What the study consists of: tasks, methods, sizes, learning rates, and the order of its runs."""
+"""What the study consists of: tasks, methods, rates, choices, and the runs in their order."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# task: (split of the final evaluation, metric)
-TASKS = {
-    "sst2": ("test", "accuracy"),
-    "trec": ("test", "accuracy"),
-    "cola": ("validation", "matthews"),
-}
+Record = dict[str, Any]
+Records = dict[str, Record]  # of finished runs, by the run's key
 
-# The same budget of 100 tokens for all; the ablations spend what they save on rank.
+BUDGET = 100  # tokens of the plain prompt whose parameters every method may spend
+EVALUATIONS = 5  # of a run on the validation rows, evenly spread over its steps
+PATIENCE = 3  # evaluations without a lower validation loss, after which a run stops
+POINTS = ("steps", "time")  # where methods are compared: as many steps, or as much time
+BASE = "pt"  # the method whose steps and time the others get
+PROBE = "probe"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of one task, and how they are read.
+
+    Attributes:
+        max_length: tokens of a text that are read; n of the offset.
+        held_out: training rows that judge a run; 0 if the task has validation rows for each seed.
+        test: name of the split that is evaluated once.
+    """
+
+    max_length: int
+    held_out: int = 0
+    test: str = "test"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the study: which methods meet on which tasks.
+
+    Attributes:
+        tasks: by name, the most telling first.
+        seeds: of everything random; of few-shot tasks, also the folder of the rows.
+        methods: names of :data:`METHODS` or :data:`CHOICES`.
+        rates: names of :data:`RATES` that each method tries.
+        tuned_seeds: how many seeds try all rates; the others take the one that most of these
+            chose. None: every seed chooses for itself.
+        sizes: EPT's settings in this part.
+        steps: optimizer steps of :data:`BASE`.
+        batch_size: rows of a step.
+        tested: whether the chosen run is evaluated on test rows.
+    """
+
+    tasks: dict[str, Task]
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...]
+    rates: tuple[str, ...]
+    sizes: dict[str, Any]
+    steps: int
+    batch_size: int
+    tuned_seeds: int | None = None
+    tested: bool = True
+
+
+# What each method changes in EPT's defaults. All but the short prompt spend the whole budget; the
+# ablations spend what they save on the offset's rank.
 METHODS: dict[str, dict[str, Any]] = {
+    PROBE: {},
     "pt": {"method": "pt"},
+    "pt_20": {"method": "pt", "prompt_length": 20},
     "dept": {"method": "dept"},
-    "ept": {"method": "ept"},
-    "ept_no_subspaces": {"method": "ept", "num_spaces": 0},
-    "ept_no_fusion": {"method": "ept", "fusion": False},
+    "ept": {},
+    "ept_no_fusion": {"fusion": False},
+    "ept_no_subspaces": {"num_spaces": 0},
 }
 LABELS = {
-    "pt": "prompt tuning",
+    PROBE: "linear head alone",
+    "pt": "prompt tuning, 100 tokens",
+    "pt_20": "prompt tuning, 20 tokens",
     "dept": "DePT",
     "ept": "EPT",
-    "ept_no_subspaces": "EPT, subspaces off",
-    "ept_no_fusion": "EPT, fusion off",
+    "ept_no_fusion": "EPT without fusion",
+    "ept_no_subspaces": "EPT without subspaces",
 }
-_GRID_OF = {"ept_no_subspaces": "ept", "ept_no_fusion": "ept"}  # ablations take EPT's choice
+# EPT's settings in full, so that a changed default of the package is another run. What the choices
+# are judged against:
+BEFORE: dict[str, Any] = {
+    "prompt_length": BUDGET,
+    "num_virtual_tokens": 40,
+    "num_spaces": 4,
+    "space_dim": 4,
+    "alpha": 8.0,
+    "activation": "gelu",
+    "gate": "token",
+    "temperature": 1.0,
+    "init": "vocab",
+    "head_dropout": 0.0,
+    "weight_decay": 0.0,
+}
+# What methods are compared with:
+AFTER: dict[str, Any] = BEFORE
 
-# Sizes of the short prompts and of the offset: set before the study, not tuned for it. The offset
-# covers the longest text of the three tasks, 80 tokens.
-SIZES = {"num_virtual_tokens": 20, "max_length": 80, "num_spaces": 3, "space_dim": 4}
-
-# One grid for every method: the rates of prompt, offset, subspaces and head.
-GRID: dict[str, dict[str, float]] = {
-    "low": {"prompt_lr": 1e-2, "offset_lr": 1e-3, "space_lr": 1e-3, "head_lr": 5e-3},
-    "middle": {"prompt_lr": 3e-2, "offset_lr": 3e-3, "space_lr": 3e-3, "head_lr": 5e-3},
-    "high": {"prompt_lr": 1e-1, "offset_lr": 1e-2, "space_lr": 1e-2, "head_lr": 5e-3},
+# One change of EPT each. What begins with an underscore is no setting of the package:
+# ``_start`` are other rows to start from, ``_rate`` a factor of the named rate, ``_head`` the
+# strength of the first fit's penalty (None: the head starts at random).
+CHOICES: dict[str, dict[str, Any]] = {
+    "init: k-means of the texts": {"init": "data"},
+    "init: random tokens of the texts": {"_start": "tokens"},
+    "init: means of texts": {"_start": "means"},
+    "m = 20": {"num_virtual_tokens": 20},
+    "m = 60": {"num_virtual_tokens": 60},
+    "alpha = 2": {"alpha": 2.0},
+    "alpha = 32": {"alpha": 32.0},
+    "offset's rate x 10": {"_rate": {"offset": 10.0}},
+    "offset's rate / 10": {"_rate": {"offset": 0.1}},
+    "subspaces' rate x 10": {"_rate": {"spaces": 10.0}},
+    "subspaces' rate / 10": {"_rate": {"spaces": 0.1}},
+    "K = 2, h = 8": {"num_spaces": 2, "space_dim": 8},
+    "K = 8, h = 2": {"num_spaces": 8, "space_dim": 2},
+    "gate temperature 0.2": {"temperature": 0.2},
+    "gate temperature 5": {"temperature": 5.0},
+    "weight decay 0.1": {"weight_decay": 0.1},
+    "dropout 0.2 before the head": {"head_dropout": 0.2},
+    "head not fitted first": {"_head": None},
 }
 
-Records = dict[str, dict[str, Any]]  # of finished runs, by the run's key
+# One grid for every method: the rate of the prompt. The offset and the subspaces get a tenth of it,
+# the head three tenths.
+RATES = {"1e-3": 1e-3, "5e-3": 5e-3, "1e-2": 1e-2, "2e-2": 2e-2, "1e-1": 1e-1}
+GRID = ("1e-3", "5e-3", "2e-2", "1e-1")
+RELATIVE = {"prompt": 1.0, "offset": 0.1, "spaces": 0.1, "head": 0.3}
+# The probe's grid: the penalty on the head's weights. A head behind a prompt is fitted with one of
+# them before the prompt trains.
+PENALTIES = {"1e-3": 1e-3, "1e-2": 1e-2, "3e-2": 3e-2, "1e-1": 1e-1, "3e-1": 3e-1, "1": 1.0}
+HEAD_PENALTY = 0.3
+
+FEW_SHOT = {
+    "few_shot/trec": Task(40),
+    "few_shot/sst2": Task(64),
+    "few_shot/yahoo": Task(48),
+    "few_shot/sst5": Task(64),
+    "few_shot/agnews": Task(128),
+    "few_shot/mr": Task(64),
+}
+FULL = {
+    "trec": Task(40, held_out=250),
+    "sst2": Task(64, held_out=250),
+    "rte": Task(128, held_out=250, test="validation"),
+}
+SEEDS = (13, 21, 42, 87, 100)
+
+PARTS: dict[str, Part] = {
+    "choices": Part(
+        {name: FEW_SHOT[name] for name in ("few_shot/trec", "few_shot/sst2")},
+        SEEDS, ("ept", *CHOICES), ("1e-2",), BEFORE, steps=40, batch_size=8, tested=False,
+    ),
+    "few_shot": Part(FEW_SHOT, SEEDS, tuple(METHODS), GRID, AFTER, steps=40, batch_size=8),
+    "full": Part(
+        FULL, (0, 1, 2), (PROBE, "pt", "pt_20", "dept", "ept"), GRID, AFTER,
+        steps=60, batch_size=16, tuned_seeds=1,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of the study; on one device, equal runs are done once."""
+    """One piece of work; on one device, equal runs are done once.
 
-    kind: str  # "grid" or "final"
+    Attributes:
+        kind: ``"timing"`` (all methods' steps in turn, on one task), ``"train"`` or ``"test"``
+            (the setting that the validation rows chose, evaluated on the test rows).
+        part, task, method, setting, seed: what is run.
+        plan: JSON of everything else that decides what comes out.
+    """
+
+    kind: str
+    part: str
     task: str
     method: str
     setting: str
     seed: int
-    steps: int
-    batch_size: int
-    sizes: str  # JSON, so that a changed choice is another run
+    plan: str
 
     @property
     def key(self) -> str:
@@ -67,21 +190,29 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """Where the study reads and writes, and how much it does."""
+    """Where the study reads and writes, and how much of it is done.
+
+    Attributes:
+        weights: folder of trained weights that wait for their test; nothing of it is kept.
+        scale: factor of all steps.
+        dtype: of the frozen encoder.
+    """
 
     data: Path
     model: str
     out: Path
-    tasks: tuple[str, ...]
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    steps: int
-    grid_steps: int
-    batch_size: int
-    workers: int
-    threads: int
+    parts: tuple[str, ...] = tuple(PARTS)
+    tasks: tuple[str, ...] | None = None
+    workers: int = 2
+    threads: int = 1
     device: str = "cpu"  # or "cuda"
     minutes: float | None = None  # the limit of one call
+    scale: float = 1.0
+    dtype: str = "bfloat16"
+
+    @property
+    def weights(self) -> Path:
+        return self.out / "weights"
 
 
 def embedded_model() -> str:
@@ -92,61 +223,136 @@ def embedded_model() -> str:
     return str(Path(found.origin).parent / "model")
 
 
-def grid_run(study: Study, task: str, method: str, setting: str) -> Run:
-    """The grid's run of one setting: one seed, fewer steps, judged on held-out rows."""
-    return _run(study, "grid", task, method, setting, study.seeds[0], study.grid_steps)
+def settings_of(part: str, method: str) -> dict[str, Any]:
+    """The settings of a method or of a choice."""
+    changes = METHODS[method] if method in METHODS else CHOICES[method]
+    return {**PARTS[part].sizes, **changes}
 
 
-def final_run(study: Study, task: str, method: str, setting: str, seed: int) -> Run:
-    """A run on all training rows, judged on the rows kept for that."""
-    return _run(study, "final", task, method, setting, seed, study.steps)
+def timing_run(study: Study, part: str, task: str) -> Run:
+    """The timing of all methods of a part on one task."""
+    return _run(study, "timing", part, task, "", "", 0)
+
+
+def train_run(study: Study, part: str, task: str, method: str, setting: str, seed: int) -> Run:
+    """A training run, judged on validation rows."""
+    return _run(study, "train", part, task, method, setting, seed)
 
 
 def _run(
-    study: Study, kind: str, task: str, method: str, setting: str, seed: int, steps: int
+    study: Study, kind: str, part: str, task: str, method: str, setting: str, seed: int
 ) -> Run:
-    sizes = json.dumps(SIZES, sort_keys=True)
-    return Run(kind, task, method, setting, seed, steps, study.batch_size, sizes)
+    p = PARTS[part]
+    plan: dict[str, Any] = {"batch_size": p.batch_size, "dtype": study.dtype}
+    if kind == "timing":
+        plan["methods"] = {name: settings_of(part, name) for name in p.methods if name != PROBE}
+    else:
+        plan |= {"settings": settings_of(part, method), "steps": steps_of(study, part)}
+    return Run(kind, part, task, method, setting, seed, json.dumps(plan, sort_keys=True))
 
 
-def chosen_setting(study: Study, done: Records, task: str, method: str) -> str | None:
-    """The grid's best setting by the task's metric, the first of equals; None while unfinished."""
-    source = _GRID_OF.get(method, method)
-    keys = {setting: grid_run(study, task, source, setting).key for setting in GRID}
-    if any(key not in done for key in keys.values()):
-        return None
-    return max(GRID, key=lambda setting: float(done[keys[setting]]["value"]))
+def steps_of(study: Study, part: str) -> int:
+    """Optimizer steps of :data:`BASE`, the same for all methods at equal steps."""
+    return round(PARTS[part].steps * study.scale)
+
+
+def steps_in_time(study: Study, part: str, method: str, timing: Record) -> int:
+    """Steps of a method in the time of the base's, by the task's timing."""
+    return max(1, round(steps_of(study, part) / float(timing["ratios"][method])))
+
+
+def files_of(study: Study) -> list[str]:
+    """The data files that the study reads."""
+    files: dict[str, None] = {}
+    for part in study.parts:
+        p = PARTS[part]
+        for name in tasks_of(study, part):
+            task = p.tasks[name]
+            own = [name] if task.held_out else [f"{name}/{seed}" for seed in p.seeds]
+            splits = ("train",) if task.held_out else ("train", "validation")
+            files |= {f"{folder}/{split}.jsonl": None for folder in own for split in splits}
+            files[f"{name}/{task.test}.jsonl"] = None
+    return list(files)
+
+
+def grid_of(part: str, method: str) -> tuple[str, ...]:
+    """The names of the rates, or of the probe's penalties, that a method tries."""
+    return tuple(PENALTIES) if method == PROBE else PARTS[part].rates
+
+
+def best_evaluation(record: Record, point: str) -> dict[str, Any]:
+    """The evaluation of a run with the lowest validation loss, up to a point of comparison."""
+    most = record[f"{point}_limit"]
+    return min(
+        (e for e in record["evaluations"] if e["step"] <= most), key=lambda e: float(e["loss"])
+    )
+
+
+def chosen(records: dict[str, Record], point: str) -> str:
+    """The setting whose best evaluation has the lowest validation loss, the first of equals."""
+    return min(records, key=lambda setting: best_evaluation(records[setting], point)["loss"])
+
+
+def tasks_of(study: Study, part: str) -> list[str]:
+    """The tasks of a part that this call is for."""
+    return [t for t in PARTS[part].tasks if study.tasks is None or t in study.tasks]
+
+
+def all_runs(study: Study, done: Records) -> Iterator[tuple[Run, bool]]:
+    """Every run of this call in its order, and whether it can start now.
+
+    A study that is cut off has then compared all methods on the first task before it turns to the
+    next, with all seeds.
+    """
+    for part in study.parts:
+        p = PARTS[part]
+        for task in tasks_of(study, part):
+            timing = timing_run(study, part, task)
+            yield timing, True
+            timed = timing.key in done
+            for seed in p.seeds:
+                for method in p.methods:
+                    rates = _rates_to_try(study, done, part, task, method, seed)
+                    trains = [
+                        train_run(study, part, task, method, setting, seed)
+                        for setting in rates or grid_of(part, method)[:1]
+                    ]
+                    for run in trains:
+                        yield run, timed and rates is not None
+                    if p.tested:
+                        ready = rates is not None and all(run.key in done for run in trains)
+                        yield _run(study, "test", part, task, method, "", seed), ready
+
+
+def _rates_to_try(
+    study: Study, done: Records, part: str, task: str, method: str, seed: int
+) -> tuple[str, ...] | None:
+    """The settings of one seed; None if they are not known yet."""
+    p, every = PARTS[part], grid_of(part, method)
+    if p.tuned_seeds is None or p.seeds.index(seed) < p.tuned_seeds:
+        return every
+    found: dict[str, None] = {}
+    for first in p.seeds[: p.tuned_seeds]:
+        tried = tried_settings(study, done, part, task, method, first)
+        if len(tried) < len(every):
+            return None
+        found |= dict.fromkeys(chosen(tried, point) for point in POINTS)
+    return tuple(found)
+
+
+def tried_settings(
+    study: Study, done: Records, part: str, task: str, method: str, seed: int
+) -> dict[str, Record]:
+    """The finished training runs of one seed, by their setting."""
+    keys = {s: train_run(study, part, task, method, s, seed).key for s in grid_of(part, method)}
+    return {setting: done[key] for setting, key in keys.items() if key in done}
 
 
 def next_runs(study: Study, done: Records) -> list[Run]:
-    """The runs that can start now, the most telling first.
-
-    A study that is cut off has then compared all methods on the first task before it turns to the
-    next: the grid of a task comes first, then one seed after another with every method in it. The
-    ablations come after the methods themselves, on all tasks.
-    """
-    runs: dict[Run, None] = {}
-    methods = [method for method in study.methods if method not in _GRID_OF]
-    ablations = [method for method in study.methods if method in _GRID_OF]
-    for part in (methods, ablations):
-        for task in study.tasks:
-            for method in dict.fromkeys(_GRID_OF.get(m, m) for m in part):
-                runs |= dict.fromkeys(grid_run(study, task, method, setting) for setting in GRID)
-            chosen = {method: chosen_setting(study, done, task, method) for method in part}
-            for seed in study.seeds:
-                for method, setting in chosen.items():
-                    if setting is not None:
-                        runs[final_run(study, task, method, setting, seed)] = None
-    return [run for run in runs if run.key not in done]
+    """The runs that can start now, in their order."""
+    return [run for run, ready in all_runs(study, done) if ready and run.key not in done]
 
 
-def runs_left(study: Study, done: Records) -> dict[str, int]:
-    """Numbers of the runs that are not done, those that cannot start yet among them."""
-    ready = [run.kind for run in next_runs(study, done)]
-    waiting = [
-        chosen_setting(study, done, task, method) is None
-        for task in study.tasks
-        for method in study.methods
-    ]
-    final = ready.count("final") + sum(waiting) * len(study.seeds)
-    return {"grid": ready.count("grid"), "final": final}
+def runs_left(study: Study, done: Records) -> int:
+    """Number of the runs that are not done, those that cannot start yet among them."""
+    return sum(run.key not in done for run, _ in all_runs(study, done))

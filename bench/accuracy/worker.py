@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -13,31 +12,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from bench.accuracy.study import GRID, METHODS, TASKS, Run, Study
+from bench.accuracy import study as plan
+from bench.accuracy.records import done_runs, read_records
+from bench.accuracy.study import PARTS, POINTS, PROBE, Record, Run, Study
+from bench.accuracy.training import (
+    Rates,
+    features,
+    fit_head,
+    frozen_features,
+    load_tensors,
+    step_seconds,
+    train,
+)
 from bench.environment import commit, machine, origin_of
 
-HELD_OUT = 500  # training rows that judge the grid
-HOLD_OUT_SEED = 2024  # of their choice: the same rows for every method and setting
+HOLD_OUT_SEED = 2024  # of the rows held out: the same for every method and setting
+FIRST_FIT_ROWS = 512  # training rows that the head is fitted to before the prompt trains
+TIMED_STEPS = 12  # of each method, after two that warm up
+EVALUATION_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A task's rows as token ids.
-
-    Attributes:
-        train, evaluation: the rows that train and those that judge.
-        labels: names of the classes.
-    """
+    """A task's rows as token ids; ``texts`` are those of the training rows."""
 
     train: Any
-    evaluation: Any
+    validation: Any
+    test: Any
+    texts: tuple[str, ...]
     labels: tuple[str, ...]
 
 
-def serve(pipe: Connection, study: Study, folder: str) -> None:
+def serve(pipe: Connection, study: Study) -> None:
     """Answer every run that comes with its record, until None comes or the pipe closes."""
-    runner = Runner(study, folder)
+    runner = Runner(study)
     while True:
         try:
             run = pipe.recv()
@@ -51,135 +62,265 @@ def serve(pipe: Connection, study: Study, folder: str) -> None:
 class Runner:
     """Does one run after another.
 
-    The steps are those of :func:`ept_fast.training.job.train`, without the files that it leaves.
-    The encoder is loaded once, in float32 whatever the type in its file. It is frozen; that no run
-    changed it is checked after each.
+    The encoder is loaded once and frozen; that no run changed it is checked after each.
     """
 
-    def __init__(self, study: Study, folder: str) -> None:
+    def __init__(self, study: Study) -> None:
+        from ept_fast.training.batches import Collator
         from ept_fast.transformers.backbone import load_backbone, load_tokenizer
 
         torch.set_num_threads(study.threads)
         self.study = study
-        self.folder = folder  # for the files that the Trainer writes
         self.tokenizer = load_tokenizer(study.model)
-        self.backbone = load_backbone(study.model, dtype=torch.float32)
+        self.collator = Collator.of(self.tokenizer)
+        self.backbone: Any = load_backbone(study.model, dtype=getattr(torch, study.dtype))
+        if study.device == "cpu" and study.dtype == "bfloat16":
+            # In bfloat16 the CPU's fused attention has a backward of three times the time.
+            self.backbone.set_attn_implementation("eager")
+        self.backbone.to(study.device)
         self.weights = {name: t.clone() for name, t in self.backbone.state_dict().items()}
-        self._tokens: dict[tuple[str, bool, int], Tokens] = {}
+        self._tokens: dict[tuple[str, int], Tokens] = {}
 
-    def __call__(self, run: Run) -> dict[str, Any]:
+    def __call__(self, run: Run) -> Record:
         """Do one run and give its record."""
-        from ept_fast import get_ept_model
-        from ept_fast.ops import dispatch
-        from ept_fast.ops.types import Parameters
-        from ept_fast.training.batches import Collator
-        from ept_fast.training.config import TrainConfig
-        from ept_fast.training.evaluation import ClassEvaluation
-        from ept_fast.training.trainer import PromptTrainer
-        from ept_fast.transformers.backbone import embedding_width
-
         start = time.perf_counter()
-        final = run.kind == "final"
-        with tempfile.TemporaryDirectory(dir=self.folder) as output:
-            config = TrainConfig(
-                model=self.study.model,
-                data=str(self.study.data / run.task),
-                output=output,
-                max_steps=run.steps,
-                batch_size=run.batch_size,
-                eval_steps=run.steps,
-                seed=run.seed,
-                bf16=False,
-                device="cpu" if self.study.device == "cpu" else "auto",
-                **{**json.loads(run.sizes), **METHODS[run.method], **GRID[run.setting]},
-            )
-            tokens = self.tokens(run.task, final, config.max_length)
-            model = get_ept_model(
-                self.backbone,
-                config.prompt_config(embedding_width(self.backbone)),
-                "SEQ_CLS",
-                labels=tokens.labels,
-                pooling=config.pooling,
-                generator=torch.Generator().manual_seed(run.seed),
-            )
-            try:
-                collator = Collator.of(self.tokenizer)
-                trainer = PromptTrainer(
-                    model,
-                    config,
-                    tokens.train,
-                    collator,
-                    ClassEvaluation(tokens.evaluation, collator, config.eval_batch_size),
-                    max_steps=run.steps,
-                    folder=Path(output) / "checkpoints",
-                    bf16=False,
-                    progress=False,
-                )
-                trainer.train()
-                evaluation = trainer.evaluations[-1]
-                backend = dispatch.select(
-                    None, Parameters(**dict(model.prompt.named_parameters(recurse=False)))
-                )
-                record = {
-                    **dataclasses.asdict(run),
-                    "metric": TASKS[run.task][1],
-                    "value": evaluation[TASKS[run.task][1]],
-                    "evaluation": evaluation,
-                    "train_loss": statistics.fmean(trainer.losses[-20:]),
-                    "seconds_per_step": statistics.median(trainer.seconds),
-                    "threads": self.study.threads,
-                    "workers": self.study.workers,
-                    "parameters": model.parameter_counts(),
-                    "prompt": model.prompt.config.to_dict(),
-                    "rates": GRID[run.setting],
-                    "rows": {
-                        "train": len(tokens.train),
-                        "train_cut": tokens.train.num_cut,
-                        "evaluation": len(tokens.evaluation),
-                        "evaluation_cut": tokens.evaluation.num_cut,
-                    },
-                    "backend": backend,
-                    **origin(self.study.device),
-                }
-            finally:
-                model.unload()
-        self._check_encoder()
-        return {**record, "seconds": time.perf_counter() - start}
-
-    def tokens(self, task: str, final: bool, max_length: int) -> Tokens:
-        """A task's rows, tokenised once; those of the grid are all training rows."""
-        key = (task, final, max_length)
-        if key not in self._tokens:
-            self._tokens[key] = self._read(*key)
-        return self._tokens[key]
-
-    def _read(self, task: str, final: bool, max_length: int) -> Tokens:
-        from ept_fast.training.data import LabelSet, hold_out, read_split
-        from ept_fast.training.tokens import tokenise
-
-        train = read_split(self.study.data / task, "train")
-        assert train is not None
-        if final:
-            evaluation = read_split(self.study.data / task, TASKS[task][0])
-            assert evaluation is not None
-        else:
-            train, evaluation = hold_out(train, HELD_OUT / len(train), HOLD_OUT_SEED)
-        labels = LabelSet.of(train)
-        return Tokens(
-            tokenise(train, self.tokenizer, max_length, labels),
-            tokenise(evaluation, self.tokenizer, max_length, labels),
-            labels.names,
-        )
-
-    def _check_encoder(self) -> None:
-        """Bring the encoder back to the device it was loaded on; raise if a run changed it."""
-        self.backbone.to("cpu")
+        work = {"timing": self.time, "train": self.train, "test": self.test}[run.kind]
+        record = work(run)
         for name, tensor in self.backbone.state_dict().items():
             if not torch.equal(tensor, self.weights[name]):
                 raise RuntimeError(f"{name}: expected the encoder's frozen weights, got others")
+        return {
+            **dataclasses.asdict(run),
+            **record,
+            "seconds": time.perf_counter() - start,
+            "threads": self.study.threads,
+            "workers": self.study.workers,
+            **origin(self.study.device),
+        }
+
+    # Kinds of runs
+
+    def time(self, run: Run) -> Record:
+        """Seconds of each method's training step by the base's, on the same batches in turn."""
+        from ept_fast.training.batches import GroupedBatches
+
+        part = PARTS[run.part]
+        tokens = self.tokens(run.part, run.task, part.seeds[0])
+        methods = [name for name in part.methods if name != PROBE]
+        methods = [plan.BASE, *(name for name in methods if name != plan.BASE)]
+        models = {}
+        for method in methods:
+            model, rates = self.model(run, method, tokens, part.seeds[0])
+            models[method] = (model, rates.optimizer(model, 1e-2))
+        order = GroupedBatches(tokens.train.lengths, part.batch_size, TIMED_STEPS + 2, seed=0)
+        seconds: dict[str, list[float]] = {method: [] for method in methods}
+        for number, indices in enumerate(order):
+            batch = self.collator([tokens.train[i] for i in indices])
+            shift = number % len(methods)  # no method always runs first
+            for method in (*methods[shift:], *methods[:shift]):
+                taken = step_seconds(*models[method], batch)
+                if number >= 2:
+                    seconds[method].append(taken)
+        base = seconds[plan.BASE]
+        ratios = {
+            method: statistics.median(a / b for a, b in zip(taken, base, strict=True))
+            for method, taken in seconds.items()
+        }
+        return {
+            "ratios": ratios,
+            "step_seconds": {m: statistics.median(taken) for m, taken in seconds.items()},
+        }
+
+    def train(self, run: Run) -> Record:
+        """Train with one setting, judged on the validation rows; the probe is fitted instead."""
+        tokens = self.tokens(run.part, run.task, run.seed)
+        limits = {f"{point}_limit": 0 for point in POINTS}
+        if run.method == PROBE:
+            X, y = frozen_features(self.backbone, tokens.train, self.collator)
+            weight, bias = fit_head(X, y, len(tokens.labels), plan.PENALTIES[run.setting])
+            state = {"weight": weight, "bias": bias}
+            torch.save(dict.fromkeys(POINTS, state), self.weights_path(run, make=True))
+            X, y = frozen_features(self.backbone, tokens.validation, self.collator)
+            found = {"step": 0, **_metrics(X @ weight.T + bias, y)}
+            return {"evaluations": [found], **limits, **_rows(tokens)}
+        model, rates = self.model(run, run.method, tokens, run.seed)
+        timing = self.timing(run)
+        equal = plan.steps_of(self.study, run.part)
+        in_time = plan.steps_in_time(self.study, run.part, run.method, timing)
+        limits = {"steps_limit": equal, "time_limit": in_time}
+        penalty = plan.settings_of(run.part, run.method).get("_head", plan.HEAD_PENALTY)
+        if penalty is not None:
+            part = first_rows(tokens.train, FIRST_FIT_ROWS)
+            X, y = features(model, part, self.collator)
+            weight, bias = fit_head(X, y, len(tokens.labels), penalty)
+            with torch.no_grad():
+                model.head.weight.copy_(weight)
+                model.head.bias.copy_(bias)
+        result = train(
+            model,
+            rates.optimizer(model, plan.RATES[run.setting]),
+            tokens.train,
+            self.collator,
+            batch_size=PARTS[run.part].batch_size,
+            seed=run.seed,
+            limits=limits,
+            evaluate=lambda: self.judge(model, tokens.validation),
+        )
+        torch.save(result.pop("weights"), self.weights_path(run, make=True))
+        return {
+            **result,
+            **limits,
+            "parameters": model.parameter_counts(),
+            "prompt": model.prompt.config.to_dict(),
+            "ratio": timing["ratios"][run.method],
+            **_rows(tokens),
+        }
+
+    def test(self, run: Run) -> Record:
+        """Evaluate what the validation rows chose on the test rows, at each point of comparison."""
+        tokens = self.tokens(run.part, run.task, run.seed)
+        done = done_runs(read_records(self.study.out), device_name(self.study.device))
+        found: Record = {}
+        tried = plan.tried_settings(self.study, done, run.part, run.task, run.method, run.seed)
+        for point in POINTS:
+            setting = plan.chosen(tried, point)
+            source = plan.train_run(self.study, run.part, run.task, run.method, setting, run.seed)
+            best = plan.best_evaluation(tried[setting], point)
+            same = [
+                f for f in found.values() if (f["setting"], f["step"]) == (setting, best["step"])
+            ]
+            scores = same[0]["test"] if same else self.scores(run, tokens, source, point)
+            found[point] = {
+                "setting": setting,
+                "step": best["step"],
+                "validation": {name: best[name] for name in scores},
+                "test": scores,
+            }
+        return {**found, **_rows(tokens)}
+
+    # What they share
+
+    def model(self, run: Run, method: str, tokens: Tokens, seed: int) -> tuple[Any, Rates]:
+        """An untrained model of a method, and how it is optimised."""
+        from ept_fast import get_ept_model
+        from ept_fast.training.config import TrainConfig
+
+        changes = dict(plan.settings_of(run.part, method))
+        factors = changes.pop("_rate", {})
+        start = changes.pop("_start", None)
+        changes.pop("_head", None)
+        config = TrainConfig(
+            model="-", data="-", output="-",
+            max_length=self.task(run).max_length, **changes,
+        )  # fmt: skip
+        prompt = config.prompt_config(self.backbone.get_input_embeddings().embedding_dim)
+        generator = torch.Generator().manual_seed(seed)
+        init: Any = config.init if start is None else self.start(start, prompt, tokens, generator)
+        given = {"text": tokens.texts, "tokenizer": self.tokenizer} if init == "data" else {}
+        model = get_ept_model(
+            self.backbone, prompt, "SEQ_CLS", labels=tokens.labels, init=init, generator=generator,
+            head_dropout=config.head_dropout, **given,
+        )  # fmt: skip
+        relative = {name: rate * factors.get(name, 1.0) for name, rate in plan.RELATIVE.items()}
+        return model, Rates(relative, config.weight_decay)
+
+    @torch.no_grad()
+    def start(self, kind: str, prompt: Any, tokens: Tokens, generator: torch.Generator) -> Tensor:
+        """Rows to start from: random tokens of the training texts, or means over texts."""
+        rows = self.tokenizer(list(tokens.texts), add_special_tokens=False)["input_ids"]
+        count = prompt.initial_rows
+        embedding = self.backbone.get_input_embeddings()
+        if kind == "tokens":
+            ids = torch.tensor(sorted({i for row in rows for i in row}))
+            found = embedding(ids.to(embedding.weight.device))
+        else:
+            means = [
+                embedding(torch.tensor(r, device=embedding.weight.device)).mean(0) for r in rows
+            ]
+            found = torch.stack(means)
+        order = torch.randperm(len(found), generator=generator)
+        return found[order.repeat(-(-count // len(order)))[:count]].float().cpu()
+
+    def task(self, run: Run) -> plan.Task:
+        return PARTS[run.part].tasks[run.task]
+
+    def timing(self, run: Run) -> Record:
+        """The record of the task's timing."""
+        key = plan.timing_run(self.study, run.part, run.task).key
+        return done_runs(read_records(self.study.out), device_name(self.study.device))[key]
+
+    def judge(self, model: Any, rows: Any) -> dict[str, float]:
+        """Loss and accuracy of rows."""
+        from ept_fast.training.evaluation import predict_logits
+
+        logits = predict_logits(model, rows, self.collator, EVALUATION_BATCH)
+        return _metrics(logits, torch.tensor(rows.labels))
+
+    def scores(self, run: Run, tokens: Tokens, source: Run, point: str) -> dict[str, float]:
+        """The metrics of a finished training run on the test rows."""
+        states = torch.load(self.weights_path(source), weights_only=True)
+        if run.method == PROBE:
+            X, y = frozen_features(self.backbone, tokens.test, self.collator)
+            return _metrics(X @ states[point]["weight"].T + states[point]["bias"], y)
+        model, _ = self.model(run, run.method, tokens, run.seed)
+        load_tensors(model, states[point])
+        return self.judge(model, tokens.test)
+
+    def weights_path(self, run: Run, *, make: bool = False) -> Path:
+        """The file of a run's trained tensors."""
+        if make:
+            self.study.weights.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(run.key.encode()).hexdigest()[:24]
+        return self.study.weights / f"{name}.pt"
+
+    def tokens(self, part: str, task: str, seed: int) -> Tokens:
+        """A task's rows, tokenised once."""
+        seed = seed if self.few_shot(part, task) else 0
+        if (task, seed) not in self._tokens:
+            self._tokens[task, seed] = self._read(PARTS[part].tasks[task], task, seed)
+        return self._tokens[task, seed]
+
+    def few_shot(self, part: str, task: str) -> bool:
+        """Whether each seed has rows of its own."""
+        return not PARTS[part].tasks[task].held_out
+
+    def _read(self, task: plan.Task, name: str, seed: int) -> Tokens:
+        from ept_fast.training.data import LabelSet, hold_out, read_split
+        from ept_fast.training.tokens import tokenise
+
+        folder = self.study.data / name
+        train = read_split(folder / str(seed) if not task.held_out else folder, "train")
+        test = read_split(folder, task.test)
+        if task.held_out:
+            train, validation = hold_out(train, task.held_out / len(train), HOLD_OUT_SEED)
+        else:
+            validation = read_split(folder / str(seed), "validation")
+        labels = LabelSet.of(train)
+        tokens = [
+            tokenise(r, self.tokenizer, task.max_length, labels) for r in (train, validation, test)
+        ]
+        return Tokens(*tokens, train.all_texts, labels.names)
 
 
-def origin(device: str) -> dict[str, Any]:
+def first_rows(rows: Any, count: int) -> Any:
+    """At most the first ``count`` of tokenised rows."""
+    return dataclasses.replace(rows, features=rows.features[:count], labels=rows.labels[:count])
+
+
+def _metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    return {
+        "loss": float(F.cross_entropy(logits, labels)),
+        "accuracy": float((logits.argmax(-1) == labels).double().mean()),
+    }
+
+
+def _rows(tokens: Tokens) -> Record:
+    splits = {"train": tokens.train, "validation": tokens.validation, "test": tokens.test}
+    counts = {name: len(rows) for name, rows in splits.items()}
+    return {"rows": counts, "rows_cut": {name: rows.num_cut for name, rows in splits.items()}}
+
+
+def origin(device: str) -> Record:
     """Where a record was made, and with what."""
     import ept_fast
 

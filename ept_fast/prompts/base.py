@@ -8,7 +8,7 @@ below :class:`Prompt` with ``shapes``, ``groups``, ``initial`` and ``reconstruct
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -219,7 +219,7 @@ class Prompt(SplicedPrompt):
         embedding: nn.Module | None = None,
         *,
         init: str | Tensor = "vocab",
-        text: str | None = None,
+        text: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         num_tasks: int | None = None,
         generator: torch.Generator | None = None,

@@ -35,12 +35,14 @@ class FusedEPTPrompt(Prompt):
             None for a prompt that is called with ``inputs_embeds`` only, and has a tensor as
             ``init``.
         init: the rows that the prompt starts from: ``"vocab"`` (sampled from the table, without its
-            padding row), ``"text"`` (of ``text``, repeated as needed), ``"random"`` (normal, with
-            the table's standard deviation), or a tensor ``[L, d]`` or ``[T, L, d]`` with L >= m.
-            The first m rows are the short prompt. The rows after them, sampled if there are too
-            few, give ``offset_b`` through an SVD (METHOD, Initialisation).
-        text: for ``init="text"``.
-        tokenizer: for ``init="text"``; called as ``tokenizer(text, add_special_tokens=False)``.
+            padding row), ``"text"`` (of ``text``, repeated as needed), ``"data"`` (of the task's
+            own texts: the short prompt is the m means of k-means over their tokens' embeddings,
+            ``offset_b`` the leading directions of what the means leave; nothing is random),
+            ``"random"`` (normal, with the table's standard deviation), or a tensor ``[L, d]`` or
+            ``[T, L, d]`` with L >= m. The first m rows are the short prompt. The rows after them,
+            sampled if there are too few, give ``offset_b`` through an SVD (METHOD, Initialisation).
+        text: for ``init="text"`` a string, for ``init="data"`` a sequence of strings.
+        tokenizer: for these two; called as ``tokenizer(text, add_special_tokens=False)``.
         num_tasks: T, or None for a single prompt.
         generator: a CPU generator for everything random; the global one by default.
         dtype: type of the parameters.

@@ -170,7 +170,10 @@ class TrainConfig:
     )
     fusion: bool = _setting(EPTConfig.fusion, "Prompt fusion (ept).")
     init: str = _setting(
-        "vocab", "Rows that the prompt starts from: sampled or random.", choices=("vocab", "random")
+        "vocab",
+        "Rows that the prompt starts from: sampled from the model's vocabulary, prototypes of the "
+        "training texts' tokens, or random.",
+        choices=("vocab", "data", "random"),
     )
     pooling: str = _setting(
         "mean",

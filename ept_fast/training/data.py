@@ -83,6 +83,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def all_texts(self) -> tuple[str, ...]:
+        """Every text of every column, one column after another."""
+        return (*self.texts, *(self.pairs or ()), *(self.targets or ()))
+
     def take(self, indices: Sequence[int]) -> Rows:
         """The rows with these indices, in this order."""
         picked: dict[str, Any] = {}

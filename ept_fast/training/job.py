@@ -247,7 +247,8 @@ def _new_adapter(config: TrainConfig, rows: Rows) -> Adapter:
             "pooling": config.pooling,
             "head_dropout": config.head_dropout,
         }
-        return Adapter(_build(config, **head), tokenizer, labels, rows.pairs is not None)
+        model = _build(config, rows, tokenizer, **head)
+        return Adapter(model, tokenizer, labels, rows.pairs is not None)
     targets = rows.targets is not None
     if config.metric in GENERATED_METRICS and not targets:
         raise ValueError(
@@ -255,8 +256,8 @@ def _new_adapter(config: TrainConfig, rows: Rows) -> Adapter:
             f"got {config.metric!r}"
         )
     sizes = (config.max_length, config.max_target_length)
-    model, wanted = _build(config), TextForm(config.task, *sizes, config.separator, targets)
-    form = fitted(wanted, model, tokenizer)
+    model = _build(config, rows, tokenizer)
+    form = fitted(TextForm(config.task, *sizes, config.separator, targets), model, tokenizer)
     return Adapter(model, tokenizer, form=form, num_beams=config.num_beams)
 
 
@@ -272,7 +273,7 @@ def _pack_length(config: TrainConfig, adapter: Adapter) -> int:
     return config.pack_length or longest
 
 
-def _build(config: TrainConfig, **head: Any) -> EPTModel:
+def _build(config: TrainConfig, rows: Rows, tokenizer: Any, **head: Any) -> EPTModel:
     from ept_fast.transformers.backbone import Profile, embedding_width, load_backbone
     from ept_fast.transformers.tasks import get_ept_model
 
@@ -282,6 +283,7 @@ def _build(config: TrainConfig, **head: Any) -> EPTModel:
     wanted = config.max_length + (config.max_target_length if config.task == "causal" else 0)
     length = wanted if most is None else max(min(wanted, most), 1)
     folder = Path(config.model)
+    start = {"text": rows.all_texts, "tokenizer": tokenizer} if config.init == "data" else {}
     return get_ept_model(
         backbone,
         config.prompt_config(embedding_width(backbone), length),
@@ -289,6 +291,7 @@ def _build(config: TrainConfig, **head: Any) -> EPTModel:
         base_model=str(folder.resolve()) if folder.is_dir() else config.model,
         init=config.init,
         generator=torch.Generator().manual_seed(config.seed),
+        **start,
         **head,
     )
 

@@ -137,7 +137,7 @@ class EPTModel(Checkpointing, AdapterFiles):
         pooling: str | None = None,
         head_dropout: float = 0.0,
         init: str | Tensor = "vocab",
-        text: str | None = None,
+        text: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,

@@ -103,8 +103,8 @@ BEFORE: dict[str, Any] = {
 AFTER: dict[str, Any] = BEFORE
 
 # One change of EPT each. What begins with an underscore is no setting of the package:
-# ``_start`` are other rows to start from, ``_rate`` a factor of the named rate, ``_head`` the
-# strength of the first fit's penalty (None: the head starts at random).
+# ``_start`` are other rows to start from, ``_rate`` a factor of the named rate, ``_head`` the penalty
+# of a fit of the head to the training rows, behind the untrained prompt, before the first step.
 CHOICES: dict[str, dict[str, Any]] = {
     "init: k-means of the texts": {"init": "data"},
     "init: random tokens of the texts": {"_start": "tokens"},
@@ -123,29 +123,28 @@ CHOICES: dict[str, dict[str, Any]] = {
     "gate temperature 5": {"temperature": 5.0},
     "weight decay 0.1": {"weight_decay": 0.1},
     "dropout 0.2 before the head": {"head_dropout": 0.2},
-    "head not fitted first": {"_head": None},
+    "head fitted first": {"_head": 0.3},
 }
 
-# One grid for every method: the rate of the prompt. The offset and the subspaces get a tenth of it,
-# the head three tenths.
+# One grid for every method: the rate of the prompt. The offset and the subspaces get a tenth of it;
+# the head's rate is always the same.
 RATES = {"1e-3": 1e-3, "5e-3": 5e-3, "1e-2": 1e-2, "2e-2": 2e-2, "1e-1": 1e-1}
 GRID = ("1e-3", "5e-3", "2e-2", "1e-1")
-RELATIVE = {"prompt": 1.0, "offset": 0.1, "spaces": 0.1, "head": 0.3}
-# The probe's grid: the penalty on the head's weights. A head behind a prompt is fitted with one of
-# them before the prompt trains.
+RELATIVE = {"prompt": 1.0, "offset": 0.1, "spaces": 0.1}
+HEAD_RATE = 5e-3
+# The probe's grid: the penalty on the head's weights.
 PENALTIES = {"1e-3": 1e-3, "1e-2": 1e-2, "3e-2": 3e-2, "1e-1": 1e-1, "3e-1": 3e-1, "1": 1.0}
-HEAD_PENALTY = 0.3
 
 FEW_SHOT = {
-    "few_shot/trec": Task(40),
+    "few_shot/trec": Task(64),
     "few_shot/sst2": Task(64),
-    "few_shot/yahoo": Task(48),
     "few_shot/sst5": Task(64),
+    "few_shot/yahoo": Task(64),
     "few_shot/agnews": Task(128),
     "few_shot/mr": Task(64),
 }
 FULL = {
-    "trec": Task(40, held_out=250),
+    "trec": Task(64, held_out=250),
     "sst2": Task(64, held_out=250),
     "rte": Task(128, held_out=250, test="validation"),
 }
@@ -153,12 +152,12 @@ SEEDS = (13, 21, 42, 87, 100)
 
 PARTS: dict[str, Part] = {
     "choices": Part(
-        {name: FEW_SHOT[name] for name in ("few_shot/trec", "few_shot/sst2")},
+        {"few_shot/trec": FEW_SHOT["few_shot/trec"]},
         SEEDS, ("ept", *CHOICES), ("1e-2",), BEFORE, steps=40, batch_size=8, tested=False,
     ),
     "few_shot": Part(FEW_SHOT, SEEDS, tuple(METHODS), GRID, AFTER, steps=40, batch_size=8),
     "full": Part(
-        FULL, (0, 1, 2), (PROBE, "pt", "pt_20", "dept", "ept"), GRID, AFTER,
+        FULL, (0, 1, 2), (PROBE, "pt", "pt_20", "dept", "ept"), ("5e-3", "2e-2"), AFTER,
         steps=60, batch_size=16, tuned_seeds=1,
     ),
 }  # fmt: skip
@@ -229,6 +228,11 @@ def settings_of(part: str, method: str) -> dict[str, Any]:
     return {**PARTS[part].sizes, **changes}
 
 
+def kept(choice: str) -> bool:
+    """Whether what methods are compared with has a choice's changes."""
+    return all(AFTER.get(name) == value for name, value in CHOICES[choice].items())
+
+
 def timing_run(study: Study, part: str, task: str) -> Run:
     """The timing of all methods of a part on one task."""
     return _run(study, "timing", part, task, "", "", 0)
@@ -243,7 +247,11 @@ def _run(
     study: Study, kind: str, part: str, task: str, method: str, setting: str, seed: int
 ) -> Run:
     p = PARTS[part]
-    plan: dict[str, Any] = {"batch_size": p.batch_size, "dtype": study.dtype}
+    plan: dict[str, Any] = {
+        "batch_size": p.batch_size,
+        "dtype": study.dtype,
+        "task": dataclasses.asdict(p.tasks[task]),
+    }
     if kind == "timing":
         plan["methods"] = {name: settings_of(part, name) for name in p.methods if name != PROBE}
     else:

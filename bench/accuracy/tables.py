@@ -2,9 +2,297 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from bench.accuracy import study as plan
+from bench.accuracy.records import RUNS_FILE, device_of, read_records
+from bench.accuracy.study import LABELS, METHODS, PARTS, POINTS, Record
+from bench.rows import aligned, write_csv
+
+DRAWS = 10_000  # of the bootstrap
+
+RESULT_COLUMNS = (
+    "part", "task", "method", "point", "runs", "mean", "std", "values", "steps", "rates",
+    "parameters", "step_seconds", "ratio_to_pt", "test_rows", "device", "torch", "transformers",
+    "commit",
+)  # fmt: skip
+DIFFERENCE_COLUMNS = ("part", "point", "method", "against", "tasks", "runs", "mean", "low", "high")
+CHOICE_COLUMNS = (
+    "choice", "runs", "loss", "loss_low", "loss_high", "accuracy", "accuracy_low", "accuracy_high",
+    "kept",
+)  # fmt: skip
+
+Scores = dict[tuple[str, int], float]  # by task and seed
+
+
+def on_one_device(records: Sequence[Record], wanted: str | None = None) -> list[Record]:
+    """The records of one device: the one that ``wanted`` is the name of, or a part of it.
+
+    Raises:
+        SystemExit: records of several devices are meant, or none.
+    """
+    names = list(dict.fromkeys(device_of(record) for record in records))
+    meant = [name for name in names if (wanted or "").lower() in name.lower()]
+    if wanted in names:
+        meant = [wanted]
+    if len(meant) > 1 or (names and not meant):
+        got = "none" if wanted is None else repr(wanted)
+        raise SystemExit(
+            f"--device: expected the name of one device, or a part of it, among "
+            f"{'; '.join(names)}; got {got}"
+        )
+    return [record for record in records if device_of(record) in meant]
+
+
+def of_kind(records: Sequence[Record], kind: str, part: str) -> list[Record]:
+    """The records of one kind and part that belong to the newest plan of their run."""
+    names = ("task", "method", "setting", "seed")
+    newest = {
+        tuple(record[name] for name in names): record
+        for record in records
+        if (record["kind"], record["part"]) == (kind, part)
+    }
+    return list(newest.values())
+
+
+def test_scores(records: Sequence[Record], part: str, point: str) -> dict[str, Scores]:
+    """Accuracy on the test rows by method, of the tasks on which every method has every seed."""
+    found: dict[str, Scores] = {}
+    for record in of_kind(records, "test", part):
+        score = float(record[point]["test"]["accuracy"])
+        found.setdefault(record["method"], {})[record["task"], record["seed"]] = score
+    p = PARTS[part]
+    whole = {
+        task
+        for task in p.tasks
+        if all((task, seed) in found.get(name, {}) for name in p.methods for seed in p.seeds)
+    }
+    return {
+        method: {key: score for key, score in found[method].items() if key[0] in whole}
+        for method in p.methods
+        if whole
+    }
+
+
+def interval(ours: Scores, theirs: Scores) -> tuple[float, float, float]:
+    """The mean paired difference, and its 95% interval by bootstrap over tasks and seeds.
+
+    A draw takes as many tasks as there are, with replacement, and for each as many of its seeds,
+    with replacement. The mean is the mean over tasks of the mean over seeds.
+    """
+    differences: dict[str, list[float]] = {}
+    for key in sorted(ours.keys() & theirs.keys()):
+        differences.setdefault(key[0], []).append(ours[key] - theirs[key])
+    groups = list(differences.values())
+    generator = random.Random(0)
+
+    def drawn() -> float:
+        tasks = generator.choices(groups, k=len(groups))
+        return statistics.fmean(
+            statistics.fmean(generator.choices(seeds, k=len(seeds))) for seeds in tasks
+        )
+
+    draws = sorted(drawn() for _ in range(DRAWS))
+    mean = statistics.fmean(statistics.fmean(seeds) for seeds in groups)
+    return mean, draws[round(0.025 * (DRAWS - 1))], draws[round(0.975 * (DRAWS - 1))]
+
+
+def result_rows(records: Sequence[Record]) -> list[Record]:
+    """One row for each part, task, method and point of comparison."""
+    rows = []
+    for part, point in itertools.product(PARTS, POINTS):
+        scores = test_scores(records, part, point)
+        timings = {r["task"]: r for r in of_kind(records, "timing", part)}
+        trains = of_kind(records, "train", part)
+        tests = of_kind(records, "test", part)
+        for method, found in scores.items():
+            for task in dict.fromkeys(task for task, _ in found):
+                mine = [r for r in tests if (r["task"], r["method"]) == (task, method)]
+                mine.sort(key=lambda r: r["seed"])
+                values = [100 * float(r[point]["test"]["accuracy"]) for r in mine]
+                trained = next(r for r in trains if (r["task"], r["method"]) == (task, method))
+                timing = timings[task]
+                rows.append(
+                    {
+                        "part": part,
+                        "task": task,
+                        "method": method,
+                        "point": point,
+                        "runs": len(values),
+                        "mean": statistics.fmean(values),
+                        "std": statistics.stdev(values),
+                        "values": " ".join(f"{v:.1f}" for v in values),
+                        "steps": " ".join(str(r[point]["step"]) for r in mine),
+                        "rates": " ".join(r[point]["setting"] for r in mine),
+                        "parameters": trained.get("parameters", {}).get("prompt", 0),
+                        "step_seconds": timing["step_seconds"].get(method, math.nan),
+                        "ratio_to_pt": timing["ratios"].get(method, math.nan),
+                        "test_rows": mine[0]["rows"]["test"],
+                        "device": device_of(mine[0]),
+                        "torch": _all(r["versions"]["torch"] for r in mine),
+                        "transformers": _all(r["versions"]["transformers"] for r in mine),
+                        "commit": _all(r["commit"] for r in mine),
+                    }
+                )
+    return rows
+
+
+def difference_rows(records: Sequence[Record], ours: str = "ept") -> list[Record]:
+    """EPT's paired differences to every other method, in points of accuracy."""
+    rows = []
+    for part, point in itertools.product(PARTS, POINTS):
+        scores = test_scores(records, part, point)
+        for method in scores:
+            if method == ours:
+                continue
+            mean, low, high = (100 * v for v in interval(scores[ours], scores[method]))
+            rows.append(
+                {
+                    "part": part, "point": point, "method": ours, "against": method,
+                    "tasks": len({task for task, _ in scores[ours]}), "runs": len(scores[ours]),
+                    "mean": mean, "low": low, "high": high,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def choice_rows(records: Sequence[Record]) -> list[Record]:
+    """One row for each choice: validation loss and accuracy against EPT as it was."""
+    found: dict[str, dict[str, Scores]] = {}
+    for record in of_kind(records, "train", "choices"):
+        best = plan.best_evaluation(record, "time")
+        key = (record["task"], record["seed"])
+        for name in ("loss", "accuracy"):
+            found.setdefault(record["method"], {}).setdefault(name, {})[key] = float(best[name])
+    rows = []
+    for choice in (name for name in plan.CHOICES if name in found):
+        loss = interval(found[choice]["loss"], found["ept"]["loss"])
+        accuracy = interval(found[choice]["accuracy"], found["ept"]["accuracy"])
+        names = ("loss", "loss_low", "loss_high")
+        rows.append(
+            {
+                "choice": choice,
+                "runs": len(found[choice]["loss"]),
+                **dict(zip(names, loss, strict=True)),
+                **{
+                    n.replace("loss", "accuracy"): 100 * v
+                    for n, v in zip(names, accuracy, strict=True)
+                },
+                "kept": "yes" if plan.kept(choice) else "no",
+            }
+        )
+    return rows
+
+
+def _all(values: Any) -> str:
+    """The different values, as in "a and b"."""
+    return " and ".join(dict.fromkeys(str(value) for value in values))
+
+
+# Pictures
+
+_COLOURS = {
+    "probe": "#4a5568", "pt": "#a0aec0", "pt_20": "#ed8936", "dept": "#63b3ed", "ept": "#2b6cb0",
+}  # fmt: skip
+
+
+def draw_forest(rows: Sequence[Record], path: Path) -> None:
+    """EPT's paired differences with their intervals, one panel for each part and point."""
+    from matplotlib.figure import Figure
+
+    from ept_fast.training.report import save_figure
+
+    panels = list(dict.fromkeys((row["part"], row["point"]) for row in rows))
+    figure = Figure(figsize=(4.4 * len(panels), 3.2), dpi=120, layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (part, point) in zip(grid, panels, strict=True):
+        mine = [r for r in rows if (r["part"], r["point"]) == (part, point)][::-1]
+        for place, row in enumerate(mine):
+            axes.plot([row["low"], row["high"]], [place, place], color="#2b6cb0", linewidth=2)
+            axes.plot([row["mean"]], [place], "o", color="#2b6cb0")
+        axes.axvline(0, color="#4a5568", linewidth=1, linestyle="--")
+        axes.set_yticks(range(len(mine)), [LABELS[r["against"]] for r in mine], fontsize=8)
+        title = f"{part.replace('_', '-')}, equal {point}"
+        axes.set(title=title, xlabel="EPT's accuracy minus theirs (points)")
+        axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
+def curves(
+    records: Sequence[Record], part: str, task: str
+) -> Mapping[str, tuple[list[float], list[float]]]:
+    """By method, seconds of training and mean validation accuracy over the seeds.
+
+    Of each seed, the run whose rate the validation rows chose at equal time. A run that stopped
+    early keeps its last value; seconds are steps times the task's measured time of a step.
+    """
+    tests = [r for r in of_kind(records, "test", part) if r["task"] == task]
+    trains = {
+        (r["method"], r["setting"], r["seed"]): r
+        for r in of_kind(records, "train", part)
+        if r["task"] == task
+    }
+    timing = next(r for r in of_kind(records, "timing", part) if r["task"] == task)
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for method in (m for m in METHODS if m in timing["step_seconds"]):
+        runs = [
+            trains[method, test["time"]["setting"], test["seed"]]["evaluations"]
+            for test in tests
+            if test["method"] == method
+        ]
+        if not runs:
+            continue
+        steps = sorted({e["step"] for run in runs for e in run})
+        means = [
+            statistics.fmean([e["accuracy"] for e in run if e["step"] <= step][-1] for run in runs)
+            for step in steps
+        ]
+        seconds = [step * float(timing["step_seconds"][method]) for step in steps]
+        found[method] = (seconds, [100 * value for value in means])
+    return found
+
+
+def draw_curves(records: Sequence[Record], part: str, path: Path) -> None:
+    """Validation accuracy against seconds, one panel for each task of a part."""
+    from matplotlib.figure import Figure
+
+    from ept_fast.training.report import save_figure
+
+    tasks = list(dict.fromkeys(task for task, _ in test_scores(records, part, "time")["ept"]))
+    figure = Figure(figsize=(4.2 * len(tasks), 3.4), dpi=120, layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for method, (seconds, values) in curves(records, part, task).items():
+            if method in _COLOURS:
+                colour, label = _COLOURS[method], LABELS[method]
+                axes.plot(seconds, values, "o-", color=colour, label=label, markersize=3)
+        axes.set(title=task, xlabel="seconds of training", ylabel="validation accuracy (%)")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    save_figure(figure, path)
 
 
 def report(out: Path, device: str | None = None) -> None:
-    """Write the tables and pictures of one device."""
-    raise SystemExit(f"{out}: not written yet ({device})")
+    """Write results.csv, differences.csv, choices.csv and their pictures for one device."""
+    records = on_one_device(read_records(out), device)
+    results, differences = result_rows(records), difference_rows(records)
+    choices = choice_rows(records)
+    if not results and not choices:
+        raise SystemExit(f"{out / RUNS_FILE}: expected a task with all of its runs, got none")
+    for name, columns, rows in (
+        ("results", RESULT_COLUMNS, results),
+        ("differences", DIFFERENCE_COLUMNS, differences),
+        ("choices", CHOICE_COLUMNS, choices),
+    ):
+        if rows:
+            write_csv(out / f"{name}.csv", columns, rows)
+            print("\n".join(aligned(columns, ([row[c] for c in columns] for row in rows))) + "\n")
+    if differences:
+        draw_forest(differences, out / "differences.png")
+    for part in dict.fromkeys(row["part"] for row in results):
+        draw_curves(records, part, out / f"curves-{part}.png")

@@ -21,15 +21,16 @@ _ROWS = 32  # whose features are computed at once
 
 @dataclass(frozen=True)
 class Rates:
-    """How a method is optimised: AdamW with rates relative to the prompt's."""
+    """How a method is optimised: AdamW with rates relative to the prompt's, and one of the head."""
 
     relative: Mapping[str, float]
+    head: float
     weight_decay: float
 
     def optimizer(self, model: Any, rate: float) -> torch.optim.AdamW:
         """The optimizer of a model whose prompt has this rate."""
-        names = ("prompt", "offset", "spaces", "head")
-        groups = model.parameter_groups(*(rate * self.relative[name] for name in names))
+        names = ("prompt", "offset", "spaces")
+        groups = model.parameter_groups(*(rate * self.relative[n] for n in names), self.head)
         return torch.optim.AdamW(groups, weight_decay=self.weight_decay)
 
 
@@ -70,7 +71,7 @@ def train(
         model, optimizer: what is trained.
         rows, collate, batch_size, seed: its batches.
         limits: the steps at which methods are compared, by the record's names of them. The model is
-            evaluated before the first step, at every limit, and ``EVALUATIONS`` times on the way.
+            evaluated at every limit, and ``EVALUATIONS`` times on the way to the last.
         evaluate: gives the validation metrics, with ``loss``.
 
     Returns:
@@ -98,7 +99,6 @@ def train(
             state = trained_tensors(model)
             weights.update({name: state for name, limit in limits.items() if step <= limit})
 
-    judge(0)
     start = [group["lr"] for group in optimizer.param_groups]
     for step, indices in enumerate(GroupedBatches(rows.lengths, batch_size, steps, seed=seed), 1):
         for group, rate in zip(optimizer.param_groups, start, strict=True):

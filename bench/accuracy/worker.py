@@ -30,7 +30,6 @@ from bench.accuracy.training import (
 from bench.environment import commit, machine, origin_of
 
 HOLD_OUT_SEED = 2024  # of the rows held out: the same for every method and setting
-FIRST_FIT_ROWS = 512  # training rows that the head is fitted to before the prompt trains
 TIMED_STEPS = 12  # of each method, after two that warm up
 EVALUATION_BATCH = 64
 
@@ -133,6 +132,9 @@ class Runner:
 
     def train(self, run: Run) -> Record:
         """Train with one setting, judged on the validation rows; the probe is fitted instead."""
+        from ept_fast.ops import dispatch
+        from ept_fast.ops.types import Parameters
+
         tokens = self.tokens(run.part, run.task, run.seed)
         limits = {f"{point}_limit": 0 for point in POINTS}
         if run.method == PROBE:
@@ -148,10 +150,9 @@ class Runner:
         equal = plan.steps_of(self.study, run.part)
         in_time = plan.steps_in_time(self.study, run.part, run.method, timing)
         limits = {"steps_limit": equal, "time_limit": in_time}
-        penalty = plan.settings_of(run.part, run.method).get("_head", plan.HEAD_PENALTY)
+        penalty = plan.settings_of(run.part, run.method).get("_head")
         if penalty is not None:
-            part = first_rows(tokens.train, FIRST_FIT_ROWS)
-            X, y = features(model, part, self.collator)
+            X, y = features(model, tokens.train, self.collator)
             weight, bias = fit_head(X, y, len(tokens.labels), penalty)
             with torch.no_grad():
                 model.head.weight.copy_(weight)
@@ -166,12 +167,16 @@ class Runner:
             limits=limits,
             evaluate=lambda: self.judge(model, tokens.validation),
         )
-        torch.save(result.pop("weights"), self.weights_path(run, make=True))
+        weights = result.pop("weights")
+        if PARTS[run.part].tested:
+            torch.save(weights, self.weights_path(run, make=True))
+        tensors = Parameters(**dict(model.prompt.named_parameters(recurse=False)))
         return {
             **result,
             **limits,
             "parameters": model.parameter_counts(),
             "prompt": model.prompt.config.to_dict(),
+            "backend": dispatch.select(None, tensors),
             "ratio": timing["ratios"][run.method],
             **_rows(tokens),
         }
@@ -222,7 +227,7 @@ class Runner:
             head_dropout=config.head_dropout, **given,
         )  # fmt: skip
         relative = {name: rate * factors.get(name, 1.0) for name, rate in plan.RELATIVE.items()}
-        return model, Rates(relative, config.weight_decay)
+        return model, Rates(relative, plan.HEAD_RATE, config.weight_decay)
 
     @torch.no_grad()
     def start(self, kind: str, prompt: Any, tokens: Tokens, generator: torch.Generator) -> Tensor:
@@ -300,11 +305,6 @@ class Runner:
             tokenise(r, self.tokenizer, task.max_length, labels) for r in (train, validation, test)
         ]
         return Tokens(*tokens, train.all_texts, labels.names)
-
-
-def first_rows(rows: Any, count: int) -> Any:
-    """At most the first ``count`` of tokenised rows."""
-    return dataclasses.replace(rows, features=rows.features[:count], labels=rows.labels[:count])
 
 
 def _metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -55,7 +55,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same study with fewer tasks, seeds and steps."""
     few_shot = replace(PARTS["few_shot"], tasks={TREC: Task(16)}, seeds=(13, 21), steps=12)
     monkeypatch.setitem(PARTS, "few_shot", few_shot)
-    full = replace(PARTS["full"], tasks={"sst2": Task(16, held_out=40)}, seeds=(0, 1), steps=6)
+    full = replace(
+        PARTS["full"], tasks={"sst2": Task(16, held_out=40)}, seeds=(0, 1), rates=plan.GRID
+    )
     monkeypatch.setitem(PARTS, "full", full)
 
 
@@ -75,18 +77,19 @@ def record(run: Run, **changes: Any) -> dict[str, Any]:
 
 def timed(run: Run, **changes: Any) -> dict[str, Any]:
     """The record of a timing in which every method but the base takes half of its time."""
-    methods = [*METHODS, *CHOICES]
+    methods = [name for name in (*METHODS, *CHOICES) if name != PROBE]
     ratios = {name: 1.0 if name == "pt" else 0.5 for name in methods}
     return record(run, ratios=ratios, step_seconds=ratios, **changes)
 
 
 def trained(run: Run, *losses: float, accuracy: float = 0.5, **changes: Any) -> dict[str, Any]:
-    """The record of a training run evaluated at the steps 0, 12, 24 and so on."""
+    """The record of a training run evaluated at the steps 12, 24 and so on."""
     evaluations = [
-        {"step": 12 * i, "loss": loss, "accuracy": accuracy} for i, loss in enumerate(losses)
+        {"step": 12 * i, "loss": loss, "accuracy": accuracy} for i, loss in enumerate(losses, 1)
     ]
-    limits = {"steps_limit": 12, "time_limit": 24, "parameters": {"prompt": 38_000}}
-    return record(run, evaluations=evaluations, **limits, **changes)
+    if run.method != PROBE:
+        changes["parameters"] = {"prompt": 38_000}
+    return record(run, evaluations=evaluations, steps_limit=12, time_limit=24, **changes)
 
 
 def evaluated(run: Run, accuracy: float, **changes: Any) -> dict[str, Any]:
@@ -130,12 +133,7 @@ def test_later_seeds_take_the_rate_that_the_first_chose(tmp_path: Path) -> None:
     timing = timing_run(work, "full", "sst2")
     done: dict[str, Any] = {timing.key: timed(timing)}
     # At equal steps "2e-2" is the best, at equal time "1e-1".
-    losses = {
-        "1e-3": (1.0, 0.9, 0.8),
-        "5e-3": (1.0, 0.7),
-        "2e-2": (1.0, 0.4),
-        "1e-1": (1, 0.5, 0.3),
-    }
+    losses = {"1e-3": (0.9, 0.8), "5e-3": (0.7,), "2e-2": (0.4,), "1e-1": (0.5, 0.3)}
     for setting, values in losses.items():
         assert not [r for r in next_runs(work, done) if (r.method, r.seed) == ("ept", 1)]
         run = train_run(work, "full", "sst2", "ept", setting, 0)
@@ -174,9 +172,9 @@ def test_every_method_spends_the_same_budget() -> None:
 
 def test_every_method_has_four_rates_and_a_name() -> None:
     assert {*METHODS} == {*LABELS}
-    for part in ("few_shot", "full"):
-        assert len(PARTS[part].rates) >= 4
-        assert {*PARTS[part].rates} <= {*plan.RATES}
+    assert len(PARTS["few_shot"].rates) >= 4
+    for part in PARTS.values():
+        assert {*part.rates} <= {*plan.RATES}
     assert {*PARTS["choices"].methods} == {"ept", *CHOICES}
 
 
@@ -239,7 +237,8 @@ def whole_study(out: Path, device: str = "test", better: float = 0.0) -> None:
             if run.kind == "timing":
                 found = timed(run, device=device)
             elif run.kind == "train":
-                found = trained(run, 1.0, 0.5, accuracy=0.6, device=device)
+                best = 0.5 if run.setting == "5e-3" else 0.7
+                found = trained(run, 1.0, best, accuracy=0.6, device=device)
             else:
                 score = 0.6 + (0.05 + run.seed / 1000 if run.method == "ept" else 0.0) + better
                 found = evaluated(run, score, device=device)
@@ -457,7 +456,6 @@ def test_a_seed_from_timing_to_test(runner: Runner) -> None:
             tokens = runner.tokens("few_shot", TREC, 13)
             again = runner.scores(test, replace(tokens, test=tokens.validation), source, point)
             assert again["loss"] == pytest.approx(min(losses)[0], rel=1e-6)
-        assert found["time"]["test"]["accuracy"] > 0.8
         if method == PROBE:
             continue
         (record, *_) = trains.values()
@@ -486,15 +484,15 @@ def test_runs_leave_nothing_behind_that_changes_the_next(runner: Runner) -> None
 
 def test_a_run_stops_once_the_loss_rises(runner: Runner) -> None:
     done_by(runner, timing_run(runner.study, "few_shot", TREC))
-    losses = iter([1.0, 0.5, 0.6, 0.7, 0.8, 0.1])
+    losses = iter([0.5, 0.6, 0.7, 0.8, 0.1, 0.1])
     runner.judge = lambda model, rows: {"loss": next(losses)}  # type: ignore[method-assign]
     found = runner(train_run(runner.study, "few_shot", TREC, "ept", "5e-3", 13))
-    assert [e["loss"] for e in found["evaluations"]] == [1.0, 0.5, 0.6, 0.7, 0.8]
+    assert [e["loss"] for e in found["evaluations"]] == [0.5, 0.6, 0.7, 0.8]
     assert found["evaluations"][-1]["step"] < found["time_limit"]
 
 
 def test_every_choice_trains(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = replace(PARTS["choices"], tasks={TREC: Task(16)}, steps=2, seeds=(13,))
+    part = replace(PARTS["choices"], tasks={TREC: Task(16)}, steps=4, seeds=(13,))
     monkeypatch.setitem(PARTS, "choices", part)
     done_by(runner, timing_run(runner.study, "choices", TREC))
     found = {}

@@ -30,6 +30,7 @@ def pack(model: str, data: Path, out: Path, files: Sequence[str], limit: int = L
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         work = Path(folder)
+        (work / "data").mkdir()
         _pack_model(Path(model), work / "model")
         for name in files:
             (work / "data" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -102,9 +102,9 @@ BEFORE: dict[str, Any] = {
 # What methods are compared with:
 AFTER: dict[str, Any] = BEFORE
 
-# One change of EPT each. What begins with an underscore is no setting of the package:
-# ``_start`` are other rows to start from, ``_rate`` a factor of the named rate, ``_head`` the penalty
-# of a fit of the head to the training rows, behind the untrained prompt, before the first step.
+# One change of EPT each. What begins with an underscore is no setting of the package: ``_start``
+# are other rows to start from, ``_rate`` a factor of the named rate, ``_head`` the penalty of a fit
+# of the head to the training rows, behind the untrained prompt, before the first step.
 CHOICES: dict[str, dict[str, Any]] = {
     "init: k-means of the texts": {"init": "data"},
     "init: random tokens of the texts": {"_start": "tokens"},

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ept_fast import EPTConfig, EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, reference
+from ept_fast.prompts.initial import prototypes
 from tests.cases import PADDINGS, SEVEN, make_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,11 +175,17 @@ class CharacterTokenizer:
     """Letters to ids in order of the alphabet; notes how it was called."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.calls: list[tuple[str | list[str], dict[str, Any]]] = []
 
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+    def __call__(self, text: str | list[str], **options: Any) -> dict[str, list[Any]]:
         self.calls.append((text, options))
-        return {"input_ids": [(ord(c) - ord("a")) % VOCABULARY for c in text]}
+        if isinstance(text, list):
+            return {"input_ids": [self.ids(one) for one in text]}
+        return {"input_ids": self.ids(text)}
+
+    @staticmethod
+    def ids(text: str) -> list[int]:
+        return [(ord(c) - ord("a")) % VOCABULARY for c in text]
 
 
 @pytest.mark.parametrize("tasks", TASKS)
@@ -192,6 +199,74 @@ def test_init_text(text: str, first: str, tasks: int | None) -> None:
     assert tokenizer.calls == [(text, {"add_special_tokens": False})]
     rows = table.weight[[ord(c) - ord("a") for c in first]]
     assert torch.equal(prompt.short_prompt, rows.expand_as(prompt.short_prompt))
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_init_data_of_as_many_tokens_as_the_prompt(tasks: int | None) -> None:
+    """The prompt is those tokens' embeddings, to the bit, however often each occurs."""
+    table, tokenizer = make_table(), CharacterTokenizer()
+    texts = ("bbbbbbb", "fdbf", "", "dddb")
+    prompt = make_prompt(
+        SMALL, table, init="data", text=texts, tokenizer=tokenizer, num_tasks=tasks
+    )
+    assert tokenizer.calls == [(list(texts), {"add_special_tokens": False})]
+    rows = {tuple(row) for row in table.weight[[1, 3, 5]].tolist()}
+    for short in prompt.short_prompt if tasks else prompt.short_prompt.unsqueeze(0):
+        assert {tuple(row) for row in short.tolist()} == rows
+    # Nothing is left for the offset, which starts from sampled rows as after a given prompt.
+    assert bool((prompt.offset_b.norm(dim=-1) > 0.1).all())
+
+
+def test_init_data_is_k_means_of_the_tokens() -> None:
+    """Means that are the weighted means of their clusters; an offset of what they leave."""
+    table = make_table()
+    texts = ["abcdefghij", "aaaabbc", "klmnopqrstuv", "jjj"]
+    prompt, again = (
+        FusedEPTPrompt(
+            SMALL, table, init="data", text=texts, tokenizer=CharacterTokenizer(),
+            generator=seeded(seed),
+        )
+        for seed in (0, 1)
+    )  # fmt: skip
+    for name in ("short_prompt", "offset_b"):  # nothing of it is random
+        assert torch.equal(getattr(prompt, name), getattr(again, name))
+    ids = torch.tensor([ord(c) - ord("a") for text in texts for c in text])
+    rows, means = table.weight[ids].double(), prompt.short_prompt.detach().double()
+    nearest = torch.cdist(rows, means).argmin(1)
+    for number in range(M):
+        torch.testing.assert_close(means[number], rows[nearest == number].mean(0))
+    left = rows - means[nearest]
+    size = SMALL.initial_rows - M
+    assert_leading_directions(prompt.offset_b, left * (size / len(ids)) ** 0.5, SMALL.rank)
+    # Better than the best of a hundred draws of tokens.
+    distance = left.square().sum()
+    for seed in range(100):
+        drawn = rows[torch.randperm(len(ids), generator=seeded(seed))[:M]]
+        assert torch.cdist(rows, drawn).amin(1).square().sum() > distance
+
+
+def test_init_data_with_few_tokens_takes_the_rest_of_the_table() -> None:
+    table = make_table()
+    prompt = make_prompt(SMALL, table, init="data", text=["aab"], tokenizer=CharacterTokenizer())
+    rows = [tuple(row) for row in prompt.short_prompt.tolist()]
+    every = {tuple(row) for row in table.weight.tolist()}
+    assert {tuple(row) for row in table.weight[:2].tolist()} == set(rows[:2])
+    assert rows[2] in every
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 11])
+def test_prototypes_are_rows_where_there_are_enough(count: int) -> None:
+    """One weighted mean; all rows, to the bit; and in between clusters without an empty one."""
+    rows = torch.randn(11, 4, generator=seeded(2))
+    rows[5] = rows[9]  # 10 different ones
+    weights = torch.tensor([3.0, 1, 7, 1, 1, 2, 9, 1, 13, 4, 1])
+    means, nearest = prototypes(rows, weights, count)
+    assert len(means) == min(count, 10)
+    assert set(nearest.tolist()) == set(range(len(means)))
+    if count == 1:
+        torch.testing.assert_close(means[0], (weights @ rows) / weights.sum())
+    if count == 11:
+        assert torch.equal(means[nearest], rows)
 
 
 def assert_leading_directions(offset_b: Tensor, left_out: Tensor, rank: int) -> None:
@@ -414,9 +489,13 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
             (
                 {"init": "zeros"},
                 ValueError,
-                "init: expected one of vocab, text, random, got 'zeros'",
+                "init: expected one of vocab, text, data, random, got 'zeros'",
             ),
-            ({"init": None}, ValueError, "init: expected one of vocab, text, random, got None"),
+            (
+                {"init": None},
+                ValueError,
+                "init: expected one of vocab, text, data, random, got None",
+            ),
             ({"init": NAN}, ValueError, "init: expected finite rows, got NaN or infinity"),
             (
                 {"init": INF, "config": BARE},
@@ -432,20 +511,42 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
             (
                 TEXT,
                 ValueError,
-                'text, tokenizer: expected both for init="text", got text None and tokenizer '
-                "CharacterTokenizer",
+                'text, tokenizer: expected a string and a tokenizer for init="text", got text None '
+                "and tokenizer CharacterTokenizer",
             ),
             (
                 {"init": "text", "text": "ab"},
                 ValueError,
-                "text, tokenizer: expected both for init=\"text\", got text 'ab' and tokenizer "
-                "NoneType",
+                'text, tokenizer: expected a string and a tokenizer for init="text", got text '
+                "'ab' and tokenizer NoneType",
             ),
             ({**TEXT, "text": ""}, ValueError, "text: expected at least one token, got ''"),
             (
                 {**TEXT, "init": "vocab", "text": "ab"},
                 ValueError,
-                "text: expected None unless init=\"text\", got 'ab'",
+                'text: expected None unless init="text" or init="data", got \'ab\'',
+            ),
+            *(
+                (
+                    {"init": "data", "text": text, "tokenizer": tokenizer},
+                    ValueError,
+                    f"text, tokenizer: expected a sequence of strings and a tokenizer for "
+                    f'init="data", got text {said} and tokenizer {type(tokenizer).__name__}',
+                )
+                for text, tokenizer, said in [
+                    ("ab", CharacterTokenizer(), "'ab'"),
+                    (None, CharacterTokenizer(), "None"),
+                    (["ab", 3], CharacterTokenizer(), "list ['ab', 3]"),
+                    (["ab"], None, "list ['ab']"),
+                ]
+            ),
+            *(
+                (
+                    {"init": "data", "text": text, "tokenizer": CharacterTokenizer()},
+                    ValueError,
+                    f"text: expected at least one token, got {said}",
+                )
+                for text, said in (([], "list []"), (("", ""), "tuple ('', '')"))
             ),
         ]
     ),

@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ept_fast import CheckpointError, EPTConfig, get_ept_model
+from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt, get_ept_model
 from ept_fast.training import trainer
 from ept_fast.training.checkpoints import mark_complete, newest_checkpoint
 from ept_fast.training.config import TrainConfig
@@ -422,6 +422,31 @@ def test_named_labels_pairs_and_held_out_rows(settings_of: Settings, tmp_path: P
     for call in (lambda: predict(output, read_rows(single)), lambda: evaluate(output, single)):
         with pytest.raises(DataError, match=r"single\.jsonl: text_pair: expected second texts as"):
             call()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_prompt_starts_from_every_text_of_the_training_rows(
+    case: str, settings_of: Settings, tmp_path: Path
+) -> None:
+    rows = task_rows(20, 0) if case == "classification" else answer_rows(20, 0)
+    if case == "classification":
+        rows = [{**row, "text_pair": f"very {i}"} for i, row in enumerate(rows)]
+    data, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    settings = settings_of(
+        case, output, data=str(data), init="data", max_steps=1, prompt_lr=1e-9, eval_fraction=0.5
+    )
+    train(settings)
+    # The rows are divided as the run divides them.
+    config = TrainConfig(**settings)
+    texts = load_task(config).train
+    every = [*texts.texts, *(texts.pairs or ()), *(texts.targets or ())]
+    backbone = load_backbone(config.model, "SEQ_CLS")
+    saved = load_adapter(output).model.prompt
+    expected = FusedEPTPrompt(
+        saved.config, backbone.get_input_embeddings(), init="data", text=every,
+        tokenizer=load_tokenizer(config.model),
+    )  # fmt: skip
+    torch.testing.assert_close(saved.short_prompt, expected.short_prompt, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -117,6 +117,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "offset's rate / 10": {"_rate": {"offset": 0.1}},
     "subspaces' rate x 10": {"_rate": {"spaces": 10.0}},
     "subspaces' rate / 10": {"_rate": {"spaces": 0.1}},
+    "K = 2, h = 2": {"num_spaces": 2, "space_dim": 2},
     "K = 2, h = 8": {"num_spaces": 2, "space_dim": 8},
     "K = 8, h = 2": {"num_spaces": 8, "space_dim": 2},
     "gate temperature 0.2": {"temperature": 0.2},

@@ -145,9 +145,9 @@ FEW_SHOT = {
     "few_shot/mr": Task(64),
 }
 FULL = {
-    "trec": Task(64, held_out=250),
-    "sst2": Task(64, held_out=250),
-    "rte": Task(128, held_out=250, test="validation"),
+    "trec": Task(64, held_out=200),
+    "sst2": Task(64, held_out=200),
+    "rte": Task(128, held_out=200, test="validation"),
 }
 SEEDS = (13, 21, 42, 87, 100)
 
@@ -159,7 +159,7 @@ PARTS: dict[str, Part] = {
     "few_shot": Part(FEW_SHOT, SEEDS, tuple(METHODS), GRID, AFTER, steps=40, batch_size=8),
     "full": Part(
         FULL, (0, 1, 2), (PROBE, "pt", "pt_20", "dept", "ept"), ("5e-3", "2e-2"), AFTER,
-        steps=60, batch_size=16, tuned_seeds=1,
+        steps=40, batch_size=16, tuned_seeds=1,
     ),
 }  # fmt: skip
 

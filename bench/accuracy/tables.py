@@ -13,7 +13,7 @@ from typing import Any
 from bench.accuracy import study as plan
 from bench.accuracy.records import RUNS_FILE, device_of, read_records
 from bench.accuracy.study import LABELS, METHODS, PARTS, POINTS, Record
-from bench.rows import aligned, write_csv
+from bench.rows import write_csv
 
 DRAWS = 10_000  # of the bootstrap
 
@@ -195,6 +195,69 @@ def _all(values: Any) -> str:
     return " and ".join(dict.fromkeys(str(value) for value in values))
 
 
+# The tables of docs/results.md
+
+
+def markdown(
+    results: Sequence[Record], differences: Sequence[Record], choices: Sequence[Record]
+) -> str:
+    """All tables, as they stand in the documentation."""
+    parts = []
+    for part, point in dict.fromkeys((r["part"], r["point"]) for r in results):
+        mine = [r for r in results if (r["part"], r["point"]) == (part, point)]
+        tasks = list(dict.fromkeys(r["task"] for r in mine))
+        names = [task.split("/")[-1] for task in tasks]
+        header = [f"{_title(part)}, equal {point}", "parameters", "step", *names, "mean"]
+        body = []
+        for method in dict.fromkeys(r["method"] for r in mine):
+            by_task = {r["task"]: r for r in mine if r["method"] == method}
+            rows = [by_task[task] for task in tasks]
+            ratio = statistics.fmean(r["ratio_to_pt"] for r in rows)
+            cells = [f"{r['mean']:.1f} ± {r['std']:.1f}" for r in rows]
+            mean = statistics.fmean(r["mean"] for r in rows)
+            step = "–" if math.isnan(ratio) else f"{ratio:.2f}"
+            count = max(r["parameters"] for r in rows)
+            body.append([LABELS[method], f"{count:,}", step, *cells, f"{mean:.1f}"])
+        parts.append(_table(header, body))
+    if differences:
+        header = ["EPT's accuracy minus that of", "few-shot, equal steps", "few-shot, equal time"]
+        header += ["full data, equal steps", "full data, equal time"]
+        places = list(itertools.product(("few_shot", "full"), POINTS))
+        found = {(r["part"], r["point"], r["against"]): r for r in differences}
+        body = [
+            [LABELS[method], *(_interval(found.get((*place, method))) for place in places)]
+            for method in dict.fromkeys(r["against"] for r in differences)
+        ]
+        parts.append(_table(header, body))
+    if choices:
+        header = ["tried in place of EPT's setting", "validation loss", "validation accuracy"]
+        body = [
+            [
+                r["choice"],
+                f"{r['loss']:+.3f} ({r['loss_low']:+.3f} to {r['loss_high']:+.3f})",
+                f"{r['accuracy']:+.1f} ({r['accuracy_low']:+.1f} to {r['accuracy_high']:+.1f})",
+                r["kept"],
+            ]
+            for r in choices
+        ]
+        parts.append(_table([*header, "kept"], body))
+    return "\n".join(parts)
+
+
+def _title(part: str) -> str:
+    return {"few_shot": "few-shot", "full": "full data"}[part]
+
+
+def _interval(row: Record | None) -> str:
+    return "–" if row is None else f"{row['mean']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})"
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = f"|---|{'---:|' * (len(header) - 1)}"
+    rows = [f"| {' | '.join(line)} |" for line in (header, *body)]
+    return "\n".join([rows[0], rule, *rows[1:]]) + "\n"
+
+
 # Pictures
 
 _COLOURS = {
@@ -218,7 +281,7 @@ def draw_forest(rows: Sequence[Record], path: Path) -> None:
             axes.plot([row["mean"]], [place], "o", color="#2b6cb0")
         axes.axvline(0, color="#4a5568", linewidth=1, linestyle="--")
         axes.set_yticks(range(len(mine)), [LABELS[r["against"]] for r in mine], fontsize=8)
-        title = f"{part.replace('_', '-')}, equal {point}"
+        title = f"{_title(part)}, equal {point}"
         axes.set(title=title, xlabel="EPT's accuracy minus theirs (points)")
         axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
@@ -278,7 +341,9 @@ def draw_curves(records: Sequence[Record], part: str, path: Path) -> None:
 
 
 def report(out: Path, device: str | None = None) -> None:
-    """Write results.csv, differences.csv, choices.csv and their pictures for one device."""
+    """Write the tables (CSV and tables.md) and pictures of one device, and print the tables."""
+    from ept_fast.storage.files import write_bytes
+
     records = on_one_device(read_records(out), device)
     results, differences = result_rows(records), difference_rows(records)
     choices = choice_rows(records)
@@ -291,7 +356,9 @@ def report(out: Path, device: str | None = None) -> None:
     ):
         if rows:
             write_csv(out / f"{name}.csv", columns, rows)
-            print("\n".join(aligned(columns, ([row[c] for c in columns] for row in rows))) + "\n")
+    tables = markdown(results, differences, choices)
+    write_bytes(out / "tables.md", tables.encode())
+    print(tables)
     if differences:
         draw_forest(differences, out / "differences.png")
     for part in dict.fromkeys(row["part"] for row in results):

@@ -147,8 +147,7 @@ def test_later_seeds_take_the_rate_that_the_first_chose(tmp_path: Path) -> None:
 def test_a_changed_setting_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = study(tmp_path)
     before = train_run(work, "few_shot", TREC, "ept", "5e-3", 13)
-    sizes = {**PARTS["few_shot"].sizes, "alpha": 2.0}
-    monkeypatch.setitem(PARTS, "few_shot", replace(PARTS["few_shot"], sizes=sizes))
+    monkeypatch.setitem(plan.SETTINGS, "alpha", 2.0)
     assert train_run(work, "few_shot", TREC, "ept", "5e-3", 13) != before
     assert train_run(replace(work, scale=2.0), "few_shot", TREC, "ept", "5e-3", 13) != before
 
@@ -312,7 +311,7 @@ def test_choices_are_judged_on_validation_rows(tmp_path: Path) -> None:
     assert (better["loss"], better["loss_high"]) == pytest.approx((-0.1, -0.1))
     assert better["accuracy"] == pytest.approx(10)
     assert (same["loss"], same["accuracy"]) == (0, 0)
-    assert better["kept"] == ("yes" if plan.AFTER["alpha"] == 2.0 else "no")
+    assert better["kept"] == ("yes" if plan.KEPT.get("alpha") == 2.0 else "no")
 
 
 def test_the_documentation_has_the_tables_of_the_records(tmp_path: Path) -> None:

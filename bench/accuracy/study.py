@@ -47,7 +47,6 @@ class Part:
         rates: names of :data:`RATES` that each method tries.
         tuned_seeds: how many seeds try all rates; the others take the one that most of these
             chose. None: every seed chooses for itself.
-        sizes: EPT's settings in this part.
         steps: optimizer steps of :data:`BASE`.
         batch_size: rows of a step.
         tested: whether the chosen run is evaluated on test rows.
@@ -57,36 +56,14 @@ class Part:
     seeds: tuple[int, ...]
     methods: tuple[str, ...]
     rates: tuple[str, ...]
-    sizes: dict[str, Any]
     steps: int
     batch_size: int
     tuned_seeds: int | None = None
     tested: bool = True
 
 
-# What each method changes in EPT's defaults. All but the short prompt spend the whole budget; the
-# ablations spend what they save on the offset's rank.
-METHODS: dict[str, dict[str, Any]] = {
-    PROBE: {},
-    "pt": {"method": "pt"},
-    "pt_20": {"method": "pt", "prompt_length": 20},
-    "dept": {"method": "dept"},
-    "ept": {},
-    "ept_no_fusion": {"fusion": False},
-    "ept_no_subspaces": {"num_spaces": 0},
-}
-LABELS = {
-    PROBE: "linear head alone",
-    "pt": "prompt tuning, 100 tokens",
-    "pt_20": "prompt tuning, 20 tokens",
-    "dept": "DePT",
-    "ept": "EPT",
-    "ept_no_fusion": "EPT without fusion",
-    "ept_no_subspaces": "EPT without subspaces",
-}
-# EPT's settings in full, so that a changed default of the package is another run. What the choices
-# are judged against:
-BEFORE: dict[str, Any] = {
+# Settings of EPT in full, so that a changed default of the package is another run.
+SETTINGS: dict[str, Any] = {
     "prompt_length": BUDGET,
     "num_virtual_tokens": 40,
     "num_spaces": 4,
@@ -99,9 +76,29 @@ BEFORE: dict[str, Any] = {
     "head_dropout": 0.0,
     "weight_decay": 0.0,
 }
-# What methods are compared with:
-AFTER: dict[str, Any] = BEFORE
+# What the choices below have changed of them.
+KEPT: dict[str, Any] = {}
 
+# What each method changes in the settings. All but the short prompt spend the whole budget; the
+# ablations spend what they save on the offset's rank.
+METHODS: dict[str, dict[str, Any]] = {
+    PROBE: {},
+    "pt": {"method": "pt"},
+    "pt_20": {"method": "pt", "prompt_length": 20},
+    "dept": {"method": "dept"},
+    "ept": KEPT,
+    "ept_no_fusion": {**KEPT, "fusion": False},
+    "ept_no_subspaces": {**KEPT, "num_spaces": 0},
+}
+LABELS = {
+    PROBE: "linear head alone",
+    "pt": "prompt tuning, 100 tokens",
+    "pt_20": "prompt tuning, 20 tokens",
+    "dept": "DePT",
+    "ept": "EPT",
+    "ept_no_fusion": "EPT without fusion",
+    "ept_no_subspaces": "EPT without subspaces",
+}
 # One change of EPT each. What begins with an underscore is no setting of the package: ``_start``
 # are other rows to start from, ``_rate`` a factor of the named rate, ``_head`` the penalty of a fit
 # of the head to the training rows, behind the untrained prompt, before the first step.
@@ -154,11 +151,11 @@ SEEDS = (13, 21, 42, 87, 100)
 PARTS: dict[str, Part] = {
     "choices": Part(
         {"few_shot/trec": FEW_SHOT["few_shot/trec"]},
-        SEEDS, ("ept", *CHOICES), ("1e-2",), BEFORE, steps=40, batch_size=8, tested=False,
+        SEEDS, ("ept", *CHOICES), ("1e-2",), steps=40, batch_size=8, tested=False,
     ),
-    "few_shot": Part(FEW_SHOT, SEEDS, tuple(METHODS), GRID, AFTER, steps=40, batch_size=8),
+    "few_shot": Part(FEW_SHOT, SEEDS, tuple(METHODS), GRID, steps=40, batch_size=8),
     "full": Part(
-        FULL, (0, 1, 2), (PROBE, "pt", "pt_20", "dept", "ept"), ("5e-3", "2e-2"), AFTER,
+        FULL, (0, 1, 2), (PROBE, "pt", "pt_20", "dept", "ept"), ("5e-3", "2e-2"),
         steps=40, batch_size=16, tuned_seeds=1,
     ),
 }  # fmt: skip
@@ -225,13 +222,14 @@ def embedded_model() -> str:
 
 def settings_of(part: str, method: str) -> dict[str, Any]:
     """The settings of a method or of a choice."""
-    changes = METHODS[method] if method in METHODS else CHOICES[method]
-    return {**PARTS[part].sizes, **changes}
+    if part == "choices":
+        return {**SETTINGS, **CHOICES.get(method, {})}
+    return {**SETTINGS, **METHODS[method]}
 
 
 def kept(choice: str) -> bool:
-    """Whether what methods are compared with has a choice's changes."""
-    return all(AFTER.get(name) == value for name, value in CHOICES[choice].items())
+    """Whether EPT has a choice's changes where methods are compared."""
+    return all(KEPT.get(name) == value for name, value in CHOICES[choice].items())
 
 
 def timing_run(study: Study, part: str, task: str) -> Run:

@@ -467,7 +467,9 @@ def test_a_seed_from_timing_to_test(runner: Runner) -> None:
             assert min(losses)[1:] == (found[point]["setting"], found[point]["step"])
             source = train_run(work, "few_shot", TREC, method, found[point]["setting"], 13)
             tokens = runner.tokens("few_shot", TREC, 13)
+            assert not runner.weights_path(source).exists()  # it trains once more
             again = runner.scores(test, replace(tokens, test=tokens.validation), source, point)
+            runner.weights_path(source).unlink()
             assert again["loss"] == pytest.approx(min(losses)[0], rel=1e-6)
         if method == PROBE:
             continue

@@ -201,6 +201,9 @@ class Runner:
                 "validation": {name: best[name] for name in scores},
                 "test": scores,
             }
+        for setting in tried:
+            source = plan.train_run(self.study, run.part, run.task, run.method, setting, run.seed)
+            self.weights_path(source).unlink(missing_ok=True)
         return {**found, **_rows(tokens)}
 
     # What they share
@@ -263,6 +266,8 @@ class Runner:
 
     def scores(self, run: Run, tokens: Tokens, source: Run, point: str) -> dict[str, float]:
         """The metrics of a finished training run on the test rows."""
+        if not self.weights_path(source).exists():  # of a study that went on elsewhere
+            self.train(source)
         states = torch.load(self.weights_path(source), weights_only=True)
         if run.method == PROBE:
             X, y = frozen_features(self.backbone, tokens.test, self.collator)

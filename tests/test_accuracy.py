@@ -452,7 +452,7 @@ def test_a_seed_from_timing_to_test(runner: Runner) -> None:
     for method in (PROBE, "ept", "dept", "pt_20"):
         trains = {
             setting: done_by(runner, train_run(work, "few_shot", TREC, method, setting, 13))
-            for setting in plan.grid_of("few_shot", method)
+            for setting in plan.grid_of("few_shot", TREC, method)
         }
         test = plan._run(work, "test", "few_shot", TREC, method, "", 13)
         found = done_by(runner, test)

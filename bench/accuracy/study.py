@@ -126,8 +126,10 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 # One grid for every method: the rate of the prompt. The offset and the subspaces get a tenth of it;
 # the head's rate is always the same.
-RATES = {"1e-3": 1e-3, "5e-3": 5e-3, "1e-2": 1e-2, "2e-2": 2e-2, "1e-1": 1e-1}
+RATES = {"2e-4": 2e-4, "1e-3": 1e-3, "5e-3": 5e-3, "1e-2": 1e-2, "2e-2": 2e-2, "1e-1": 1e-1}
 GRID = ("1e-3", "5e-3", "2e-2", "1e-1")
+# Where the lowest of them was the best, one more below it.
+MORE_RATES = {"few_shot/sst2": ("2e-4",), "few_shot/sst5": ("2e-4",)}
 RELATIVE = {"prompt": 1.0, "offset": 0.1, "spaces": 0.1}
 HEAD_RATE = 5e-3
 # The probe's grid: the penalty on the head's weights.
@@ -255,6 +257,8 @@ def _run(
         plan["methods"] = {name: settings_of(part, name) for name in p.methods if name != PROBE}
     else:
         plan |= {"settings": settings_of(part, method), "steps": steps_of(study, part)}
+    if kind == "test" and task in MORE_RATES:  # what is tested may be another one
+        plan["rates"] = grid_of(part, task, method)
     return Run(kind, part, task, method, setting, seed, json.dumps(plan, sort_keys=True))
 
 
@@ -282,9 +286,11 @@ def files_of(study: Study) -> list[str]:
     return list(files)
 
 
-def grid_of(part: str, method: str) -> tuple[str, ...]:
-    """The names of the rates, or of the probe's penalties, that a method tries."""
-    return tuple(PENALTIES) if method == PROBE else PARTS[part].rates
+def grid_of(part: str, task: str, method: str) -> tuple[str, ...]:
+    """The names of the rates, or of the probe's penalties, that a method tries on a task."""
+    if method == PROBE:
+        return tuple(PENALTIES)
+    return (*MORE_RATES.get(task, ()), *PARTS[part].rates)
 
 
 def best_evaluation(record: Record, point: str) -> dict[str, Any]:
@@ -322,7 +328,7 @@ def all_runs(study: Study, done: Records) -> Iterator[tuple[Run, bool]]:
                     rates = _rates_to_try(study, done, part, task, method, seed)
                     trains = [
                         train_run(study, part, task, method, setting, seed)
-                        for setting in rates or grid_of(part, method)[:1]
+                        for setting in rates or grid_of(part, task, method)[:1]
                     ]
                     for run in trains:
                         yield run, timed and rates is not None
@@ -335,7 +341,7 @@ def _rates_to_try(
     study: Study, done: Records, part: str, task: str, method: str, seed: int
 ) -> tuple[str, ...] | None:
     """The settings of one seed; None if they are not known yet."""
-    p, every = PARTS[part], grid_of(part, method)
+    p, every = PARTS[part], grid_of(part, task, method)
     if p.tuned_seeds is None or p.seeds.index(seed) < p.tuned_seeds:
         return every
     found: dict[str, None] = {}
@@ -351,7 +357,9 @@ def tried_settings(
     study: Study, done: Records, part: str, task: str, method: str, seed: int
 ) -> dict[str, Record]:
     """The finished training runs of one seed, by their setting."""
-    keys = {s: train_run(study, part, task, method, s, seed).key for s in grid_of(part, method)}
+    keys = {
+        s: train_run(study, part, task, method, s, seed).key for s in grid_of(part, task, method)
+    }
     return {setting: done[key] for setting, key in keys.items() if key in done}
 
 

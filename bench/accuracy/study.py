@@ -100,9 +100,19 @@ LABELS = {
     "ept_no_subspaces": "EPT without subspaces",
 }
 # One change of EPT each. What begins with an underscore is no setting of the package: ``_start``
-# are other rows to start from, ``_rate`` a factor of the named rate, ``_head`` the penalty of a fit
-# of the head to the training rows, behind the untrained prompt, before the first step.
+# are other rows to start from, ``_rate`` a factor of the named rate, ``_unit`` scales the subspaces'
+# projections so that what they give for the first prompt has a variance of 1, ``_head`` is the
+# penalty of a fit of the head to the training rows, behind the untrained prompt, before the first
+# step.
 CHOICES: dict[str, dict[str, Any]] = {
+    "subspaces of unit variance": {"_unit": True},
+    "unit variance, subspaces' rate x 10": {"_unit": True, "_rate": {"spaces": 10.0}},
+    "unit variance, rate x 10, K = 2, h = 2": {
+        "_unit": True,
+        "_rate": {"spaces": 10.0},
+        "num_spaces": 2,
+        "space_dim": 2,
+    },
     "init: k-means of the texts": {"init": "data"},
     "init: random tokens of the texts": {"_start": "tokens"},
     "init: means of texts": {"_start": "means"},
@@ -113,12 +123,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "offset's rate x 10": {"_rate": {"offset": 10.0}},
     "offset's rate / 10": {"_rate": {"offset": 0.1}},
     "subspaces' rate x 10": {"_rate": {"spaces": 10.0}},
-    "subspaces' rate / 10": {"_rate": {"spaces": 0.1}},
     "K = 2, h = 2": {"num_spaces": 2, "space_dim": 2},
     "K = 2, h = 8": {"num_spaces": 2, "space_dim": 8},
     "K = 8, h = 2": {"num_spaces": 8, "space_dim": 2},
     "gate temperature 0.2": {"temperature": 0.2},
-    "gate temperature 5": {"temperature": 5.0},
     "weight decay 0.1": {"weight_decay": 0.1},
     "dropout 0.2 before the head": {"head_dropout": 0.2},
     "head fitted first": {"_head": 0.3},

@@ -216,6 +216,7 @@ class Runner:
         changes = dict(plan.settings_of(run.part, method))
         factors = changes.pop("_rate", {})
         start = changes.pop("_start", None)
+        unit = changes.pop("_unit", False)
         changes.pop("_head", None)
         config = TrainConfig(
             model="-", data="-", output="-",
@@ -229,6 +230,10 @@ class Runner:
             self.backbone, prompt, "SEQ_CLS", labels=tokens.labels, init=init, generator=generator,
             head_dropout=config.head_dropout, **given,
         )  # fmt: skip
+        if unit:
+            with torch.no_grad():
+                hidden = model.prompt.short_prompt @ model.prompt.space_down
+                model.prompt.space_down /= hidden.std()
         relative = {name: rate * factors.get(name, 1.0) for name, rate in plan.RELATIVE.items()}
         return model, Rates(relative, plan.HEAD_RATE, config.weight_decay)
 

@@ -100,10 +100,9 @@ LABELS = {
     "ept_no_subspaces": "EPT without subspaces",
 }
 # One change of EPT each. What begins with an underscore is no setting of the package: ``_start``
-# are other rows to start from, ``_rate`` a factor of the named rate, ``_unit`` scales the subspaces'
-# projections so that what they give for the first prompt has a variance of 1, ``_head`` is the
-# penalty of a fit of the head to the training rows, behind the untrained prompt, before the first
-# step.
+# are other rows to start from, ``_rate`` a factor of the named rate, ``_unit`` scales the downward
+# projections so that the first prompt has a variance of 1 in the subspaces, ``_head`` is the penalty
+# of a fit of the head to the training rows, behind the untrained prompt, before the first step.
 CHOICES: dict[str, dict[str, Any]] = {
     "subspaces of unit variance": {"_unit": True},
     "unit variance, subspaces' rate x 10": {"_unit": True, "_rate": {"spaces": 10.0}},

@@ -175,6 +175,7 @@ def test_every_method_has_four_rates_and_a_name() -> None:
     for part in PARTS.values():
         assert {*part.rates} <= {*plan.RATES}
     assert {*PARTS["choices"].methods} == {"ept", *CHOICES}
+    assert settings_of("choices", "pt") == settings_of("few_shot", "pt")  # whose time they get
 
 
 # The records

@@ -101,17 +101,11 @@ LABELS = {
 }
 # One change of EPT each. What begins with an underscore is no setting of the package: ``_start``
 # are other rows to start from, ``_rate`` a factor of the named rate, ``_unit`` scales the downward
-# projections so that the first prompt has a variance of 1 in the subspaces, ``_head`` is the penalty
-# of a fit of the head to the training rows, behind the untrained prompt, before the first step.
+# projections so that the first prompt has a variance of 1 in the subspaces, ``_head`` is the
+# penalty of a fit of the head to the training rows, behind the untrained prompt, before any step.
 CHOICES: dict[str, dict[str, Any]] = {
     "subspaces of unit variance": {"_unit": True},
     "unit variance, subspaces' rate x 10": {"_unit": True, "_rate": {"spaces": 10.0}},
-    "unit variance, rate x 10, K = 2, h = 2": {
-        "_unit": True,
-        "_rate": {"spaces": 10.0},
-        "num_spaces": 2,
-        "space_dim": 2,
-    },
     "init: k-means of the texts": {"init": "data"},
     "init: random tokens of the texts": {"_start": "tokens"},
     "init: means of texts": {"_start": "means"},
@@ -123,11 +117,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     "offset's rate / 10": {"_rate": {"offset": 0.1}},
     "subspaces' rate x 10": {"_rate": {"spaces": 10.0}},
     "K = 2, h = 2": {"num_spaces": 2, "space_dim": 2},
-    "K = 2, h = 8": {"num_spaces": 2, "space_dim": 8},
     "K = 8, h = 2": {"num_spaces": 8, "space_dim": 2},
     "gate temperature 0.2": {"temperature": 0.2},
     "weight decay 0.1": {"weight_decay": 0.1},
-    "dropout 0.2 before the head": {"head_dropout": 0.2},
     "head fitted first": {"_head": 0.3},
 }
 
@@ -231,7 +223,7 @@ def embedded_model() -> str:
 
 def settings_of(part: str, method: str) -> dict[str, Any]:
     """The settings of a method or of a choice."""
-    if part == "choices":
+    if part == "choices" and method != BASE:
         return {**SETTINGS, **CHOICES.get(method, {})}
     return {**SETTINGS, **METHODS[method]}
 

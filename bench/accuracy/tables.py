@@ -25,7 +25,7 @@ RESULT_COLUMNS = (
 DIFFERENCE_COLUMNS = ("part", "point", "method", "against", "tasks", "runs", "mean", "low", "high")
 CHOICE_COLUMNS = (
     "choice", "runs", "loss", "loss_low", "loss_high", "accuracy", "accuracy_low", "accuracy_high",
-    "kept",
+    "tested",
 )  # fmt: skip
 
 Scores = dict[tuple[str, int], float]  # by task and seed
@@ -117,7 +117,7 @@ def result_rows(records: Sequence[Record]) -> list[Record]:
                 mine.sort(key=lambda r: r["seed"])
                 values = [100 * float(r[point]["test"]["accuracy"]) for r in mine]
                 trained = next(r for r in trains if (r["task"], r["method"]) == (task, method))
-                timing = timings[task]
+                timing, timed = timings[task], plan.TIMED_AS.get(method, method)
                 rows.append(
                     {
                         "part": part,
@@ -131,8 +131,8 @@ def result_rows(records: Sequence[Record]) -> list[Record]:
                         "steps": " ".join(str(r[point]["step"]) for r in mine),
                         "rates": " ".join(r[point]["setting"] for r in mine),
                         "parameters": trained.get("parameters", {}).get("prompt", 0),
-                        "step_seconds": timing["step_seconds"].get(method, math.nan),
-                        "ratio_to_pt": timing["ratios"].get(method, math.nan),
+                        "step_seconds": timing["step_seconds"].get(timed, math.nan),
+                        "ratio_to_pt": timing["ratios"].get(timed, math.nan),
                         "test_rows": mine[0]["rows"]["test"],
                         "device": device_of(mine[0]),
                         "torch": _all(r["versions"]["torch"] for r in mine),
@@ -184,7 +184,7 @@ def choice_rows(records: Sequence[Record]) -> list[Record]:
                     n.replace("loss", "accuracy"): 100 * v
                     for n, v in zip(names, accuracy, strict=True)
                 },
-                "kept": "yes" if plan.kept(choice) else "no",
+                "tested": "yes" if plan.tested(choice) else "no",
             }
         )
     return rows
@@ -236,11 +236,11 @@ def markdown(
                 r["choice"],
                 f"{r['loss']:+.3f} ({r['loss_low']:+.3f} to {r['loss_high']:+.3f})",
                 f"{r['accuracy']:+.1f} ({r['accuracy_low']:+.1f} to {r['accuracy_high']:+.1f})",
-                r["kept"],
+                r["tested"],
             ]
             for r in choices
         ]
-        parts.append(_table([*header, "kept"], body))
+        parts.append(_table([*header, "tested"], body))
     return "\n".join(parts)
 
 

@@ -105,8 +105,7 @@ class Runner:
 
         part = PARTS[run.part]
         tokens = self.tokens(run.part, run.task, part.seeds[0])
-        methods = [name for name in part.methods if name != PROBE]
-        methods = [plan.BASE, *(name for name in methods if name != plan.BASE)]
+        methods = [plan.BASE, *(m for m in plan.timed_methods(run.part) if m != plan.BASE)]
         models = {}
         for method in methods:
             model, rates = self.model(run, method, tokens, part.seeds[0])
@@ -177,7 +176,6 @@ class Runner:
             "parameters": model.parameter_counts(),
             "prompt": model.prompt.config.to_dict(),
             "backend": dispatch.select(None, tensors),
-            "ratio": timing["ratios"][run.method],
             **_rows(tokens),
         }
 

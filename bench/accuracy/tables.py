@@ -143,13 +143,13 @@ def result_rows(records: Sequence[Record]) -> list[Record]:
     return rows
 
 
-def difference_rows(records: Sequence[Record], ours: str = "ept") -> list[Record]:
-    """EPT's paired differences to every other method, in points of accuracy."""
+def difference_rows(records: Sequence[Record]) -> list[Record]:
+    """The paired differences of both forms of EPT to every other method, in points of accuracy."""
     rows = []
-    for part, point in itertools.product(PARTS, POINTS):
+    for ours, part, point in itertools.product(("ept", "ept_tuned"), PARTS, POINTS):
         scores = test_scores(records, part, point)
         for method in scores:
-            if method == ours:
+            if ours not in scores or method == ours:
                 continue
             mean, low, high = (100 * v for v in interval(scores[ours], scores[method]))
             rows.append(
@@ -219,14 +219,16 @@ def markdown(
             count = max(r["parameters"] for r in rows)
             body.append([LABELS[method], f"{count:,}", step, *cells, f"{mean:.1f}"])
         parts.append(_table(header, body))
-    if differences:
-        header = ["EPT's accuracy minus that of", "few-shot, equal steps", "few-shot, equal time"]
-        header += ["full data, equal steps", "full data, equal time"]
-        places = list(itertools.product(("few_shot", "full"), POINTS))
-        found = {(r["part"], r["point"], r["against"]): r for r in differences}
+    for ours in dict.fromkeys(r["method"] for r in differences):
+        found = {
+            (r["part"], r["point"], r["against"]): r for r in differences if r["method"] == ours
+        }
+        places = dict.fromkeys((part, point) for part, point, _ in found)
+        header = [f"{LABELS[ours]}: its accuracy minus that of"]
+        header += [f"{_title(part)}, equal {point}" for part, point in places]
         body = [
             [LABELS[method], *(_interval(found.get((*place, method))) for place in places)]
-            for method in dict.fromkeys(r["against"] for r in differences)
+            for method in dict.fromkeys(method for *_, method in found)
         ]
         parts.append(_table(header, body))
     if choices:
@@ -271,6 +273,7 @@ def draw_forest(rows: Sequence[Record], path: Path) -> None:
 
     from ept_fast.training.report import save_figure
 
+    rows = [row for row in rows if row["method"] == "ept"]
     panels = list(dict.fromkeys((row["part"], row["point"]) for row in rows))
     figure = Figure(figsize=(4.4 * len(panels), 3.2), dpi=120, layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]

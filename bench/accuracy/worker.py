@@ -79,6 +79,7 @@ class Runner:
         self.backbone.to(study.device)
         self.weights = {name: t.clone() for name, t in self.backbone.state_dict().items()}
         self._tokens: dict[tuple[str, int], Tokens] = {}
+        self._frozen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, run: Run) -> Record:
         """Do one run and give its record."""
@@ -137,11 +138,11 @@ class Runner:
         tokens = self.tokens(run.part, run.task, run.seed)
         limits = {f"{point}_limit": 0 for point in POINTS}
         if run.method == PROBE:
-            X, y = frozen_features(self.backbone, tokens.train, self.collator)
+            X, y = self.frozen(tokens.train)
             weight, bias = fit_head(X, y, len(tokens.labels), plan.PENALTIES[run.setting])
             state = {"weight": weight, "bias": bias}
             torch.save(dict.fromkeys(POINTS, state), self.weights_path(run, make=True))
-            X, y = frozen_features(self.backbone, tokens.validation, self.collator)
+            X, y = self.frozen(tokens.validation)
             found = {"step": 0, **_metrics(X @ weight.T + bias, y)}
             return {"evaluations": [found], **limits, **_rows(tokens)}
         model, rates = self.model(run, run.method, tokens, run.seed)
@@ -273,11 +274,17 @@ class Runner:
             self.train(source)
         states = torch.load(self.weights_path(source), weights_only=True)
         if run.method == PROBE:
-            X, y = frozen_features(self.backbone, tokens.test, self.collator)
+            X, y = self.frozen(tokens.test)
             return _metrics(X @ states[point]["weight"].T + states[point]["bias"], y)
         model, _ = self.model(run, run.method, tokens, run.seed)
         load_tensors(model, states[point])
         return self.judge(model, tokens.test)
+
+    def frozen(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """The plain encoder's features of rows and their labels, computed once."""
+        if id(rows) not in self._frozen:  # the rows stay, too
+            self._frozen[id(rows)] = frozen_features(self.backbone, rows, self.collator)
+        return self._frozen[id(rows)]
 
     def weights_path(self, run: Run, *, make: bool = False) -> Path:
         """The file of a run's trained tensors."""

@@ -129,10 +129,17 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 # One grid for every method: the rate of the prompt. The offset and the subspaces get a tenth of it;
 # the head's rate is always the same.
-RATES = {"2e-4": 2e-4, "1e-3": 1e-3, "5e-3": 5e-3, "1e-2": 1e-2, "2e-2": 2e-2, "1e-1": 1e-1}
+RATES = {
+    "5e-5": 5e-5, "2e-4": 2e-4, "1e-3": 1e-3, "5e-3": 5e-3, "1e-2": 1e-2, "2e-2": 2e-2,
+    "1e-1": 1e-1, "3e-1": 3e-1,
+}  # fmt: skip
 GRID = ("1e-3", "5e-3", "2e-2", "1e-1")
-# Where the lowest of them was the best, one more below it.
-MORE_RATES = {"few_shot/sst2": ("2e-4",), "few_shot/sst5": ("2e-4",)}
+# Where the mean validation loss over the seeds was lowest at an end of it, more beyond that end.
+MORE_RATES = {
+    **{(task, m): ("2e-4",) for task in ("few_shot/sst2", "few_shot/sst5") for m in METHODS},
+    **{("few_shot/sst2", m): ("5e-5", "2e-4") for m in ("ept", "ept_no_fusion", "ept_tuned")},
+    ("few_shot/trec", "pt_20"): ("3e-1",),
+}
 RELATIVE = {"prompt": 1.0, "offset": 0.1, "spaces": 0.1}
 HEAD_RATE = 5e-3
 # The probe's grid: the penalty on the head's weights.
@@ -260,7 +267,7 @@ def _run(
         plan["methods"] = {name: settings_of(part, name) for name in timed_methods(part)}
     else:
         plan |= {"settings": settings_of(part, method), "steps": steps_of(study, part)}
-    if kind == "test" and task in MORE_RATES:  # what is tested may be another one
+    if kind == "test" and (task, method) in MORE_RATES:  # what is tested may be another one
         plan["rates"] = grid_of(part, task, method)
     return Run(kind, part, task, method, setting, seed, json.dumps(plan, sort_keys=True))
 
@@ -299,7 +306,7 @@ def grid_of(part: str, task: str, method: str) -> tuple[str, ...]:
     """The names of the rates, or of the probe's penalties, that a method tries on a task."""
     if method == PROBE:
         return tuple(PENALTIES)
-    return (*MORE_RATES.get(task, ()), *PARTS[part].rates)
+    return (*MORE_RATES.get((task, method), ()), *PARTS[part].rates)
 
 
 def best_evaluation(record: Record, point: str) -> dict[str, Any]:

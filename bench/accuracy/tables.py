@@ -296,7 +296,8 @@ def curves(
     """By method, seconds of training and mean validation accuracy over the seeds.
 
     Of each seed, the run whose rate the validation rows chose at equal time. A run that stopped
-    early keeps its last value; seconds are steps times the task's measured time of a step.
+    early keeps its last value. Seconds are steps times the base's measured time of a step and the
+    method's ratio to it, by which equal time goes.
     """
     tests = [r for r in of_kind(records, "test", part) if r["task"] == task]
     trains = {
@@ -319,7 +320,8 @@ def curves(
             statistics.fmean([e["accuracy"] for e in run if e["step"] <= step][-1] for run in runs)
             for step in steps
         ]
-        seconds = [step * float(timing["step_seconds"][method]) for step in steps]
+        step_seconds = float(timing["ratios"][method]) * float(timing["step_seconds"][plan.BASE])
+        seconds = [step * step_seconds for step in steps]
         found[method] = (seconds, [100 * value for value in means])
     return found
 

@@ -35,6 +35,11 @@ class Task:
     held_out: int = 0
     test: str = "test"
 
+    @property
+    def rows_by_seed(self) -> bool:
+        """Whether each seed has training and validation rows of its own."""
+        return not self.held_out
+
 
 @dataclass(frozen=True)
 class Part:
@@ -45,8 +50,8 @@ class Part:
         seeds: of everything random; of few-shot tasks, also the folder of the rows.
         methods: names of :data:`METHODS` or :data:`CHOICES`.
         rates: names of :data:`RATES` that each method tries.
-        tuned_seeds: how many seeds try all rates; the others take the one that most of these
-            chose. None: every seed chooses for itself.
+        tuned_seeds: how many seeds try all rates; the others try those that these chose. None:
+            every seed chooses for itself.
         steps: optimizer steps of :data:`BASE`.
         batch_size: rows of a step.
         tested: whether the chosen run is evaluated on test rows.
@@ -295,8 +300,8 @@ def files_of(study: Study) -> list[str]:
         p = PARTS[part]
         for name in tasks_of(study, part):
             task = p.tasks[name]
-            own = [name] if task.held_out else [f"{name}/{seed}" for seed in p.seeds]
-            splits = ("train",) if task.held_out else ("train", "validation")
+            own = [f"{name}/{seed}" for seed in p.seeds] if task.rows_by_seed else [name]
+            splits = ("train", "validation") if task.rows_by_seed else ("train",)
             files |= {f"{folder}/{split}.jsonl": None for folder in own for split in splits}
             files[f"{name}/{task.test}.jsonl"] = None
     return list(files)

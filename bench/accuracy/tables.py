@@ -262,9 +262,7 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 # Pictures
 
-_COLOURS = {
-    "probe": "#4a5568", "pt": "#a0aec0", "pt_20": "#ed8936", "dept": "#63b3ed", "ept": "#2b6cb0",
-}  # fmt: skip
+_COLOURS = {"pt": "#a0aec0", "pt_20": "#ed8936", "dept": "#63b3ed", "ept": "#2b6cb0"}
 
 
 def draw_forest(rows: Sequence[Record], path: Path) -> None:

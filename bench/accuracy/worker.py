@@ -183,9 +183,10 @@ class Runner:
     def test(self, run: Run) -> Record:
         """Evaluate what the validation rows chose on the test rows, at each point of comparison."""
         tokens = self.tokens(run.part, run.task, run.seed)
-        done = done_runs(read_records(self.study.out), device_name(self.study.device))
         found: Record = {}
-        tried = plan.tried_settings(self.study, done, run.part, run.task, run.method, run.seed)
+        tried = plan.tried_settings(
+            self.study, self.done(), run.part, run.task, run.method, run.seed
+        )
         for point in POINTS:
             setting = plan.chosen(tried, point)
             source = plan.train_run(self.study, run.part, run.task, run.method, setting, run.seed)
@@ -219,7 +220,7 @@ class Runner:
         changes.pop("_head", None)
         config = TrainConfig(
             model="-", data="-", output="-",
-            max_length=self.task(run).max_length, **changes,
+            max_length=PARTS[run.part].tasks[run.task].max_length, **changes,
         )  # fmt: skip
         prompt = config.prompt_config(self.backbone.get_input_embeddings().embedding_dim)
         generator = torch.Generator().manual_seed(seed)
@@ -253,13 +254,13 @@ class Runner:
         order = torch.randperm(len(found), generator=generator)
         return found[order.repeat(-(-count // len(order)))[:count]].float().cpu()
 
-    def task(self, run: Run) -> plan.Task:
-        return PARTS[run.part].tasks[run.task]
-
     def timing(self, run: Run) -> Record:
         """The record of the task's timing."""
-        key = plan.timing_run(self.study, run.part, run.task).key
-        return done_runs(read_records(self.study.out), device_name(self.study.device))[key]
+        return self.done()[plan.timing_run(self.study, run.part, run.task).key]
+
+    def done(self) -> plan.Records:
+        """The records so far, those of other processes among them."""
+        return done_runs(read_records(self.study.out), device_name(self.study.device))
 
     def judge(self, model: Any, rows: Any) -> dict[str, float]:
         """Loss and accuracy of rows."""
@@ -295,26 +296,23 @@ class Runner:
 
     def tokens(self, part: str, task: str, seed: int) -> Tokens:
         """A task's rows, tokenised once."""
-        seed = seed if self.few_shot(part, task) else 0
+        how = PARTS[part].tasks[task]
+        seed = seed if how.rows_by_seed else 0
         if (task, seed) not in self._tokens:
-            self._tokens[task, seed] = self._read(PARTS[part].tasks[task], task, seed)
+            self._tokens[task, seed] = self._read(how, task, seed)
         return self._tokens[task, seed]
-
-    def few_shot(self, part: str, task: str) -> bool:
-        """Whether each seed has rows of its own."""
-        return not PARTS[part].tasks[task].held_out
 
     def _read(self, task: plan.Task, name: str, seed: int) -> Tokens:
         from ept_fast.training.data import LabelSet, hold_out, read_split
         from ept_fast.training.tokens import tokenise
 
         folder = self.study.data / name
-        train = read_split(folder / str(seed) if not task.held_out else folder, "train")
+        train = read_split(folder / str(seed) if task.rows_by_seed else folder, "train")
         test = read_split(folder, task.test)
-        if task.held_out:
-            train, validation = hold_out(train, task.held_out / len(train), HOLD_OUT_SEED)
-        else:
+        if task.rows_by_seed:
             validation = read_split(folder / str(seed), "validation")
+        else:
+            train, validation = hold_out(train, task.held_out / len(train), HOLD_OUT_SEED)
         labels = LabelSet.of(train)
         tokens = [
             tokenise(r, self.tokenizer, task.max_length, labels) for r in (train, validation, test)

@@ -40,11 +40,19 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def together() -> Iterator[tuple[Path, int]]:
-    """In one of the processes: the folder that it writes to, and its rank."""
+    """In one of the processes: the folder that it writes to, and its rank; the process ends with it.
+
+    It ends without the interpreter's own end. PyTorch keeps the groups of a sharded model, and with
+    them gloo's threads, and a thread that lets go of a tensor while the interpreter ends aborts the
+    process ("terminate called without an active exception").
+    """
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield Path(sys.argv[1]), dist.get_rank()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def share() -> slice:

@@ -139,16 +139,26 @@ RATES = {
     "1e-1": 1e-1, "3e-1": 3e-1,
 }  # fmt: skip
 GRID = ("1e-3", "5e-3", "2e-2", "1e-1")
+# The probe's grid: the penalty on the head's weights.
+PENALTIES = {
+    "1e-5": 1e-5, "1e-4": 1e-4, "1e-3": 1e-3, "1e-2": 1e-2, "3e-2": 3e-2, "1e-1": 1e-1,
+    "3e-1": 3e-1, "1": 1.0,
+}  # fmt: skip
+PROBE_GRID = ("1e-3", "1e-2", "3e-2", "1e-1", "3e-1", "1")
 # Where the mean validation loss over the seeds was lowest at an end of it, more beyond that end.
 MORE_RATES = {
-    **{(task, m): ("2e-4",) for task in ("few_shot/sst2", "few_shot/sst5") for m in METHODS},
+    **{
+        (task, m): ("2e-4",)
+        for task in ("few_shot/sst2", "few_shot/sst5")
+        for m in METHODS
+        if m != PROBE
+    },
     **{("few_shot/sst2", m): ("5e-5", "2e-4") for m in ("ept", "ept_no_fusion", "ept_tuned")},
     ("few_shot/trec", "pt_20"): ("3e-1",),
+    **{(task, PROBE): ("1e-5", "1e-4") for task in ("trec", "sst2", "rte")},
 }
 RELATIVE = {"prompt": 1.0, "offset": 0.1, "spaces": 0.1}
 HEAD_RATE = 5e-3
-# The probe's grid: the penalty on the head's weights.
-PENALTIES = {"1e-3": 1e-3, "1e-2": 1e-2, "3e-2": 3e-2, "1e-1": 1e-1, "3e-1": 3e-1, "1": 1.0}
 
 FEW_SHOT = {
     "few_shot/trec": Task(64),
@@ -172,8 +182,8 @@ PARTS: dict[str, Part] = {
     ),
     "few_shot": Part(FEW_SHOT, SEEDS, tuple(METHODS), GRID, steps=40, batch_size=8),
     "full": Part(
-        FULL, (0, 1, 2), (PROBE, "pt", "dept", "ept"), ("5e-3", "2e-2"),
-        steps=40, batch_size=16, tuned_seeds=1,
+        FULL, (0, 1, 2), (PROBE, "pt", "pt_20", "dept", "ept", "ept_tuned"), ("5e-3", "2e-2"),
+        steps=120, batch_size=16, tuned_seeds=1,
     ),
 }  # fmt: skip
 
@@ -309,9 +319,8 @@ def files_of(study: Study) -> list[str]:
 
 def grid_of(part: str, task: str, method: str) -> tuple[str, ...]:
     """The names of the rates, or of the probe's penalties, that a method tries on a task."""
-    if method == PROBE:
-        return tuple(PENALTIES)
-    return (*MORE_RATES.get((task, method), ()), *PARTS[part].rates)
+    grid = PROBE_GRID if method == PROBE else PARTS[part].rates
+    return (*MORE_RATES.get((task, method), ()), *grid)
 
 
 def best_evaluation(record: Record, point: str) -> dict[str, Any]:

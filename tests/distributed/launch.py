@@ -40,11 +40,11 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def together() -> Iterator[tuple[Path, int]]:
-    """In one of the processes: the folder that it writes to, and its rank; the process ends with it.
+    """In one of the processes: the folder that it writes to, and its rank.
 
-    It ends without the interpreter's own end. PyTorch keeps the groups of a sharded model, and with
-    them gloo's threads, and a thread that lets go of a tensor while the interpreter ends aborts the
-    process ("terminate called without an active exception").
+    The process ends with the block, without the interpreter's own end. PyTorch keeps the groups of
+    a sharded model, and with them gloo's threads, and a thread that lets go of a tensor while the
+    interpreter ends aborts the process ("terminate called without an active exception").
     """
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.use_deterministic_algorithms(True, warn_only=True)

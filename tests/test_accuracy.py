@@ -77,7 +77,7 @@ def record(run: Run, **changes: Any) -> dict[str, Any]:
 
 def timed(run: Run, **changes: Any) -> dict[str, Any]:
     """The record of a timing in which every method but the base takes half of its time."""
-    methods = [name for name in (*METHODS, *CHOICES) if name not in (PROBE, "ept_tuned")]
+    methods = [name for name in (*METHODS, *CHOICES) if name not in (PROBE, *plan.TIMED_AS)]
     ratios = {name: 1.0 if name == "pt" else 0.5 for name in methods}
     return record(run, ratios=ratios, step_seconds=ratios, **changes)
 
@@ -112,7 +112,7 @@ def test_a_run_waits_for_what_it_needs(tmp_path: Path) -> None:
     work = study(tmp_path)
     done: dict[str, Any] = {}
     total = 1 + 2 * (
-        6 + 7 * 4 + 1 + 8
+        6 + 9 * 4 + 1 + 10
     )  # a timing; for each seed the probe's and the rates, and tests
     assert runs_left(work, done) == total
     (timing,) = next_runs(work, done)
@@ -125,7 +125,7 @@ def test_a_run_waits_for_what_it_needs(tmp_path: Path) -> None:
         done[first.key] = evaluated(first, 0.5) if first.kind == "test" else trained(first, 1.0)
     assert len(order) == total - 1
     # Every method of a seed is done before the next seed, and tested as soon as it is tuned.
-    assert [run.seed for run in order] == [13] * 43 + [21] * 43
+    assert [run.seed for run in order] == [13] * 53 + [21] * 53
     kinds = [run.kind for run in order if (run.method, run.seed) == ("ept", 13)]
     assert kinds == ["train"] * 4 + ["test"]
 
@@ -453,7 +453,7 @@ def test_a_seed_from_timing_to_test(runner: Runner) -> None:
     work = runner.study
     timing = done_by(runner, timing_run(work, "few_shot", TREC))
     assert timing["ratios"]["pt"] == 1.0
-    assert set(timing["ratios"]) == set(METHODS) - {PROBE, "ept_tuned"}
+    assert set(timing["ratios"]) == set(METHODS) - {PROBE, *plan.TIMED_AS}
     assert all(ratio > 0 for ratio in timing["ratios"].values())
     for method in (PROBE, "ept", "dept", "pt_20"):
         trains = {

@@ -96,8 +96,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "ept_no_fusion": {"fusion": False},
     "ept_no_subspaces": {"num_spaces": 0},
     "ept_tuned": TUNED,
+    # Neither change is EPT's own, so its competitors get both.
+    "dept_tuned": {"method": "dept", **TUNED},
+    "pt_tuned": {"method": "pt", **TUNED},
 }
-TIMED_AS = {"ept_tuned": "ept"}  # the same tensors
+# The same tensors.
+TIMED_AS = {f"{method}_tuned": method for method in ("ept", "dept", "pt")}
 LABELS = {
     PROBE: "linear head alone",
     "pt": "prompt tuning, 100 tokens",
@@ -107,6 +111,8 @@ LABELS = {
     "ept_no_fusion": "EPT without fusion",
     "ept_no_subspaces": "EPT without subspaces",
     "ept_tuned": "EPT, two choices changed",
+    "dept_tuned": "DePT, the same two",
+    "pt_tuned": "prompt tuning, 100 tokens, the same two",
 }
 # One change of EPT each. What begins with an underscore is no setting of the package: ``_start``
 # are other rows to start from, ``_rate`` a factor of the named rate, ``_unit`` scales the downward

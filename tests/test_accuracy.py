@@ -255,7 +255,7 @@ def test_report_computes_from_the_records_alone(tmp_path: Path) -> None:
     report(tmp_path)
     with (tmp_path / "results.csv").open(newline="") as file:
         rows = {(r["part"], r["method"], r["point"]): r for r in csv.DictReader(file)}
-    assert len(rows) == 2 * (8 + 4)
+    assert len(rows) == 2 * (10 + 6)
     ours = rows["few_shot", "ept", "time"]
     assert float(ours["mean"]) == pytest.approx(65 + (1.3 + 2.1) / 2)
     assert float(ours["std"]) == pytest.approx(0.8 / 2**0.5)
@@ -264,7 +264,7 @@ def test_report_computes_from_the_records_alone(tmp_path: Path) -> None:
     assert rows["few_shot", PROBE, "time"]["parameters"] == "0"
     with (tmp_path / "differences.csv").open(newline="") as file:
         every = list(csv.DictReader(file))
-    assert len(every) == 2 * (7 + 3) + 2 * 7
+    assert len(every) == 2 * 2 * (9 + 5)
     found = {(r["part"], r["against"], r["point"]): r for r in every if r["method"] == "ept"}
     row = found["few_shot", "dept", "time"]
     assert [float(row[n]) for n in ("low", "mean", "high")] == pytest.approx([6.3, 6.7, 7.1])

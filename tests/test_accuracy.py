@@ -111,9 +111,8 @@ def evaluated(run: Run, accuracy: float, **changes: Any) -> dict[str, Any]:
 def test_a_run_waits_for_what_it_needs(tmp_path: Path) -> None:
     work = study(tmp_path)
     done: dict[str, Any] = {}
-    total = 1 + 2 * (
-        6 + 9 * 4 + 1 + 10
-    )  # a timing; for each seed the probe's and the rates, and tests
+    # A timing; for each seed the probe's penalties, the rates, one rate more, and the tests.
+    total = 1 + 2 * (6 + 9 * 4 + 1 + 10)
     assert runs_left(work, done) == total
     (timing,) = next_runs(work, done)
     assert timing.kind == "timing"

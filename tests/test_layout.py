@@ -13,7 +13,7 @@ import pytest
 ROOMS = (
     ("__main__",),
     ("cli",),
-    ("training",),
+    ("training", "peft"),
     ("transformers", "interchange"),
     ("prompts",),
     ("ops",),

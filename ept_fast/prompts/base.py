@@ -44,6 +44,7 @@ __all__ = [
     "Prompt",
     "SavedPrompt",
     "SplicedPrompt",
+    "config_class",
     "expected_shapes",
     "prompt_class",
     "prompt_methods",
@@ -525,11 +526,15 @@ def expected_shapes(config: PromptConfig, num_tasks: int | None) -> dict[str, tu
     return {name: (*lead, *shape) for name, shape in shapes.items()}
 
 
+def config_class(prompt_type: str) -> type[PromptConfig]:
+    """The config of the method of this name."""
+    check_choice("prompt_type", prompt_type, tuple(_METHODS))
+    return _METHODS[prompt_type].config_class
+
+
 def read_config(values: Mapping[str, Any]) -> PromptConfig:
     """The config with these fields, of the method that ``prompt_type`` names; EPT's without."""
-    kind = values.get("prompt_type", EPT)
-    check_choice("prompt_type", kind, tuple(_METHODS))
-    return _METHODS[kind].config_class.from_dict(values)
+    return config_class(values.get("prompt_type", EPT)).from_dict(values)
 
 
 # Files

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -110,12 +109,6 @@ def train_batches(
     return GroupedBatches(rows.lengths, size, num_steps, seed, group=group, **parts)
 
 
-def _class_loss(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Cross-entropy of a part of a step, as a share of the mean over all of the step's rows."""
-    total = F.cross_entropy(output.logits, labels, reduction="sum")
-    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-
 class PromptTrainer(Trainer):
     """Trains prompt and head of an :class:`EPTModel`.
 
@@ -197,7 +190,6 @@ class PromptTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=train_rows,  # asked for, and never read: `evaluation` has its own rows
             data_collator=self.collator,
-            compute_loss_func=_class_loss if config.task == "classification" else None,
             callbacks=[_Clock(self.seconds), *([_Progress(self)] if progress else [])],
         )
         self.remove_callback(PrinterCallback)

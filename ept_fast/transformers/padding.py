@@ -33,6 +33,7 @@ __all__ = [
     "next_labels",
     "pack",
     "packed_mask",
+    "predictors",
     "prompt_mask",
     "ranks_of",
     "real_tokens",
@@ -187,8 +188,22 @@ class Rows(NamedTuple):
         return (weights.unsqueeze(1) @ hidden).squeeze(1) / counts.clamp_min(1)
 
 
+def predictors(mask: Tensor) -> Tensor:
+    """Where each real token of a text is predicted: at the real token before it.
+
+    Args:
+        mask: ``[B, S]`` of 0 and 1.
+
+    Returns:
+        ``[B, S]`` positions among 1 + S: 0 is the prompt's last, the others are the text's.
+    """
+    real = mask != 0
+    own = torch.arange(1, mask.shape[1] + 1, device=mask.device).expand_as(mask)
+    return F.pad(own.where(real, 0).cummax(1).values[:, :-1], (1, 0))
+
+
 def next_labels(labels: Tensor, mask: Tensor) -> Tensor:
-    """Each label at the position that predicts its token, which is the real token before it.
+    """Each label at the position that predicts its token.
 
     Args:
         labels: ``[B, S]`` integers; those of padding are left out.
@@ -200,10 +215,10 @@ def next_labels(labels: Tensor, mask: Tensor) -> Tensor:
     """
     real = mask != 0
     own = torch.arange(1, labels.shape[1] + 1, device=labels.device).expand_as(labels)
-    before = F.pad(own.where(real, 0).cummax(1).values[:, :-1], (1, 0))
     # Padding writes to its own position and each token to another real one: none is written twice.
     targets = labels.new_full((labels.shape[0], labels.shape[1] + 1), IGNORED)
-    return targets.scatter(1, before.where(real, own), labels.where(real, IGNORED))
+    at = predictors(mask).where(real, own)
+    return targets.scatter(1, at, labels.where(real, IGNORED))
 
 
 def prompt_mask(mask: Tensor, lengths: Tensor, num_virtual_tokens: int) -> Tensor:

@@ -12,7 +12,7 @@ from ept_fast.transformers.generation import generate_causal
 from ept_fast.transformers.model import EPTModel
 from ept_fast.transformers.outputs import keep_logits, replace_fields, token_loss
 from ept_fast.transformers.packing import packed_forward
-from ept_fast.transformers.padding import IGNORED, Text, mark_layout, next_labels
+from ept_fast.transformers.padding import IGNORED, Text, mark_layout, next_labels, predictors
 from ept_fast.transformers.prefix_cache import PrefixCache, prefix_forward
 
 __all__ = ["EPTModelForCausalLM"]
@@ -37,6 +37,8 @@ class EPTModelForCausalLM(EPTModel):
         pack_index = kwargs.pop("pack_index", None)
         if pack_index is not None:
             return packed_forward(self, text, labels, pack_index, **kwargs)
+        if kwargs.get("fused_lm_head"):
+            return self._log_probs(text, labels, kwargs)
         num_items = kwargs.pop("num_items_in_batch", None)
         kept = kwargs.pop("logits_to_keep", 0)
         length, m = text.length, self.prompt.config.num_virtual_tokens
@@ -59,6 +61,29 @@ class EPTModelForCausalLM(EPTModel):
             mark_layout(cache, text.layout)
         logits = text.restore(logits[:, max(logits.shape[1] - length, 0) :])
         return replace_fields(output, loss=loss, logits=keep_logits(logits, kept))
+
+    def _log_probs(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """What a backbone gives that was patched to compute log-probabilities without logits.
+
+        TRL's trainers patch it so, and ask for it by ``fused_lm_head=True``. The fields of each
+        label are ``[B, S]``, in the labels' columns, and 0 for those that are left out.
+        """
+        if labels is None:
+            raise ValueError("labels: expected some beside fused_lm_head, got None")
+        m = self.prompt.config.num_virtual_tokens
+        text = text.for_columns(m, self.profile.column_free_length)
+        targets = next_labels(text.compact(labels), text.attention_mask)  # [B, 1 + S]
+        _, inputs = self.rows(text, kwargs, compact=False)
+        output = self.backbone(**inputs, shift_labels=F.pad(targets, (m - 1, 0), value=IGNORED))
+        at = predictors(text.attention_mask)
+        real = text.attention_mask != 0
+
+        def of_labels(values: Tensor) -> Tensor:
+            return text.restore(values[:, m - 1 :].gather(1, at) * real)
+
+        shape = (len(targets), m - 1 + targets.shape[1])
+        fields = {n: of_labels(v) for n, v in output.items() if v is not None and v.shape == shape}
+        return replace_fields(output, **fields)
 
     def prefix_cache(self) -> PrefixCache:
         """The keys and values of the active prompt, to be given to calls as ``prefix``.

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from ept_fast.config import check_choice
 from ept_fast.transformers import POOLINGS
 from ept_fast.transformers.backbone import reads_last_column
-from ept_fast.transformers.padding import Rows, Text
+from ept_fast.transformers.padding import IGNORED, Rows, Text
 from ept_fast.transformers.tasks.headed import HeadedModel
 
 __all__ = ["EPTModelForSequenceClassification"]
@@ -25,7 +25,6 @@ class EPTModelForSequenceClassification(HeadedModel):
     """
 
     task = "SEQ_CLS"
-    accepts_loss_kwargs = False
 
     def checked_pooling(self, pooling: str | None) -> str | None:
         """A given pooling, or the model's own head if it has one, or the mean."""
@@ -39,6 +38,7 @@ class EPTModelForSequenceClassification(HeadedModel):
         return chosen
 
     def run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        num_items = kwargs.pop("num_items_in_batch", None)
         rows, inputs = self.rows(text.compacted(), kwargs)
         if self.description.head == "linear":
             output = self.encoder(**inputs)
@@ -52,6 +52,8 @@ class EPTModelForSequenceClassification(HeadedModel):
             output = self.backbone(**inputs)
             logits = output.logits
         loss = None if labels is None else self._loss(logits, labels)
+        if loss is not None and num_items is not None:
+            loss = loss * labels.ne(IGNORED).sum() / num_items  # the batch is part of a larger one
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,

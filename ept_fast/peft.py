@@ -338,10 +338,6 @@ class EPTTuner(BaseTuner):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As ``generate`` of an EPTModel of the task."""
         wrapped: Any = self.ept_model
-        if not hasattr(wrapped, "generate"):
-            raise TypeError(
-                f"task_type: expected CAUSAL_LM or SEQ_2_SEQ_LM to generate, got {wrapped.task}"
-            )
         return wrapped.generate(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:

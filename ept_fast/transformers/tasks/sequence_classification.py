@@ -51,9 +51,7 @@ class EPTModelForSequenceClassification(HeadedModel):
         else:
             output = self.backbone(**inputs)
             logits = output.logits
-        loss = None if labels is None else self._loss(logits, labels)
-        if loss is not None and num_items is not None:
-            loss = loss * labels.ne(IGNORED).sum() / num_items  # the batch is part of a larger one
+        loss = None if labels is None else self._loss(logits, labels, num_items)
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -61,7 +59,12 @@ class EPTModelForSequenceClassification(HeadedModel):
             attentions=getattr(output, "attentions", None),
         )
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, num_items: Any) -> Tensor:
+        """The mean over the labels; with ``num_items`` their sum divided by it."""
+        mean = self._mean_loss(logits, labels)
+        return mean if num_items is None else mean * labels.ne(IGNORED).sum() / num_items
+
+    def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """By the kind of labels, as the model's config says or its head's width."""
         kind = getattr(self.config, "problem_type", None) if self.base_head else None
         if kind == "regression" or (kind is None and logits.shape[-1] == 1):

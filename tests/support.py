@@ -45,7 +45,7 @@ fails the suite. None of it has yet been run on a GPU.
 - no: not supported, for the reason given below.
 - –: there is no such model, or no test of it.
 """
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "lm_eval")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,13 @@ _MODES = {
     "DDP": "two processes over gloo: the gradients are those of one process",
     "FSDP2": "two processes over gloo, the backbone sharded by `fully_shard`",
     "NF4": "a backbone in 4 bits by bitsandbytes, on its CPU kernels",
+    "PEFT": "`get_peft_model` with an `EPTPeftConfig`: logits, loss, gradients and tokens are "
+    "those of an `EPTModel`, and what is saved loads",
+    "PEFT, Trainer": "such a model trains, saves and resumes, with the Seq2SeqTrainer too",
+    "PEFT, TRL": "in TRL's SFTTrainer, DPOTrainer and GRPOTrainer",
+    "PEFT, accelerate launch": "two processes give the values of one",
+    "PEFT, lm-eval": "log-likelihoods and texts of a local task are those of direct calls",
+    "PEFT, pipelines": "of transformers, with the adapter's labels",
     "DeepSpeed ZeRO-3": "",
 }
 
@@ -110,7 +117,7 @@ TABLES = {
     "training": Table(
         title="Training",
         head="mode",
-        text="Each cell trains a tiny random model of the task on a CPU.",
+        text="Tiny models of each task, trained and used on a CPU.",
         rows=_MODES,
         columns=dict.fromkeys(TASKS, ""),
         tell_rows=True,

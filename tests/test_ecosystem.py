@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ept_fast import EPTConfig, get_ept_model
 from ept_fast.peft import EPTPeftConfig
+from tests.distributed.checks import cells
 from tests.distributed.trainers import Rows, fresh_accelerate
 from tests.processes import run
 from tests.tiny import ANSWERS, answer_rows, save_llama, save_model, save_t5, task_rows
@@ -134,7 +135,7 @@ def batch_for(task: str, folder: Path, count: int = 32, seed: int = 1) -> dict[s
 # The Trainers of transformers
 
 
-@pytest.mark.parametrize("task", AUTO)
+@pytest.mark.parametrize("task", cells("PEFT, Trainer", tuple(AUTO)))
 def test_trainer(task: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """It trains, saves adapters, loads the best, and a resumed run ends with the same values."""
     name = {"CAUSAL_LM": "llama", "SEQ_2_SEQ_LM": "t5"}.get(task, "bert")
@@ -176,6 +177,7 @@ def test_trainer(task: str, request: pytest.FixtureRequest, tmp_path: Path) -> N
     torch.testing.assert_close(torch.from_numpy(logits), expected.logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.support(row="PEFT, Trainer", column="SEQ_CLS")
 def test_trainer_loads_the_best_adapter(bert: Path, tmp_path: Path) -> None:
     rows = Rows(batch_for("SEQ_CLS", bert))
     model = wrap("SEQ_CLS", bert)
@@ -197,6 +199,7 @@ def test_trainer_loads_the_best_adapter(bert: Path, tmp_path: Path) -> None:
     assert torch.equal(model.eval()(**batch).logits, saved(**batch).logits)
 
 
+@pytest.mark.support(row="PEFT, Trainer", column="SEQ_2_SEQ_LM")
 @pytest.mark.parametrize("form", ["PEFT", "EPTModel"])
 def test_seq2seq_trainer_generates(form: str, t5: Path, tmp_path: Path) -> None:
     tokenizer, rows = tokenizer_of(t5), Rows(batch_for("SEQ_2_SEQ_LM", t5))
@@ -247,6 +250,7 @@ def finish(trainer: Any, llama: Path) -> None:
     assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.support(row="PEFT, TRL", column="CAUSAL_LM")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_trl_sft(llama: Path, chats: Any, tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
@@ -265,6 +269,7 @@ def test_trl_sft(llama: Path, chats: Any, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.support(row="PEFT, TRL", column="CAUSAL_LM")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_trl_dpo(llama: Path, chats: Any, tmp_path: Path) -> None:
     from trl import DPOConfig, DPOTrainer
@@ -283,6 +288,7 @@ def test_trl_dpo(llama: Path, chats: Any, tmp_path: Path) -> None:
     assert margins[-1] > margins[0]
 
 
+@pytest.mark.support(row="PEFT, TRL", column="CAUSAL_LM")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_trl_grpo(llama: Path, chats: Any, tmp_path: Path) -> None:
     from trl import GRPOConfig, GRPOTrainer
@@ -308,6 +314,7 @@ def test_trl_grpo(llama: Path, chats: Any, tmp_path: Path) -> None:
     assert len(set(seen)) > 3
 
 
+@pytest.mark.support(row="PEFT, TRL", column="CAUSAL_LM")
 def test_trls_fused_head_gives_the_log_probabilities_of_the_logits(llama: Path) -> None:
     """Padded on both sides, and with a window, behind which rows are compacted."""
     from trl.trainer.utils import add_fused_lm_head
@@ -339,6 +346,8 @@ def test_trls_fused_head_gives_the_log_probabilities_of_the_logits(llama: Path) 
 # accelerate
 
 
+@pytest.mark.slow
+@pytest.mark.support(row="PEFT, accelerate launch", column="CAUSAL_LM")
 def test_accelerate_launch_with_two_processes(llama: Path, tmp_path: Path) -> None:
     """Two processes with batches of 4 rows train as one with batches of 8 does."""
     from tests.distributed.run_peft import train
@@ -390,6 +399,7 @@ metadata:
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
+@pytest.mark.support(row="PEFT, lm-eval", column="CAUSAL_LM")
 @pytest.mark.parametrize("kind", ["multiple_choice", "generate_until"])
 def test_lm_eval(kind: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -452,6 +462,7 @@ def test_lm_eval(kind: str, llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
 # Pipelines
 
 
+@pytest.mark.support(row="PEFT, pipelines", column="CAUSAL_LM")
 def test_pipeline_for_text_generation(llama: Path) -> None:
     model, tokenizer = wrap("CAUSAL_LM", llama), tokenizer_of(llama)
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
@@ -465,7 +476,7 @@ def test_pipeline_for_text_generation(llama: Path) -> None:
         assert answer["generated_text"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+@pytest.mark.parametrize("task", cells("PEFT, pipelines", ("SEQ_CLS", "TOKEN_CLS")))
 def test_pipelines_for_classification_have_the_right_labels(
     task: str, bert: Path, tmp_path: Path
 ) -> None:

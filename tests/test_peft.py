@@ -35,9 +35,17 @@ PAIRS = [
     for task in BY_NAME[name].tasks
     if name != "T5" or task == "SEQ_2_SEQ_LM"  # PEFT wraps whole models, not a half of one
 ]
-GENERATING = [pair for pair in PAIRS if pair[1] in ("CAUSAL_LM", "SEQ_2_SEQ_LM")]
-HEADS = {("BERT", "SEQ_CLS"): "classifier", ("Llama", "SEQ_CLS"): "score"}
-HEADS |= {("GPT-2", "SEQ_CLS"): "score"}
+
+
+def cells_of(*without: str) -> list[Any]:
+    """The pairs as parameters, with their cells of the support matrix."""
+    return [
+        pytest.param(name, task, marks=pytest.mark.support(row="PEFT", column=task))
+        for name, task in PAIRS
+        if task not in without
+    ]
+
+
 SIZES = {"num_virtual_tokens": 3, "max_length": 20, "rank": 2, "num_spaces": 2, "space_dim": 2}
 
 MASKS = {
@@ -106,7 +114,7 @@ def values(output: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("padding", MASKS)
-@pytest.mark.parametrize(("name", "task"), PAIRS)
+@pytest.mark.parametrize(("name", "task"), cells_of())
 def test_logits_are_those_of_an_eptmodel(name: str, task: str, padding: str) -> None:
     model = make(name, task).eval()
     expected = same(name, task, model).eval()
@@ -117,7 +125,7 @@ def test_logits_are_those_of_an_eptmodel(name: str, task: str, padding: str) -> 
     assert values(model(**batch, return_dict=True)).shape[:1] == (2,)
 
 
-@pytest.mark.parametrize(("name", "task"), [p for p in PAIRS if p[1] != "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize(("name", "task"), cells_of("FEATURE_EXTRACTION"))
 def test_loss_and_gradients_are_those_of_an_eptmodel(name: str, task: str) -> None:
     model = make(name, task).train()
     expected = same(name, task, model).train()
@@ -140,7 +148,7 @@ def test_loss_and_gradients_are_those_of_an_eptmodel(name: str, task: str) -> No
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-@pytest.mark.parametrize(("name", "task"), GENERATING)
+@pytest.mark.parametrize(("name", "task"), cells_of("FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS"))
 def test_generates_the_tokens_of_an_eptmodel(name: str, task: str, choices: dict[str, Any]) -> None:
     model = make(name, task).eval()
     expected = same(name, task, model).eval()
@@ -172,7 +180,7 @@ def load_again(name: str, task: str, folder: Path, **choices: Any) -> Any:
     return PeftModel.from_pretrained(build(name, task), folder, **choices)
 
 
-@pytest.mark.parametrize(("name", "task"), PAIRS)
+@pytest.mark.parametrize(("name", "task"), cells_of())
 def test_saves_and_loads(name: str, task: str, tmp_path: Path) -> None:
     model = make(name, task).eval()
     model.save_pretrained(tmp_path)

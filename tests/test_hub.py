@@ -161,7 +161,7 @@ class Hub:
         if repo not in self.branches:
             self.put({".gitattributes": b""}, repo)
             if how["private"]:
-                self.tokens[repo] = self.calls[-2][1]["token"]
+                self.tokens[repo] = self.calls[-2][1]["token"] or huggingface_hub.get_token()
         return SimpleNamespace(repo_id=repo)
 
     def repo_info(self, repo_id: str) -> Any:
@@ -529,6 +529,26 @@ def test_what_cannot_be_read(case: str, hub: Hub, tmp_path: Path) -> None:
         constants.ENDPOINT = endpoint
     assert len(str(caught.value).splitlines()) == 1
     assert model.adapter_names == ("default",)
+
+
+def test_the_page_of_errors_has_them(root: Path) -> None:
+    page = (root / "docs" / "errors.md").read_text(encoding="utf-8")
+    for case in REFUSED.keys() - {"local", "subfolder"}:
+        assert f"`{REFUSED[case][2]}" in page, case
+
+
+def test_the_examples_of_the_page_run(root: Path, hub: Hub, tmp_path: Path) -> None:
+    page = (root / "docs" / "hub.md").read_text(encoding="utf-8")
+    model = model_of()
+    names: dict[str, Any] = {"model": model, "backbone": backbone()}
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    assert len(blocks) == 2
+    (tmp_path / "token").write_text("secret")  # as logging in does
+    for code in blocks:
+        exec(compile(code, "docs/hub.md", "exec"), names)
+        assert outputs(names["model"]).equal(outputs(model))
+        names["backbone"] = backbone()
+    assert names["model"].adapter_names == ("default", "second")
 
 
 @pytest.mark.parametrize("change", [offline, silent, broken, gated, missing])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import http.server
+import inspect
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ept_fast
 from ept_fast import CheckpointError, EPTBank, EPTConfig, EPTModel, get_ept_model
 from tests.architectures import BY_NAME
 from tests.processes import python
@@ -150,13 +152,18 @@ class Hub:
 
     # What the module calls of `HfApi`
 
-    def api(self, *, token: Any = None, **library: Any) -> Any:
-        assert library["library_name"] == "ept-fast"
-        self.calls.append(("HfApi", {"token": token}))
+    def note(self, name: str, **how: Any) -> None:
+        """A call, with arguments that the library's own method takes."""
+        method = getattr(huggingface_hub.HfApi, "__init__" if name == "HfApi" else name)
+        inspect.signature(method).bind(None, **how)
+        self.calls.append((name, how))
+
+    def api(self, **how: Any) -> Any:
+        self.note("HfApi", **how)
         return self
 
     def create_repo(self, repo_id: str, **how: Any) -> Any:
-        self.calls.append(("create_repo", {"repo_id": repo_id, **how}))
+        self.note("create_repo", repo_id=repo_id, **how)
         repo = repo_id if "/" in repo_id else f"user/{repo_id}"
         if repo not in self.branches:
             self.put({".gitattributes": b""}, repo)
@@ -168,12 +175,11 @@ class Hub:
         return SimpleNamespace(private=repo_id in self.tokens)
 
     def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
-        assert exist_ok
-        self.calls.append(("create_branch", {"branch": branch}))
+        self.note("create_branch", repo_id=repo_id, branch=branch, exist_ok=exist_ok)
         self.put(self.branches[repo_id]["main"], repo_id, branch)
 
     def upload_folder(self, *, repo_id: str, folder_path: str, **how: Any) -> Any:
-        self.calls.append(("upload_folder", {"repo_id": repo_id, **how}))
+        self.note("upload_folder", repo_id=repo_id, folder_path=folder_path, **how)
         files = self.branches[repo_id][how["revision"] or "main"]
         for pattern in how["delete_patterns"]:
             for name in fnmatch.filter(list(files), pattern):
@@ -259,10 +265,12 @@ def test_what_is_asked_of_the_hub(hub: Hub) -> None:
         extra={"note": 1},
     )
     assert result == "commit of user/name"
+    del hub.calls[-1][1]["folder_path"]
+    library = {"library_name": "ept-fast", "library_version": ept_fast.__version__}
     assert hub.calls == [
-        ("HfApi", {"token": "secret"}),
+        ("HfApi", {"token": "secret", **library}),
         ("create_repo", {"repo_id": "name", "private": True, "exist_ok": True}),
-        ("create_branch", {"branch": "v2"}),
+        ("create_branch", {"repo_id": "user/name", "branch": "v2", "exist_ok": True}),
         (
             "upload_folder",
             {
@@ -331,7 +339,7 @@ def test_saved_and_pushed(hub: Hub, tmp_path: Path) -> None:
     model.save_pretrained(folder, push_to_hub=True, repo_id=NAME, token="secret")
     assert {path.name for path in folder.iterdir()} == {*FILES, "notes.txt"}
     assert set(hub.branches[NAME]["main"]) == {".gitattributes", *FILES}
-    assert hub.calls[0] == ("HfApi", {"token": "secret"})
+    assert hub.calls[0][1]["token"] == "secret"
     for name, data in hub.branches[NAME]["main"].items():
         assert str(tmp_path).encode() not in data, name
     assert str(tmp_path) not in (folder / CARD_FILE).read_text()

@@ -108,7 +108,7 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
 _count = click.IntRange(min=1)
 _batch_size = click.option("--batch-size", type=_count, default=64, show_default=True)
 _loading = _together(
-    click.option("--adapter", required=True, help="Folder of an adapter or a run."),
+    click.option("--adapter", required=True, help="Folder of an adapter or a run, or hub id."),
     click.option("--model", help="The model, in place of the one saved with the adapter."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that --model brings."),
     click.option("--allow-download", is_flag=True, help="Ask the hub for the adapter's model."),

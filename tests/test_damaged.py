@@ -861,6 +861,39 @@ def test_the_cache_of_a_hub(intact: Path, tmp_path: Path) -> None:
             FusedEPTPrompt.from_pretrained(folder)
 
 
+HASH = "ab" * 32
+
+
+@pytest.mark.parametrize(
+    ("repository", "blob", "allowed"),
+    [
+        ("models--user--name", f"blobs/ab/{HASH}", True),
+        ("models--user--name", f"blobs/cd/{HASH}", False),
+        ("models--user--name", f"blobs/{HASH}", False),
+        ("models--user--name", f"others/ab/{HASH}", False),
+        ("models--user--name", "blobs/ab/ab.safetensors", False),
+        ("name", f"blobs/ab/{HASH}", False),
+    ],
+)
+def test_blobs_that_repositories_share(
+    repository: str, blob: str, allowed: bool, intact: Path, tmp_path: Path
+) -> None:
+    """A repository's blob is then a link itself, to a file of the cache by the name of its hash."""
+    folder = tmp_path / repository / "snapshots/main"
+    blobs = tmp_path / repository / "blobs"
+    shutil.copytree(intact / "prompt", folder)
+    blobs.mkdir()
+    (tmp_path / blob).parent.mkdir(parents=True)
+    (folder / TENSOR_FILE).rename(tmp_path / blob)
+    (blobs / "etag").symlink_to(f"../../{blob}")
+    (folder / TENSOR_FILE).symlink_to("../../blobs/etag")
+    if allowed:
+        FusedEPTPrompt.from_pretrained(folder)
+        return
+    with pytest.raises(CheckpointError, match="got a link that leaves it"):
+        FusedEPTPrompt.from_pretrained(folder)
+
+
 def last_bit(path: Path) -> None:
     """The least bit of the last value, which stays finite."""
     data = bytearray(path.read_bytes())

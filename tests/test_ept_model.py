@@ -148,7 +148,7 @@ def test_saved_and_loaded(task: str, tmp_path: Path) -> None:
     extra = {"labels": ids} if task == "SEQ_2_SEQ_LM" else {}
     expected = values_of(model(ids, mask, **extra))
     model.save_pretrained(tmp_path, extra={"note": 1})
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".safetensors"}
     state = torch.get_rng_state()
     again = EPTModel.from_pretrained(tmp_path, BY_NAME[CLASSES[task][0]].build(task))
     assert torch.get_rng_state().equal(state)
@@ -667,7 +667,7 @@ def test_an_empty_table_is_refused() -> None:
         get_ept_model(built, config_of(), "CAUSAL_LM")
 
 
-FILES = ("ept_model.safetensors", "ept_config.json", HEAD_FILE, ADAPTER_FILE)
+FILES = ("README.md", "ept_model.safetensors", "ept_config.json", HEAD_FILE, ADAPTER_FILE)
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -119,6 +119,9 @@ def test_training_learns_and_leaves_its_files(case: str, finished: Finished) -> 
     folders = {"adapter", "checkpoints"}
     found = {path.name for path in output.iterdir()}
     assert found == {*folders, *pictures, *samples, "metrics.json", "run.json"}
+    card = (output / "adapter" / "README.md").read_text()
+    assert f"| `{metric}` | `{after[metric]:.4g}` |" in card
+    assert str(output.parent) not in card
     gate = torch.tensor(metrics["gate_weights"])
     assert gate.shape == (4, 2)
     torch.testing.assert_close(gate.sum(-1), torch.ones(4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ JSON_LIMIT = 4 << 20
 FILE_LIMIT = 1 << 30
 
 _JSON_DEPTH = 32
+
+# What the hub's cache calls a blob that repositories share.
+_HASH = re.compile("[0-9a-f]{64}")
 
 # Bits of an integer that a message shows.
 _LONGEST_INTEGER = 1024
@@ -97,7 +101,7 @@ def open_inside(path: Path) -> Iterator[BufferedReader]:
         folder, real = path.parent.resolve(strict=True), path.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:  # also a loop of links, NUL in a name
         raise _unreadable(path, error) from None
-    if not (real.is_relative_to(folder) or real.parent == _hub_files(folder)):
+    if not (real.is_relative_to(folder) or _in_hub_cache(folder, real)):
         raise CheckpointError(f"{path}: expected a file in this folder, got a link that leaves it")
     # Neither waiting for a pipe's writer nor following a link put there since.
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
@@ -110,12 +114,21 @@ def open_inside(path: Path) -> Iterator[BufferedReader]:
         raise _unreadable(path, error) from None
 
 
-def _hub_files(folder: Path) -> Path | None:
-    """Where the cache of the Hugging Face hub keeps the files that a snapshot's folder links to."""
+def _in_hub_cache(folder: Path, real: Path) -> bool:
+    """Whether the Hugging Face hub's cache keeps this file for the snapshot that the folder is in.
+
+    A snapshot's folder links to the blobs of its repository. Where repositories share their blobs,
+    these are links to blobs of the whole cache, which are named by their hashes.
+    """
     for parent in folder.parents:
         if parent.name == "snapshots":
-            return parent.parent / "blobs"
-    return None
+            repository = parent.parent
+            if real.parent == repository / "blobs":
+                return True
+            shared = repository.parent / "blobs" / real.name[:2]
+            named = repository.name.startswith("models--") and _HASH.fullmatch(real.name)
+            return bool(named) and real.parent == shared
+    return False
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -204,7 +204,7 @@ def load_adapter(
     """Load an adapter (or a run's output folder) and the frozen model it was trained on.
 
     Args:
-        folder: the adapter.
+        folder: of the adapter, or its hub id as in :meth:`ept_fast.EPTModel.from_pretrained`.
         model: folder or hub id of that model, in place of the one saved with the adapter.
         device: ``"auto"`` or ``"cpu"``.
         trust_remote_code, allow_download: as in :meth:`ept_fast.EPTModel.from_pretrained`, with
@@ -216,16 +216,16 @@ def load_adapter(
         MissingLibraryError: the ``train`` extra is not installed.
     """
     require("transformers")
-    from ept_fast.transformers.adapter import read_adapter
     from ept_fast.transformers.backbone import load_tokenizer, names_it
+    from ept_fast.transformers.hub import find_adapter, is_hub_id
     from ept_fast.transformers.tasks import EPTModel
 
     path = Path(folder)
     if (path / "adapter").is_dir():
         path = path / "adapter"
-    elif not path.is_dir():
+    elif not path.is_dir() and not is_hub_id(folder):
         raise CheckpointError(f"adapter: expected a folder, got {folder}")
-    saved = read_adapter(path)
+    saved = find_adapter(path if path.is_dir() else folder)
     values = saved.values
     if values["task"] not in WRAPPER_TASKS.values():
         raise CheckpointError(

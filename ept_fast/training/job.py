@@ -188,7 +188,8 @@ def _train(
 def _finish(output: Path, adapter: Adapter, metrics: dict[str, Any]) -> None:
     from ept_fast.training.report import draw_gate_weights, draw_learning_curves, write_samples
 
-    adapter.model.save_pretrained(output / "adapter", extra=adapter.extra)
+    judged = {name: value for name, value in metrics["after"].items() if name != "step"}
+    adapter.model.save_pretrained(output / "adapter", extra=adapter.extra, metrics=judged)
     curves, picture = metrics["curves"], output / "learning_curves.png"
     draw_learning_curves(curves["loss"], curves["evaluation"], picture, metric=metrics["metric"])
     if metrics["gate_weights"] is not None:

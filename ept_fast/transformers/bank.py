@@ -22,6 +22,7 @@ from ept_fast.transformers.adapter import SavedAdapter, read_adapter
 from ept_fast.transformers.adapter_set import Description, check_adapter_name
 from ept_fast.transformers.backbone import embedding_width
 from ept_fast.transformers.bank_heads import ROWS, LinearHeads, ModuleHeads
+from ept_fast.transformers.hub import find_adapter
 from ept_fast.transformers.locks import ReadWriteLock
 from ept_fast.transformers.model import EPTModel
 from ept_fast.transformers.padding import prompt_mask, ranks_of, real_tokens
@@ -254,21 +255,20 @@ class EPTBank(nn.Module):
 
         Args:
             model: the frozen model.
-            adapters: the folder of each, by name, or what ``read_adapter`` has read from it.
+            adapters: by name the folder of each, its hub id as in
+                :meth:`ept_fast.EPTModel.from_pretrained`, or what ``read_adapter`` has read.
             capacity: the most adapters at a time; by default the number of these.
             **choices: sizes of the bank if they shall be larger than these adapters need, and
                 ``dtype``, ``offset`` and ``backend``.
 
         Raises:
-            CheckpointError: a missing, damaged or foreign file.
+            CheckpointError: a missing, damaged or foreign file, or a repository that cannot be
+                read.
             ValueError: no adapters, or adapters of different tasks.
         """
         if not adapters:
             raise ValueError("adapters: expected at least one, got none")
-        read = {
-            name: each if isinstance(each, SavedAdapter) else read_adapter(each)
-            for name, each in adapters.items()
-        }
+        read = {name: find_adapter(each) for name, each in adapters.items()}
         tasks = sorted({saved.values["task"] for saved in read.values()})
         if len(tasks) > 1:
             raise ValueError(f"adapters: expected adapters of one task, got {', '.join(tasks)}")

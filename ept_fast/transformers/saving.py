@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
 
-from ept_fast.prompts.base import prompt_class
+from ept_fast.prompts.base import expected_shapes, prompt_class
 from ept_fast.prompts.embedding import embedding_device
 from ept_fast.storage.files import CheckpointError
 from ept_fast.storage.sharded import fill, gather, reshard, writing_process
@@ -19,13 +21,25 @@ from ept_fast.transformers.adapter import (
     SavedAdapter,
     adapter_files,
     describe_state,
-    read_adapter,
     write_adapter,
 )
 from ept_fast.transformers.adapter_set import AdapterSet, Description, check_adapter_name
 from ept_fast.transformers.backbone import embedding_width, load_backbone, names_it
+from ept_fast.transformers.hub import (
+    CARD_FILE,
+    AdapterCard,
+    HubOptions,
+    check_metrics,
+    check_repo_id,
+    find_adapter,
+    is_hub_id,
+    kept_card,
+    upload_adapter,
+)
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
     from ept_fast.transformers.model import EPTModel
 
 __all__ = [
@@ -46,36 +60,158 @@ class AdapterFiles(AdapterSet):
 
     def save_pretrained(
         self,
-        folder: str | Path,
+        save_directory: str | Path,
         *,
         adapter_name: str | None = None,
         extra: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
     ) -> None:
-        """Write an adapter into ``folder``: safetensors and JSON, never the backbone.
+        """Write an adapter into ``save_directory``: safetensors and JSON, never the backbone.
 
         All files are on the disk under temporary names before any takes the place of an older one,
         the description last. If FSDP2 shards the model, every process has to call this, and one
         of them writes.
 
+        A model card, ``README.md``, is among the files. One that somebody else wrote, or that was
+        edited since it was written here, is left as it is.
+
         Args:
-            folder: made if it is missing.
+            save_directory: made if it is missing.
             adapter_name: which adapter; by default the active one.
             extra: further JSON values to keep in the description.
+            metrics: of an evaluation, for the model card.
+            is_main_process: whether this process writes; of several with one model, one should.
+            safe_serialization: True, as there is no other format than safetensors.
+            push_to_hub: whether to upload the adapter too.
+            repo_id, private, token, revision, commit_message, create_pr: where to and how, as in
+                :meth:`push_to_hub`.
 
         Raises:
-            ValueError: no such adapter, or a tensor holds NaN or infinity; nothing is written then.
+            TypeError, ValueError: no such adapter, a tensor or a metric that is NaN or infinity,
+                ``push_to_hub`` without ``repo_id``, or how to upload without ``push_to_hub``;
+                nothing is written then.
             WriteError: a file cannot be written.
         """
+        if not safe_serialization:
+            raise ValueError(
+                f"safe_serialization: expected True, as adapters are written as safetensors only, "
+                f"got {safe_serialization!r}"
+            )
+        upload: dict[str, Any] = {
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "commit_message": commit_message,
+            "create_pr": create_pr,
+        }
+        if push_to_hub:
+            check_repo_id(repo_id)
+        else:
+            given = [n for n, v in {"repo_id": repo_id, **upload}.items() if v not in (None, False)]
+            if given:
+                raise ValueError(
+                    f"push_to_hub: expected True beside {', '.join(given)}, got {push_to_hub!r}"
+                )
         name = self.known(adapter_name or self.active_adapter)
+        files, card = self._written(name, extra, metrics)
+        public, _ = self._written(name, extra, metrics, public=True) if push_to_hub else ({}, None)
+        folder = Path(save_directory)
+        with writing_process(self.prompts[name].parameters()) as writes:
+            if writes and is_main_process:
+                own = kept_card(folder)
+                if own is None:
+                    files = {CARD_FILE: card.to_bytes(repo_id), **files}
+                write_adapter(folder, files)
+                if repo_id is not None:
+                    upload_adapter(public, own or card, repo_id, **upload)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        adapter_name: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        extra: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> CommitInfo | None:
+        """Upload what :meth:`save_pretrained` writes to a repository of the Hugging Face hub.
+
+        A base model that is a folder of this machine is not named in it. A ``README.md`` of the
+        repository that was not written here, or edited since, stays. If FSDP2 shards the model,
+        every process has to call this.
+
+        Args:
+            repo_id: ``user/name``, or ``name`` for one's own; made if it is missing.
+            adapter_name, extra, metrics: as in :meth:`save_pretrained`.
+            private: whether a new repository is private; by default as the account says. With True,
+                an existing public one is refused.
+            token: as huggingface_hub has it; by default that of the user who is logged in.
+            revision: branch, made if it is missing; by default the main one.
+            commit_message: by default "Upload adapter with ept-fast".
+            create_pr: whether to open a pull request in place of a commit.
+
+        Returns:
+            What ``HfApi.upload_folder`` returns; None on a process that does not write.
+
+        Raises:
+            TypeError, ValueError: as :meth:`save_pretrained`, no id of a repository, or a public
+                one; nothing is uploaded then.
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+        """
+        check_repo_id(repo_id)
+        name = self.known(adapter_name or self.active_adapter)
+        files, card = self._written(name, extra, metrics, public=True)
+        with writing_process(self.prompts[name].parameters()) as writes:
+            if not writes:
+                return None
+            return upload_adapter(
+                files,
+                card,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
+    def _written(
+        self,
+        name: str,
+        extra: Mapping[str, Any] | None,
+        metrics: Mapping[str, float] | None,
+        *,
+        public: bool = False,
+    ) -> tuple[dict[str, bytes], AdapterCard]:
+        """The files of an adapter, and its card; if public, without the path of a base model."""
         prompt: Any = self.prompts[name]
         module = self.head_of(name)
         reshard(self)
         head = None if module is None else gather(module.state_dict())
         values = {**self.saved_values(name), "extra": dict(extra or {})}
-        files = adapter_files(prompt.files(), head, values, prompt.config)
-        with writing_process(prompt.parameters()) as writes:
-            if writes:
-                write_adapter(Path(folder), files)
+        base = values["base_model"]
+        base = base if is_hub_id(base) and not os.path.isdir(base) else None
+        if public:
+            values["base_model"] = base
+        shapes = expected_shapes(prompt.config, None).values()
+        trained = sum(map(math.prod, shapes)) + sum(t.numel() for t in (head or {}).values())
+        card = AdapterCard(
+            self.task, base, values["labels"], prompt.config, trained, check_metrics(metrics)
+        )
+        return adapter_files(prompt.files(), head, values, prompt.config), card
 
     def saved_values(self, name: str) -> dict[str, Any]:
         """What an adapter's description says besides its tensors and their sizes."""
@@ -87,16 +223,22 @@ class AdapterFiles(AdapterSet):
             "extra": {},
         }
 
-    def load_pretrained(self, folder: str | Path, *, saved_name: str | None = None) -> None:
+    def load_pretrained(
+        self,
+        pretrained_model_name_or_path: str | Path | SavedAdapter,
+        *,
+        saved_name: str | None = None,
+        **hub: Unpack[HubOptions],
+    ) -> None:
         """Read an adapter of the same task, sizes and labels into the active one.
 
         Args:
-            folder, saved_name: as in :meth:`from_pretrained`.
+            pretrained_model_name_or_path, saved_name, **hub: as in :meth:`from_pretrained`.
 
         Raises:
             CheckpointError: a missing, damaged or mismatched file; the model is unchanged then.
         """
-        saved = read_adapter(folder, saved_name)
+        saved = find_adapter(pretrained_model_name_or_path, saved_name, **hub)
         described = self._check_saved(saved)
         for field in ("labels", "pooling", "head"):
             expected, got = (getattr(d, field) for d in (self.description, described))
@@ -111,19 +253,27 @@ class AdapterFiles(AdapterSet):
             fill(self.head.state_dict(), tensors)
         self.unfold()
 
-    def load_adapter(self, folder: str | Path, name: str, *, saved_name: str | None = None) -> None:
+    def load_adapter(
+        self,
+        model_id: str | Path | SavedAdapter,
+        adapter_name: str,
+        *,
+        saved_name: str | None = None,
+        **hub: Unpack[HubOptions],
+    ) -> None:
         """Add a saved adapter under this name.
 
         Args:
-            folder, saved_name: as in :meth:`from_pretrained`.
-            name: letters, digits, ``_`` and ``-``.
+            model_id: as ``pretrained_model_name_or_path`` in :meth:`from_pretrained`.
+            adapter_name: letters, digits, ``_`` and ``-``.
+            saved_name, **hub: as in :meth:`from_pretrained`.
 
         Raises:
             CheckpointError: a missing, damaged or foreign file, another task or backbone; the model
                 is as before then.
         """
-        check_adapter_name(name, self.descriptions)
-        self.add_saved(read_adapter(folder, saved_name), name)
+        check_adapter_name(adapter_name, self.descriptions)
+        self.add_saved(find_adapter(model_id, saved_name, **hub), adapter_name)
 
     def add_saved(self, saved: SavedAdapter, name: str) -> None:
         """Add an adapter that has been read; errors as :meth:`load_adapter`."""
@@ -167,7 +317,7 @@ class AdapterFiles(AdapterSet):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path | SavedAdapter,
+        pretrained_model_name_or_path: str | Path | SavedAdapter,
         model: nn.Module | None = None,
         *,
         base_model: str | None = None,
@@ -176,12 +326,15 @@ class AdapterFiles(AdapterSet):
         backend: str | None = None,
         trust_remote_code: bool = False,
         allow_download: bool = False,
+        **hub: Unpack[HubOptions],
     ) -> EPTModel:
         """The model of a saved adapter, of the class of its task, in evaluation mode.
 
         Args:
-            folder: what :meth:`save_pretrained` wrote; or else what transformers' Trainer or
-                accelerate did, the state dict of a model as ``model.safetensors``. An adapter that
+            pretrained_model_name_or_path: folder, or ``user/name`` of a repository of the Hugging
+                Face hub if there is no folder of this name; in it what :meth:`save_pretrained`
+                wrote, or else what transformers' Trainer or accelerate did, the state dict of a
+                model as ``model.safetensors``. An adapter that
                 :func:`~ept_fast.transformers.adapter.read_adapter` has read will do too.
             model: the frozen model, if it is loaded already.
             base_model: folder or hub id to load it from, in place of the name saved with the
@@ -192,15 +345,17 @@ class AdapterFiles(AdapterSet):
             trust_remote_code: whether to run the code that the model at ``base_model`` brings.
             allow_download: whether a model that only the adapter names may be loaded from the hub;
                 else it has to be a folder or in the hub's cache on this machine.
+            **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and ``subfolder``
+                of the adapter, not of the frozen model.
 
         Raises:
-            CheckpointError: a missing, damaged or foreign file, or another model than it was
-                trained on.
+            CheckpointError: a missing, damaged or foreign file, another model than it was trained
+                on, or a repository that cannot be read.
             ValueError: the model cannot be found, or not without what the last two allow;
                 ``trust_remote_code`` without ``base_model``.
         """
         check_adapter_name(adapter_name, ())
-        saved = folder if isinstance(folder, SavedAdapter) else read_adapter(folder, saved_name)
+        saved = find_adapter(pretrained_model_name_or_path, saved_name, **hub)
         folder, values = saved.path.parent, saved.values
         expected = getattr(cls, "task", values["task"])  # EPTModel itself is of no task
         if expected != values["task"]:

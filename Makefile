@@ -20,8 +20,8 @@ PIP_INSTALL = $(@D)/bin/python -m pip --disable-pip-version-check install
 INSTALL = $(PIP_INSTALL) --constraint $(@D)/constraints.txt
 
 # The tests of what the libraries of .venv-newest do for ept_fast, or to it.
-NEWEST_TESTS ?= $(addprefix tests/test_,ept_model.py generation.py golden.py import.py \
-	interchange.py matrix_loops.py prefix_cache.py training.py)
+NEWEST_TESTS ?= $(addprefix tests/test_,ecosystem.py ept_model.py generation.py golden.py import.py \
+	interchange.py matrix_loops.py peft.py prefix_cache.py training.py)
 
 # Nothing here loads from a hub, and an attempt to is an error rather than a wait.
 export HF_HUB_OFFLINE := 1
@@ -52,7 +52,7 @@ install: $(STAMP)
 # What an environment leaves to pip's choice, and what of ept_fast's extras it holds.
 $(STAMP): FLOATING := nothing
 $(STAMP): EXTRAS := dev
-$(NEWEST): FLOATING := transformers|peft|triton|numpy
+$(NEWEST): FLOATING := transformers|peft|trl|triton|numpy
 $(NEWEST): EXTRAS := test,demo
 
 define VENV

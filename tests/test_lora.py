@@ -285,6 +285,8 @@ def test_a_frozen_adapter_stays_frozen() -> None:
     for parameter in given.parameters():
         parameter.requires_grad_(False)
     model = wrap(given)
+    with model.disable_adapter():
+        pass
     assert not any(p.requires_grad for p in model.backbone.parameters())
     assert model.parameter_counts()["peft"] == 0
     assert "peft" not in [group["name"] for group in model.parameter_groups(1, 1, 1, 1)]
@@ -541,6 +543,19 @@ def test_a_config_that_does_not_fit_leaves_the_model_alone(kind: str, tmp_path: 
     assert all(p.requires_grad for p in plain.parameters())
     assert [m.training for m in plain.modules()] == modes
     assert not hasattr(plain, "peft_config")
+
+
+def test_a_prompt_that_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None:
+    """Its adapter of PEFT does fit, and is taken out again."""
+    wrap(lora()).save_pretrained(tmp_path)
+    other = BY_NAME["Mistral"].build("CAUSAL_LM", dtype=torch.float64)
+    state = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match="base_model_type: expected 'mistral'"):
+        EPTModel.from_pretrained(tmp_path, other)
+    assert same(other.state_dict(), state)
+    assert all(p.requires_grad for p in other.parameters())
+    assert all(m.training for m in other.modules())
+    assert not hasattr(other, "peft_config")
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ class EPTModel(Checkpointing, AdapterFiles):
         self, model: nn.Module, *, base_model: str | None = None, backend: str | None = None
     ) -> None:
         super().__init__()
-        self._given: tuple[nn.Module, ...] = (model,)  # in a tuple, as no module of this one
+        self._given: tuple[Any] = (model,)  # in a tuple, as no module of this one
         model = base_of(model)
         check_backbone(model, self.task)
         self.peft = PeftAdapter.of(model)
@@ -220,7 +220,7 @@ class EPTModel(Checkpointing, AdapterFiles):
             module.training = mode
         self._checkpointing.give_back()
         self.backbone = None
-        [given], self._given = self._given, ()
+        (given,), self._given = self._given, (None,)
         return given
 
     def fold(self, dtype: torch.dtype | None = None, offset: str = "low_rank") -> None:

@@ -13,10 +13,18 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ept_fast import CheckpointError, EPTBank, EPTConfig, EPTModel, get_ept_model
-from ept_fast.transformers.adapter import PEFT_CONFIG_FILE, PEFT_TENSOR_FILE
+from ept_fast.storage.files import json_bytes
+from ept_fast.transformers.adapter import (
+    DESCRIPTION,
+    PEFT_CONFIG_FILE,
+    PEFT_TENSOR_FILE,
+    STATE_FILE,
+    state_checksum,
+)
 from tests.architectures import BY_NAME, in_float64
 from tests.decoding import EXACT, LOGITS, NEW, assert_greedy, defined, make_trial, pad
 
@@ -523,6 +531,39 @@ def test_damaged_folders_are_refused(damage: str, tmp_path: Path) -> None:
     change(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         EPTModel.from_pretrained(tmp_path, build())
+
+
+# Descriptions in a state dict that have the right checksum.
+DESCRIPTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "not described": (lambda v: v.pop("peft"), r"expected the tensors .*\(missing \[\], foreign"),
+    "no config": (lambda v: v["peft"].pop("config"), "config: expected dict, got NoneType"),
+    "a name of another type": (lambda v: v.update(peft=[]), "peft: expected dict, got list"),
+    "names of no tensors": (lambda v: v["peft"]["names"].update(a="b"), "missing .'backbone.b'"),
+    "names that are none": (lambda v: v["peft"]["names"].update(a=3), "names: expected strings"),
+    "one tensor too few": (lambda v: v["peft"]["names"].popitem(), "foreign .'backbone.model"),
+    "a name of no tensor in place of one": (
+        lambda v: v["peft"]["names"].update({next(iter(v["peft"]["names"])): "x"}),
+        "missing .'backbone.x'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DESCRIPTIONS)
+def test_damaged_state_dicts_are_refused(kind: str, tmp_path: Path) -> None:
+    change, message = DESCRIPTIONS[kind]
+    state = wrap(lora()).state_dict()
+    save_file(state, tmp_path / STATE_FILE)
+    assert EPTModel.from_pretrained(tmp_path, build()).peft is not None
+    described = json.loads(state.pop(DESCRIPTION).numpy().tobytes())
+    del described["sha256"]
+    change(described)
+    text = json_bytes({**described, "sha256": state_checksum(described, state)})
+    state[DESCRIPTION] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    save_file(state, tmp_path / STATE_FILE)
+    plain = build()
+    with pytest.raises(CheckpointError, match=message):
+        EPTModel.from_pretrained(tmp_path, plain)
+    assert not hasattr(plain, "peft_config")
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")

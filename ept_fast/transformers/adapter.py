@@ -50,8 +50,11 @@ __all__ = [
     "ADAPTER_FILE",
     "DESCRIPTION",
     "HEAD_FILE",
+    "PEFT_CONFIG_FILE",
+    "PEFT_TENSOR_FILE",
     "STATE_FILE",
     "SavedAdapter",
+    "SavedPeft",
     "adapter_files",
     "describe_state",
     "read_adapter",
@@ -61,6 +64,8 @@ __all__ = [
 
 ADAPTER_FILE = "adapter.json"
 HEAD_FILE = "head.safetensors"
+PEFT_CONFIG_FILE = "peft/adapter_config.json"  # a folder that PEFT reads
+PEFT_TENSOR_FILE = "peft/adapter_model.safetensors"
 STATE_FILE = "model.safetensors"  # as transformers and accelerate call a file of a state dict
 DESCRIPTION = "_extra_state"  # PyTorch's name for what a module's state has besides its tensors
 
@@ -78,6 +83,31 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 _IN_FOLDER: dict[str, tuple[type, ...]] = {**_FIELDS, "sha256": (dict,)}
 _IN_STATE: dict[str, tuple[type, ...]] = {**_FIELDS, "config": (dict,)}
 _OF_STATE: dict[str, tuple[type, ...]] = {"active": (str,), "adapters": (dict,), "sha256": (str,)}
+# What only a model with an adapter of PEFT has: its name in a folder, all about it in a state dict.
+_PEFT = "peft"
+_PEFT_FIELDS: dict[str, tuple[type, ...]] = {
+    "adapter_name": (str,),
+    "config": (dict,),
+    "names": (dict,),
+}
+_PEFT_PREFIX = "base_model.model."  # of tensors in PEFT's files
+
+
+@dataclass(frozen=True, eq=False)
+class SavedPeft:
+    """An adapter of PEFT that was saved with a prompt.
+
+    Attributes:
+        path: the file that names it.
+        adapter_name: what PEFT calls it.
+        config: PEFT's config, as JSON has it.
+        tensors: by their names in PEFT's files, without the prefix that all have there.
+    """
+
+    path: Path
+    adapter_name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth value
@@ -91,6 +121,7 @@ class SavedAdapter:
         prompt: config and tensors of the prompt.
         config_path: the file that holds the config.
         head_path: the file that holds the head.
+        peft: the adapter of PEFT in the layers of the model that it was trained on, or None.
     """
 
     path: Path
@@ -99,6 +130,7 @@ class SavedAdapter:
     config_path: Path
     head_path: Path
     _head: dict[str, Tensor]
+    peft: SavedPeft | None = None
 
     def config(self, width: int) -> PromptConfig:
         """The config of the prompt, for embeddings of this width."""
@@ -157,8 +189,11 @@ def adapter_files(
     head: Mapping[str, Tensor] | None,
     values: Mapping[str, Any],
     config: PromptConfig,
+    peft: SavedPeft | None = None,
 ) -> dict[str, bytes]:
     """The files of an adapter by their names: those of its prompt, its head, its description.
+
+    An adapter of PEFT is in a folder of its own, which PEFT reads too.
 
     The description comes last: it holds the checksums of the other files, so that a folder cut off
     half-way is refused by :func:`read_adapter`.
@@ -166,6 +201,11 @@ def adapter_files(
     files = dict(prompt)
     if head is not None:
         files[HEAD_FILE] = tensor_bytes(head, config.to_json())
+    if peft is not None:
+        prefixed = {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in peft.tensors.items()}
+        files[PEFT_CONFIG_FILE] = json_bytes(peft.config)
+        files[PEFT_TENSOR_FILE] = tensor_bytes(prefixed, config.to_json())
+        values = {**values, _PEFT: peft.adapter_name}
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     return {**files, ADAPTER_FILE: json_bytes({**_FORMAT, **values, "sha256": sums})}
 
@@ -180,8 +220,10 @@ def write_adapter(folder: Path, files: Mapping[str, bytes]) -> None:
 def _read_folder(folder: Path) -> SavedAdapter:
     path, head_path = folder / ADAPTER_FILE, folder / HEAD_FILE
     values = read_adapter_json(path)
-    _check_description(path, values, _IN_FOLDER)
+    with_peft = {_PEFT: (str,)} if _PEFT in values else {}
+    _check_description(path, values, {**_IN_FOLDER, **with_peft})
     names = (CONFIG_FILE, TENSOR_FILE, *((HEAD_FILE,) if values["head"] is not None else ()))
+    names += (PEFT_CONFIG_FILE, PEFT_TENSOR_FILE) if with_peft else ()
     files = {name: read_file(folder / name, limit=FILE_LIMIT) for name in names}
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     expected = values["sha256"]
@@ -196,8 +238,17 @@ def _read_folder(folder: Path) -> SavedAdapter:
         file = TensorFile(head_path, files.pop(HEAD_FILE))
         _check_head(head_path, file.shapes, values)
         head = file.load(file.shapes)
+    peft = None
+    if with_peft:
+        config = parse_json(folder / PEFT_CONFIG_FILE, files.pop(PEFT_CONFIG_FILE))
+        file = TensorFile(folder / PEFT_TENSOR_FILE, files.pop(PEFT_TENSOR_FILE))
+        tensors = {
+            name.removeprefix(_PEFT_PREFIX): tensor
+            for name, tensor in file.load(file.shapes).items()
+        }
+        peft = SavedPeft(path, values[_PEFT], config, tensors)
     return SavedAdapter(
-        path, values, read_prompt(folder, files), folder / CONFIG_FILE, head_path, head
+        path, values, read_prompt(folder, files), folder / CONFIG_FILE, head_path, head, peft
     )
 
 
@@ -208,6 +259,7 @@ def describe_state(
     active: str,
     adapters: Mapping[str, tuple[Mapping[str, Any], PromptConfig]],
     tensors: Mapping[str, Tensor],
+    peft: Mapping[str, Any] | None = None,
 ) -> Tensor | None:
     """The description that goes into a state dict, as the bytes of JSON text.
 
@@ -215,6 +267,7 @@ def describe_state(
         active: name of the active adapter.
         adapters: what each is besides its tensors, as for :func:`write_adapter`.
         tensors: all others of the state dict.
+        peft: name, config and names of the tensors of an adapter of PEFT, if there is one.
 
     Returns:
         Bytes, which safetensors can hold, on the CPU. None if this process does not have all
@@ -230,6 +283,8 @@ def describe_state(
             for name, (values, config) in adapters.items()
         },
     }
+    if peft is not None:
+        described[_PEFT] = peft
     described["sha256"] = state_checksum(described, tensors)
     return torch.frombuffer(bytearray(json_bytes(described)), dtype=torch.uint8)
 
@@ -270,11 +325,29 @@ def _read_state_file(path: Path, saved_name: str | None) -> SavedAdapter:
         if values["head"] is not None:
             _check_head(path, _below(f"heads.{each}.", shapes), values)
             expected |= {k: s for k, s in shapes.items() if k.startswith(f"heads.{each}.")}
+    of_peft = _names_of_peft(path, described)
+    expected |= {key: shapes.get(key, ()) for key in of_peft.values()}
     check_shapes(path, shapes, expected)
     check_tensors(path, tensors, expected)
+    peft = None
+    if _PEFT in described:
+        about = described[_PEFT]
+        found = {name: tensors[key] for name, key in of_peft.items()}
+        peft = SavedPeft(path, about["adapter_name"], about["config"], found)
     prompt = SavedPrompt(path, configs[name], None, _below(f"prompts.{name}.", tensors))
     head = _below(f"heads.{name}.", tensors)
-    return SavedAdapter(path, described["adapters"][name], prompt, path, path, head)
+    return SavedAdapter(path, described["adapters"][name], prompt, path, path, head, peft)
+
+
+def _names_of_peft(path: Path, described: Mapping[str, Any]) -> dict[str, str]:
+    """Of each tensor of an adapter of PEFT, its name in PEFT's files and in the state dict."""
+    if _PEFT not in described:
+        return {}
+    _check_types(path, described[_PEFT], _PEFT_FIELDS)
+    names = described[_PEFT]["names"]
+    if not all(isinstance(key, str) for key in names.values()):
+        raise CheckpointError(f"{path}: names: expected strings, got {shorten(names)}")
+    return {name: f"backbone.{key}" for name, key in names.items()}
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -301,7 +374,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     text = tensors.pop(keys[0]).numpy().tobytes()
     prefix = keys[0].removesuffix(DESCRIPTION)
     described = parse_json(path, text)
-    _check_fields(path, described, _OF_STATE)
+    _check_fields(path, described, _OF_STATE | ({_PEFT: (dict,)} if _PEFT in described else {}))
     del described["sha256"]
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     sha256 = state_checksum(described, tensors)
@@ -335,12 +408,18 @@ def _check_fields(
             f"{path}: expected the fields {sorted({*_FORMAT, *fields})}, "
             f"got also {shorten(foreign)}"
         )
+    _check_types(path, values, fields)
+
+
+def _check_types(
+    path: Path, values: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]
+) -> None:
+    """Raise CheckpointError unless each of the fields is there, of its types."""
     for name, kinds in fields.items():
-        if not isinstance(values[name], kinds) or isinstance(values[name], bool):
+        value = values.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
             names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-            raise CheckpointError(
-                f"{path}: {name}: expected {names}, got {type(values[name]).__name__}"
-            )
+            raise CheckpointError(f"{path}: {name}: expected {names}, got {type(value).__name__}")
 
 
 def _check_description(

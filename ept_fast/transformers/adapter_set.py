@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ept_fast.prompts.base import FoldedPrompt, Prompt
+from ept_fast.transformers.peft_layers import PeftAdapter
 
 __all__ = ["AdapterSet", "Description", "check_adapter_name"]
 
@@ -51,6 +52,7 @@ class AdapterSet(nn.Module):
     _classes: ClassVar[dict[str, type[Any]]] = {}
 
     backbone: Any
+    peft: PeftAdapter | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -176,20 +178,25 @@ class AdapterSet(nn.Module):
         self.folded.clear()
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters: ``prompt`` and ``head`` (trained), ``frozen`` (the backbone)."""
+        """Numbers of parameters: ``prompt`` and ``head`` (trained), ``frozen`` (the backbone).
+
+        With an adapter of PEFT also ``peft``, as many of its parameters as are trained.
+        """
         head = [] if self.head is None else list(self.head.parameters())
-        trained = {id(p) for p in head}  # a head that stands in the backbone counts once
-        return {
+        peft = [] if self.peft is None else self.peft.trained()
+        trained = {id(p) for p in (*head, *peft)}  # what stands in the backbone counts once
+        counts = {
             "prompt": _count(self.prompt.parameters()),
             "head": _count(head),
             "frozen": _count(p for p in self.backbone.parameters() if id(p) not in trained),
         }
+        return counts if self.peft is None else {**counts, "peft": _count(peft)}
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The trained parameters of the active adapter, and all with the backbone's."""
         counts = self.parameter_counts()
-        trained = counts["prompt"] + counts["head"]
-        return trained, trained + counts["frozen"]
+        every = sum(counts.values())
+        return every - counts["frozen"], every
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, of how many."""
@@ -198,13 +205,27 @@ class AdapterSet(nn.Module):
         print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {share:.4f}")
 
     def parameter_groups(
-        self, prompt_lr: float, offset_lr: float, space_lr: float, head_lr: float
+        self,
+        prompt_lr: float,
+        offset_lr: float,
+        space_lr: float,
+        head_lr: float,
+        peft_lr: float | None = None,
     ) -> list[dict[str, Any]]:
-        """Optimizer groups of the active adapter: those of the prompt, then the head."""
+        """Optimizer groups of the active adapter: those of the prompt, the head, PEFT's weights.
+
+        Raises:
+            ValueError: no ``peft_lr`` for weights of PEFT that are trained.
+        """
         groups = self.prompt.parameter_groups(prompt_lr, offset_lr, space_lr)
         if self.head is not None:
             params = list(self.head.parameters())
             groups.append({"name": "head", "params": params, "lr": head_lr})
+        peft = [] if self.peft is None else self.peft.trained()
+        if peft and peft_lr is None:
+            raise ValueError("peft_lr: expected a learning rate for the weights of PEFT, got None")
+        if peft:
+            groups.append({"name": "peft", "params": peft, "lr": peft_lr})
         return groups
 
 

@@ -146,7 +146,8 @@ def _arguments(backbone: nn.Module) -> frozenset[str]:
 def _position_table(backbone: nn.Module) -> tuple[str | None, nn.Embedding | None]:
     """Name and layer of the table of learned absolute positions, or two times None."""
     for name, layer in backbone.named_modules():
-        last = name.rpartition(".")[2]
+        own = name.removesuffix(".base_layer").removesuffix(".original_module")  # inside PEFT's
+        last = own.rpartition(".")[2]
         if isinstance(layer, nn.Embedding) and (last == "wpe" or "position" in last):
             return str(name), layer
     return None, None

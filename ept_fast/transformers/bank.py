@@ -26,6 +26,7 @@ from ept_fast.transformers.hub import find_adapter
 from ept_fast.transformers.locks import ReadWriteLock
 from ept_fast.transformers.model import EPTModel
 from ept_fast.transformers.padding import prompt_mask, ranks_of, real_tokens
+from ept_fast.transformers.peft_layers import same
 from ept_fast.transformers.prefix_cache import PrefixCache
 from ept_fast.transformers.tasks import EPTModelForCausalLM, EPTModelForSeq2SeqLM
 
@@ -400,6 +401,11 @@ class EPTBank(nn.Module):
         ):
             if got != expected:
                 raise ValueError(f"adapter: expected one for {field} {expected}, got {got}")
+        if not same(self.model.peft, other.peft):
+            raise ValueError(
+                "adapter: expected one with the bank's adapter of PEFT in its model, or neither "
+                "with any, got another"
+            )
 
     def _copy(self, name: str, slot: int, source: EPTModel, adapter: str) -> None:
         prompt: Any = source.prompts[adapter]

@@ -43,6 +43,8 @@ from ept_fast.storage.untrusted import FILE_LIMIT, CheckpointError, check_size, 
 from ept_fast.transformers.adapter import (
     ADAPTER_FILE,
     HEAD_FILE,
+    PEFT_CONFIG_FILE,
+    PEFT_TENSOR_FILE,
     STATE_FILE,
     SavedAdapter,
     read_adapter,
@@ -64,7 +66,7 @@ CARD_FILE = "README.md"
 
 # The files of an adapter's two forms; the first of each tells that it is there.
 _FORMS: tuple[tuple[str, ...], ...] = (
-    (ADAPTER_FILE, CONFIG_FILE, TENSOR_FILE, HEAD_FILE),
+    (ADAPTER_FILE, CONFIG_FILE, TENSOR_FILE, HEAD_FILE, PEFT_CONFIG_FILE, PEFT_TENSOR_FILE),
     (STATE_FILE,),
 )
 _LIBRARY: dict[str, Any] = {"library_name": "ept-fast", "library_version": ept_fast.__version__}

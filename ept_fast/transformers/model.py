@@ -14,9 +14,10 @@ from ept_fast.config import PromptConfig, check_choice
 from ept_fast.prompts.base import EPTOutput, prompt_class
 from ept_fast.prompts.embedding import embedding_device
 from ept_fast.transformers.adapter_set import check_adapter_name
-from ept_fast.transformers.backbone import Profile, check_backbone, take_cache
+from ept_fast.transformers.backbone import Profile, check_backbone, own_head, take_cache
 from ept_fast.transformers.checkpointing import Checkpointing, Own, set_mode
 from ept_fast.transformers.padding import Rows, Text
+from ept_fast.transformers.peft_layers import PeftAdapter, base_of
 from ept_fast.transformers.quantised import allow_packing, prevent_packing
 from ept_fast.transformers.saving import AdapterFiles
 
@@ -32,8 +33,12 @@ class EPTModel(Checkpointing, AdapterFiles):
     backbone is the user's own model: frozen, in evaluation mode also under ``.train()`` (no
     dropout), never copied, never saved. Of the adapters only the active one requires gradients.
 
+    A PeftModel may be given too, or a model with PEFT's layers in it. Weights of these layers that
+    required gradients go on requiring them, their dropout follows ``.train()``, and they are saved.
+
     Attributes:
-        backbone: the frozen model.
+        backbone: the frozen model; of a PeftModel the one inside.
+        peft: the adapter that PEFT has put into it, or None.
         prompts: the adapters' :class:`ept_fast.FusedEPTPrompt`, by name.
         heads: the adapters' heads, by name, if the task has one.
         base_model_name: folder or hub id of the backbone, saved with adapters; or None.
@@ -50,12 +55,20 @@ class EPTModel(Checkpointing, AdapterFiles):
         self, model: nn.Module, *, base_model: str | None = None, backend: str | None = None
     ) -> None:
         super().__init__()
+        self._given: tuple[Any] = (model,)  # in a tuple, as no module of this one
+        model = base_of(model)
         check_backbone(model, self.task)
+        self.peft = PeftAdapter.of(model)
+        if self.peft is not None:
+            self.peft.check_apart(own_head(model, self.task))
+        trained = [] if self.peft is None else self.peft.trained()
         self._packing = prevent_packing(model)
         self._checkpointing = Own(model)
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._modes = [(m, m.training) for m in model.modules()]
         self.backbone = model.requires_grad_(False).eval()
+        for parameter in trained:
+            parameter.requires_grad_(True)
         name = getattr(self.backbone.config, "_name_or_path", None) or None
         if base_model is None and name is not None and Path(name).is_dir():
             name = str(Path(name).resolve())
@@ -106,12 +119,14 @@ class EPTModel(Checkpointing, AdapterFiles):
         return self.backbone
 
     def train(self, mode: bool = True) -> EPTModel:
-        """Set the mode of prompts and heads; the backbone stays in evaluation mode."""
+        """Set the mode of prompts, heads and PEFT's layers; the backbone stays in evaluation."""
         super().train(mode)
         for name, child in self.named_children():
             if name not in ("prompts", "heads"):
                 child.eval()
         set_mode(self.backbone, mode)
+        if self.peft is not None:
+            self.peft.set_mode(mode)
         for name, head in self.heads.items():
             head.train(mode and name == self.active_adapter)
         if mode:
@@ -179,11 +194,13 @@ class EPTModel(Checkpointing, AdapterFiles):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[EPTModel]:
-        """The plain backbone, for the length of a ``with`` block."""
+        """The plain backbone, also without PEFT's adapter, for the length of a ``with`` block."""
         before, self.disabled = self.disabled, True
         self.place_active()
+        without_peft = contextlib.nullcontext() if self.peft is None else self.peft.disabled()
         try:
-            yield self
+            with without_peft:
+                yield self
         finally:
             self.disabled = before
             self.place_active()
@@ -202,8 +219,9 @@ class EPTModel(Checkpointing, AdapterFiles):
         for module, mode in self._modes:
             module.training = mode
         self._checkpointing.give_back()
-        backbone, self.backbone = self.backbone, None
-        return backbone
+        self.backbone = None
+        (given,), self._given = self._given, (None,)
+        return given
 
     def fold(self, dtype: torch.dtype | None = None, offset: str = "low_rank") -> None:
         """Compute every adapter's prompt once, for inference; switches to evaluation mode.

@@ -74,7 +74,7 @@ class PrefixCache:
     def _update(self) -> None:
         if self._model.prompt is not self._prompt:
             raise ValueError("prefix: expected the cache of the active adapter, got another's")
-        state = _state(self._prompt)
+        state = _state(self._model)
         slots = [i for i, made in enumerate(state) if i >= len(self._made) or self._made[i] != made]
         if not slots:
             return
@@ -105,7 +105,7 @@ class PrefixCache:
         """Raise ValueError unless this is the model's active prompt as it is now."""
         if model is not self._model or model.prompt is not self._prompt:
             raise ValueError("prefix: expected the cache of the active adapter, got another's")
-        state = _state(self._prompt)
+        state = _state(self._model)
         used = range(len(state)) if task_ids is None else sorted(set(task_ids.tolist()))
         changed = [slot for slot in used if state[slot] != self._made[slot]]
         if changed:
@@ -127,12 +127,15 @@ def _is_bank(prompt: Any) -> bool:
     return hasattr(prompt, "writes")
 
 
-def _state(prompt: Any) -> list[Any]:
-    """Something for each slot that is another once its prompt has changed."""
+def _state(model: Any) -> list[Any]:
+    """Something for each slot that is another once its prompt or PEFT's weights have changed."""
+    prompt, peft = model.prompt, [] if model.peft is None else model.peft.parameters()
+    layers = tuple((id(p), _version(p)) for p in peft)
     if _is_bank(prompt):
         kind = (prompt.prompt.dtype, prompt.prompt.device)
-        return [(count, *kind) for count in prompt.writes]
-    return [tuple((id(p), _version(p), p.dtype, p.device) for p in prompt.parameters())]
+        return [(count, *kind, *layers) for count in prompt.writes]
+    own = tuple((id(p), _version(p), p.dtype, p.device) for p in prompt.parameters())
+    return [own + layers]
 
 
 def _version(tensor: Tensor) -> int:

@@ -17,8 +17,10 @@ from ept_fast.storage.files import CheckpointError
 from ept_fast.storage.sharded import fill, gather, reshard, writing_process
 from ept_fast.storage.untrusted import shorten
 from ept_fast.transformers.adapter import (
+    ADAPTER_FILE,
     DESCRIPTION,
     SavedAdapter,
+    SavedPeft,
     adapter_files,
     describe_state,
     write_adapter,
@@ -36,6 +38,7 @@ from ept_fast.transformers.hub import (
     kept_card,
     upload_adapter,
 )
+from ept_fast.transformers.peft_layers import PeftAdapter, put_in
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -76,6 +79,8 @@ class AdapterFiles(AdapterSet):
         create_pr: bool = False,
     ) -> None:
         """Write an adapter into ``save_directory``: safetensors and JSON, never the backbone.
+
+        An adapter of PEFT in the backbone goes into the folder ``peft``, as PEFT writes it.
 
         All files are on the disk under temporary names before any takes the place of an older one,
         the description last. If FSDP2 shards the model, every process has to call this, and one
@@ -206,12 +211,14 @@ class AdapterFiles(AdapterSet):
         base = base if is_hub_id(base) and not os.path.isdir(base) else None
         if public:
             values["base_model"] = base
-        shapes = expected_shapes(prompt.config, None).values()
-        trained = sum(map(math.prod, shapes)) + sum(t.numel() for t in (head or {}).values())
+        peft = None if self.peft is None else self.peft.to_save(Path(ADAPTER_FILE))
+        sizes = [math.prod(shape) for shape in expected_shapes(prompt.config, None).values()]
+        sizes += [t.numel() for t in (head or {}).values()]
+        sizes += [] if self.peft is None else [p.numel() for p in self.peft.trained()]
         card = AdapterCard(
-            self.task, base, values["labels"], prompt.config, trained, check_metrics(metrics)
+            self.task, base, values["labels"], prompt.config, sum(sizes), check_metrics(metrics)
         )
-        return adapter_files(prompt.files(), head, values, prompt.config), card
+        return adapter_files(prompt.files(), head, values, prompt.config, peft), card
 
     def saved_values(self, name: str) -> dict[str, Any]:
         """What an adapter's description says besides its tensors and their sizes."""
@@ -232,6 +239,8 @@ class AdapterFiles(AdapterSet):
     ) -> None:
         """Read an adapter of the same task, sizes and labels into the active one.
 
+        If an adapter of PEFT was saved with it, it is read into the one of the same sizes here.
+
         Args:
             pretrained_model_name_or_path, saved_name, **hub: as in :meth:`from_pretrained`.
 
@@ -246,9 +255,14 @@ class AdapterFiles(AdapterSet):
                 raise CheckpointError(
                     f"{saved.path}: {field}: expected {shorten(expected)}, got {shorten(got)}"
                 )
+        peft = self._peft_beside(saved)
+        if peft is not None:
+            peft[0].check_fits(peft[1])
         tensors = {} if self.head is None else saved.head(self.head)
         reshard(self)
         self.prompt.load_saved(saved.prompt)
+        if peft is not None:
+            peft[0].load(peft[1])
         if self.head is not None:
             fill(self.head.state_dict(), tensors)
         self.unfold()
@@ -279,6 +293,9 @@ class AdapterFiles(AdapterSet):
         """Add an adapter that has been read; errors as :meth:`load_adapter`."""
         check_adapter_name(name, self.descriptions)
         described = self._check_saved(saved)
+        peft = self._peft_beside(saved)
+        if peft is not None:
+            peft[0].check_same(peft[1])
         config = saved.config(embedding_width(self.backbone))
         try:
             chosen = self.describe(described.labels, described.pooling, described.head_dropout)
@@ -301,6 +318,22 @@ class AdapterFiles(AdapterSet):
             head.load_state_dict(tensors)
             head.to(embedding_device(layer))
         self.place(name, prompt, head, described)
+
+    def _peft_beside(self, saved: SavedAdapter) -> tuple[PeftAdapter, SavedPeft] | None:
+        """The adapters of PEFT here and in the files; CheckpointError if there is one only."""
+        if self.peft is not None and saved.peft is not None:
+            return self.peft, saved.peft
+        if self.peft is not None:
+            raise CheckpointError(
+                f"{saved.path}: peft: expected the adapter {self.peft.name} of PEFT that is in the "
+                f"model, got none (merge_and_unload() of PEFT gives a plain model)"
+            )
+        if saved.peft is not None:
+            raise CheckpointError(
+                f"{saved.path}: peft: expected none as in this model, got the adapter "
+                f"{saved.peft.adapter_name!r} of PEFT (EPTModel.from_pretrained loads both)"
+            )
+        return None
 
     def _check_saved(self, saved: SavedAdapter) -> Description:
         values = saved.values
@@ -336,7 +369,9 @@ class AdapterFiles(AdapterSet):
                 wrote, or else what transformers' Trainer or accelerate did, the state dict of a
                 model as ``model.safetensors``. An adapter that
                 :func:`~ept_fast.transformers.adapter.read_adapter` has read will do too.
-            model: the frozen model, if it is loaded already.
+            model: the frozen model, if it is loaded already. An adapter of PEFT that was saved
+                with the prompt is put into it, and ``unload()`` then gives a PeftModel; a model
+                that has one needs to have this very one.
             base_model: folder or hub id to load it from, in place of the name saved with the
                 adapter.
             adapter_name: the adapter's name in the new model.
@@ -384,24 +419,28 @@ class AdapterFiles(AdapterSet):
                 if base_model is not None:
                     raise
                 raise ValueError(f"{error}{names_it(folder, name, allow_download)}") from None
-        chosen: EPTModel = cls.of_task(values["task"])(model, base_model=name, backend=backend)
-        try:
-            chosen.add_saved(saved, adapter_name)
-        except BaseException:
-            chosen.unload()
-            raise
+        with put_in(model, saved.peft) as ready:
+            chosen: EPTModel = cls.of_task(values["task"])(ready, base_model=name, backend=backend)
+            try:
+                chosen.add_saved(saved, adapter_name)
+            except BaseException:
+                chosen.unload()
+                raise
         return chosen.eval()
 
 
 def _keep_adapters(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A state dict holds prompts and heads, never backbone weights, and says what they are."""
+    """A state dict holds prompts, heads and PEFT's weights, none else, and says what they are."""
     kept = (f"{prefix}prompts.", f"{prefix}heads.")
+    peft = {f"{prefix}{name}" for name in _names_of_peft(module)}
     for key in [k for k in state if k.startswith(prefix) and not k.startswith(kept)]:
-        del state[key]
+        if key not in peft:
+            del state[key]
     description = describe_state(
         module.active_adapter,
         {name: (module.saved_values(name), p.config) for name, p in module.prompts.items()},
-        {k.removeprefix(prefix): tensor for k, tensor in state.items() if k.startswith(kept)},
+        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(kept) or k in peft},
+        None if module.peft is None else module.peft.description(),
     )
     if description is not None:
         state[f"{prefix}{DESCRIPTION}"] = description
@@ -415,10 +454,17 @@ def _expect_adapters(module: Any, keys: Any) -> None:
     frozen = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     frozen |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     frozen = {name for name in frozen if not name.startswith(("prompts.", "heads."))}
+    frozen -= _names_of_peft(module)
     keys.missing_keys[:] = [k for k in keys.missing_keys if not _ends_in(k, frozen)]
     others = [k for k in keys.unexpected_keys if not _ends_in(k, {DESCRIPTION})]
     keys.unexpected_keys[:] = others
     module.unfold()
+
+
+def _names_of_peft(module: Any) -> set[str]:
+    """Names of the weights of PEFT in a state dict."""
+    names = set() if module.peft is None else set(module.peft.names.values())
+    return {f"backbone.{name}" for name in names}
 
 
 def _ends_in(key: str, names: set[str]) -> bool:

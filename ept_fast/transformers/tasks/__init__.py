@@ -54,7 +54,9 @@ def get_ept_model(
         model: a ``transformers`` model of the kind that the task needs: for ``"SEQ_2_SEQ_LM"`` an
             encoder-decoder (the prompt goes before the encoder's text), for ``"CAUSAL_LM"`` a
             decoder with its language-model head, for ``"SEQ_CLS"`` and ``"TOKEN_CLS"`` a bare
-            model or one with a head for the task, for ``"FEATURE_EXTRACTION"`` a bare model.
+            model or one with a head for the task, for ``"FEATURE_EXTRACTION"`` a bare model. Or a
+            ``PeftModel`` of such a model, with LoRA or another method that works by layers: what
+            it trains is trained with the prompt.
         config: sizes and choices of the prompt; ``hidden_size`` is the width of the embeddings.
         task: ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"CAUSAL_LM"``, ``"SEQ_2_SEQ_LM"`` or
             ``"FEATURE_EXTRACTION"``.
@@ -74,8 +76,10 @@ def get_ept_model(
         backend: as in :func:`ept_fast.reconstruct_prompt`.
 
     Raises:
-        TypeError: a model that cannot be called with embeddings or lacks what the task needs.
-        ValueError: an unknown task, labels or sizes that do not fit.
+        TypeError: a model that cannot be called with embeddings or lacks what the task needs; a
+            method of PEFT that does not work by its layers alone.
+        ValueError: an unknown task, labels or sizes that do not fit; an adapter of PEFT that cannot
+            be trained or saved under a prompt.
 
     Example:
         >>> import transformers

@@ -29,7 +29,7 @@ class HeadedModel(EPTModel):
 
     def __init__(self, model: nn.Module, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
-        self.base_head = nn.ModuleDict(own_head(model, self.task))
+        self.base_head = nn.ModuleDict(own_head(self.backbone, self.task))
         self._encoder_name = self.backbone.base_model_prefix if self.base_head else ""
 
     @property

@@ -62,6 +62,8 @@ def test_a_folded_model(task: str, offset: str, backend: str | None) -> None:
         call = inputs(*size)
         with torch.no_grad():
             torch.testing.assert_close(program(**call).logits, model(**call).logits)
+    with pytest.raises((AssertionError, RuntimeError), match="<= 16"):
+        program(**inputs(2, MAX_LENGTH + 1))
 
 
 ALONE = """
@@ -110,7 +112,13 @@ OWN = "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"
 @pytest.mark.filterwarnings(CAPTURES)
 @pytest.mark.filterwarnings(OWN)
 @pytest.mark.parametrize(
-    "choices", [{}, *({"labels": ("a", "b"), "pooling": pooling} for pooling in ("mean", "last"))]
+    "choices",
+    [
+        {},
+        {"labels": ("a", "b"), "pooling": "mean"},
+        pytest.param({"labels": ("a", "b"), "pooling": "last"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda choices: choices.get("pooling", "own head"),
 )
 def test_onnx(choices: dict[str, Any], tmp_path: Path) -> None:
     """A classifier for any number of rows and any length, with the model's own head too."""
@@ -128,11 +136,17 @@ def test_onnx(choices: dict[str, Any], tmp_path: Path) -> None:
         (got,) = session.run(None, {name: value.numpy() for name, value in call.items()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(got), model(**call).logits)
+    long = {name: torch.ones(2, MAX_LENGTH + 1).long().numpy() for name in inputs(*EXAMPLE)}
+    with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+        session.run(None, long)
 
 
 @pytest.mark.filterwarnings(CAPTURES)
 @pytest.mark.filterwarnings(OWN)
-@pytest.mark.parametrize(("offset", "backend"), [("low_rank", None), ("table", "reference")])
+@pytest.mark.parametrize(
+    ("offset", "backend"),
+    [("low_rank", None), pytest.param("table", "reference", marks=pytest.mark.slow)],
+)
 def test_onnx_has_no_operators_of_the_package(offset: str, backend: str | None) -> None:
     model = folded("SEQ_CLS", offset, backend)
     with pytest.raises(torch.onnx.OnnxExporterError, match="step 3/3") as caught:

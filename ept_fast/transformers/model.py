@@ -319,11 +319,10 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
                 models that go by columns.
         """
         task_ids = kwargs.pop("task_ids", None)
-        spliced = self.active_prompt(
-            text.input_ids, text.inputs_embeds, text.attention_mask, task_ids
-        )
+        prompt = self.active_prompt
+        spliced = prompt(text.input_ids, text.inputs_embeds, text.attention_mask, task_ids)
         rows = Rows.of(spliced, text, self.prompt.config.num_virtual_tokens)
-        if compact and not self.active_prompt.equal_lengths:
+        if compact and not prompt.equal_lengths:
             rows = rows.compacted()
         embeds, mask, ranks, kinds, *_ = rows
         inputs = self.profile.inputs(embeds, mask, ranks, token_type_ids=kinds, use_cache=False)

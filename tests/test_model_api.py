@@ -365,6 +365,26 @@ def test_unload_gives_resized_tensors_their_flags() -> None:
     assert [n for n, p in backbone.named_parameters() if p.requires_grad] == ["lm_head.weight"]
 
 
+def test_a_backbone_with_a_method_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That makes a new layer, to be trained."""
+    backbone = make_backbone("FEATURE_EXTRACTION")
+
+    def resize(count: int, *_: object) -> nn.Module:
+        backbone.set_input_embeddings(other_layer(num_embeddings=count))
+        return backbone.get_input_embeddings()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(backbone, "resize_token_embeddings", resize)
+    model = make_model("FEATURE_EXTRACTION", backbone)
+    names = set(trained(model))
+    layer = model.resize_token_embeddings(90)
+    assert set(trained(model)) == names
+    assert not layer.training
+    model(torch.tensor([[85, 5]]))
+    model.unload()
+    assert layer.training
+    assert layer.weight.requires_grad
+
+
 @pytest.mark.parametrize("folded", [False, True])
 def test_embeddings_resized_in_the_backbone(folded: bool) -> None:
     """By its own method, past the wrapper: the prompt reads the new table."""

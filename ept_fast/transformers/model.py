@@ -96,8 +96,7 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
     ) -> Any:
         """Resize the backbone's table of embeddings, and its language-model head if it has one.
 
-        The new tensors are frozen; :meth:`unload` gives them the ``requires_grad`` of the old ones.
-        Called on the backbone instead, the method of transformers leaves them to be trained.
+        What is new is frozen; :meth:`unload` gives it the ``requires_grad`` of what it replaced.
 
         Args:
             new_num_tokens, pad_to_multiple_of, mean_resizing: as for the backbone's own method.

@@ -74,8 +74,8 @@ class PretrainedInterface:
         return self.backbone
 
     def can_generate(self) -> bool:
-        """Whether the task has ``generate`` and the backbone's class can."""
-        return hasattr(self, "generate") and isinstance(self.backbone, GenerationMixin)
+        """Whether the backbone can."""
+        return isinstance(self.backbone, GenerationMixin)
 
     def get_input_embeddings(self) -> Any:
         """The backbone's embedding layer."""

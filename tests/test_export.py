@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ept_fast import EPTModel
+from ept_fast import EPTConfig, EPTModel, get_ept_model
 from tests.distributed.tasks import make_model
+from tests.tiny import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,10 +92,14 @@ def test_a_program_of_the_reference_runs_without_the_package(task: str, tmp_path
     subprocess.run([sys.executable, "-c", ALONE, *files], check=True, timeout=120)
 
 
-def export_onnx(model: EPTModel) -> Any:
+def require_onnx() -> None:
     missing = [name for name in ONNX if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def export_onnx(model: EPTModel) -> Any:
+    require_onnx()
     return torch.onnx.export(
         model,
         (),
@@ -152,3 +158,30 @@ def test_onnx_has_no_operators_of_the_package(offset: str, backend: str | None) 
     with pytest.raises(torch.onnx.OnnxExporterError, match="step 3/3") as caught:
         export_onnx(model)
     assert "target=torch.ops.ept_fast.splice_forward" in str(caught.value.__cause__)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(CAPTURES)
+@pytest.mark.filterwarnings(OWN)
+def test_the_page_s_examples(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_onnx()
+    import transformers
+
+    folder = save_model(tmp_path / "model")
+    backbone = transformers.AutoModel.from_pretrained(folder)
+    config = EPTConfig(32, num_virtual_tokens=4, max_length=MAX_LENGTH, rank=2)
+    get_ept_model(backbone, config, "SEQ_CLS", labels=("a", "b")).save_pretrained(
+        tmp_path / "adapter"
+    )
+    known = {
+        "torch": torch,
+        "EPTModel": EPTModel,
+        "backbone": transformers.AutoModel.from_pretrained(folder),
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(folder),
+    }
+    page = (root / "docs" / "export.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, known)
+    assert (tmp_path / "model.pt2").exists()
+    assert (tmp_path / "model.onnx").exists()

@@ -7,6 +7,7 @@ below :class:`Prompt` with ``shapes``, ``groups``, ``initial`` and ``reconstruct
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from ept_fast.config import EPT, PromptConfig, check_choice, check_count
 from ept_fast.ops.functional import splice_prompt
 from ept_fast.ops.types import Text
 from ept_fast.prompts.embedding import (
+    NOISE,
     check_width,
     embedding_device,
+    in_training_mode,
     is_plain_table,
 )
 from ept_fast.prompts.initial import LongPrompt
@@ -182,15 +185,17 @@ class SplicedPrompt(nn.Module):
     def _look_up(self, embedding: nn.Module, input_ids: Tensor) -> Tensor:
         """Call the layer: scaled, quantised or hooked layers do their own lookup."""
         check_input_ids(input_ids, None)
-        if torch.compiler.is_compiling():
-            return embedding(input_ids)  # type: ignore[no-any-return]
-        try:
-            return embedding(input_ids)  # type: ignore[no-any-return]
-        except IndexError:
-            rows = getattr(embedding, "num_embeddings", None)
-            if isinstance(rows, int):
-                check_token_ids(input_ids, rows)  # names row and column
-            raise
+        noise = self.training and hasattr(embedding, NOISE)
+        with in_training_mode(embedding) if noise else contextlib.nullcontext():
+            if torch.compiler.is_compiling():
+                return embedding(input_ids)  # type: ignore[no-any-return]
+            try:
+                return embedding(input_ids)  # type: ignore[no-any-return]
+            except IndexError:
+                rows = getattr(embedding, "num_embeddings", None)
+                if isinstance(rows, int):
+                    check_token_ids(input_ids, rows)  # names row and column
+                raise
 
     def extra_repr(self) -> str:
         """The config's fields, for ``repr``."""

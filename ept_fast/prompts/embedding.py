@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TypeGuard
 
 import torch
@@ -10,7 +12,17 @@ from torch.nn.modules import module as every_module  # the hooks of all modules
 
 from ept_fast.storage.sharded import check_whole
 
-__all__ = ["check_width", "embedding_device", "embedding_weight", "is_plain_table"]
+__all__ = [
+    "NOISE",
+    "check_width",
+    "embedding_device",
+    "embedding_weight",
+    "in_training_mode",
+    "is_plain_table",
+]
+
+# What transformers sets on the layer for NEFTune, whose hook adds noise in training mode only.
+NOISE = "neftune_noise_alpha"
 
 
 def embedding_weight(embedding: nn.Module) -> Tensor:
@@ -47,6 +59,16 @@ def check_width(embedding: nn.Module, hidden_size: int) -> None:
     width = int(getattr(embedding, "embedding_dim", embedding_weight(embedding).shape[-1]))
     if width != hidden_size:
         raise ValueError(f"embedding: expected width hidden_size {hidden_size}, got {width}")
+
+
+@contextlib.contextmanager
+def in_training_mode(embedding: nn.Module) -> Iterator[None]:
+    """Training mode for a layer of a frozen model, which is in evaluation mode otherwise."""
+    before, embedding.training = embedding.training, True
+    try:
+        yield
+    finally:
+        embedding.training = before
 
 
 def is_plain_table(embedding: nn.Module) -> TypeGuard[nn.Embedding]:

@@ -84,9 +84,16 @@ class AdapterSet(nn.Module):
 
     @property
     def active_prompt(self) -> Prompt | FoldedPrompt:
-        """The active adapter's prompt, folded if :meth:`fold` was called."""
+        """The active adapter's prompt, folded if :meth:`fold` was called.
+
+        It looks up tokens in the embedding layer that the backbone has now.
+        """
         name = self.active_adapter
-        return (self.folded if name in self.folded else self.prompts)[name]  # type: ignore[return-value]
+        prompt: Any = (self.folded if name in self.folded else self.prompts)[name]
+        layer = self.backbone.get_input_embeddings()
+        if layer is not prompt.embedding:
+            prompt.set_input_embeddings(layer)
+        return prompt  # type: ignore[no-any-return]
 
     @property
     def head(self) -> nn.Module | None:
@@ -197,6 +204,21 @@ class AdapterSet(nn.Module):
         counts = self.parameter_counts()
         every = sum(counts.values())
         return every - counts["frozen"], every
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters of backbone and active adapter hold.
+
+        Args:
+            only_trainable: whether to count only those that require gradients.
+            exclude_embeddings: whether to leave out the tables of ``nn.Embedding`` layers.
+        """
+        modules = [self.backbone, self.prompt, *([] if self.head is None else [self.head])]
+        counted = {id(p): p for module in modules for p in module.parameters()}
+        if exclude_embeddings:
+            for layer in self.backbone.modules():
+                if isinstance(layer, nn.Embedding):
+                    counted.pop(id(layer.weight), None)
+        return _count(p for p in counted.values() if p.requires_grad or not only_trainable)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, of how many."""

@@ -48,15 +48,16 @@ _REFUSED = (
 _CACHE: Any = cache_argument(
     inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
-_COMPUTED = ("inputs", "inputs_embeds", "position_ids", "token_type_ids", "encoder_outputs")
+_COMPUTED = ("inputs_embeds", "position_ids", "token_type_ids", "encoder_outputs")
 
 
 @torch.no_grad()
 def generate_causal(
     model: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
+    inputs: Tensor | None = None,
     task_ids: Tensor | None = None,
     prefix: PrefixCache | None = None,
     **kwargs: Any,
@@ -72,6 +73,7 @@ def generate_causal(
         input_ids: ``[B, S]``, padded in any way.
         attention_mask: ``[B, S]`` of 0 and 1. By default zeros at the padding token if
             the generation config names one that does not end texts too, as ``generate`` does.
+        inputs: another name of ``input_ids``.
         task_ids: ``[B]`` integers, for a bank of prompts.
         prefix: the prompt's keys and values, from ``prefix_cache()``: they are then not computed
             again. Every row needs a token; if there is padding, it comes between prompt and
@@ -90,6 +92,7 @@ def generate_causal(
             supported behind a prompt.
         IndexError: an id outside the vocabulary.
     """
+    input_ids = _ids(input_ids, inputs)
     if model.disabled:
         given = {"task_ids": task_ids, "prefix": prefix}
         kwargs |= {name: value for name, value in given.items() if value is not None}
@@ -132,9 +135,10 @@ def generate_causal(
 @torch.no_grad()
 def generate_seq2seq(
     model: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
+    inputs: Tensor | None = None,
     task_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -147,6 +151,7 @@ def generate_seq2seq(
         model: of the class :class:`ept_fast.transformers.tasks.EPTModelForSeq2SeqLM`.
         input_ids: ``[B, S]``, padded in any way.
         attention_mask: ``[B, S]`` of 0 and 1; by default as in :func:`generate_causal`.
+        inputs: another name of ``input_ids``.
         task_ids: ``[B]`` integers, for a bank of prompts.
         **kwargs: of the backbone's ``generate``.
 
@@ -158,6 +163,7 @@ def generate_seq2seq(
         ValueError: text longer than the offset covers or than the backbone has positions for.
         IndexError: an id outside the vocabulary.
     """
+    input_ids = _ids(input_ids, inputs)
     if model.disabled:
         if task_ids is not None:
             kwargs["task_ids"] = task_ids
@@ -208,6 +214,14 @@ def _generating(model: Any) -> Any:
         )
     model.check_keeps_cache()
     return backbone
+
+
+def _ids(input_ids: Tensor | None, inputs: Tensor | None) -> Any:
+    """The token ids under whichever name they are given."""
+    if (input_ids is None) == (inputs is None):
+        got = "neither" if inputs is None else "both"
+        raise ValueError(f"input_ids, inputs: expected exactly one of them, got {got}")
+    return inputs if input_ids is None else input_ids
 
 
 def _given_cache(kwargs: dict[str, Any]) -> tuple[str, Any]:

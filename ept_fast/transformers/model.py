@@ -12,12 +12,19 @@ from torch import Tensor, nn
 
 from ept_fast.config import PromptConfig, check_choice
 from ept_fast.prompts.base import EPTOutput, prompt_class
-from ept_fast.prompts.embedding import embedding_device
+from ept_fast.prompts.embedding import check_width
 from ept_fast.transformers.adapter_set import check_adapter_name
-from ept_fast.transformers.backbone import Profile, check_backbone, own_head, take_cache
+from ept_fast.transformers.backbone import (
+    Profile,
+    check_backbone,
+    embedding_width,
+    own_head,
+    take_cache,
+)
 from ept_fast.transformers.checkpointing import Checkpointing, Own, set_mode
 from ept_fast.transformers.padding import Rows, Text
 from ept_fast.transformers.peft_layers import PeftAdapter, base_of
+from ept_fast.transformers.pretrained import PretrainedInterface
 from ept_fast.transformers.quantised import allow_packing, prevent_packing
 from ept_fast.transformers.saving import AdapterFiles
 
@@ -26,7 +33,7 @@ __all__ = ["EPTModel"]
 _OFFSETS = ("low_rank", "table", "auto")
 
 
-class EPTModel(Checkpointing, AdapterFiles):
+class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
     """A frozen model, named adapters of prompt and head, and one of them active.
 
     Made by :func:`ept_fast.get_ept_model` or :meth:`from_pretrained`; the class is the task's. The
@@ -79,28 +86,6 @@ class EPTModel(Checkpointing, AdapterFiles):
         if self._checkpointing.options is not None:
             self.gradient_checkpointing_enable(self._checkpointing.options)
 
-    # What a model of transformers offers
-
-    @property
-    def config(self) -> Any:
-        """The backbone's config."""
-        return self.backbone.config
-
-    @property
-    def generation_config(self) -> Any:
-        """The backbone's generation config, or None."""
-        return getattr(self.backbone, "generation_config", None)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the token embeddings; of offloaded ones, that to which they are brought."""
-        return embedding_device(self.get_input_embeddings())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the token embeddings."""
-        return self.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
-
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Read by DDP, which would send the frozen model's buffers before every forward.
@@ -110,13 +95,50 @@ class EPTModel(Checkpointing, AdapterFiles):
         """
         return [f"backbone.{name}" for name, _ in self.backbone.named_buffers()]
 
-    def get_input_embeddings(self) -> Any:
-        """The backbone's embedding layer."""
-        return self.backbone.get_input_embeddings()
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Make ``value`` the backbone's embedding layer, frozen; every prompt uses it from now on.
 
-    def get_base_model(self) -> Any:
-        """The backbone itself."""
-        return self.backbone
+        Raises:
+            ValueError: the layer has another width.
+        """
+        check_width(value, embedding_width(self.backbone))
+        self.backbone.set_input_embeddings(value)
+        self._flags += [(p, p.requires_grad) for p in value.parameters()]
+        self._modes += [(m, m.training) for m in value.modules()]
+        value.requires_grad_(False).eval()
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        """Resize the backbone's table of embeddings, and its language-model head if it has one.
+
+        What is new is frozen; :meth:`unload` gives it the ``requires_grad`` of what it replaced.
+
+        Args:
+            new_num_tokens, pad_to_multiple_of, mean_resizing: as for the backbone's own method.
+
+        Returns:
+            The embedding layer.
+        """
+        before = dict(self.backbone.named_parameters())
+        flags = {id(p): flag for p, flag in self._flags}
+        modules = set(self.backbone.modules())
+        layer = self.backbone.resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        for name, parameter in self.backbone.named_parameters():
+            old = before.get(name)
+            if parameter is not old:
+                self._flags.append((parameter, flags.get(id(old), True)))
+                parameter.requires_grad_(False)
+        for module in self.backbone.modules():
+            if module not in modules:
+                self._modes.append((module, module.training))
+                module.training = False
+        return layer
 
     def train(self, mode: bool = True) -> EPTModel:
         """Set the mode of prompts, heads and PEFT's layers; the backbone stays in evaluation."""
@@ -264,12 +286,13 @@ class EPTModel(Checkpointing, AdapterFiles):
             inputs_embeds: ``[B, S, d]``, as the backbone's embedding layer gives them.
             token_type_ids: ``[B, S]`` integers, for backbones that have them.
             labels: what the task is trained on; gives the output a ``loss``.
-            **kwargs: handed on to the backbone.
+            **kwargs: handed on to the backbone, but for those that are None.
 
         Returns:
-            The backbone's output class, with ``logits`` or ``last_hidden_state`` of the text alone:
-            ``[B, S, ...]``. Hidden states and attentions, if asked for, are those of the row
-            that the backbone saw: prompt and text, padded on the right.
+            The backbone's output class, or with ``return_dict=False`` a tuple of its fields, with
+            ``logits`` or ``last_hidden_state`` of the text alone: ``[B, S, ...]``. Hidden states
+            and attentions, if asked for, are those of the row that the backbone saw: prompt and
+            text, padded on the right.
 
         Raises:
             TypeError, ValueError: inputs that do not fit, by name; more positions than the backbone
@@ -285,12 +308,13 @@ class EPTModel(Checkpointing, AdapterFiles):
                 inputs_embeds=inputs_embeds,
                 **kwargs,
             )
-        if kwargs.pop("position_ids", None) is not None:
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        if "position_ids" in kwargs:
             raise ValueError("position_ids: expected None (they follow from the mask), got one")
         name, cache = take_cache(kwargs)
         if cache is not None:
             raise ValueError(f"{name}: expected None (see generate()), got one")
-        kwargs.pop("return_dict", None)
+        return_dict = kwargs.pop("return_dict", True)
         text = Text.of(input_ids, inputs_embeds, attention_mask, token_type_ids)
         limit = self.profile.table_limit(m := self.prompt.config.num_virtual_tokens)
         if limit is not None and text.length > limit:
@@ -299,7 +323,8 @@ class EPTModel(Checkpointing, AdapterFiles):
                 f"{self.profile.max_position_embeddings} without the prompt's {m}), "
                 f"got {text.length}"
             )
-        return self.run(text, labels, kwargs)
+        output = self.run(text, labels, kwargs)
+        return output if return_dict else output.to_tuple()
 
     def run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
         """The task's output; ``kwargs`` are for the backbone."""
@@ -317,11 +342,10 @@ class EPTModel(Checkpointing, AdapterFiles):
                 models that go by columns.
         """
         task_ids = kwargs.pop("task_ids", None)
-        spliced = self.active_prompt(
-            text.input_ids, text.inputs_embeds, text.attention_mask, task_ids
-        )
+        prompt = self.active_prompt
+        spliced = prompt(text.input_ids, text.inputs_embeds, text.attention_mask, task_ids)
         rows = Rows.of(spliced, text, self.prompt.config.num_virtual_tokens)
-        if compact and not self.active_prompt.equal_lengths:
+        if compact and not prompt.equal_lengths:
             rows = rows.compacted()
         embeds, mask, ranks, kinds, *_ = rows
         inputs = self.profile.inputs(embeds, mask, ranks, token_type_ids=kinds, use_cache=False)

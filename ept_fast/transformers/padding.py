@@ -61,7 +61,9 @@ def _take(values: Tensor, order: Tensor) -> Tensor:
 
 def _padding_last(mask: Tensor) -> Tensor:
     """The order of columns that moves real tokens to the left, ``[B, S]``."""
-    return (mask == 0).int().argsort(dim=1, stable=True)
+    # No two keys are equal, so any sort keeps the tokens' order; ONNX has no stable one.
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask == 0, columns + mask.shape[1], columns).argsort(dim=1)
 
 
 # A forward pass

@@ -356,6 +356,7 @@ class AdapterFiles(AdapterSet):
         base_model: str | None = None,
         adapter_name: str = "default",
         saved_name: str | None = None,
+        is_trainable: bool = True,
         backend: str | None = None,
         trust_remote_code: bool = False,
         allow_download: bool = False,
@@ -376,6 +377,8 @@ class AdapterFiles(AdapterSet):
                 adapter.
             adapter_name: the adapter's name in the new model.
             saved_name: which adapter of several in a state dict; by default the active one.
+            is_trainable: whether the adapter requires gradients, so that ``train()`` is all that
+                training needs. Without, nothing does until :meth:`set_adapter` is called.
             backend: as in :func:`ept_fast.reconstruct_prompt`.
             trust_remote_code: whether to run the code that the model at ``base_model`` brings.
             allow_download: whether a model that only the adapter names may be loaded from the hub;
@@ -426,6 +429,8 @@ class AdapterFiles(AdapterSet):
             except BaseException:
                 chosen.unload()
                 raise
+        if not is_trainable:
+            chosen.requires_grad_(False)
         return chosen.eval()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ept_fast.config import check_number
 from ept_fast.transformers.adapter_set import Description
@@ -16,6 +17,8 @@ from ept_fast.transformers.backbone import output_width, own_head
 from ept_fast.transformers.model import EPTModel
 
 __all__ = ["HeadedModel"]
+
+_LABELS = ("id2label", "label2id")  # fields of a config of transformers
 
 
 class HeadedModel(EPTModel):
@@ -31,6 +34,7 @@ class HeadedModel(EPTModel):
         super().__init__(model, **kwargs)
         self.base_head = nn.ModuleDict(own_head(self.backbone, self.task))
         self._encoder_name = self.backbone.base_model_prefix if self.base_head else ""
+        self._own_labels = {name: getattr(self.config, name, None) for name in _LABELS}
 
     @property
     def encoder(self) -> Any:
@@ -46,7 +50,8 @@ class HeadedModel(EPTModel):
         own = bool(self.base_head) and pooling in (None, "model")
         if own:
             self._check_own_head(head_dropout)
-            known = tuple(str(name) for _, name in sorted(self.config.id2label.items()))
+            own_labels = self._own_labels["id2label"] or {}
+            known = tuple(str(name) for _, name in sorted(own_labels.items()))
             if labels is not None and len(labels) != len(known):
                 raise ValueError(
                     f"labels: expected {len(known)} names as in the model's head, "
@@ -92,12 +97,20 @@ class HeadedModel(EPTModel):
         return head
 
     def place_active(self) -> None:
-        """Put the active adapter's copy of the model's own head, or that head, into the model."""
+        """Put the active adapter's copy of the model's own head, or that head, into the model.
+
+        The names of its classes go into the model's config.
+        """
         active = bool(self.active_adapter) and not self.disabled
         own = active and self.description.head == "model"
         modules: Any = self.head if own else self.base_head
         for name, module in modules.items():
             setattr(self.backbone, name, module)
+        if isinstance(self.config, PreTrainedConfig):
+            ids = dict(enumerate(self.labels)) if active else {}
+            names = {label: index for index, label in ids.items()}
+            for field, value in zip(_LABELS, (ids, names), strict=True):
+                setattr(self.config, field, value or self._own_labels[field])
 
     def linear(self, values: Tensor) -> Tensor:
         """Logits of a linear head in float32, from the encoder's values ``[..., h]``."""

@@ -170,7 +170,7 @@ class _ManagedByPeft:
     def new_head(self, description: Any, generator: Any) -> None:
         return None
 
-    def place_active(self) -> None:
+    def place_head(self, own: bool) -> None:
         pass
 
     def set_adapter(self, name: str) -> None:
@@ -201,17 +201,27 @@ class EPTTuner(BaseTuner):
         {
             "activation_checkpointing_disable",
             "activation_checkpointing_enable",
+            "disable_input_require_grads",
+            "enable_input_require_grads",
             "gradient_checkpointing_disable",
             "gradient_checkpointing_enable",
             "is_gradient_checkpointing",
             "parameter_groups",
             "prefix_cache",
+            "resize_token_embeddings",
+            "set_input_embeddings",
             "text_limit",
             "unfold",
         }
     )
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        if any(isinstance(module, kinds) for module in model.modules()):
+            raise ValueError(
+                "model: expected one without layers of PEFT, got some (get_ept_model puts a prompt "
+                "before such a model)"
+            )
         try:
             super().__init__(model, *args, **kwargs)
         except BaseException:
@@ -237,7 +247,6 @@ class EPTTuner(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         check_choice("task_type", config.task_type, TASKS)
         wrapped = _model_class(str(getattr(config.task_type, "value", config.task_type)))(model)
-        self._labels_before = dict(getattr(model.config, "id2label", None) or {})
         self._ept_model = (wrapped,)
         setattr(model, _LAYER, _PromptLayer(wrapped.prompts))
 
@@ -317,17 +326,11 @@ class EPTTuner(BaseTuner):
         self._follow()
 
     def _follow(self) -> None:
-        """Have the EPTModel use the adapter that is active in PEFT, and its labels."""
+        """Have the EPTModel use the adapter that is active in PEFT, and show its labels."""
         wrapped, layer = self.ept_model, getattr(self.model, _LAYER)
         wrapped.active_adapter = next(iter(layer.active_adapters), "")
         wrapped.disabled = layer.disable_adapters or not wrapped.active_adapter
-        labels = dict(enumerate(wrapped.labels)) if wrapped.active_adapter else None
-        self._show_labels(labels or self._labels_before)
-
-    def _show_labels(self, labels: dict[int, str]) -> None:
-        if labels:
-            self.model.config.id2label = dict(labels)
-            self.model.config.label2id = {name: index for index, name in labels.items()}
+        wrapped.place_active()
 
     # Calls
 
@@ -354,12 +357,6 @@ class EPTTuner(BaseTuner):
         self.eval()
         self.ept_model.fold(dtype, offset)
 
-    def enable_input_require_grads(self) -> None:
-        """Nothing is to be done: prompt and text require gradients if the prompt does."""
-
-    def disable_input_require_grads(self) -> None:
-        """Nothing is to be done."""
-
     # The end
 
     def _check_merge_allowed(self) -> None:
@@ -377,7 +374,6 @@ class EPTTuner(BaseTuner):
     def _take_out(self) -> None:
         wrapped: Any = self.ept_model
         model = wrapped.backbone
-        self._show_labels(self._labels_before)
         delattr(model, _LAYER)
         wrapped.unload()
 

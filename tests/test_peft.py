@@ -617,3 +617,33 @@ def test_calls_that_are_refused() -> None:
         get_peft_model(build("Llama", "CAUSAL_LM"), config_of("CAUSAL_LM"), mixed=True)
     with pytest.raises(ValueError, match="shared state"):
         peft.inject_adapter_in_model(config_of("CAUSAL_LM"), build("Llama", "CAUSAL_LM"))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT:UserWarning")
+def test_a_model_with_lora_in_it_is_refused() -> None:
+    backbone = build("Llama", "CAUSAL_LM")
+    get_peft_model(backbone, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    trained = [p.requires_grad for p in backbone.parameters()]
+    with pytest.raises(ValueError, match="model: expected one without layers of PEFT"):
+        get_peft_model(backbone, config_of("CAUSAL_LM"))
+    assert [p.requires_grad for p in backbone.parameters()] == trained
+    assert backbone.peft_config["default"].peft_type == "LORA"
+    with pytest.raises(TypeError, match="got EPT, which has a forward of its own"):
+        get_ept_model(make("Llama", "CAUSAL_LM"), EPTConfig(32, **SIZES), "CAUSAL_LM")
+
+
+def test_noise_of_neftune_and_a_resized_vocabulary() -> None:
+    model = make("Llama", "CAUSAL_LM")
+    layer = model.get_input_embeddings()
+    layer.neftune_noise_alpha = 5.0
+    noise = torch.ones(32)
+    handle = layer.register_forward_hook(lambda m, a, out: out + noise if m.training else out)
+    batch = batch_of("CAUSAL_LM")
+    plain = values(model.eval()(**batch))
+    assert not torch.equal(values(model.train()(**batch)), plain)
+    handle.remove()
+    del layer.neftune_noise_alpha
+    model.resize_token_embeddings(70)
+    assert torch.equal(values(model.eval()(**batch))[..., :61], plain)
+    assert values(model(input_ids=torch.tensor([[65, 69]]))).shape[-1] == 70
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "ept_prompts" not in n)

@@ -102,15 +102,18 @@ class HeadedModel(EPTModel):
         The names of its classes go into the model's config.
         """
         active = bool(self.active_adapter) and not self.disabled
-        own = active and self.description.head == "model"
-        modules: Any = self.head if own else self.base_head
-        for name, module in modules.items():
-            setattr(self.backbone, name, module)
+        self.place_head(active and self.description.head == "model")
         if isinstance(self.config, PreTrainedConfig):
             ids = dict(enumerate(self.labels)) if active else {}
             names = {label: index for index, label in ids.items()}
             for field, value in zip(_LABELS, (ids, names), strict=True):
                 setattr(self.config, field, value or self._own_labels[field])
+
+    def place_head(self, own: bool) -> None:
+        """Put the active adapter's own copy of the head into the model, or the model's head."""
+        modules: Any = self.head if own else self.base_head
+        for name, module in modules.items():
+            setattr(self.backbone, name, module)
 
     def linear(self, values: Tensor) -> Tensor:
         """Logits of a linear head in float32, from the encoder's values ``[..., h]``."""

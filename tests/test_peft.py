@@ -647,3 +647,16 @@ def test_noise_of_neftune_and_a_resized_vocabulary() -> None:
     assert torch.equal(values(model.eval()(**batch))[..., :61], plain)
     assert values(model(input_ids=torch.tensor([[65, 69]]))).shape[-1] == 70
     assert not any(p.requires_grad for n, p in model.named_parameters() if "ept_prompts" not in n)
+
+
+def test_the_example_of_the_page_runs(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (root / "docs" / "peft.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    folder = save_llama(tmp_path / "llama", steps=2)
+    assert "openai-community/gpt2" in code
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("openai-community/gpt2", str(folder)), "docs/peft.md", "exec"), names)
+    assert isinstance(names["model"], PeftModel)

@@ -173,8 +173,8 @@ class _ManagedByPeft:
     def place_head(self, own: bool) -> None:
         pass
 
-    def set_adapter(self, name: str) -> None:
-        self.active_adapter = name
+    def set_adapter(self, adapter_name: str) -> None:
+        self.active_adapter = adapter_name
 
 
 @functools.cache

@@ -91,6 +91,10 @@ _MODES = {
     "DDP": "two processes over gloo: the gradients are those of one process",
     "FSDP2": "two processes over gloo, the backbone sharded by `fully_shard`",
     "NF4": "a backbone in 4 bits by bitsandbytes, on its CPU kernels",
+    "LoRA": "PEFT's, under a prompt: both are trained, generate, save and load",
+    "pipelines": "of transformers, with the adapter's labels",
+    "torch.export": "of a folded model, for any number of rows and any length",
+    "ONNX": "of a folded model, run by onnxruntime",
     "PEFT": "`get_peft_model` with an `EPTPeftConfig`: logits, loss, gradients and tokens are "
     "those of an `EPTModel`, and what is saved loads",
     "PEFT, Trainer": "such a model trains, saves and resumes, with the Seq2SeqTrainer too",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ept_fast import EPTConfig, EPTModel, get_ept_model
+from tests.distributed.checks import cells
 from tests.distributed.tasks import make_model
 from tests.tiny import save_model
 
@@ -56,7 +57,7 @@ def export(model: EPTModel) -> torch.export.ExportedProgram:
 @pytest.mark.parametrize(
     ("offset", "backend"), [("low_rank", None), ("table", None), ("low_rank", "reference")]
 )
-@pytest.mark.parametrize("task", ["SEQ_CLS", "CAUSAL_LM"])
+@pytest.mark.parametrize("task", cells("torch.export", ("SEQ_CLS", "CAUSAL_LM")))
 def test_a_folded_model(task: str, offset: str, backend: str | None) -> None:
     model = folded(task, offset, backend)
     program = export(model).module()
@@ -115,6 +116,7 @@ def export_onnx(model: EPTModel) -> Any:
 OWN = "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"
 
 
+@pytest.mark.support(row="ONNX", column="SEQ_CLS")
 @pytest.mark.filterwarnings(CAPTURES)
 @pytest.mark.filterwarnings(OWN)
 @pytest.mark.parametrize(

@@ -42,6 +42,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "T5": ("SEQ_2_SEQ_LM", {"target_modules": ["q", "v"]}),
     "BERT": ("SEQ_CLS", {"target_modules": ["query", "value"]}),
 }
+NAMES = [
+    pytest.param(name, marks=pytest.mark.support(row="LoRA", column=task))
+    for name, (task, _) in MODELS.items()
+]
 # Other methods than LoRA, and choices of it.
 METHODS: dict[str, Callable[[], Any]] = {
     "DoRA": lambda: peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
@@ -134,7 +138,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_are_those_of_the_prompt_before_the_model_of_peft(name: str, form: str) -> None:
     given = lora(name, form)
     theirs = copy.deepcopy(given).eval()
@@ -216,7 +220,7 @@ def test_without_adapters_there_is_the_plain_model() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_training_changes_prompt_and_layers_and_nothing_else(name: str, form: str) -> None:
     model = wrap(lora(name, form), name)
     assert model.training
@@ -328,7 +332,7 @@ def test_a_prefix_from_before_the_layers_changed_is_refused() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_folder_holds_prompt_and_adapter(name: str, form: str, tmp_path: Path) -> None:
     model = wrap(lora(name, form), name).eval()
     model.save_pretrained(tmp_path)
@@ -385,7 +389,7 @@ def test_types_and_flags_come_back(trained: bool, tmp_path: Path) -> None:
     assert facts == [[expected] * 4] * 2
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_state_dict_holds_the_adapter(name: str) -> None:
     model, other = wrap(lora(name), name), wrap(lora(name), name)
     with torch.no_grad():

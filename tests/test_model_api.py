@@ -15,7 +15,7 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 
 from ept_fast import EPTConfig, EPTModel, get_ept_model
 from tests.distributed import trainers
-from tests.distributed.checks import assert_close, assert_equal
+from tests.distributed.checks import assert_close, assert_equal, cells
 from tests.distributed.tasks import (
     TASKS,
     batch_of,
@@ -267,7 +267,7 @@ PIPELINES: dict[str, tuple[str, str, dict[str, Any], int]] = {
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("task", PIPELINES)
+@pytest.mark.parametrize("task", cells("pipelines", tuple(PIPELINES)))
 def test_pipelines(task: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They print the adapter's labels and what direct calls give."""
     name, folder, choices, complaints = PIPELINES[task]

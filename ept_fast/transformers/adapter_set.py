@@ -155,27 +155,27 @@ class AdapterSet(nn.Module):
         """An untrained head; None for tasks without one."""
         return None
 
-    def set_adapter(self, name: str) -> None:
+    def set_adapter(self, adapter_name: str) -> None:
         """Make an adapter the active one: forward uses it, and only it requires gradients."""
-        self.active_adapter = self.known(name)
+        self.active_adapter = self.known(adapter_name)
         for group in (self.prompts, self.heads):
             for other, module in group.items():
-                module.requires_grad_(other == name)
+                module.requires_grad_(other == adapter_name)
         self.place_active()
         self.train(self.training)
 
-    def delete_adapter(self, name: str) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter.
 
         Raises:
             ValueError: no such adapter, or the active one.
         """
-        if self.known(name) == self.active_adapter:
-            raise ValueError(f"adapter_name: expected one that is not active, got {name!r}")
+        if self.known(adapter_name) == self.active_adapter:
+            raise ValueError(f"adapter_name: expected one that is not active, got {adapter_name!r}")
         for group in (self.prompts, self.heads, self.folded):
-            if name in group:
-                del group[name]
-        del self.descriptions[name]
+            if adapter_name in group:
+                del group[adapter_name]
+        del self.descriptions[adapter_name]
 
     def place_active(self) -> None:
         """Put into the backbone what it has from the active adapter, or what it has by itself."""

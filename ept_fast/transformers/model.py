@@ -167,7 +167,7 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
 
     def add_adapter(
         self,
-        name: str,
+        adapter_name: str,
         config: PromptConfig,
         *,
         labels: Sequence[str] | None = None,
@@ -182,7 +182,7 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
         """Add an adapter; the first one becomes active.
 
         Args:
-            name: letters, digits, ``_`` and ``-``.
+            adapter_name: letters, digits, ``_`` and ``-``.
             config: sizes and choices of the prompt.
             labels, pooling, head_dropout: as in :func:`ept_fast.get_ept_model`.
             init, text, tokenizer, generator, dtype: as in :class:`ept_fast.FusedEPTPrompt`.
@@ -190,7 +190,7 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
         Raises:
             TypeError, ValueError: arguments that do not fit; the model is as before then.
         """
-        check_adapter_name(name, self.descriptions)
+        check_adapter_name(adapter_name, self.descriptions)
         described = self.describe(labels, pooling, head_dropout)
         limit = self.profile.table_limit(0)
         method = prompt_class(config)
@@ -212,7 +212,7 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
         head = self.new_head(described, generator)
         if head is not None:
             head.to(next(prompt.parameters()).device)
-        self.place(name, prompt, head, described)
+        self.place(adapter_name, prompt, head, described)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[EPTModel]:

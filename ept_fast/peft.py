@@ -36,6 +36,8 @@ if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
     raise ImportError(f"peft: expected version 0.21 or newer, got {peft.__version__}")
 
 _LAYER = "soft_prompt"  # where the prompts stand in the model
+# How a prompt starts if nothing is said.
+_START: dict[str, Any] = {"init": "vocab", "init_text": None, "tokenizer_name_or_path": None}
 
 
 class _PeftType(str):
@@ -85,16 +87,16 @@ class EPTPeftConfig(peft.PeftConfig):
         >>> model = get_peft_model(model, config)  # doctest: +SKIP
     """
 
-    num_virtual_tokens: int = 20
-    max_length: int = 256
-    rank: int = 24
-    num_spaces: int = 4
-    space_dim: int = 4
-    alpha: float = 8.0
-    activation: str = "gelu"
-    gate: str = "token"
-    temperature: float = 1.0
-    fusion: bool = True
+    num_virtual_tokens: int = EPTConfig.num_virtual_tokens
+    max_length: int = EPTConfig.max_length
+    rank: int = EPTConfig.rank
+    num_spaces: int = EPTConfig.num_spaces
+    space_dim: int = EPTConfig.space_dim
+    alpha: float = EPTConfig.alpha
+    activation: str = EPTConfig.activation
+    gate: str = EPTConfig.gate
+    temperature: float = EPTConfig.temperature
+    fusion: bool = EPTConfig.fusion
     prompt_type: str = EPT
     settings: dict[str, Any] = field(default_factory=dict)
     init: Any = "vocab"
@@ -137,9 +139,14 @@ class EPTPeftConfig(peft.PeftConfig):
                 )
         return read_config(values)
 
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Of a file's fields those that count: the prompt's values are beside it, not its start."""
+        return {name: value for name, value in kwargs.items() if name not in _START}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; without what the prompt started from."""
-        saved = dataclasses.replace(self, init="vocab", init_text=None, tokenizer_name_or_path=None)
+        saved = dataclasses.replace(self, **_START)
         peft.PeftConfig.save_pretrained(saved, save_directory, **kwargs)
 
 
@@ -267,6 +274,9 @@ class EPTTuner(BaseTuner):
                 f"got {config.task_type}"
             )
         self._check_modules_to_save(model, config)
+        named = config.labels is None or isinstance(config.labels, (list, tuple))
+        if not named or not all(isinstance(label, str) for label in config.labels or ()):
+            raise TypeError(f"labels: expected strings in a list, got {shorten(config.labels)}")
         tokenizer = config.tokenizer_name_or_path
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer)

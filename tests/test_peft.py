@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,16 @@ def test_damaged_tensors_are_refused_and_change_nothing(what: str, tmp_path: Pat
     assert torch.equal(values(model(**batch_of("CAUSAL_LM"))), before)
 
 
+def test_a_foreign_file_does_not_say_where_to_start(tmp_path: Path) -> None:
+    make("Llama", "CAUSAL_LM").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    start = {"init": "text", "init_text": "a", "tokenizer_name_or_path": "some/where"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | start))
+    loaded = load_again("Llama", "CAUSAL_LM", tmp_path)
+    config = loaded.active_peft_config
+    assert (config.init, config.init_text, config.tokenizer_name_or_path) == ("vocab", None, None)
+
+
 # Several adapters
 
 
@@ -507,6 +518,9 @@ def test_every_registered_method(kind: str, tmp_path: Path) -> None:
 
 
 def test_fields_of_a_method() -> None:
+    assert EPTPeftConfig().prompt_config(64) == EPTConfig(64)
+    fields = {field.name for field in dataclasses.fields(EPTConfig)} - {"hidden_size"}
+    assert fields <= {field.name for field in dataclasses.fields(EPTPeftConfig)}
     given = EPTPeftConfig(
         task_type="CAUSAL_LM", prompt_type="toy", num_virtual_tokens=2, settings={"slope": 2.0}
     )
@@ -573,6 +587,11 @@ REFUSED: dict[str, tuple[tuple[str, str], dict[str, Any], str]] = {
         ("BERT", "SEQ_CLS"),
         {"labels": ["a", "b"]},
         "labels: expected 3 names",
+    ),
+    "labels that are no strings": (
+        ("BERT", "SEQ_CLS"),
+        {"labels": "abc"},
+        "labels: expected strings in a list, got 'abc'",
     ),
     "labels without a head": (LLAMA, {"labels": ["a", "b"]}, "labels: expected None"),
     "an unknown start": (LLAMA, {"init": "zeros"}, "init: expected one of"),

@@ -45,6 +45,18 @@ fails the suite. None of it has yet been run on a GPU.
 - no: not supported, for the reason given below.
 - –: there is no such model, or no test of it.
 """
+_TESTS_OF_NEWEST = (
+    "`make test-newest` runs the tests of what these libraries do with the newest versions that "
+    "the package admits, those of PEFT, TRL, lm-eval and pipelines among them. It last passed "
+    "with "
+)
+_NEWEST = {
+    "transformers": "5.24.0",
+    "peft": "0.21.2",
+    "trl": "1.16.0",
+    "triton": "3.9.0",
+    "numpy": "2.4.6",
+}
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "lm_eval")
 
 
@@ -91,6 +103,9 @@ _MODES = {
     "DDP": "two processes over gloo: the gradients are those of one process",
     "FSDP2": "two processes over gloo, the backbone sharded by `fully_shard`",
     "NF4": "a backbone in 4 bits by bitsandbytes, on its CPU kernels",
+    "DeepSpeed ZeRO-3": "",
+}
+_USES = {
     "LoRA": "PEFT's, under a prompt: both are trained, generate, save and load",
     "pipelines": "of transformers, with the adapter's labels",
     "torch.export": "of a folded model, for any number of rows and any length",
@@ -102,7 +117,6 @@ _MODES = {
     "PEFT, accelerate launch": "two processes give the values of one",
     "PEFT, lm-eval": "log-likelihoods and texts of a local task are those of direct calls",
     "PEFT, pipelines": "of transformers, with the adapter's labels",
-    "DeepSpeed ZeRO-3": "",
 }
 
 TABLES = {
@@ -121,8 +135,16 @@ TABLES = {
     "training": Table(
         title="Training",
         head="mode",
-        text="Tiny models of each task, trained and used on a CPU.",
+        text="Each cell trains a tiny random model of the task on a CPU.",
         rows=_MODES,
+        columns=dict.fromkeys(TASKS, ""),
+        tell_rows=True,
+    ),
+    "uses": Table(
+        title="With other libraries",
+        head="use",
+        text="Tiny models of the task on a CPU. What has no mark was not tried.",
+        rows=_USES,
         columns=dict.fromkeys(TASKS, ""),
         tell_rows=True,
     ),
@@ -346,7 +368,12 @@ def render(found: Mapping[str, Evidence], made_with: Mapping[str, str]) -> str:
     lines += ["## Limits", "", *(f"- {limit}" for limit in LIMITS), ""]
     files = sorted({name.partition("::")[0] for name in found})
     lines += ["## Made with", "", f"{_VERSIONS}{', '.join(map(' '.join, made_with.items()))}.", ""]
-    lines += [f"The tests are in {', '.join(f'`{file}`' for file in files)}."]
+    lines += [f"The tests are in {', '.join(f'`{file}`' for file in files)}.", ""]
+    lines += [
+        "## Newest versions",
+        "",
+        f"{_TESTS_OF_NEWEST}{', '.join(map(' '.join, _NEWEST.items()))}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

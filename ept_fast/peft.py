@@ -33,7 +33,7 @@ from ept_fast.transformers.tasks import EPTModel  # with the classes of all task
 __all__ = ["EPTPeftConfig", "EPTTuner"]
 
 if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
-    raise ImportError(f"peft: expected version 0.21 or newer, got {peft.__version__}")
+    raise ImportError(f"peft: expected version 0.21.2 or newer, got {peft.__version__}")
 
 _LAYER = "soft_prompt"  # where the prompts stand in the model
 # How a prompt starts if nothing is said.
@@ -82,9 +82,14 @@ class EPTPeftConfig(peft.PeftConfig):
             out of their range, or fields that the prompt method does not have.
 
     Example:
-        >>> from peft import get_peft_model  # doctest: +SKIP
-        >>> config = EPTPeftConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, rank=24)
-        >>> model = get_peft_model(model, config)  # doctest: +SKIP
+        >>> import transformers
+        >>> sizes = dict(vocab_size=99, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+        >>> gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+        >>> config = EPTPeftConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, rank=2)
+        >>> model = peft.get_peft_model(gpt2, config)
+        >>> ids = torch.tensor([[5, 6, 7]])
+        >>> model(input_ids=ids, labels=ids).logits.shape
+        torch.Size([1, 3, 99])
     """
 
     num_virtual_tokens: int = EPTConfig.num_virtual_tokens

@@ -254,6 +254,22 @@ def test_pushed_and_loaded(task: str, hub: Hub) -> None:
     assert outputs(other).equal(outputs(model))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_prompt_with_lora_under_it(hub: Hub) -> None:
+    import peft
+
+    lora = peft.get_peft_model(backbone("CAUSAL_LM"), peft.LoraConfig(target_modules=["q_proj"]))
+    config = EPTConfig(32, num_virtual_tokens=4, max_length=16, rank=2, num_spaces=2, space_dim=2)
+    model = fill(get_ept_model(lora, config, "CAUSAL_LM"), seed=1)
+    model.push_to_hub(NAME)
+    files = {"peft/adapter_config.json", "peft/adapter_model.safetensors"}
+    assert set(hub.branches[NAME]["main"]) == {".gitattributes", *FILES, *files}
+    card = hub.branches[NAME]["main"][CARD_FILE].decode()
+    assert f"| `trained parameters` | `{model.get_nb_trainable_parameters()[0]}` |" in card
+    loaded = EPTModel.from_pretrained(NAME, backbone("CAUSAL_LM"))
+    assert outputs(loaded).equal(outputs(model))
+
+
 def test_what_is_asked_of_the_hub(hub: Hub) -> None:
     model = model_of()
     result = model.push_to_hub(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ept_fast import EPTConfig, get_ept_model
 from ept_fast.peft import EPTPeftConfig
+from tests import architectures
 from tests.distributed.checks import cells
 from tests.distributed.trainers import Rows, fresh_accelerate
 from tests.processes import run
@@ -315,30 +316,33 @@ def test_trl_grpo(llama: Path, chats: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.support(row="PEFT, TRL", column="CAUSAL_LM")
-def test_trls_fused_head_gives_the_log_probabilities_of_the_logits(llama: Path) -> None:
-    """Padded on both sides, and with a window, behind which rows are compacted."""
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_trls_fused_head_gives_the_log_probabilities_of_the_logits(name: str) -> None:
+    """Of rows padded on both sides; those of Mistral, longer than its window, are compacted."""
     from trl.trainer.utils import add_fused_lm_head
 
-    model = wrap("CAUSAL_LM", llama).eval()
-    batch = batch_for("CAUSAL_LM", llama, 4)
-    mask, ids = batch["attention_mask"].clone(), batch["input_ids"]
-    mask[0, -1] = mask[1, -2:] = 0
+    torch.manual_seed(4)
+    model = get_peft_model(architectures.build(name, "CAUSAL_LM"), config_of("CAUSAL_LM")).eval()
+    ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = mask[1, -2:] = mask[1, :2] = mask[2, :4] = 0
     labels = ids.masked_fill(mask == 0, -100)
     given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     plain = model(**given)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy"))
     found = model(**given, fused_lm_head=True)
     torch.testing.assert_close(found.loss, plain.loss)
-    logprobs = plain.logits.log_softmax(-1)
-    width = ids.shape[1]
-    assert found.log_probs.shape == (4, width)
+    log_probs = plain.logits.log_softmax(-1)
+    assert found.log_probs.shape == found.entropy.shape == ids.shape
     for row in range(4):
         real = mask[row].nonzero().squeeze(1)
         for before, column in itertools.pairwise(real):
-            wanted = logprobs[row, before, ids[row, column]]
+            wanted = log_probs[row, before, ids[row, column]]
             torch.testing.assert_close(found.log_probs[row, column], wanted)
         assert not found.log_probs[row][mask[row] == 0].any()
     assert torch.equal(found.label_mask, mask != 0)
+    halved = model(**given, fused_lm_head=True, num_items_in_batch=2 * int(mask.sum())).loss
+    torch.testing.assert_close(halved, plain.loss / 2)
     with pytest.raises(ValueError, match="labels: expected some beside fused_lm_head"):
         model(input_ids=ids, fused_lm_head=True)
 

@@ -81,6 +81,7 @@ assert not any(name.startswith("ept_fast") for name in sys.modules)
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.filterwarnings(CAPTURES)
 @pytest.mark.parametrize("task", ["SEQ_CLS", "CAUSAL_LM"])
 def test_a_program_of_the_reference_runs_without_the_package(task: str, tmp_path: Path) -> None:

@@ -802,6 +802,7 @@ def test_a_card_is_no_part_of_the_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION", "CAUSAL_LM"])
 def test_the_example_of_a_card_runs(task: str, tmp_path: Path) -> None:
     """Offline, with base model and adapter in the hub's cache."""

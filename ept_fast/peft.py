@@ -28,6 +28,7 @@ from ept_fast.storage.files import CheckpointError
 from ept_fast.storage.untrusted import shorten
 from ept_fast.transformers import TASKS
 from ept_fast.transformers.backbone import embedding_width, load_tokenizer
+from ept_fast.transformers.peft_layers import layers_of
 from ept_fast.transformers.tasks import EPTModel  # with the classes of all tasks
 
 __all__ = ["EPTPeftConfig", "EPTTuner"]
@@ -228,8 +229,7 @@ class EPTTuner(BaseTuner):
     )
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        if any(isinstance(module, kinds) for module in model.modules()):
+        if layers_of(model):
             raise ValueError(
                 "model: expected one without layers of PEFT, got some (get_ept_model puts a prompt "
                 "before such a model)"

@@ -24,7 +24,7 @@ from ept_fast.storage.sharded import fill, gather
 from ept_fast.storage.untrusted import shorten
 from ept_fast.transformers.adapter import SavedPeft
 
-__all__ = ["PeftAdapter", "base_of", "put_in", "same"]
+__all__ = ["PeftAdapter", "base_of", "layers_of", "put_in", "same"]
 
 # Fields of a config that say nothing of what the layers compute.
 _ABOUT = frozenset(
@@ -65,7 +65,7 @@ class PeftAdapter:
             ValueError: several adapters, a merged or inactive one, or choices that a prompt cannot
                 stand above or that could not be saved.
         """
-        layers = _layers(backbone)
+        layers = layers_of(backbone)
         if not layers:
             return None
         configs: Mapping[str, Any] = getattr(backbone, "peft_config", {})
@@ -119,7 +119,7 @@ class PeftAdapter:
 
     def set_mode(self, training: bool) -> None:
         """Set the mode of PEFT's layers, for their dropout; not of the layers that they wrap."""
-        for layer in _layers(self._backbone):
+        for layer in layers_of(self._backbone):
             layer.training = training
             for child in layer.children():
                 if child is not _inner(layer):
@@ -128,7 +128,7 @@ class PeftAdapter:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """The model without the adapter, for the length of a ``with`` block."""
-        layers = [layer for layer in _layers(self._backbone) if not layer.disable_adapters]
+        layers = [layer for layer in layers_of(self._backbone) if not layer.disable_adapters]
         flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
         _enable(layers, False, flags)
         try:
@@ -206,7 +206,7 @@ def base_of(model: Any) -> Any:
     for config in model.peft_config.values():
         _check_method(config)
     base = model.get_base_model()
-    if not _layers(base):
+    if not layers_of(base):
         kinds = ", ".join(str(_kind(config)) for config in model.peft_config.values())
         raise TypeError(f"model: expected PEFT layers in the PeftModel, got none ({kinds})")
     beside = [key for key in model.base_model.state_dict() if not key.startswith("model.")]
@@ -227,7 +227,7 @@ def put_in(model: nn.Module, saved: SavedPeft | None) -> Iterator[Any]:
         MissingLibraryError: PEFT is not installed.
         BaseException: what the block raises; the model is as before it then.
     """
-    if saved is None or _layers(base_of(model)):
+    if saved is None or layers_of(base_of(model)):
         yield model
         return
     if importlib.util.find_spec("peft") is None:
@@ -323,7 +323,8 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, _kinds())
 
 
-def _layers(model: nn.Module) -> list[Any]:
+def layers_of(model: nn.Module) -> list[Any]:
+    """The layers that PEFT has put into a model, and the modules that it trains whole."""
     kinds = _kinds()
     return [module for module in model.modules() if isinstance(module, kinds)] if kinds else []
 

@@ -290,8 +290,12 @@ class TrainConfig:
         Raises:
             ValueError: the sizes cost more than the budget, or leave a rank of 0 for an offset.
         """
-        names = {field.name for field in dataclasses.fields(EPTConfig)} & set(vars(self))
-        settings = {name: getattr(self, name) for name in names}
+        of_ept = {field.name for field in dataclasses.fields(EPTConfig)}
+        settings = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name in of_ept and getattr(self, field.name) != field.default
+        }
         settings["max_length"] = max_length or self.max_length
         config = prompt_methods()[self.method].config_class
         return config.for_method(self.method, hidden_size, self.prompt_length, **settings)

@@ -29,6 +29,7 @@ from bench.accuracy.study import (
     FEW_SHOT,
     LABELS,
     METHODS,
+    OTHERS,
     PARTS,
     PROBE,
     Run,
@@ -43,11 +44,13 @@ from bench.accuracy.study import (
 )
 from bench.accuracy.tables import choice_rows, interval, report
 from bench.accuracy.training import fit_head
-from bench.accuracy.worker import Runner, device_name
+from bench.accuracy.worker import Runner, device_name, prompt_config
 from tests.processes import ROOT, python
 from tests.tiny import BAD, GOOD, PLAIN, save_model
 
 TREC = "few_shot/trec"
+RESULTS = ROOT / "bench" / "results" / "accuracy"
+WHOLE = dict(PARTS)  # the study as it is
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,17 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         PARTS["full"], tasks={"sst2": Task(16, held_out=40)}, seeds=(0, 1), rates=plan.GRID
     )
     monkeypatch.setitem(PARTS, "full", full)
+    methods = replace(
+        PARTS["methods"], tasks={TREC: Task(16)}, methods=("pt", "ept", "lamp", "mp2"),
+        seeds=(13, 21), steps=12,
+    )  # fmt: skip
+    monkeypatch.setitem(PARTS, "methods", methods)
+
+
+@pytest.fixture
+def whole_parts(monkeypatch: pytest.MonkeyPatch, small_parts: None) -> None:
+    for name, part in WHOLE.items():
+        monkeypatch.setitem(PARTS, name, part)
 
 
 def study(out: Path, **changes: Any) -> Study:
@@ -77,7 +91,8 @@ def record(run: Run, **changes: Any) -> dict[str, Any]:
 
 def timed(run: Run, **changes: Any) -> dict[str, Any]:
     """The record of a timing in which every method but the base takes half of its time."""
-    methods = [name for name in (*METHODS, *CHOICES) if name not in (PROBE, *plan.TIMED_AS)]
+    every = (*METHODS, *OTHERS, *CHOICES)
+    methods = [name for name in every if name not in (PROBE, *plan.TIMED_AS)]
     ratios = {name: 1.0 if name == "pt" else 0.5 for name in methods}
     return record(run, ratios=ratios, step_seconds=ratios, **changes)
 
@@ -153,25 +168,75 @@ def test_a_changed_setting_is_another_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert train_run(replace(work, scale=2.0), "few_shot", TREC, "ept", "5e-3", 13) != before
 
 
-def test_every_method_spends_the_same_budget() -> None:
-    from ept_fast.training.config import TrainConfig
+def test_a_part_takes_over_the_runs_of_another(tmp_path: Path) -> None:
+    work = study(tmp_path, parts=("few_shot", "methods"))
+    assert train_run(work, "methods", TREC, "ept", "5e-3", 13) == train_run(
+        work, "few_shot", TREC, "ept", "5e-3", 13
+    )
+    done: dict[str, Any] = {}
+    for timing in next_runs(work, done):
+        assert timing.kind == "timing"
+        done[timing.key] = timed(timing)
+    assert plan.timed_methods("methods") == ["lamp", "mp2"]
+    runs = next_runs(work, done)
+    assert len(runs) == len({run.key for run in runs})
+    own = [run for run in runs if run.part == "methods"]
+    assert {run.method for run in own} == {"lamp", "mp2"}
+    # Alone, it has everything done, too: the timing of the runs that it takes over as well.
+    alone = replace(work, parts=("methods",))
+    timings = {run for run in next_runs(alone, {}) if run.kind == "timing"}
+    assert {run.part for run in timings} == {"few_shot", "methods"}
+    assert runs_left(alone, {}) == 2 + 2 * 4 * (4 + 1)
+    total = runs_left(work, {})
+    assert total == runs_left(replace(work, parts=("few_shot",)), {}) + 1 + 2 * 2 * (4 + 1)
 
+
+@pytest.mark.usefixtures("whole_parts")
+def test_finished_runs_are_found_again() -> None:
+    """No change of the study may lose the records that it has."""
+    records = read_records(RESULTS)
+    done = done_runs(records, records[0]["device"])
+    work = study(RESULTS, parts=("methods",))
+    for task in ("few_shot/trec", "few_shot/sst2"):
+        assert timing_run(work, "few_shot", task).key in done
+        for method in ("pt", "pt_20", "dept", "ept"):
+            for seed in plan.SEEDS:
+                tried = plan.tried_settings(work, done, "methods", task, method, seed)
+                assert {*tried} == {*plan.grid_of("methods", task, method)}
+                assert plan._run(work, "test", "methods", task, method, "", seed).key in done
+                for found in tried.values():
+                    config = prompt_config(settings_of("methods", method), 384, 64)
+                    assert found["prompt"] == config.to_dict()
+
+
+def test_every_method_spends_the_same_budget() -> None:
     for part in ("few_shot", "choices"):
         for method in PARTS[part].methods:
-            settings = {k: v for k, v in settings_of(part, method).items() if k[0] != "_"}
             if method in (PROBE, "pt_20"):
                 continue
             for task in FEW_SHOT.values():
-                config: Any = TrainConfig(
-                    model="m", data="d", output="o", max_length=task.max_length, **settings
-                ).prompt_config(384)
+                config = prompt_config(settings_of(part, method), 384, task.max_length)
                 # One more rank would not fit.
                 rest = 38_400 - config.num_parameters
                 assert 0 <= rest < (config.max_length + 384 if config.rank else 1)
+    counts = {
+        method: prompt_config(settings, 384, 64).num_parameters
+        for method, settings in OTHERS.items()
+    }
+    assert counts == {
+        "lamp": 38_316, "residual": 38_054, "mp2": 36_872, "attempt": 36_096, "accept": 38_144,
+        "ulpt": 38_368, "ulpt_2": 968, "pre": 895_488,
+    }  # fmt: skip
 
 
 def test_every_method_has_four_rates_and_a_name() -> None:
-    assert {*METHODS} == {*LABELS}
+    assert {*METHODS, *OTHERS} == {*LABELS}
+    for method in (*METHODS, *OTHERS):  # the label says what is beside the budget
+        mine = prompt_config(settings_of("methods", method), 384, 64) if method != PROBE else None
+        beside = mine is None or not 36_000 < mine.num_parameters <= 38_400
+        assert beside == (method in plan.BESIDE)
+    for method in OTHERS:
+        assert ("(beside the budget)" in LABELS[method]) == (method in plan.BESIDE)
     assert len(PARTS["few_shot"].rates) >= 4
     for part in PARTS.values():
         assert {*part.rates} <= {*plan.RATES}
@@ -230,8 +295,8 @@ def test_interval_is_of_paired_differences() -> None:
 
 
 def whole_study(out: Path, device: str = "test", better: float = 0.0) -> None:
-    """Records of all runs of the two small parts that are tested."""
-    work = study(out, parts=("few_shot", "full"))
+    """Records of all runs of the small parts that are tested."""
+    work = study(out, parts=("few_shot", "full", "methods"))
     done: dict[str, Any] = {}
     while ready := next_runs(work, done):
         for run in ready:
@@ -254,7 +319,10 @@ def test_report_computes_from_the_records_alone(tmp_path: Path) -> None:
     report(tmp_path)
     with (tmp_path / "results.csv").open(newline="") as file:
         rows = {(r["part"], r["method"], r["point"]): r for r in csv.DictReader(file)}
-    assert len(rows) == 2 * (10 + 6)
+    assert len(rows) == 2 * (10 + 6 + 4)
+    taken, own = (rows["methods", method, "time"] for method in ("ept", "lamp"))
+    assert taken | {"part": "few_shot"} == rows["few_shot", "ept", "time"]
+    assert float(own["mean"]) == pytest.approx(60)
     ours = rows["few_shot", "ept", "time"]
     assert float(ours["mean"]) == pytest.approx(65 + (1.3 + 2.1) / 2)
     assert float(ours["std"]) == pytest.approx(0.8 / 2**0.5)
@@ -263,11 +331,20 @@ def test_report_computes_from_the_records_alone(tmp_path: Path) -> None:
     assert rows["few_shot", PROBE, "time"]["parameters"] == "0"
     with (tmp_path / "differences.csv").open(newline="") as file:
         every = list(csv.DictReader(file))
-    assert len(every) == 2 * 2 * (9 + 5)
+    assert len(every) == 2 * 2 * (9 + 5) + 2 * 3
     found = {(r["part"], r["against"], r["point"]): r for r in every if r["method"] == "ept"}
     row = found["few_shot", "dept", "time"]
     assert [float(row[n]) for n in ("low", "mean", "high")] == pytest.approx([6.3, 6.7, 7.1])
-    for name in ("differences", "curves-few_shot", "curves-full"):
+    tables = (tmp_path / "tables.md").read_text().split("\n\n")
+    firsts = [table.partition("|")[2].partition("|")[0].strip() for table in tables]
+    ours = "EPT: its accuracy minus that of"
+    assert firsts == [
+        *("few-shot, equal steps", "few-shot, equal time"),
+        *("full data, equal steps", "full data, equal time"),
+        *("all methods, equal steps", "all methods, equal time"),
+        *(ours, ours, f"EPT, two choices changed{ours[3:]}"),
+    ]
+    for name in ("differences", "curves-few_shot", "curves-full", "curves-methods"):
         picture = matplotlib.image.imread(tmp_path / f"{name}.png")
         assert (picture[..., :3] < 0.8).mean() > 0.005
 
@@ -280,7 +357,7 @@ def test_report_leaves_out_a_task_that_lacks_a_run(tmp_path: Path) -> None:
     path.write_text("".join(lines[:last] + lines[last + 1 :]))
     report(tmp_path)
     with (tmp_path / "results.csv").open(newline="") as file:
-        assert {r["part"] for r in csv.DictReader(file)} == {"full"}
+        assert {r["part"] for r in csv.DictReader(file)} == {"full", "methods"}
 
 
 def test_report_does_not_mix_devices(tmp_path: Path) -> None:
@@ -320,7 +397,7 @@ def test_choices_are_judged_on_validation_rows(tmp_path: Path) -> None:
 
 
 def test_the_documentation_has_the_tables_of_the_records(tmp_path: Path) -> None:
-    results = ROOT / "bench" / "results" / "accuracy"
+    results = RESULTS
     shutil.copy(results / "runs.jsonl", tmp_path)
     done = python("-m", "bench.accuracy", "report", "--out", str(tmp_path))  # the study as it is
     assert done.returncode == 0, done.stderr
@@ -523,6 +600,36 @@ def test_every_choice_trains(runner: Runner, monkeypatch: pytest.MonkeyPatch) ->
     base = found.pop("ept")
     for choice, record in found.items():
         assert record["evaluations"] != base["evaluations"], choice
+
+
+def test_every_other_method_trains(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the tiny encoder's width; the sizes are the largest that fit.
+    smaller = {
+        "lamp": ("prompt_rank", 30),
+        "accept": ("offset_size", 1),
+        "ulpt": ("prompt_rank", 40),
+    }
+    for method, (name, value) in smaller.items():
+        monkeypatch.setitem(OTHERS, method, {**OTHERS[method], name: value})
+    for method, name in (
+        ("residual", "bottleneck"),
+        ("attempt", "query_dim"),
+        ("accept", "codebook_size"),
+    ):
+        monkeypatch.setitem(OTHERS, method, {**OTHERS[method], name: 4})
+    part = replace(PARTS["methods"], methods=("pt", *OTHERS), steps=4, seeds=(13,))
+    monkeypatch.setitem(PARTS, "methods", part)
+    monkeypatch.setitem(PARTS, "few_shot", replace(PARTS["few_shot"], methods=("pt",), steps=4))
+    timing = done_by(runner, timing_run(runner.study, "methods", TREC))
+    assert set(timing["ratios"]) == {"pt", *OTHERS}
+    for method in OTHERS:
+        run = train_run(runner.study, "methods", TREC, method, "5e-3", 13)
+        found, again = runner(run), runner(run)
+        assert found["evaluations"] == again["evaluations"]  # what is drawn, is drawn alike
+        config = prompt_config(settings_of("methods", method), 48, 16)
+        assert found["prompt"] == config.to_dict()
+        assert found["parameters"]["prompt"] == config.num_parameters
+        assert found["backend"] == "eager"
 
 
 def test_a_changed_encoder_is_found(runner: Runner) -> None:

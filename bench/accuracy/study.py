@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,14 @@ class Part:
     Attributes:
         tasks: by name, the most telling first.
         seeds: of everything random; of few-shot tasks, also the folder of the rows.
-        methods: names of :data:`METHODS` or :data:`CHOICES`.
+        methods: names of :data:`METHODS`, :data:`OTHERS` or :data:`CHOICES`.
         rates: names of :data:`RATES` that each method tries.
         tuned_seeds: how many seeds try all rates; the others try those that these chose. None:
             every seed chooses for itself.
         steps: optimizer steps of :data:`BASE`.
         batch_size: rows of a step.
         tested: whether the chosen run is evaluated on test rows.
+        taken: by method, the other part whose runs of it are this part's as well.
     """
 
     tasks: dict[str, Task]
@@ -65,6 +66,7 @@ class Part:
     batch_size: int
     tuned_seeds: int | None = None
     tested: bool = True
+    taken: Mapping[str, str] = field(default_factory=dict)
 
 
 # Settings of EPT in full, so that a changed default of the package is another run.
@@ -100,6 +102,38 @@ METHODS: dict[str, dict[str, Any]] = {
     "dept_tuned": {"method": "dept", **TUNED},
     "pt_tuned": {"method": "pt", **TUNED},
 }
+# The other methods, their settings in full: what all methods have, and fields of their own configs.
+# Sizes are the largest within the budget, but for the last two, which are beside it.
+_COMMON = {n: SETTINGS[n] for n in ("prompt_length", "init", "head_dropout", "weight_decay")}
+_ULPT = {"method": "ulpt", "num_virtual_tokens": 100, "seed": 0}
+_RESIDUAL = {"num_virtual_tokens": 20, "activation": "relu", "layer_norm": True, "shared": True}
+_MIXTURE = {"num_factors": 0, "temperature": 1.0}
+OTHERS: dict[str, dict[str, Any]] = {
+    name: {**_COMMON, **settings}
+    for name, settings in {
+        "lamp": {
+            "method": "lamp", "num_virtual_tokens": 20, "window": 5, "prompt_rank": 79,
+            "product": "gram",
+        },
+        "residual": {"method": "residual", **_RESIDUAL, "encoder": "mlp", "bottleneck": 38},
+        "mp2": {
+            "method": "mp2", "num_virtual_tokens": 12, "num_modules": 8, **_MIXTURE,
+            "gates": "bernoulli",
+        },
+        "attempt": {
+            "method": "attempt", "num_virtual_tokens": 20, "num_modules": 2, **_MIXTURE,
+            "gates": "attention", "query_dim": 16, "attend_to_target": True,
+        },
+        "accept": {
+            "method": "accept", "num_virtual_tokens": 40, "num_blocks": 8, "codebook_size": 44,
+            "offset_size": 8,
+        },
+        "ulpt": {**_ULPT, "prompt_rank": 376},
+        "ulpt_2": {**_ULPT, "prompt_rank": 2},
+        "pre": {"method": "pre", "num_virtual_tokens": 20, "encoder": "lstm"},
+    }.items()
+}  # fmt: skip
+BESIDE = (PROBE, "pt_20", "ulpt_2", "pre")  # what spends less than the budget, or more
 # The same tensors.
 TIMED_AS = {f"{method}_tuned": method for method in ("ept", "dept", "pt")}
 LABELS = {
@@ -113,6 +147,14 @@ LABELS = {
     "ept_tuned": "EPT, two choices changed",
     "dept_tuned": "DePT, the same two",
     "pt_tuned": "prompt tuning, 100 tokens, the same two",
+    "lamp": "LAMP",
+    "residual": "residual prompt tuning",
+    "mp2": "MP2's modular prompts",
+    "attempt": "ATTEMPT's attention",
+    "accept": "ACCEPT",
+    "ulpt": "ULPT, rank 376",
+    "ulpt_2": "ULPT, rank 2 (beside the budget)",
+    "pre": "PRE's LSTM (beside the budget)",
 }
 # One change of EPT each. What begins with an underscore is no setting of the package: ``_start``
 # are other rows to start from, ``_rate`` a factor of the named rate, ``_unit`` scales the downward
@@ -181,6 +223,8 @@ FULL = {
 }
 SEEDS = (13, 21, 42, 87, 100)
 
+_TAKEN = ("pt", "pt_20", "dept", "ept")
+
 PARTS: dict[str, Part] = {
     "choices": Part(
         {"few_shot/trec": FEW_SHOT["few_shot/trec"]},
@@ -190,6 +234,11 @@ PARTS: dict[str, Part] = {
     "full": Part(
         FULL, (0, 1, 2), (PROBE, "pt", "pt_20", "dept", "ept", "ept_tuned"), ("5e-3", "2e-2"),
         steps=120, batch_size=16, tuned_seeds=1,
+    ),
+    "methods": Part(
+        {name: FEW_SHOT[name] for name in ("few_shot/trec", "few_shot/sst2")},
+        SEEDS, (*_TAKEN, *OTHERS), GRID, steps=40, batch_size=8,
+        taken=dict.fromkeys(_TAKEN, "few_shot"),
     ),
 }  # fmt: skip
 
@@ -257,7 +306,14 @@ def settings_of(part: str, method: str) -> dict[str, Any]:
     """The settings of a method or of a choice."""
     if part == "choices" and method != BASE:
         return {**SETTINGS, **CHOICES.get(method, {})}
+    if method in OTHERS:
+        return OTHERS[method]
     return {**SETTINGS, **METHODS[method]}
+
+
+def home(part: str, method: str) -> str:
+    """The part that the runs of a part's method belong to: the part itself, or another."""
+    return PARTS[part].taken.get(method, part)
 
 
 def tested(choice: str) -> bool:
@@ -266,7 +322,7 @@ def tested(choice: str) -> bool:
 
 
 def timing_run(study: Study, part: str, task: str) -> Run:
-    """The timing of all methods of a part on one task."""
+    """The timing of a part's own methods on one task."""
     return _run(study, "timing", part, task, "", "", 0)
 
 
@@ -278,6 +334,7 @@ def train_run(study: Study, part: str, task: str, method: str, setting: str, see
 def _run(
     study: Study, kind: str, part: str, task: str, method: str, setting: str, seed: int
 ) -> Run:
+    part = home(part, method)
     p = PARTS[part]
     plan: dict[str, Any] = {
         "batch_size": p.batch_size,
@@ -299,8 +356,9 @@ def steps_of(study: Study, part: str) -> int:
 
 
 def timed_methods(part: str) -> list[str]:
-    """The methods of a part whose steps are timed."""
-    return [name for name in PARTS[part].methods if name != PROBE and name not in TIMED_AS]
+    """The methods of a part whose steps are timed; those taken from another are timed there."""
+    own = (name for name in PARTS[part].methods if home(part, name) == part)
+    return [name for name in own if name != PROBE and name not in TIMED_AS]
 
 
 def steps_in_time(study: Study, part: str, method: str, timing: Record) -> int:
@@ -356,9 +414,10 @@ def all_runs(study: Study, done: Records) -> Iterator[tuple[Run, bool]]:
     for part in study.parts:
         p = PARTS[part]
         for task in tasks_of(study, part):
-            timing = timing_run(study, part, task)
-            yield timing, True
-            timed = timing.key in done
+            homes = {method: home(part, method) for method in p.methods}
+            timings = {name: timing_run(study, name, task) for name in homes.values()}
+            for timing in timings.values():
+                yield timing, True
             for seed in p.seeds:
                 for method in p.methods:
                     rates = _rates_to_try(study, done, part, task, method, seed)
@@ -366,6 +425,7 @@ def all_runs(study: Study, done: Records) -> Iterator[tuple[Run, bool]]:
                         train_run(study, part, task, method, setting, seed)
                         for setting in rates or grid_of(part, task, method)[:1]
                     ]
+                    timed = timings[homes[method]].key in done
                     for run in trains:
                         yield run, timed and rates is not None
                     if p.tested:
@@ -400,10 +460,11 @@ def tried_settings(
 
 
 def next_runs(study: Study, done: Records) -> list[Run]:
-    """The runs that can start now, in their order."""
-    return [run for run, ready in all_runs(study, done) if ready and run.key not in done]
+    """The runs that can start now, in their order; of two parts that share a run, it comes once."""
+    ready = dict.fromkeys(run for run, ready in all_runs(study, done) if ready)
+    return [run for run in ready if run.key not in done]
 
 
 def runs_left(study: Study, done: Records) -> int:
     """Number of the runs that are not done, those that cannot start yet among them."""
-    return sum(run.key not in done for run, _ in all_runs(study, done))
+    return len({run.key for run, _ in all_runs(study, done)} - done.keys())

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.accuracy import study as plan
 from bench.accuracy.records import RUNS_FILE, device_of, read_records
-from bench.accuracy.study import LABELS, METHODS, PARTS, POINTS, Record
+from bench.accuracy.study import LABELS, PARTS, POINTS, Record
 from bench.rows import write_csv
 
 DRAWS = 10_000  # of the bootstrap
@@ -51,14 +51,23 @@ def on_one_device(records: Sequence[Record], wanted: str | None = None) -> list[
 
 
 def of_kind(records: Sequence[Record], kind: str, part: str) -> list[Record]:
-    """The records of one kind and part that belong to the newest plan of their run."""
+    """The records of one kind and part that belong to the newest plan of their run.
+
+    Those that the part takes from another are among them.
+    """
     names = ("task", "method", "setting", "seed")
     newest = {
         tuple(record[name] for name in names): record
         for record in records
-        if (record["kind"], record["part"]) == (kind, part)
+        if (record["kind"], record["part"]) == (kind, plan.home(part, record["method"]))
     }
     return list(newest.values())
+
+
+def timing_of(records: Sequence[Record], part: str, method: str, task: str) -> Record:
+    """The record by which a part's method had as much time as the base on a task."""
+    timings = of_kind(records, "timing", plan.home(part, method))
+    return next(record for record in timings if record["task"] == task)
 
 
 def test_scores(records: Sequence[Record], part: str, point: str) -> dict[str, Scores]:
@@ -108,7 +117,6 @@ def result_rows(records: Sequence[Record]) -> list[Record]:
     rows = []
     for part, point in itertools.product(PARTS, POINTS):
         scores = test_scores(records, part, point)
-        timings = {r["task"]: r for r in of_kind(records, "timing", part)}
         trains = of_kind(records, "train", part)
         tests = of_kind(records, "test", part)
         for method, found in scores.items():
@@ -117,7 +125,8 @@ def result_rows(records: Sequence[Record]) -> list[Record]:
                 mine.sort(key=lambda r: r["seed"])
                 values = [100 * float(r[point]["test"]["accuracy"]) for r in mine]
                 trained = next(r for r in trains if (r["task"], r["method"]) == (task, method))
-                timing, timed = timings[task], plan.TIMED_AS.get(method, method)
+                timing = timing_of(records, part, method, task)
+                timed = plan.TIMED_AS.get(method, method)
                 rows.append(
                     {
                         "part": part,
@@ -219,9 +228,12 @@ def markdown(
             count = max(r["parameters"] for r in rows)
             body.append([LABELS[method], f"{count:,}", step, *cells, f"{mean:.1f}"])
         parts.append(_table(header, body))
-    for ours in dict.fromkeys(r["method"] for r in differences):
+    # Parts that take over runs compare them with others: in tables of their own.
+    for ours, again in dict.fromkeys((r["method"], _takes(r["part"])) for r in differences):
         found = {
-            (r["part"], r["point"], r["against"]): r for r in differences if r["method"] == ours
+            (r["part"], r["point"], r["against"]): r
+            for r in differences
+            if (r["method"], _takes(r["part"])) == (ours, again)
         }
         places = dict.fromkeys((part, point) for part, point, _ in found)
         header = [f"{LABELS[ours]}: its accuracy minus that of"]
@@ -247,7 +259,11 @@ def markdown(
 
 
 def _title(part: str) -> str:
-    return {"few_shot": "few-shot", "full": "full data"}[part]
+    return {"few_shot": "few-shot", "full": "full data", "methods": "all methods"}[part]
+
+
+def _takes(part: str) -> bool:
+    return bool(PARTS[part].taken)
 
 
 def _interval(row: Record | None) -> str:
@@ -262,7 +278,11 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 # Pictures
 
-_COLOURS = {"pt": "#a0aec0", "pt_20": "#ed8936", "dept": "#63b3ed", "ept": "#2b6cb0"}
+_COLOURS = {
+    "pt": "#a0aec0", "pt_20": "#ed8936", "dept": "#63b3ed", "ept": "#2b6cb0",
+    "lamp": "#d53f8c", "residual": "#38a169", "mp2": "#805ad5", "attempt": "#d69e2e",
+    "accept": "#e53e3e", "ulpt": "#319795", "ulpt_2": "#81e6d9", "pre": "#744210",
+}  # fmt: skip
 
 
 def draw_forest(rows: Sequence[Record], path: Path) -> None:
@@ -271,7 +291,7 @@ def draw_forest(rows: Sequence[Record], path: Path) -> None:
 
     from ept_fast.training.report import save_figure
 
-    rows = [row for row in rows if row["method"] == "ept"]
+    rows = [row for row in rows if row["method"] == "ept" and not _takes(row["part"])]
     panels = list(dict.fromkeys((row["part"], row["point"]) for row in rows))
     figure = Figure(figsize=(4.4 * len(panels), 3.2), dpi=120, layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -303,9 +323,12 @@ def curves(
         for r in of_kind(records, "train", part)
         if r["task"] == task
     }
-    timing = next(r for r in of_kind(records, "timing", part) if r["task"] == task)
+    base_seconds = timing_of(records, part, "", task)["step_seconds"][plan.BASE]
     found: dict[str, tuple[list[float], list[float]]] = {}
-    for method in (m for m in METHODS if m in timing["step_seconds"]):
+    for method in PARTS[part].methods:
+        ratio = timing_of(records, part, method, task)["ratios"].get(method)
+        if ratio is None:
+            continue
         runs = [
             trains[method, test["time"]["setting"], test["seed"]]["evaluations"]
             for test in tests
@@ -318,8 +341,7 @@ def curves(
             statistics.fmean([e["accuracy"] for e in run if e["step"] <= step][-1] for run in runs)
             for step in steps
         ]
-        step_seconds = float(timing["ratios"][method]) * float(timing["step_seconds"][plan.BASE])
-        seconds = [step * step_seconds for step in steps]
+        seconds = [step * float(ratio) * float(base_seconds) for step in steps]
         found[method] = (seconds, [100 * value for value in means])
     return found
 
@@ -362,7 +384,7 @@ def report(out: Path, device: str | None = None) -> None:
     tables = markdown(results, differences, choices)
     write_bytes(out / "tables.md", tables.encode())
     print(tables)
-    if differences:
+    if any(not _takes(row["part"]) for row in differences):
         draw_forest(differences, out / "differences.png")
     for part in dict.fromkeys(row["part"] for row in results):
         draw_curves(records, part, out / f"curves-{part}.png")

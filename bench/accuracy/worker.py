@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -133,7 +134,7 @@ class Runner:
     def train(self, run: Run) -> Record:
         """Train with one setting, judged on the validation rows; the probe is fitted instead."""
         from ept_fast.ops import dispatch
-        from ept_fast.ops.types import Parameters
+        from ept_fast.ops.types import SpliceInputs
 
         tokens = self.tokens(run.part, run.task, run.seed)
         limits = {f"{point}_limit": 0 for point in POINTS}
@@ -157,6 +158,7 @@ class Runner:
             with torch.no_grad():
                 model.head.weight.copy_(weight)
                 model.head.bias.copy_(bias)
+        torch.manual_seed(run.seed)  # of what a method draws in training
         result = train(
             model,
             rates.optimizer(model, plan.RATES[run.setting]),
@@ -170,13 +172,14 @@ class Runner:
         weights = result.pop("weights")
         if PARTS[run.part].tested:
             torch.save(weights, self.weights_path(run, make=True))
-        tensors = Parameters(**dict(model.prompt.named_parameters(recurse=False)))
+        config = model.prompt.config
+        prompt = torch.empty(config.num_virtual_tokens, config.hidden_size, device=model.device)
         return {
             **result,
             **limits,
             "parameters": model.parameter_counts(),
-            "prompt": model.prompt.config.to_dict(),
-            "backend": dispatch.select(None, tensors),
+            "prompt": config.to_dict(),
+            "backend": dispatch.select(None, SpliceInputs(prompt)),
             **_rows(tokens),
         }
 
@@ -211,31 +214,24 @@ class Runner:
     def model(self, run: Run, method: str, tokens: Tokens, seed: int) -> tuple[Any, Rates]:
         """An untrained model of a method, and how it is optimised."""
         from ept_fast import get_ept_model
-        from ept_fast.training.config import TrainConfig
 
-        changes = dict(plan.settings_of(run.part, method))
-        factors = changes.pop("_rate", {})
-        start = changes.pop("_start", None)
-        unit = changes.pop("_unit", False)
-        changes.pop("_head", None)
-        config = TrainConfig(
-            model="-", data="-", output="-",
-            max_length=PARTS[run.part].tasks[run.task].max_length, **changes,
-        )  # fmt: skip
-        prompt = config.prompt_config(self.backbone.get_input_embeddings().embedding_dim)
+        settings = plan.settings_of(run.part, method)
+        width = self.backbone.get_input_embeddings().embedding_dim
+        prompt = prompt_config(settings, width, PARTS[run.part].tasks[run.task].max_length)
         generator = torch.Generator().manual_seed(seed)
-        init: Any = config.init if start is None else self.start(start, prompt, tokens, generator)
+        init: Any = settings["init"]
+        if "_start" in settings:
+            init = self.start(settings["_start"], prompt, tokens, generator)
         given = {"text": tokens.texts, "tokenizer": self.tokenizer} if init == "data" else {}
         model = get_ept_model(
             self.backbone, prompt, "SEQ_CLS", labels=tokens.labels, init=init, generator=generator,
-            head_dropout=config.head_dropout, **given,
+            head_dropout=settings["head_dropout"], **given,
         )  # fmt: skip
-        if unit:
-            with torch.no_grad():
-                hidden = model.prompt.short_prompt @ model.prompt.space_down
-                model.prompt.space_down /= hidden.std()
+        if settings.get("_unit"):
+            start_at_unit_variance(model.prompt)
+        factors = settings.get("_rate", {})
         relative = {name: rate * factors.get(name, 1.0) for name, rate in plan.RELATIVE.items()}
-        return model, Rates(relative, plan.HEAD_RATE, config.weight_decay)
+        return model, Rates(relative, plan.HEAD_RATE, settings["weight_decay"])
 
     @torch.no_grad()
     def start(self, kind: str, prompt: Any, tokens: Tokens, generator: torch.Generator) -> Tensor:
@@ -318,6 +314,24 @@ class Runner:
             tokenise(r, self.tokenizer, task.max_length, labels) for r in (train, validation, test)
         ]
         return Tokens(*tokens, train.all_texts, labels.names)
+
+
+def prompt_config(settings: Mapping[str, Any], hidden_size: int, max_length: int) -> Any:
+    """The prompt's config of a method's settings; those of the training itself are left out."""
+    from ept_fast.prompts.base import prompt_methods
+
+    fields = {name: value for name, value in settings.items() if name[0] != "_"}
+    for name in ("init", "head_dropout", "weight_decay"):
+        del fields[name]
+    method, length = fields.pop("method", "ept"), fields.pop("prompt_length")
+    config = prompt_methods()[method].config_class
+    return config.for_method(method, hidden_size, length, max_length=max_length, **fields)
+
+
+@torch.no_grad()
+def start_at_unit_variance(prompt: Any) -> None:
+    """Scale an EPT prompt's downward projections to a variance of 1 in the subspaces."""
+    prompt.space_down /= (prompt.short_prompt @ prompt.space_down).std()
 
 
 def _metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from bench import compare, plots
+import tests.toy_method  # registers a method  # noqa: F401
+from bench import compare, methods, plots
 from bench.rows import SUITES, Book, Row, read, write
+from ept_fast.prompts.base import prompt_methods
 from tests.processes import python
+from tests.tiny import save_model
 
 # Our backend paired with itself.
 DEFAULTS: dict[str, Any] = {
@@ -264,3 +267,37 @@ def test_exponents_are_fitted() -> None:
     rows = sweep("d", (1, 10, 100), 1.0)
     rows[1] = make_row(suite="sweeps", shape="d=10", p50_ms=0.5)
     assert plots.fitted_exponents(rows)["d", "eager"] == pytest.approx((1.0, 0.75))
+
+
+# bench.methods
+
+
+def test_every_registered_method_has_a_row(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=1)
+    out = tmp_path / "methods.csv"
+    command = ("--model", model, "--tokens", 4, "--batch", 3, "--length", 8, "--rounds", 2)
+    done = CliRunner().invoke(methods.main, [*map(str, command), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    rows = {row["method"]: row for row in methods.read(out)}
+    assert {*rows} == {*prompt_methods()} >= {"toy", "ept"}  # a new one needs no change there
+    assert methods.table(rows.values()) in done.output
+    for name, row in rows.items():
+        config = methods.config_of(name, 32, 4, 8)
+        assert config.num_virtual_tokens == 4
+        count = config.num_parameters
+        assert count is None or int(row["parameters"]) == count
+        assert float(row["ratio_low"]) <= float(row["ratio_to_pt"]) <= float(row["ratio_high"])
+        # The trained values and AdamW's two moments at least.
+        assert float(row["peak_mb"]) > 3 * 4 * int(row["parameters"]) / 1e6
+        assert row["host_ms"] == ""
+        assert (row["model"], row["rounds"], row["batch"]) == ("model", "2", "3")
+        assert row["torch"]
+        assert row["commit"]
+    assert float(rows["pt"]["ratio_to_pt"]) == 1
+    assert rows["pt"]["parameters"] == str(4 * 32)
+
+
+def test_the_documentation_has_the_tables_of_the_methods(root: Path) -> None:
+    page = (root / "docs" / "results.md").read_text()
+    for path in methods.FOLDER.glob("*.csv"):
+        assert methods.table(methods.read(path)) in page

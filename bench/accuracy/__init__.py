@@ -1,4 +1,4 @@
-"""Does a prompt learn better? Accuracy of a linear head, prompt tuning, DePT and EPT.
+"""Does a prompt learn better? Accuracy of a linear head, prompt tuning, DePT, EPT and the others.
 
     python -m bench.accuracy run --data DATA
     python -m bench.accuracy report

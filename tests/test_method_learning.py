@@ -105,7 +105,7 @@ def test_better_than_a_plain_prompt_of_as_many_parameters(config: Any) -> None:
     teacher = filled(new_prompt(config, 0), 0).eval()
     ours = learn(new_prompt(config, 100), teacher, 80)
     theirs = learn(plain(round(config.num_parameters / D)), teacher, 80)
-    assert ours < 0.6 * theirs, (ours, theirs)
+    assert ours < 0.8 * theirs, (ours, theirs)  # 0.02 to 0.59 over three teachers
 
 
 @pytest.mark.parametrize("encoder_kind", ["mlp", "lstm"])

@@ -9,6 +9,7 @@ from ept_fast.config import EPTConfig
 from ept_fast.ops.functional import reconstruct_and_splice, reconstruct_prompt, splice_prompt
 from ept_fast.prompts.base import EPTOutput
 from ept_fast.prompts.ept import FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.prompts.prototypes import from_prototypes
 from ept_fast.storage.files import CheckpointError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "export_peft",
     "export_plain",
+    "from_prototypes",
     "get_ept_model",
     "import_dept",
     "import_peft",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from ept_fast.transformers.bank import EPTBank
     from ept_fast.transformers.tasks import EPTModel, get_ept_model
+    from ept_fast.transformers.vision import VisionPrompt
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "FoldedEPTPrompt",
     "FusedEPTPrompt",
     "PlainPrompt",
+    "VisionPrompt",
     "__version__",
     "export_peft",
     "export_plain",
@@ -55,6 +57,7 @@ _LAZY = {
     "EPTBank": "ept_fast.transformers.bank",
     "EPTModel": "ept_fast.transformers.tasks",
     "PlainPrompt": _INTERCHANGE,
+    "VisionPrompt": "ept_fast.transformers.vision",
     "export_peft": _INTERCHANGE,
     "export_plain": _INTERCHANGE,
     "get_ept_model": "ept_fast.transformers.tasks",

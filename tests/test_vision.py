@@ -503,6 +503,20 @@ def test_bad_calls(given: tuple[Any, ...], error: type[Exception], message: str)
     assert str(caught.value) == message
 
 
+def test_the_example_of_the_page(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```$", (root / "docs" / "vision.md").read_text(), re.M | re.S
+    )
+    names: dict[str, Any] = {}
+    exec(compile(code, "vision.md", "exec"), names)
+    assert (tmp_path / "digits" / "vision.json").is_file()
+    assert names["loss"].item() < math.log(10)
+
+
 # Digits: what the start does, behind a small ViT that knows some of them
 
 
@@ -595,6 +609,7 @@ def test_what_a_start_costs_before_training(digits: tuple[Tensor, Tensor]) -> No
     assert losses["random 0"] > losses["mean 0"], losses
 
 
+@pytest.mark.minutes
 @pytest.mark.slow
 def test_a_tuned_prompt_beats_its_head_alone(digits: tuple[Tensor, Tensor]) -> None:
     """On digits that the model has not seen, from every start; no start is far from another.

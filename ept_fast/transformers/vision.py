@@ -117,9 +117,13 @@ class VisionPrompt(nn.Module):
         names = _labels_of(model, labels)
         if isinstance(init, str):
             check_choice("init", init, _INITS)
-        how = "kmeans" if not isinstance(init, str) or init != "data" else prototypes
-        check_prototypes(init, how, prototype_layer)
-        if (images is not None) != (isinstance(init, str) and init == "data"):
+        from_images = isinstance(init, str) and init == "data"
+        if not from_images and prototypes != "random":
+            raise ValueError(
+                f'prototypes: expected "random" unless init="data", got {shorten(prototypes)}'
+            )
+        check_prototypes(init, prototypes if from_images else "kmeans", prototype_layer)
+        if (images is not None) != from_images:
             expected = "None unless" if images is not None else "a tensor for"
             raise ValueError(f'images: expected {expected} init="data", got {_shown(images)}')
         if images is not None:
@@ -138,7 +142,7 @@ class VisionPrompt(nn.Module):
         try:
             if images is not None:
                 count = config.num_virtual_tokens
-                init = _prototypes(vit, images, count, how, prototype_layer, generator)
+                init = _prototypes(vit, images, count, prototypes, prototype_layer, generator)
             elif isinstance(init, str):
                 init = _uniform(vit, config, generator)
             device = next(vit.parameters()).device

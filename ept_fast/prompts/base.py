@@ -248,6 +248,8 @@ class Prompt(SplicedPrompt):
         init: str | Tensor = "vocab",
         text: str | Sequence[str] | None = None,
         tokenizer: Any = None,
+        prototypes: str = "kmeans",
+        prototype_layer: int | None = None,
         num_tasks: int | None = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
@@ -263,7 +265,13 @@ class Prompt(SplicedPrompt):
         self.num_tasks = num_tasks
         if embedding is not None:
             check_width(embedding, config.hidden_size)
-        rows = LongPrompt(config, embedding, init, text, tokenizer, num_tasks, generator)
+        if prototype_layer is not None:
+            raise ValueError(
+                f"prototype_layer: expected None, as a prompt by itself knows no layers "
+                f"(get_ept_model and add_adapter do), got {shorten(prototype_layer)}"
+            )
+        start = (init, text, tokenizer, prototypes)
+        rows = LongPrompt(config, embedding, *start, num_tasks, generator)
         tasks = [self.initial(rows.of_task(t), generator) for t in range(num_tasks or 1)]
         values = {}
         for name, first in tasks[0].items():

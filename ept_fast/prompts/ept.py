@@ -36,13 +36,17 @@ class FusedEPTPrompt(Prompt):
             ``init``.
         init: the rows that the prompt starts from: ``"vocab"`` (sampled from the table, without its
             padding row), ``"text"`` (of ``text``, repeated as needed), ``"data"`` (of the task's
-            own texts: the short prompt is the m means of k-means over their tokens' embeddings,
-            ``offset_b`` the leading directions of what the means leave; nothing is random),
+            own texts: the short prompt is made of ``prototypes`` of their tokens' embeddings,
+            ``offset_b`` of the leading directions of what these leave),
             ``"random"`` (normal, with the table's standard deviation), or a tensor ``[L, d]`` or
             ``[T, L, d]`` with L >= m. The first m rows are the short prompt. The rows after them,
             sampled if there are too few, give ``offset_b`` through an SVD (METHOD, Initialisation).
         text: for ``init="text"`` a string, for ``init="data"`` a sequence of strings.
         tokenizer: for these two; called as ``tokenizer(text, add_special_tokens=False)``.
+        prototypes: for ``init="data"``: ``"kmeans"`` (the m means of clusters; nothing is random),
+            ``"random"``, ``"mean"`` or ``"max"``, as in :func:`ept_fast.from_prototypes`.
+        prototype_layer: None here. Models behind a prompt take the states of a layer too:
+            :func:`ept_fast.get_ept_model`.
         num_tasks: T, or None for a single prompt.
         generator: a CPU generator for everything random; the global one by default.
         dtype: type of the parameters.

@@ -20,6 +20,8 @@ from ept_fast.config import (
 )
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.prompts.base import prompt_methods
+from ept_fast.prompts.initial import check_prototypes
+from ept_fast.prompts.prototypes import HOWS
 from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
 from ept_fast.transformers import POOLINGS
 
@@ -175,6 +177,18 @@ class TrainConfig:
         "training texts' tokens, or random.",
         choices=("vocab", "data", "random"),
     )
+    prototypes: str = _setting(
+        "kmeans",
+        "How --init data makes rows of the texts' tokens: means of k-means clusters, rows drawn "
+        "at random, or the mean or largest values of windows of a text.",
+        choices=HOWS,
+    )
+    prototype_layer: int | None = _setting(
+        None,
+        "Layer of the model, from 0, whose input --init data makes rows of; by default the "
+        "tokens' embeddings.",
+        least=0,
+    )
     pooling: str = _setting(
         "mean",
         "What the head sees (classification): the mean, the first or the last of the text's real "
@@ -252,6 +266,7 @@ class TrainConfig:
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
                 _check(field, value)
+        check_prototypes(self.init, self.prototypes, self.prototype_layer)
         default = METRICS if self.task == "classification" else TEXT_METRICS
         if self.metric is not None:
             check_choice("metric", self.metric, default)

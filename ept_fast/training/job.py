@@ -291,6 +291,8 @@ def _build(config: TrainConfig, rows: Rows, tokenizer: Any, **head: Any) -> EPTM
         task,
         base_model=str(folder.resolve()) if folder.is_dir() else config.model,
         init=config.init,
+        prototypes=config.prototypes,
+        prototype_layer=config.prototype_layer,
         generator=torch.Generator().manual_seed(config.seed),
         **start,
         **head,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -20,6 +20,7 @@ from ept_fast.config import (
 )
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.prompts.base import prompt_methods
+from ept_fast.storage.untrusted import shorten
 from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
 from ept_fast.transformers import POOLINGS
 
@@ -73,7 +74,10 @@ def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     name, limits, kind = field.name, field.metadata["range"], kinds()[field.name]
-    if choices := choices_of(field):
+    if kind is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name}: expected a dict, got {type(value).__name__}")
+    elif choices := choices_of(field):
         check_choice(name, value, choices)
     elif kind is bool:
         check_flag(name, value)
@@ -124,6 +128,20 @@ class TrainConfig:
     )
     method: str = _setting(
         "ept", "How the prompt is made; a registered method.", choices=prompt_methods
+    )
+    settings: dict[str, Any] = dataclasses.field(
+        default_factory=dict,
+        metadata={
+            "help": "A field of the method's own config that has no option here; VALUE is JSON, or "
+            "else a string. May be given several times.",
+            "choices": (),
+            "range": {},
+        },
+    )
+    start_from: str | None = _setting(
+        None,
+        "Folder or hub id of an adapter of the same method and sizes, with whose prompt this run "
+        "starts.",
     )
     eval_data: str | None = _setting(
         None, "File of evaluation rows; else the split validation (or test, to --keep last)."
@@ -208,6 +226,12 @@ class TrainConfig:
     )
     max_steps: int | None = _setting(None, "Optimizer steps, in place of --epochs.", least=1)
     epochs: float = _setting(3.0, "Passes over the training rows.", positive=True)
+    gate_steps: int = _setting(
+        0,
+        "First optimizer steps in which only what --space-lr is for (the gates of a mixture, the "
+        "subspaces of ept) and the head are trained.",
+        least=0,
+    )
     eval_steps: int | None = _setting(
         None, "Steps between evaluations and checkpoints; by default a tenth of the run.", least=1
     )
@@ -252,6 +276,7 @@ class TrainConfig:
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
                 _check(field, value)
+        self._check_settings()
         default = METRICS if self.task == "classification" else TEXT_METRICS
         if self.metric is not None:
             check_choice("metric", self.metric, default)
@@ -267,6 +292,17 @@ class TrainConfig:
             )
         if self.pack_length is not None and not self.packing:
             raise ValueError(f"pack_length: expected None without packing, got {self.pack_length}")
+
+    def _check_settings(self) -> None:
+        config = prompt_methods()[self.method].config_class
+        elsewhere = {"hidden_size", "num_virtual_tokens", "max_length"}  # which a run needs itself
+        known = sorted({field.name for field in dataclasses.fields(config)} - elsewhere)
+        for name in self.settings:
+            if name not in known:
+                raise ValueError(
+                    f"settings: expected fields of the method {self.method} "
+                    f"({', '.join(known) or 'it has none'}), got {shorten(name)}"
+                )
 
     @property
     def judged_by(self) -> str:
@@ -288,13 +324,27 @@ class TrainConfig:
             max_length: n, if the backbone allows less than the field of that name.
 
         Raises:
-            ValueError: the sizes cost more than the budget, or leave a rank of 0 for an offset.
+            ValueError: the sizes cost more than the budget, leave a rank of 0 for an offset, or a
+                setting is none that the method can have.
         """
         names = {field.name for field in dataclasses.fields(EPTConfig)} & set(vars(self))
         settings = {name: getattr(self, name) for name in names}
         settings["max_length"] = max_length or self.max_length
-        config = prompt_methods()[self.method].config_class
-        return config.for_method(self.method, hidden_size, self.prompt_length, **settings)
+        settings |= self.settings
+        method = prompt_methods()[self.method].config_class
+        try:
+            config = method.for_method(self.method, hidden_size, self.prompt_length, **settings)
+        except TypeError as error:
+            if str(error).partition(":")[0] not in self.settings:
+                raise
+            raise ValueError(str(error)) from None  # a user's mistake, as all others here
+        for name, value in self.settings.items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"{name}: expected {getattr(config, name)!r}, which the method {self.method} "
+                    f"stands for, got {value!r}"
+                )
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""
@@ -303,6 +353,7 @@ class TrainConfig:
 
 @functools.cache
 def kinds() -> dict[str, type]:
-    """The type of each field of :class:`TrainConfig`; of one that may be None, the other type."""
+    """The type of each field of :class:`TrainConfig`; of one of several types, the first."""
     hints = get_type_hints(TrainConfig)
-    return {name: next(iter(get_args(hint)), hint) for name, hint in hints.items()}
+    plain = {name: next(iter(get_args(hint)), hint) for name, hint in hints.items()}
+    return {**plain, "settings": dict}

@@ -8,6 +8,7 @@ import platform
 import resource
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 
 import ept_fast
 from ept_fast.libraries import MissingLibraryError, require
+from ept_fast.prompts.base import Prompt, SavedPrompt, expected_shapes
 from ept_fast.storage.files import write_json
 from ept_fast.training import parallel
 from ept_fast.training.checkpoints import sound_checkpoint
@@ -36,12 +38,14 @@ from ept_fast.training.inference import (
     Adapter,
     check_alike,
     evaluate,
+    find_saved,
     fitted,
     load_adapter,
     predict,
 )
 from ept_fast.training.metrics import GENERATED_METRICS
 from ept_fast.training.tokens import TextForm
+from ept_fast.transformers.adapter import state_checksum
 
 if TYPE_CHECKING:
     from ept_fast.training.trainer import PromptTrainer
@@ -135,8 +139,10 @@ def train(
         FileExistsError: another run holds the folder; or it is not empty, and neither ``resume``
             nor ``overwrite`` is given.
         DataError: malformed data.
-        ValueError: a config that does not fit the model, or a resumed run that was another one.
-        CheckpointError: every complete checkpoint of the run to resume is damaged.
+        ValueError: a config that does not fit the model or the prompt to start from, or a resumed
+            run that was another one.
+        CheckpointError: every complete checkpoint of the run to resume is damaged, or the adapter
+            to start from is.
         NonFiniteLossError: the loss became NaN or infinite; checkpoints before it are kept.
         MissingLibraryError: the ``train`` extra is not installed.
     """
@@ -152,8 +158,10 @@ def _train(
     output = Path(config.output)
     parallel.on_main(lambda: check_output(output, resume, overwrite))
     task = parallel.agreed(lambda: data or load_task(config))
+    start = parallel.agreed(lambda: _start(config))
     run = {
         "config": config.to_dict(),
+        "start": start and state_checksum({}, start.tensors)[:16],
         "data": {"train": task.train.fingerprint(), "evaluation": task.evaluation.fingerprint()},
         "processes": parallel.world_size(),
     }
@@ -163,7 +171,7 @@ def _train(
         if finished is not None:
             return finished
         checkpoint = parallel.on_main(lambda: sound_checkpoint(output / "checkpoints"))
-    adapter, trainer = parallel.agreed(lambda: _prepare(config, task, progress))
+    adapter, trainer = parallel.agreed(lambda: _prepare(config, task, start, progress))
     parallel.on_main(lambda: begin(output, run, overwrite))
     if checkpoint is None and config.eval_before:
         trainer.evaluate()
@@ -199,11 +207,56 @@ def _finish(output: Path, adapter: Adapter, metrics: dict[str, Any]) -> None:
     write_json(output / METRICS_FILE, metrics)  # last: a folder with it is a finished run
 
 
-def _prepare(config: TrainConfig, task: TaskData, progress: bool) -> tuple[Adapter, PromptTrainer]:
+def _start(config: TrainConfig) -> SavedPrompt | None:
+    """The prompt that a run starts from, if it is to start from one."""
+    if config.start_from is None:
+        return None
+    return find_saved(config.start_from, "start_from").prompt
+
+
+def _take(start: SavedPrompt, prompt: Prompt) -> None:
+    """Give a prompt the values of a saved one.
+
+    Raises:
+        ValueError: another method, or tensors of other names and shapes.
+    """
+    config, expected = start.config, expected_shapes(prompt.config, None)
+    got = expected_shapes(config, start.num_tasks)
+    if type(config) is not type(prompt.config) or got != expected:
+        mine = {**prompt.config.to_dict(), "num_tasks": None}
+        theirs = {**config.to_dict(), "num_tasks": start.num_tasks}
+        names = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
+        raise ValueError(
+            f"start_from: expected a prompt of the method and the sizes of this run "
+            f"({_listed(names, mine)}), got {start.path.parent} with {_listed(names, theirs)}"
+        )
+    prompt.load_saved(start._replace(config=prompt.config))
+
+
+def _listed(names: Sequence[str], values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {values[name]}" for name in names if name in values) or "no others"
+
+
+def _check_gates(config: TrainConfig, prompt: Prompt) -> None:
+    """Raise ValueError if a run is to train the gates of a prompt that has none."""
+    groups = prompt.parameter_groups(1.0, 1.0, 1.0)
+    if config.gate_steps and "spaces" not in {group["name"] for group in groups}:
+        raise ValueError(
+            f"gate_steps: expected 0 for the method {config.method} of these sizes, which has "
+            f"neither gates nor subspaces, got {config.gate_steps}"
+        )
+
+
+def _prepare(
+    config: TrainConfig, task: TaskData, start: SavedPrompt | None, progress: bool
+) -> tuple[Adapter, PromptTrainer]:
     """The adapter to be trained, and what trains it."""
     from ept_fast.training.trainer import PromptTrainer, train_batches
 
     adapter = _new_adapter(config, task.train)
+    if start is not None:
+        _take(start, adapter.model.prompt)
+    _check_gates(config, adapter.model.prompt)
     bf16 = config.bf16
     if bf16 is None:
         on_gpu = config.device == "auto" and torch.cuda.is_available()

@@ -189,6 +189,8 @@ def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
         f"parameters trained: {trained:,} (prompt {counts['prompt']:,}, head {counts['head']:,}), "
         f"{100 * trained / whole:.2f}% of {whole:,}",
     ]
+    if held := min(metrics["config"]["gate_steps"], metrics["steps"]):
+        lines.append(f"gates and head alone: in the first {held} of {metrics['steps']} steps")
     for name, what in (
         ("cut", f"rows cut to {rows['max_length']} tokens"),
         ("targets_cut", "targets cut"),

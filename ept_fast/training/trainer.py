@@ -44,6 +44,7 @@ __all__ = ["NonFiniteLossError", "PromptTrainer", "train_batches"]
 PROGRESS_FILE = "progress.json"
 BEST_FOLDER = "best"
 _KEPT = 2
+_FIRST = ("spaces", "head")  # the groups that are trained in the first gate_steps
 
 
 class NonFiniteLossError(RuntimeError):
@@ -236,9 +237,19 @@ class PromptTrainer(Trainer):
             self._stop("the loss", self.state.global_step + 1)
         self._step_loss += value
         if self.accelerator.sync_gradients:  # the last batch of the step
+            if self.state.global_step < self.run_config.gate_steps:
+                self._hold_all_but_gates()
             self.losses.append(self._step_loss)
             self._step_loss = 0.0
         return loss
+
+    def _hold_all_but_gates(self) -> None:
+        """Drop the gradients of what stays as it is in this step: AdamW then leaves it alone."""
+        optimizer: Any = self.optimizer
+        for group in optimizer.param_groups:
+            if group["name"] not in _FIRST:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

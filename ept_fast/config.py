@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import math
@@ -72,12 +73,15 @@ class PromptConfig:
     Attributes:
         prompt_type: the method's name, in files and in the registry.
         methods: its names on the command line; ``prompt_type`` alone if there are none.
+        solved: the integer field that :meth:`for_method` solves from a budget, if there is one; the
+            config has the property ``num_parameters`` then.
         hidden_size: d, width of the backbone's embeddings.
         num_virtual_tokens: m, length of the prompt that the backbone sees.
     """
 
     prompt_type: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = ()
+    solved: ClassVar[str | None] = None
     rank = 0
     max_length = 2**63 - 1
 
@@ -94,6 +98,11 @@ class PromptConfig:
         return 0.0
 
     @property
+    def num_parameters(self) -> int | None:
+        """Trainable parameters of one prompt; None if the method does not say."""
+        return None
+
+    @property
     def initial_rows(self) -> int:
         """How many rows the initial values are made from; at least m + r."""
         return self.num_virtual_tokens
@@ -107,20 +116,59 @@ class PromptConfig:
     def for_method(
         cls, method: str, hidden_size: int, prompt_length: int, **settings: Any
     ) -> PromptConfig:
-        """The config of a training run; here, the settings that are fields of the config.
+        """The config of a training run: the settings that are fields of the config, and the rest.
+
+        The field ``solved`` gets the largest value that the budget allows, unless it is given.
 
         Args:
             method: which of ``methods``.
             hidden_size: d.
             prompt_length: l; the budget is l·d parameters.
-            **settings: ``num_virtual_tokens``, ``max_length`` and all others of the run's settings
-                that :class:`EPTConfig` has as fields.
+            **settings: fields of the config, and ``max_length``. Those that :class:`EPTConfig` has
+                and this config has not are left out.
 
         Raises:
-            ValueError: settings that the method cannot have.
+            ValueError: settings that the method cannot have, or that cost more than the budget.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        return cls(hidden_size, **{n: v for n, v in settings.items() if n in known})
+        of_ept = {field.name for field in dataclasses.fields(EPTConfig)}
+        foreign = sorted(settings.keys() - known - of_ept)
+        if foreign:
+            raise ValueError(
+                f"settings: expected fields of the method {method} ({', '.join(sorted(known))}), "
+                f"got {shorten(foreign)}"
+            )
+        given = {name: value for name, value in settings.items() if name in known}
+        given = {**cls.choices_of(method), **given}
+        solved, budget = cls.solved, prompt_length * hidden_size
+        config = cls(hidden_size, **(given if solved is None else {solved: 1, **given}))
+        least = config.num_parameters
+        if least is not None and least > budget:
+            raise ValueError(
+                f"prompt_length: expected a budget of at least {least} parameters for {config}, "
+                f"got {prompt_length} * {hidden_size} = {budget}"
+            )
+        if solved is None or solved in given:
+            return config
+
+        def fits(size: int) -> bool:
+            try:
+                count = dataclasses.replace(config, **{solved: size}).num_parameters
+            except ValueError:  # beyond what the field may be
+                return False
+            return count is not None and count <= budget
+
+        most = 1
+        while fits(2 * most):
+            most *= 2
+        # most fits and 2 * most does not: the largest that fits, by halving what lies between
+        size = bisect.bisect(range(most, 2 * most), False, key=lambda n: not fits(n)) + most - 1
+        return dataclasses.replace(config, **{solved: size})
+
+    @classmethod
+    def choices_of(cls, method: str) -> dict[str, Any]:
+        """The fields that one of ``methods`` stands for."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values; with ``prompt_type``, if the method is not EPT."""
@@ -276,7 +324,8 @@ class EPTConfig(PromptConfig):
                 has an offset.
         """
         if method == "pt":
-            settings = {name: settings[name] for name in ("max_length", "alpha")}
+            kept = ("max_length", "alpha")
+            settings = {name: settings[name] for name in kept if name in settings}
             settings |= {"rank": 0, "num_spaces": 0, "space_dim": 1}
             return cls(hidden_size, num_virtual_tokens=prompt_length, **settings)
         if method == "dept":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ept_fast.config import check_count
 from ept_fast.precision import accumulation_dtype
-from ept_fast.prompts.base import FoldedPrompt, Prompt
+from ept_fast.prompts.base import FoldedPrompt, Prompt, check_constant
 from ept_fast.prompts.table import offset_table
 
 __all__ = ["FoldedValues", "fold_values", "product"]
@@ -45,6 +45,7 @@ def fold_values(prompt: Prompt | FoldedPrompt, task: int | None) -> FoldedValues
         raise ValueError(
             'prompt: expected one that has its offset, got one folded with offset="none"'
         )
+    check_constant("prompt", prompt)
     values = [prompt.reconstruct(), prompt.offset_a, prompt.offset_b]
     if prompt.num_tasks is None:
         if task is not None:

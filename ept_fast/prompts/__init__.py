@@ -1,3 +1,10 @@
-"""Prompts as modules: what is put before the text, trained, folded, saved and loaded."""
+"""Prompts as modules: what is put before the text, trained, folded, saved and loaded.
 
-from ept_fast.prompts import ept  # noqa: F401  # registers the method
+Every file of this folder is imported, so that the method in it is registered.
+"""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,15 +1,16 @@
 """What every prompt method shares, and the registry that finds a method by its name.
 
-A method is one file: a config, which is a frozen dataclass below ``PromptConfig``, and a class
-below :class:`Prompt` with ``shapes``, ``groups``, ``initial`` and ``reconstruct``, under
+A method is one file of this folder: a config, which is a frozen dataclass below ``PromptConfig``,
+and a class below :class:`Prompt` with ``shapes``, ``groups``, ``initial`` and ``formula``, under
 :func:`register`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -20,6 +21,7 @@ from ept_fast.checks import check_input_ids, check_token_ids
 from ept_fast.config import EPT, PromptConfig, check_choice, check_count
 from ept_fast.ops.functional import splice_prompt
 from ept_fast.ops.types import Text
+from ept_fast.precision import accumulation_dtype, without_autocast
 from ept_fast.prompts.embedding import (
     NOISE,
     check_width,
@@ -47,6 +49,7 @@ __all__ = [
     "Prompt",
     "SavedPrompt",
     "SplicedPrompt",
+    "check_constant",
     "config_class",
     "expected_shapes",
     "prompt_class",
@@ -86,6 +89,11 @@ class SplicedPrompt(nn.Module):
     offset_b: Tensor | None
     equal_lengths = True  # no row has padding inside its prompt
 
+    @property
+    def depends_on_text(self) -> bool:
+        """Whether each row has a prompt of its own, made from its text, and no constant P′."""
+        return False
+
     def __init__(
         self, config: PromptConfig, embedding: nn.Module | None, backend: str | None
     ) -> None:
@@ -111,8 +119,15 @@ class SplicedPrompt(nn.Module):
         self._embedding = (embedding,)
 
     def reconstruct(self) -> Tensor:
-        """P′, ``[(T,) m, d]``."""
+        """P′, ``[(T,) m, d]``, as in evaluation mode."""
         raise NotImplementedError
+
+    def prompt_for(self, text: Text) -> tuple[Tensor, Text]:
+        """The prompts of a call, ``[(T,) m, d]``, and its text with the ``task_ids`` that pick one.
+
+        Here P′; a method that draws in training mode, or reads the text, has more to say.
+        """
+        return self.reconstruct(), text
 
     def put_before(self, text: Text, places: list[Tensor] | None = None) -> Tensor:
         """The embeddings ``[B, m + S, d]`` of prompt and text.
@@ -120,7 +135,8 @@ class SplicedPrompt(nn.Module):
         ``places`` gets their mask and positions, ``[B, m + S]``, if the backend writes them.
         """
         check_whole({"embedding.weight": text.weight})
-        return splice_prompt(self.reconstruct(), **self._spliced(text), backend=self.backend)
+        prompt, text = self.prompt_for(text)
+        return splice_prompt(prompt, **self._spliced(text), backend=self.backend)
 
     def _spliced(self, text: Text) -> dict[str, Any]:
         """Arguments of the splice: the text, the offset and its scaling."""
@@ -212,11 +228,13 @@ class Prompt(SplicedPrompt):
         config_class: the method's config.
         groups: names of all its tensors, by learning rate: ``"prompt"``, ``"offset"``,
             ``"spaces"``. ``offset_a`` and ``offset_b`` make the low-rank offset of the text.
+        shared: names of the tensors that all tasks of a bank have in common, without an axis T.
         num_tasks: T, or None for a single prompt.
     """
 
     config_class: ClassVar[type[PromptConfig]]
     groups: ClassVar[Mapping[str, tuple[str, ...]]]
+    shared: ClassVar[tuple[str, ...]] = ()
     num_tasks: int | None
 
     def __init__(
@@ -246,7 +264,8 @@ class Prompt(SplicedPrompt):
         tasks = [self.initial(rows.of_task(t), generator) for t in range(num_tasks or 1)]
         values = {}
         for name, first in tasks[0].items():
-            value = first if num_tasks is None else torch.stack([t[name] for t in tasks])
+            alone = num_tasks is None or name in self.shared
+            value = first if alone else torch.stack([t[name] for t in tasks])
             # A copy: the rows may be a view of the caller's tensor, or of the frozen table itself.
             values[name] = torch.empty_like(
                 value, dtype=dtype, device=rows.device, memory_format=torch.contiguous_format
@@ -264,13 +283,47 @@ class Prompt(SplicedPrompt):
         raise NotImplementedError
 
     def initial(self, rows: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """A single prompt's first values, from ``config.initial_rows`` rows ``[.., d]``."""
+        """A single prompt's first values, from rows ``[at least m + r, d]``.
+
+        There are ``config.initial_rows`` of them, or as many as the caller gave.
+        """
         raise NotImplementedError
+
+    def formula(self, t: Mapping[str, Tensor]) -> Tensor:
+        """P′ in plain PyTorch from the tensors and constants, each ``[(T,) ...]`` unless shared.
+
+        They come in float32 (float64 if one of them is), and autocast is off. A method that has
+        kernels overrides :meth:`reconstruct`.
+        """
+        raise NotImplementedError
+
+    def reconstruct(self) -> Tensor:
+        """P′, ``[(T,) m, d]``, in the type of the first tensor; as in evaluation mode."""
+        return self.computed(self.formula)
+
+    def computed(self, formula: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
+        """What a formula gives, under the conditions of :meth:`formula`."""
+        tensors = {name: t for name, t in self.tensors().items() if t is not None}
+        dtype = next(iter(tensors.values())).dtype
+        tensors |= dict(self.named_buffers(recurse=False))
+        wide = accumulation_dtype(*tensors.values())
+        with without_autocast(next(iter(tensors.values())).device):
+            return formula({name: t.to(wide) for name, t in tensors.items()}).to(dtype)
+
+    @classmethod
+    def constants(cls, config: Any) -> dict[str, Tensor]:
+        """Frozen tensors that follow from the config alone, by name; they are never saved."""
+        return {}
 
     def _register(self, values: Mapping[str, Tensor]) -> None:
         for name in dict.fromkeys((*sum(self.groups.values(), ()), *_OFFSET)):
+            if isinstance(getattr(type(self), name, None), property):  # made from others
+                continue
             value = values.get(name)
             self.register_parameter(name, None if value is None else nn.Parameter(value))
+        device = next(iter(values.values())).device
+        for name, constant in self.constants(self.config).items():
+            self.register_buffer(name, constant.to(device), persistent=False)
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The trainable tensors by name, with None for those that these sizes leave out.
@@ -282,8 +335,10 @@ class Prompt(SplicedPrompt):
         check_whole(tensors)
         return tensors
 
-    def fold(self, dtype: torch.dtype | None = None, offset: str = "low_rank") -> FoldedPrompt:
+    def fold(self, dtype: torch.dtype | None = None, offset: str = "low_rank") -> SplicedPrompt:
         """The same prompt for inference: P′ computed once, nothing trainable, the same outputs.
+
+        Of a prompt that depends on the text, whose P′ is not constant, a frozen copy.
 
         Args:
             dtype: type of P′ and of the offset table, rounded to it once; that of the parameters
@@ -296,6 +351,10 @@ class Prompt(SplicedPrompt):
         Raises:
             TypeError, ValueError: another dtype or offset.
         """
+        if self.depends_on_text:
+            _check_fold(dtype, offset)
+            embedding = self.embedding  # the backbone's: not copied
+            return copy.deepcopy(self, {id(embedding): embedding}).requires_grad_(False).eval()
         return FoldedPrompt(self, dtype, offset)
 
     def parameter_groups(
@@ -444,9 +503,7 @@ class FoldedPrompt(SplicedPrompt):
         offset: str = "low_rank",
     ) -> None:
         super().__init__(source.config, source.embedding, source.backend)
-        if dtype is not None:
-            _check_floating(dtype)
-        check_choice("offset", offset, _OFFSETS)
+        _check_fold(dtype, offset)
         self.num_tasks = source.num_tasks
         with torch.no_grad():
             prompt = source.reconstruct().detach().clone()
@@ -527,8 +584,11 @@ def prompt_class(config: object) -> type[Prompt]:
 def expected_shapes(config: PromptConfig, num_tasks: int | None) -> dict[str, tuple[int, ...]]:
     """The tensors of a prompt of these sizes, by name, with the task axis."""
     lead = () if num_tasks is None else (num_tasks,)
-    shapes = prompt_class(config).shapes(config)
-    return {name: (*lead, *shape) for name, shape in shapes.items()}
+    method = prompt_class(config)
+    return {
+        name: shape if name in method.shared else (*lead, *shape)
+        for name, shape in method.shapes(config).items()
+    }
 
 
 def config_class(prompt_type: str) -> type[PromptConfig]:
@@ -589,6 +649,21 @@ def read_prompt(folder: Path, files: Mapping[str, bytes] | None = None) -> Saved
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{config_path}: {str(error)[:1000]}") from None
     return SavedPrompt(path, config, num_tasks, file.load(expected_shapes(config, num_tasks)))
+
+
+def check_constant(name: str, prompt: SplicedPrompt) -> None:
+    """Raise ValueError if each row would have a prompt of its own, made from its text."""
+    if prompt.depends_on_text:
+        raise ValueError(
+            f"{name}: expected a prompt that is the same before every text, got a "
+            f"{type(prompt).__name__} that depends on it ({prompt.config})"
+        )
+
+
+def _check_fold(dtype: torch.dtype | None, offset: str) -> None:
+    if dtype is not None:
+        _check_floating(dtype)
+    check_choice("offset", offset, _OFFSETS)
 
 
 def _check_floating(dtype: object) -> None:

@@ -12,7 +12,7 @@ from ept_fast.config import PromptConfig, check_choice
 from ept_fast.prompts.embedding import embedding_device, embedding_weight
 from ept_fast.storage.untrusted import shorten
 
-__all__ = ["LongPrompt", "prototypes", "remaining_directions"]
+__all__ = ["LongPrompt", "prototypes", "remaining_directions", "repeated"]
 
 _INITS = ("vocab", "text", "data", "random")
 _MOST_ROUNDS = 50  # of k-means
@@ -180,6 +180,11 @@ def remaining_directions(left: Tensor, weights: Tensor, count: int) -> Tensor:
     kept = singular > max(1e-6 * float(singular[0]), _NOTHING)
     found: Tensor = (singular.unsqueeze(1) * directions.T.flip(0)[:count])[kept].float()
     return found
+
+
+def repeated(rows: Tensor, count: int) -> Tensor:
+    """The first ``count`` rows; if there are fewer, all of them over and over."""
+    return rows.repeat(-(-count // len(rows)), 1)[:count]
 
 
 def _squares(rows: Tensor, point: Tensor) -> Tensor:

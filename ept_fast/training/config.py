@@ -327,8 +327,12 @@ class TrainConfig:
             ValueError: the sizes cost more than the budget, leave a rank of 0 for an offset, or a
                 setting is none that the method can have.
         """
-        names = {field.name for field in dataclasses.fields(EPTConfig)} & set(vars(self))
-        settings = {name: getattr(self, name) for name in names}
+        of_ept = {field.name for field in dataclasses.fields(EPTConfig)}
+        settings = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name in of_ept and getattr(self, field.name) != field.default
+        }
         settings["max_length"] = max_length or self.max_length
         settings |= self.settings
         method = prompt_methods()[self.method].config_class

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ept_fast.config import EPTConfig, PromptConfig, check_choice, check_count
-from ept_fast.prompts.base import EPTOutput, FoldedPrompt, Prompt, SplicedPrompt
+from ept_fast.prompts.base import (
+    EPTOutput,
+    FoldedPrompt,
+    Prompt,
+    SplicedPrompt,
+    check_constant,
+)
 from ept_fast.prompts.embedding import embedding_device
 from ept_fast.prompts.table import offset_table, table_pays
 from ept_fast.transformers import TASKS
@@ -447,6 +453,7 @@ class EPTBank(nn.Module):
                 f"hidden_size: expected {self.bank.config.hidden_size}, "
                 f"got {prompt.config.hidden_size}"
             )
+        check_constant("adapter", prompt)
         self.bank.check(prompt.config)
 
     def _fill(
@@ -455,7 +462,9 @@ class EPTBank(nn.Module):
         self._check_prompt(prompt)
         if head is not None:
             self._check_head(slot, described, head)
-        self.bank.write(slot, prompt.fold())
+        folded = prompt.fold()
+        assert isinstance(folded, FoldedPrompt)  # as the prompt is constant
+        self.bank.write(slot, folded)
         parts = [head] if isinstance(head, nn.Linear) else list((head or {}).values())
         for heads, part in zip(self._heads(), parts, strict=True):
             heads.write(slot, copy.deepcopy(part).to(self.bank.prompt.device))

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ept_fast.prompts.base import check_constant
 from ept_fast.transformers.backbone import Profile, text_config
 from ept_fast.transformers.padding import IGNORED, Text, pack, packed_mask
 
@@ -89,6 +90,7 @@ def packed_forward(
         if kwargs.pop(given, None) is not None:
             raise ValueError(f"{given}: expected None beside pack_index, got a value")
     backbone, profile = model.backbone, model.profile
+    check_constant("pack_index", model.prompt)
     embeds, _, ranks = model.splice(text.input_ids, attention_mask=text.attention_mask)
     m = model.prompt.config.num_virtual_tokens
     check_packing(backbone, profile, m + text.length)

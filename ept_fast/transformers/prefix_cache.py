@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from ept_fast.prompts.base import check_constant
 from ept_fast.transformers.outputs import keep_logits, replace_fields
 from ept_fast.transformers.padding import Text, mark_layout
 
@@ -45,6 +46,7 @@ class PrefixCache:
             )
         self._model = model
         self._prompt = model.prompt
+        check_constant("prefix", self._prompt)
         self._made: list[Any] = []
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.update()

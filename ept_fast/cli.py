@@ -93,7 +93,7 @@ def _setting(name: str) -> Callable[[F], F]:
             "--set", name, multiple=True, metavar="NAME=VALUE", help=field.metadata["help"]
         )
     flag = name.replace("_", "-")
-    how: dict[str, Any] = {"required": True}
+    how: dict[str, Any] = {"required": True, "multiple": name == "data"}
     if field.default is not dataclasses.MISSING:
         how = {"default": field.default, "show_default": str(field.default).isprintable()}
     return click.option(
@@ -160,6 +160,8 @@ def _load(how: dict[str, Any]) -> Any:
 @_clean
 def train(resume: bool, overwrite: bool, quiet: bool, **options: Any) -> None:
     """Train an adapter to classify texts, or to write a text for a text.
+
+    With several --data, one of each, whose prompts share tensors, in adapter/<name>/.
 
     Leaves adapter/, metrics.json, learning_curves.png, gate_weights.png and, for texts, samples.md
     in --output.

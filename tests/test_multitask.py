@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,15 +11,26 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 from torch import Tensor
 
 import tests.toy_method  # registers a method  # noqa: F401
+from ept_fast import EPTBank, EPTModel, get_ept_model
 from ept_fast.cli import main
+from ept_fast.training.batches import GroupedBatches
 from ept_fast.training.config import TrainConfig
+from ept_fast.training.data import read_rows
+from ept_fast.training.job import evaluate, predict
 from ept_fast.training.job import train as train_config
+from ept_fast.training.multitask import MultitaskModel, TaskBatches, task_names
+from ept_fast.training.report import describe_run
+from ept_fast.transformers.backbone import load_backbone
 from tests.tiny import (
+    answer_rows,
     options,
+    save_llama,
     save_model,
+    save_t5,
     save_task,
     small_run,
     task_rows,
@@ -247,3 +259,320 @@ def test_a_prompt_without_gates_has_no_stage(places: tuple[Path, Path], tmp_path
     with pytest.raises(ValueError, match="gate_steps: expected 0 for the method pt of these sizes"):
         train(settings)
     assert not (tmp_path / "out").exists()
+
+
+# Several data sets ----------------------------------------------------------------------------
+
+
+def two_tasks(folder: Path) -> tuple[Path, Path]:
+    """One of two integer classes, and one of three named ones with fewer rows."""
+    names = ("bad", "good", "none")
+    rows = [{**row, "label": names[row["label"]]} for row in task_rows(50, 7)]
+    plain = [{"text": "the play was a song", "label": "none"} for _ in range(10)]
+    save_task(folder / "mood")
+    return folder / "mood", write_rows(folder / "tone.jsonl", [*rows, *plain])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return two_tasks(tmp_path_factory.mktemp("pair"))
+
+
+def several(
+    places: tuple[Path, Path], pair: tuple[Path, ...], output: Path, **changes: Any
+) -> dict[str, Any]:
+    """Settings of a run on several data sets, with shared modules and gates of each."""
+    choices = {"data": tuple(map(str, pair)), "method": "mp2", "settings": {"num_modules": 3}}
+    return settings_of(places, output, **{**choices, "eval_before": True, **changes})
+
+
+def prompt_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "ept_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pretrained(
+    places: tuple[Path, Path], pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("pretrained") / "out"
+    run = several(places, pair, output, max_steps=24, eval_steps=8, batch_size=8)
+    return output, train(run)
+
+
+def test_each_data_set_has_an_adapter_and_figures_of_its_own(
+    pretrained: tuple[Path, dict[str, Any]], pair: tuple[Path, Path]
+) -> None:
+    output, metrics = pretrained
+    found = {path.name for path in output.iterdir()}
+    pictures = {"learning_curves.png", "gate_weights.png"}
+    assert found == {"adapter", "checkpoints", "metrics.json", "run.json", *pictures}
+    assert {path.name for path in (output / "adapter").iterdir()} == {"mood", "tone"}
+    assert metrics == json.loads((output / "metrics.json").read_text())
+    assert metrics["config"]["data"] == list(map(str, pair))
+    assert metrics["labels"] == {"mood": ["0", "1"], "tone": ["bad", "good", "none"]}
+    assert {name: rows["train"] for name, rows in metrics["rows"].items()} == {
+        "mood": 96, "tone": 54,
+    }  # fmt: skip
+    for each in metrics["curves"]["evaluation"]:
+        for name in ("loss", "accuracy"):
+            mean = sum(task[name] for task in each["tasks"].values()) / 2
+            assert each[name] == pytest.approx(mean)
+    assert metrics["after"]["loss"] < metrics["before"]["loss"]
+    for task, source, split in (("mood", pair[0], "validation"), ("tone", pair[1], "train")):
+        alone = evaluate(output / "adapter" / task, source, split=split)
+        assert alone["rows"] == (40 if task == "mood" else 60)
+        if task == "mood":
+            assert alone["accuracy"] == metrics["after"]["tasks"]["mood"]["accuracy"]
+    counts = metrics["parameters"]
+    assert counts["prompt"] == 3 * 4 * 32 + 2 * 3
+    assert counts["head"] == (2 + 3) * 33
+
+
+def test_shared_tensors_are_one_and_others_differ(
+    pretrained: tuple[Path, dict[str, Any]], places: tuple[Path, Path]
+) -> None:
+    output, metrics = pretrained
+    mood, tone = (prompt_of(output / "adapter" / name) for name in ("mood", "tone"))
+    assert torch.equal(mood["module_prompts"], tone["module_prompts"])
+    assert not torch.equal(mood["gate_logits"], tone["gate_logits"])
+    assert set(metrics["gate_weights"]) == {"mood", "tone"}
+    backbone = load_backbone(str(places[0]))
+    bank = EPTBank.from_adapters(
+        backbone, {name: output / "adapter" / name for name in ("mood", "tone")}
+    )
+    assert set(bank.names) == {"mood", "tone"}
+    model = EPTModel.from_pretrained(output / "adapter" / "tone")
+    assert model.labels == ("bad", "good", "none")
+
+
+@pytest.mark.parametrize(("method", "shared"), [("toy", True), ("mp2", False), ("attempt", False)])
+def test_what_tasks_share_is_one_parameter(
+    method: str, shared: bool, places: tuple[Path, Path]
+) -> None:
+    """All tensors of a method that names none."""
+    backbone = load_backbone(str(places[0]))
+    config = TrainConfig("m", "d", "o", method=method, settings={}, num_virtual_tokens=4)
+    models = {
+        name: get_ept_model(backbone, config.prompt_config(32), "SEQ_CLS", labels=labels)
+        for name, labels in (("a", "xy"), ("b", "xyz"))
+    }
+    model = MultitaskModel(models)
+    first, second = (dict(models[name].prompt.named_parameters()) for name in "ab")
+    names = set(models["a"].prompt.shared or first) & set(first)
+    assert {name for name in first if first[name] is second[name]} == names
+    assert shared == (names == set(first))
+    groups = model.parameter_groups(1.0, 2.0, 3.0, 4.0)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == set(trained)
+    assert {g["name"]: g["lr"] for g in groups}["head"] == 4.0
+    ids = torch.tensor([[5, 6, 7]])
+    for name, count in (("a", 2), ("b", 3)):
+        assert model(task=name, input_ids=ids).logits.shape == (1, count)
+
+
+def test_models_that_cannot_be_trained_together(places: tuple[Path, Path]) -> None:
+    backbone = load_backbone(str(places[0]))
+    headed = load_backbone(str(places[0]), labels=("x", "y"))
+    config = TrainConfig("m", "d", "o", method="mp2").prompt_config(32)
+
+    def model(name: Any = backbone, more: int = 0, **how: Any) -> EPTModel:
+        sizes = dataclasses.replace(config, num_virtual_tokens=4 + more)
+        return get_ept_model(name, sizes, "SEQ_CLS", labels=("x", "y"), **how)
+
+    for models, message in (
+        ({"a": model(), "b.c": model()}, r"adapter_name: expected letters.*got 'b\.c'"),
+        ({"a": model(), "b": model(load_backbone(str(places[0])))}, "expected one backbone"),
+        ({"a": model(), "b": model(more=1)}, r"models: expected prompts of .* for b"),
+        ({"a": model(headed)}, "models: expected linear heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MultitaskModel(models)
+
+
+def test_steps_go_in_turn_and_each_is_of_one_task() -> None:
+    lengths = {"a": [3] * 10, "b": [4] * 7, "c": [5] * 4}
+    parts = {
+        rank: TaskBatches(
+            {
+                name: GroupedBatches(each, 2, 3, seed=1, parts=2, rank=rank, world_size=2)
+                for name, each in lengths.items()
+            },
+            8,
+        )
+        for rank in (0, 1)
+    }
+    for batches in parts.values():
+        given = list(batches)
+        assert given == list(batches)
+        assert len(given) == len(batches) == 16
+        tasks = [{name for name, _ in batch} for batch in given]
+        assert tasks[0::2] == tasks[1::2] == [{name} for name in "abcabcab"]
+    alone = list(GroupedBatches(lengths["b"], 2, 3, seed=1, parts=2, world_size=2))
+    of_b = [[row for _, row in batch] for batch in parts[0] if batch[0][0] == "b"]
+    assert of_b == alone[: len(of_b)]
+    assert parts[0].steps_of(2) == 6  # one of each for an epoch
+
+
+@pytest.mark.default_algorithms
+def test_a_step_moves_its_own_task_alone(
+    places: tuple[Path, Path], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """And what is shared; no weight decay reaches the gates and the head of another task."""
+    found = []
+    for steps, rate in ((1, 1e-30), (1, 0.1), (2, 0.1)):
+        output = tmp_path / str(len(found))
+        rates = dict.fromkeys(("prompt_lr", "space_lr", "head_lr"), rate)
+        changes = {"max_steps": steps, "warmup_ratio": 0.0, "weight_decay": 0.1, **rates}
+        train(several(places, pair, output, **changes, eval_before=False))
+        found.append(
+            {
+                f"{task} {name}": data
+                for task in ("mood", "tone")
+                for name, data in held(every_tensor(output / "adapter" / task)).items()
+            }
+        )
+    still, one, two = found
+    own = ("gate_logits", "weight", "bias")
+    modules = {"mood module_prompts", "tone module_prompts"}
+    assert {name for name in one if one[name] != still[name]} == {
+        *modules, *(f"mood {name}" for name in own),
+    }  # fmt: skip
+    # The rate of the only step of one is that of the first of two.
+    assert {name for name in one if two[name] != one[name]} >= {
+        *modules, *(f"tone {name}" for name in own),
+    }  # fmt: skip
+
+
+def every_tensor(adapter: Path) -> dict[str, Tensor]:
+    return {**prompt_of(adapter), **load_file(adapter / "head.safetensors")}
+
+
+@pytest.mark.default_algorithms
+@pytest.mark.parametrize("gate_steps", [0, 5])
+def test_a_killed_run_of_several_goes_on_to_the_same_bits(
+    gate_steps: int, places: tuple[Path, Path], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """From between the turns, where the second stage begins, with the best weights so far."""
+    settings = several(
+        places, pair, tmp_path / "out", gate_steps=gate_steps, max_steps=7, eval_steps=1,
+        keep="best", head_dropout=0.2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    metrics = train(settings)
+    output = tmp_path / "out"
+    whole = files_of(output / "adapter")
+    cut_off(output, 6)
+    shutil.rmtree(output / "best")
+    again = train(settings, resume=True)
+    assert files_of(output / "adapter") == whole
+    for name in ("before", "after", "best", "curves", "tokens", "positions"):
+        assert again[name] == metrics[name], name
+    assert train(settings, resume=True) == again
+    swapped = {**settings, "data": settings["data"][::-1]}
+    with pytest.raises(ValueError, match=r"^data: expected \['.*mood', .* as in the run to resume"):
+        train(swapped, resume=True)
+    write_rows(tmp_path / "tone.jsonl", task_rows(30, 3))
+    train({**settings, "data": (settings["data"][0], str(tmp_path / "tone.jsonl"))}, overwrite=True)
+    assert files_of(output / "adapter") != whole
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    return {str(path): data for path, data in files.items()}
+
+
+@pytest.mark.parametrize("task", ["seq2seq", "causal"])
+def test_text_tasks_share_a_prompt_too(task: str, tmp_path: Path) -> None:
+    model = (save_t5 if task == "seq2seq" else save_llama)(tmp_path / "model", steps=5)
+    data = [save_task(tmp_path / name, answer_rows) for name in ("one", "two")]
+    packed = {"packing": True, "pack_length": 40} if task == "causal" else {}
+    settings = several(
+        (model, data[0]), (data[0], data[1]), tmp_path / "out", task=task, init="data",
+        prompt_length=48, max_target_length=6, eval_generate=3, max_steps=2, eval_steps=2, **packed,
+    )  # fmt: skip
+    metrics = train(settings)
+    assert [sample["task"] for sample in metrics["samples"]] == ["one"] * 3 + ["two"] * 3
+    assert (tmp_path / "out" / "samples.md").read_text().count("\ntask:\n\n    two\n") == 3
+    assert set(metrics["after"]["tasks"]["one"]) >= {"exact_match", "token_accuracy", "perplexity"}
+    assert "mean of 2 data sets" in describe_run(metrics, tmp_path)[0]
+    texts = read_rows(data[1] / "test.jsonl", answer="none").take(range(2))
+    assert len(predict(tmp_path / "out" / "adapter" / "two", texts)) == 2
+
+
+def test_the_command_line_pretrains_and_adapts(
+    places: tuple[Path, Path], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Modules from two data sets, and for a third its gates alone."""
+    few = write_rows(tmp_path / "few.jsonl", task_rows(16, 11))
+    run = several(places, pair, tmp_path / "many", max_steps=8)
+    words = {name: run.pop(name) for name in ("data", "settings", "eval_before")}
+    chosen = ["--set", "num_modules=3", "--quiet"]
+    sets = [f"--data={source}" for source in words["data"]]
+    result = call("train", *options(run), *sets, *chosen)
+    assert result.exit_code == 0, result.output
+    lines = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    assert "(mean of 2 data sets)" in lines["accuracy"]
+    assert lines["accuracy of mood"].endswith("after (40 rows)")
+    assert lines["evaluated on of tone"].endswith("(held out)")
+    assert Path(lines["adapter of tone"]).is_dir()
+    adapters = tmp_path / "many" / "adapter"
+    named = f"expected the folder of one adapter, got {adapters}, in which there are mood, tone"
+    for command in (
+        ["evaluate", "--adapter", tmp_path / "many", "--data", pair[0]],
+        ["predict", "--adapter", adapters],
+        ["train", *options({**run, "output": tmp_path / "x", "data": few}), *chosen,
+         "--start-from", tmp_path / "many"],
+    ):  # fmt: skip
+        refused = call(*command, stdin="a song\n")
+        assert refused.exit_code == 2
+        assert named in refused.stderr
+    answered = call("predict", "--adapter", adapters / "tone", stdin="a song\n")
+    assert json.loads(answered.stdout)["label"] in ("bad", "good", "none")
+    run |= {"data": str(few), "output": str(tmp_path / "one"), "max_steps": 3, "gate_steps": 3}
+    adapted = call("train", *options(run), *chosen, "--start-from", adapters / "mood")
+    assert adapted.exit_code == 0, adapted.output
+    assert "gates and head alone: in the first 3 of 3 steps" in adapted.stdout
+    before, after = prompt_of(adapters / "mood"), prompt_of(tmp_path / "one" / "adapter")
+    assert torch.equal(after["module_prompts"], before["module_prompts"])
+    assert not torch.equal(after["gate_logits"], before["gate_logits"])
+
+
+def test_names_of_data_sets_are_those_of_adapters() -> None:
+    sources = (
+        "a/mood",
+        "b/mood",
+        "train.jsonl",
+        "c/train.csv",
+        "x.y",
+        "Mood",
+        "user/set",
+        "ü",
+        "b-2",
+    )
+    assert task_names(sources) == [
+        "mood", "mood-2", "data-train", "data-train-2", "x_y", "Mood-3", "set", "data", "b-2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": ()}, ValueError, "data: expected at least one data set, got none"),
+        ({"data": ("d", "")}, ValueError, "data: expected a non-empty string, got ''"),
+        ({"data": ("d", 3)}, TypeError, "data: expected a string, got int"),
+        ({"data": ["d", "e"], "eval_data": "v"}, ValueError, "eval_data: expected None beside sev"),
+        ({"data": ["d", "e"], "num_labels": 3}, ValueError, "num_labels: expected None beside sev"),
+        ({"gate_steps": -1}, ValueError, "gate_steps: expected an integer >= 0, got -1"),
+        ({"start_from": ""}, ValueError, "start_from: expected a non-empty string, got ''"),
+    ],
+)
+def test_config_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + message):
+        TrainConfig(**{"model": "m", "data": "d", "output": "o", **changes})
+
+
+def test_one_data_set_is_one_however_it_is_given() -> None:
+    for data in ("d", ["d"], ("d",)):
+        config = TrainConfig(model="m", data=data, output="o")  # type: ignore[arg-type]
+        assert (config.data, config.sources, config.to_dict()["data"]) == ("d", ("d",), "d")

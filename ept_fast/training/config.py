@@ -74,7 +74,12 @@ def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     name, limits, kind = field.name, field.metadata["range"], kinds()[field.name]
-    if kind is dict:
+    if name == "data" and isinstance(value, tuple):
+        if not value:
+            raise ValueError(f"{name}: expected at least one data set, got none")
+        for each in value:
+            _check(field, each)
+    elif kind is dict:
         if not isinstance(value, Mapping):
             raise TypeError(f"{name}: expected a dict, got {type(value).__name__}")
     elif choices := choices_of(field):
@@ -113,10 +118,11 @@ class TrainConfig:
     """
 
     model: str = _setting(MISSING, "Folder or hub id of the frozen model.")
-    data: str = _setting(
+    data: str | tuple[str, ...] = _setting(
         MISSING,
         "Folder of <split>.jsonl (.csv, .tsv) files, a file of training rows, or the name of a "
-        "data set of the datasets library.",
+        "data set of the datasets library. May be given several times: an adapter of each, whose "
+        "prompts share tensors.",
     )
     output: str = _setting(MISSING, "Folder for the adapter, the metrics and the pictures.")
     task: str = _setting(
@@ -272,6 +278,9 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, list | tuple):
+            several = tuple(self.data)
+            object.__setattr__(self, "data", several[0] if len(several) == 1 else several)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
@@ -290,6 +299,11 @@ class TrainConfig:
                 f"packing: expected the task causal{reason * (self.task == 'seq2seq')}, "
                 f"got {self.task}"
             )
+        for name in ("eval_data", "num_labels") if len(self.sources) > 1 else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: expected None beside several data sets, got {getattr(self, name)!r}"
+                )
         if self.pack_length is not None and not self.packing:
             raise ValueError(f"pack_length: expected None without packing, got {self.pack_length}")
 
@@ -303,6 +317,11 @@ class TrainConfig:
                     f"settings: expected fields of the method {self.method} "
                     f"({', '.join(known) or 'it has none'}), got {shorten(name)}"
                 )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The data sets: one, or several."""
+        return (self.data,) if isinstance(self.data, str) else self.data
 
     @property
     def judged_by(self) -> str:
@@ -351,8 +370,9 @@ class TrainConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values."""
-        return dataclasses.asdict(self)
+        """All fields as plain values, those of JSON."""
+        data = self.data if isinstance(self.data, str) else list(self.data)
+        return {**dataclasses.asdict(self), "data": data}
 
 
 @functools.cache

@@ -339,14 +339,14 @@ def _prepare(
     else:
         model = MultitaskModel({name: adapter.model for name, adapter in adapters.items()})
         rows, evaluation = TaskRows(tokenised), TaskEvaluation(evaluations)
+    batches = train_batches(config, rows, 0, pack_length)  # which fails if rows do not fit
     trainer = PromptTrainer(
         model,
         config,
         rows,
         next(iter(adapters.values())).collator,
         evaluation,
-        max_steps=config.max_steps
-        or train_batches(config, rows, 0, pack_length).steps_of(config.epochs),
+        max_steps=config.max_steps or batches.steps_of(config.epochs),
         folder=Path(config.output) / "checkpoints",
         bf16=bf16,
         progress=progress and parallel.is_main(),

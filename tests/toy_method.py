@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,5 +42,5 @@ class ToyPrompt(Prompt):
         m = self.config.num_virtual_tokens
         return {"rows": rows[:m], "size": torch.zeros(m, 1)}
 
-    def reconstruct(self) -> Tensor:
-        return self.rows * (1 + torch.tanh(self.config.slope * self.size))
+    def formula(self, t: Mapping[str, Tensor]) -> Tensor:
+        return t["rows"] * (1 + torch.tanh(self.config.slope * t["size"]))

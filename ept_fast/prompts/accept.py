@@ -1,7 +1,7 @@
 """ACCEPT: codebooks for blocks of the width, shared by all prompt tokens, and by all positions.
 
-After *ACCEPT: Adaptive Codebook for Composite and Efficient Prompt Tuning* (Lin et al., 2024);
-docs/methods.md says what is theirs and what ours.
+After Lin et al., *ACCEPT* (EMNLP Findings 2024, arXiv 2410.12847); docs/methods.md says what is
+theirs and what ours.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """LAMP: a long prompt's truncated SVD, its tokens' interaction, and average pooling.
 
-After Lan et al., NAACL 2025 (arXiv 2502.12200); docs/methods.md says what is theirs and what ours.
+After Lan et al., *LAMP* (NAACL 2025, arXiv 2502.12200); docs/methods.md says what is theirs and
+what ours.
 """
 
 from __future__ import annotations

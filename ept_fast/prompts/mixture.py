@@ -1,7 +1,7 @@
 """Mixtures of prompts: MP2's modular prompts under gates of a task, ATTEMPT's under attention.
 
-After Sun et al., ACL 2023 (*Multitask Pre-training of Modular Prompt*, arXiv 2210.07565), and Asai
-et al., EMNLP 2022 (*ATTEMPT*); docs/methods.md says what is theirs and what ours.
+After Sun et al., *MP2* (ACL 2023, arXiv 2210.07565), and Asai et al., *ATTEMPT* (EMNLP 2022);
+docs/methods.md says what is theirs and what ours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Prompts behind a residual encoder: Residual Prompt Tuning's MLP, and PRE's bidirectional LSTM.
 
-After Razdaibiedina et al., ACL Findings 2023 (arXiv 2305.03937), and Minh et al., *PRE:
-Vision-Language Prompt Learning with Reparameterization Encoder* (2023); docs/methods.md says what
-is theirs and what ours.
+After Razdaibiedina et al., *Residual Prompt Tuning* (ACL Findings 2023), and Pham et al., *PRE*
+(arXiv 2309.07760); docs/methods.md says what is theirs and what ours.
 """
 
 from __future__ import annotations

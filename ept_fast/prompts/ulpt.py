@@ -1,7 +1,6 @@
 """ULPT: a prompt of very few dimensions, brought to full width by a frozen random matrix.
 
-After *ULPT: Prompt Tuning with Ultra-Low-Dimensional Optimization* (Wu et al., 2025);
-docs/methods.md says what is theirs and what ours.
+After Wu et al., *ULPT* (arXiv 2502.04501); docs/methods.md says what is theirs and what ours.
 """
 
 from __future__ import annotations

@@ -1,0 +1,261 @@
+"""The table of prompt methods for the tests: a row for each, with its definition written out.
+
+The definitions are slow and literal: NumPy in float64, loops over tokens, every intermediate of its
+full size. They share no code with the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import tests.toy_method  # noqa: F401  # registers the toy
+from ept_fast import reference
+from ept_fast.config import PromptConfig
+from ept_fast.prompts.base import Prompt, config_class, prompt_class
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Arrays = dict[str, Array]
+# P′ [m, d] of a prompt's tensors and constants, its config, and for a method that reads the text
+# the embeddings [S, d] of its real tokens.
+Definition = Callable[[Arrays, Any, Array], Array]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with choices of its own, and what it shall compute.
+
+    Attributes:
+        kind: its ``prompt_type``.
+        choices: fields of its config.
+        definition: see :data:`Definition`.
+        method: its name on the command line, if that is another.
+        offset: choices that give it an offset to the text, if it can have one.
+        same_bits: whether it computes the same bits with and without gradients; oneDNN's LSTM does
+            not.
+    """
+
+    kind: str
+    definition: Definition
+    choices: dict[str, Any] = field(default_factory=dict)
+    method: str | None = None
+    offset: dict[str, Any] | None = None
+    same_bits: bool = True
+
+    def config(self, hidden_size: int, **choices: Any) -> PromptConfig:
+        """A small config."""
+        sizes = {"num_virtual_tokens": 3, **self.choices, **choices}
+        return config_class(self.kind)(hidden_size, **sizes)
+
+    def check(self, got: Tensor, wanted: Tensor) -> None:
+        """That a prompt with gradients and one without them gave the same."""
+        if self.same_bits:
+            assert torch.equal(got, wanted)
+        else:
+            torch.testing.assert_close(got, wanted)
+
+
+def filled(prompt: Any, seed: int = 3) -> Any:
+    """Every tensor with something random added, so that every part has a say."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in prompt.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
+    return prompt
+
+
+def make(config: PromptConfig, num_tasks: int | None = None, **options: Any) -> Prompt:
+    """A prompt with every tensor filled."""
+    layer = nn.Embedding(20, config.hidden_size, dtype=options.get("dtype"))
+    draw = torch.Generator().manual_seed(5)
+    prompt = prompt_class(config)(config, layer, num_tasks=num_tasks, generator=draw, **options)
+    return filled(prompt)  # type: ignore[no-any-return]
+
+
+def arrays_of(prompt: Prompt, task: int | None = None) -> Arrays:
+    """A prompt's tensors and constants, those of one task of a bank."""
+    constants = dict(prompt.named_buffers())
+    tensors = {**dict(prompt.named_parameters()), **constants}
+    if task is not None:
+        kept = {*prompt.shared, *constants}
+        tensors = {n: t if n in kept else t[task] for n, t in tensors.items()}
+    return {name: t.detach().double().numpy() for name, t in tensors.items()}
+
+
+def _ept(t: Arrays, c: Any, text: Array) -> Array:
+    tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in t.items()}
+    kept = ("scaling", "activation", "gate", "temperature", "fusion")
+    found: Tensor = reference.reconstruct_prompt(**tensors, **{n: getattr(c, n) for n in kept})
+    return found.numpy()
+
+
+def _toy(t: Arrays, c: Any, text: Array) -> Array:
+    return t["rows"] * (1 + np.tanh(c.slope * t["size"]))
+
+
+def _windows(rows: Array, count: int) -> Array:
+    size = len(rows) // count
+    return np.stack([rows[i * size : (i + 1) * size].mean(0) for i in range(count)])
+
+
+def _lamp(t: Arrays, c: Any, text: Array) -> Array:
+    rows = t["left"] @ np.diag(t["singular_values"])
+    full = rows @ t["right"]  # [l, d]
+    mixed = full.copy()
+    for i in range(len(full)):
+        for j in range(len(full)):
+            weight = float(t["product_scale"][0]) / len(full) * float(rows[i] @ rows[j])
+            mixed[i] += weight * full[j]
+    return _windows(mixed, c.num_virtual_tokens)
+
+
+def _lamp_sketch(t: Arrays, c: Any, text: Array) -> Array:
+    rows = t["left"] @ np.diag(t["singular_values"])
+    places = [[int(np.flatnonzero(row)[0]) for row in each] for each in t["hashes"]]
+    signs = [[float(row[row != 0][0]) for row in each] for each in t["hashes"]]
+    full = rows @ t["right"]
+    for i, row in enumerate(rows):
+        sketch = np.zeros(c.sketch_size)
+        for a in range(c.prompt_rank):
+            for b in range(c.prompt_rank):
+                place = (places[0][a] + places[1][b]) % c.sketch_size
+                sketch[place] += signs[0][a] * signs[1][b] * row[a] * row[b]
+        full[i] += sketch @ t["sketch_right"]
+    return _windows(full, c.num_virtual_tokens)
+
+
+def _residual(t: Arrays, c: Any, text: Array) -> Array:
+    prompt = t["short_prompt"]
+    out = prompt.copy()
+    for i, row in enumerate(prompt):
+        d1, b1, d2, b2 = (
+            t[name] if c.shared else t[name][i]
+            for name in ("down_weight", "down_bias", "up_weight", "up_bias")
+        )
+        change = np.maximum(row @ d1 + b1, 0) @ d2 + b2
+        if c.layer_norm:
+            change = (change - change.mean()) / np.sqrt(change.var() + 1e-5)
+            change = change * t["norm_weight"] + t["norm_bias"]
+        out[i] += change
+    return out
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def _pre(t: Arrays, c: Any, text: Array) -> Array:
+    prompt = t["short_prompt"]
+    half = prompt.shape[1] // 2
+    out = prompt.copy()
+    for direction, order in enumerate((range(len(prompt)), reversed(range(len(prompt))))):
+        weight, hidden_weight, b, hidden_b = (
+            t[f"lstm_{name}"][direction]
+            for name in ("input_weight", "hidden_weight", "input_bias", "hidden_bias")
+        )
+        hidden, cell = np.zeros(half), np.zeros(half)
+        for i in order:
+            z = weight @ prompt[i] + b + hidden_weight @ hidden + hidden_b
+            entered, forgotten, new, shown = z.reshape(4, half)
+            cell = _sigmoid(forgotten) * cell + _sigmoid(entered) * np.tanh(new)
+            hidden = _sigmoid(shown) * np.tanh(cell)
+            out[i, direction * half : (direction + 1) * half] += hidden
+    return out
+
+
+def _module(t: Arrays, k: int) -> Array:
+    if "module_prompts" in t:
+        found: Array = t["module_prompts"][k]
+        return found
+    pairs = zip(t["module_weights"][k], t["module_basis"], strict=True)
+    return np.stack([weight * basis for weight, basis in pairs]).sum(0)
+
+
+def _mp2(t: Arrays, c: Any, text: Array) -> Array:
+    gates = _sigmoid(t["gate_logits"])
+    gates = gates / (gates.sum() + 1e-12)
+    return np.stack([gates[k] * _module(t, k) for k in range(c.num_modules)]).sum(0)
+
+
+def _attempt(t: Arrays, c: Any, text: Array) -> Array:
+    x = text.max(0)
+    hidden = x @ t["query_down"]
+    query = (hidden * _sigmoid(hidden)) @ t["query_up"]
+    query = (query - query.mean()) / np.sqrt(query.var() + 1e-5)
+    query = query * t["norm_weight"] + t["norm_bias"]
+    prompts = [_module(t, k) for k in range(c.num_modules)]
+    if c.attend_to_target:
+        prompts.append(t["target_prompt"])
+    logits = np.array([query @ p.max(0) for p in prompts])
+    weights = np.exp(logits / (c.temperature * np.sqrt(c.hidden_size)))
+    weights = weights / weights.sum()
+    return (
+        np.stack([w * p for w, p in zip(weights, prompts, strict=True)]).sum(0)
+        + (t["target_prompt"])
+    )
+
+
+def _ulpt(t: Arrays, c: Any, text: Array) -> Array:
+    return np.diag([1.0] * len(t["codes"])) @ (t["codes"] @ t["basis"]) * t["scale"] + t["shift"]
+
+
+def _accept(t: Arrays, c: Any, text: Array) -> Array:
+    width = c.hidden_size // c.num_blocks
+    out = np.zeros((c.num_virtual_tokens, c.hidden_size))
+    for i in range(c.num_virtual_tokens):
+        for k in range(c.num_blocks):
+            for code in range(c.codebook_size):
+                weight = t["prompt_weights"][k, i, code]
+                out[i, k * width : (k + 1) * width] += weight * t["prompt_codes"][k, code]
+    return out
+
+
+ROWS: dict[str, Row] = {
+    "ept": Row("ept", _ept, {"rank": 0}, offset={"rank": 2, "max_length": 9}),
+    "lamp": Row("lamp", _lamp, {"prompt_rank": 4, "window": 2}),
+    "lamp, sketch": Row(
+        "lamp", _lamp_sketch, {"prompt_rank": 4, "window": 2, "product": "sketch", "sketch_size": 5}
+    ),
+    "residual": Row("residual", _residual, {"bottleneck": 5}),
+    "residual, an MLP a token": Row("residual", _residual, {"bottleneck": 5, "shared": False}),
+    "residual, no LayerNorm": Row("residual", _residual, {"bottleneck": 5, "layer_norm": False}),
+    "pre": Row("residual", _pre, {"encoder": "lstm"}, method="pre", same_bits=False),
+    "mp2": Row("mixture", _mp2, {"num_modules": 3}, method="mp2"),
+    "mp2, factored": Row("mixture", _mp2, {"num_modules": 3, "num_factors": 2}),
+    "attempt": Row(
+        "mixture",
+        _attempt,
+        {"num_modules": 2, "gates": "attention", "query_dim": 4, "temperature": 0.7},
+        method="attempt",
+    ),
+    "attempt, no weight for the target": Row(
+        "mixture",
+        _attempt,
+        {
+            "num_modules": 2,
+            "num_factors": 2,
+            "gates": "attention",
+            "query_dim": 4,
+            "attend_to_target": False,
+        },
+    ),
+    "ulpt": Row("ulpt", _ulpt, {"prompt_rank": 2}),
+    "accept": Row(
+        "accept",
+        _accept,
+        {"num_blocks": 2, "codebook_size": 3, "offset_size": 0},
+        offset={"offset_size": 2, "max_length": 9},
+    ),
+    "toy": Row("toy", _toy),
+}
+
+
+def with_offset(row: Row) -> Row:
+    """The same method with its offset to the text."""
+    return dataclasses.replace(row, choices={**row.choices, **(row.offset or {})})

@@ -513,9 +513,9 @@ def test_the_command_line_pretrains_and_adapts(
     assert result.exit_code == 0, result.output
     lines = dict(line.split(": ", 1) for line in result.stdout.splitlines())
     assert "(mean of 2 data sets)" in lines["accuracy"]
-    assert lines["accuracy of mood"].endswith("after (40 rows)")
-    assert lines["evaluated on of tone"].endswith("(held out)")
-    assert Path(lines["adapter of tone"]).is_dir()
+    assert lines["accuracy (mood)"].endswith("after (40 rows)")
+    assert lines["evaluated on (tone)"].endswith("(held out)")
+    assert Path(lines["adapter (tone)"]).is_dir()
     adapters = tmp_path / "many" / "adapter"
     named = f"expected the folder of one adapter, got {adapters}, in which there are mood, tone"
     for command in (

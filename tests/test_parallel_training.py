@@ -95,6 +95,9 @@ def test_two_processes_train_as_one(
         assert theirs["step"] == mine["step"]
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-3)
     before = [m["curves"]["evaluation"][0] for m in (alone, found)]
+    tasks = [each.pop("tasks", {}) for each in before]
+    for name, figures in tasks[0].items():
+        assert tasks[1][name] == pytest.approx(figures, rel=1e-6)
     assert before[1] == pytest.approx(before[0], rel=1e-6)
     assert [s["text"] for s in found["samples"]] == [s["text"] for s in alone["samples"]]
 

@@ -715,7 +715,7 @@ def test_a_pooler_that_is_not_there_is_an_error() -> None:
     ("changes", "message"),
     [
         # Methods that other tests register may follow.
-        ({"method": "lora"}, r"method: expected one of ept, dept, pt(, \w+)*, got 'lora'"),
+        ({"method": "lora"}, r"method: expected one of (\w+, )*ept, dept, pt(, \w+)*, got 'lora'"),
         ({"pooling": "max"}, "pooling: expected one of mean, first, last, model"),
         ({"max_steps": 0}, "max_steps: expected an integer >= 1, got 0"),
         ({"num_labels": 1}, "num_labels: expected an integer >= 2, got 1"),

@@ -286,6 +286,7 @@ class TrainConfig:
             if value is not None or field.default is not None:
                 _check(field, value)
         self._check_settings()
+        object.__setattr__(self, "settings", dict(self.settings))  # its own
         default = METRICS if self.task == "classification" else TEXT_METRICS
         if self.metric is not None:
             check_choice("metric", self.metric, default)

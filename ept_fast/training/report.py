@@ -173,14 +173,14 @@ def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
     trained, whole = counts["prompt"] + counts["head"], sum(counts.values())
     lines = _scores(metrics)
     for name in after.get("tasks", [""]):
-        of_task = f" of {name}" if name else ""
+        which = f" ({name})" if name else ""
         facts = rows[name] if name else rows
         if "train_targets_cut" in facts:
             learnt = (
                 "targets" if facts["targets"] else "the texts themselves, as no row has a target"
             )
-            lines.append(f"learnt{of_task}: {learnt}")
-        lines.append(f"evaluated on{of_task}: {facts['evaluation_source']}")
+            lines.append(f"learnt{which}: {learnt}")
+        lines.append(f"evaluated on{which}: {facts['evaluation_source']}")
     lines += [
         f"time per step: {1000 * metrics['seconds_per_step']:.0f} ms (median)",
         f"parameters trained: {trained:,} (prompt {counts['prompt']:,}, head {counts['head']:,}), "
@@ -189,7 +189,7 @@ def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
     if held := min(metrics["config"]["gate_steps"], metrics["steps"]):
         lines.append(f"gates and head alone: in the first {held} of {metrics['steps']} steps")
     for name in after.get("tasks", [""]):
-        lines += _cuts(rows[name] if name else rows, f" of {name}" if name else "")
+        lines += _cuts(rows[name] if name else rows, f" ({name})" if name else "")
     pictures = str(output / "learning_curves.png")
     if metrics["gate_weights"] is None:
         pictures += " (no subspaces, so no gate weights to draw)"
@@ -197,7 +197,7 @@ def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
         pictures += f", {output / 'gate_weights.png'}"
     lines += [
         *(
-            f"adapter{f' of {name}' if name else ''}: {output / 'adapter' / name}"
+            f"adapter{f' ({name})' if name else ''}: {output / 'adapter' / name}"
             for name in after.get("tasks", [""])
         ),
         f"metrics: {output / 'metrics.json'}",
@@ -226,7 +226,7 @@ def _scores(metrics: dict[str, Any]) -> list[str]:
         for task, found in tasks.items():
             start = "not measured" if before is None else f"{before['tasks'][task][name]:.4f}"
             count = _rows(metrics, name, task)
-            lines.append(f"{title} of {task}: {start} before, {found[name]:.4f} after ({count})")
+            lines.append(f"{title} ({task}): {start} before, {found[name]:.4f} after ({count})")
     return lines
 
 
@@ -238,12 +238,12 @@ def _rows(metrics: dict[str, Any], metric: str, task: str | None = None) -> str:
     return f"{rows['evaluation']} rows"
 
 
-def _cuts(rows: Mapping[str, Any], of_task: str) -> list[str]:
+def _cuts(rows: Mapping[str, Any], which: str) -> list[str]:
     """How many rows of a data set lost a part, if any did."""
     lines = []
     for name, what in (
-        ("cut", f"rows{of_task} cut to {rows['max_length']} tokens"),
-        ("targets_cut", f"targets{of_task} cut"),
+        ("cut", f"rows cut to {rows['max_length']} tokens{which}"),
+        ("targets_cut", f"targets cut{which}"),
     ):
         cut = rows.get(f"train_{name}", 0) + rows.get(f"evaluation_{name}", 0)
         if cut:

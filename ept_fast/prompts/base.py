@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib
 import json
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -544,6 +547,23 @@ class FoldedPrompt(SplicedPrompt):
 
 _METHODS: dict[str, type[Prompt]] = {}  # by prompt_type
 _Method = TypeVar("_Method", bound=type[Prompt])
+_PACKAGE = "ept_fast.prompts"
+
+
+@functools.cache
+def _import_all() -> None:
+    """Import every file of this folder, so that the method in it is registered.
+
+    On first need, as ``import ept_fast`` shall be quick.
+    """
+    for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
+        importlib.import_module(f"{_PACKAGE}.{module.name}")
+
+
+def _methods() -> dict[str, type[Prompt]]:
+    """All registered methods, by ``prompt_type``."""
+    _import_all()
+    return _METHODS
 
 
 def register(method: _Method) -> _Method:
@@ -552,6 +572,8 @@ def register(method: _Method) -> _Method:
     Raises:
         ValueError: the name is taken, or ``groups`` has a key without a learning rate.
     """
+    if not method.__module__.startswith(f"{_PACKAGE}."):
+        _import_all()  # so that its name is none of ours
     name = method.config_class.prompt_type
     if name in _METHODS:
         raise ValueError(f"prompt_type: expected a new name, got {name!r}, which is there")
@@ -565,14 +587,14 @@ def prompt_methods() -> dict[str, type[Prompt]]:
     """The registered methods, by their names on the command line."""
     return {
         name: method
-        for kind, method in _METHODS.items()
+        for kind, method in _methods().items()
         for name in method.config_class.methods or (kind,)
     }
 
 
 def prompt_class(config: object) -> type[Prompt]:
     """The registered method of a config; TypeError if there is none."""
-    found = _METHODS.get(config.prompt_type) if isinstance(config, PromptConfig) else None
+    found = _methods().get(config.prompt_type) if isinstance(config, PromptConfig) else None
     if found is None:
         raise TypeError(
             f"config: expected an EPTConfig or that of another registered method, "
@@ -593,7 +615,7 @@ def expected_shapes(config: PromptConfig, num_tasks: int | None) -> dict[str, tu
 
 def config_class(prompt_type: str) -> type[PromptConfig]:
     """The config of the method of this name."""
-    check_choice("prompt_type", prompt_type, tuple(_METHODS))
+    check_choice("prompt_type", prompt_type, tuple(_methods()))
     return _METHODS[prompt_type].config_class
 
 

@@ -292,7 +292,13 @@ def test_ulpts_basis_comes_from_its_seed_and_is_not_saved(tmp_path: Path) -> Non
     prompt.save_pretrained(tmp_path)
     loaded: Any = ULPTPrompt.from_pretrained(tmp_path)
     assert torch.equal(loaded.basis, prompt.basis)
-    assert prompt.double().basis.dtype == torch.float64
+    half = prompt.bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    again: Any = ULPTPrompt.from_pretrained(tmp_path / "half")
+    assert torch.equal(again.reconstruct(), half.reconstruct())
+    assert torch.equal(again.basis, loaded.basis)
+    empty = loaded.to("meta").to_empty(device="cpu")
+    assert torch.equal(empty.basis, again.basis)
     other: Any = ULPTPrompt(dataclasses.replace(config, seed=8), nn.Embedding(20, 4))
     assert not torch.equal(other.basis, loaded.basis)
 

@@ -332,9 +332,19 @@ class Prompt(SplicedPrompt):
                 continue
             value = values.get(name)
             self.register_parameter(name, None if value is None else nn.Parameter(value))
-        device = next(iter(values.values())).device
         for name, constant in self.constants(self.config).items():
-            self.register_buffer(name, constant.to(device), persistent=False)
+            self.register_buffer(name, constant, persistent=False)
+        self._place_constants(next(iter(values.values())).device)
+
+    def _place_constants(self, device: torch.device) -> None:
+        for name, constant in self.constants(self.config).items():
+            setattr(self, name, constant.to(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Constants go to the tensors' device and keep their type, as a saved prompt's will."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._place_constants(next(self.parameters()).device)
+        return self
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The trainable tensors by name, with None for those that these sizes leave out.

@@ -332,13 +332,11 @@ class Prompt(SplicedPrompt):
                 continue
             value = values.get(name)
             self.register_parameter(name, None if value is None else nn.Parameter(value))
-        for name, constant in self.constants(self.config).items():
-            self.register_buffer(name, constant, persistent=False)
         self._place_constants(next(iter(values.values())).device)
 
     def _place_constants(self, device: torch.device) -> None:
         for name, constant in self.constants(self.config).items():
-            setattr(self, name, constant.to(device))
+            self.register_buffer(name, constant.to(device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Constants go to the tensors' device and keep their type, as a saved prompt's will."""

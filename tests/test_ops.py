@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ept_fast import reconstruct_prompt, splice_prompt
-from ept_fast.ops.types import Flags
+from ept_fast.ops.functional import gate_weights
+from ept_fast.ops.types import Flags, Parameters
 from tests.cases import BIASED, PARTS, Case, Sizes, flat, make_case, run
 from tests.parity import EAGER, TRITON, over
 
@@ -326,3 +327,10 @@ def test_an_unchanged_prompt_is_a_new_tensor() -> None:
     out = reconstruct_prompt(prompt)
     assert torch.equal(out, prompt)
     assert out.data_ptr() != prompt.data_ptr()
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_the_weight_of_a_space_without_a_gate_is_one(tasks: int | None) -> None:
+    case = make_case(Sizes(tasks=tasks), gated=False)
+    found = gate_weights(Parameters(**case.parameters), FLAGS)
+    assert torch.equal(found, torch.ones(*case.parameters["short_prompt"].shape[:-1], 1).double())

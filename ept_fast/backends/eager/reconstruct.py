@@ -80,12 +80,13 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         hidden = x[..., : spaces * dim].contiguous()
         if down_bias is not None:
             hidden += down_bias.to(dtype).flatten(1).unsqueeze(1)
-        phi = ACTIVATIONS[flags.activation].function(hidden)
         if gate_bias is not None:
             gates = _gate(x[..., spaces * dim :], gate_bias.to(dtype), flags)
-            phi = (_by_space(phi, spaces, dim) * gates.unsqueeze(-1)).flatten(-2)
+        gated = phi = ACTIVATIONS[flags.activation].function(hidden)
+        if gate_bias is not None:
+            gated = (_by_space(phi, spaces, dim) * gates.unsqueeze(-1)).flatten(-2)
         # g_k·φ(H_k) [T, m, K·h]
-        result = torch.baddbmm(result, phi, _stacked(space_up, dtype))
+        result = torch.baddbmm(result, gated, _stacked(space_up, dtype))
         if up_bias is not None:
             bias = up_bias.to(dtype)
             result = result + bias if gate_bias is None else torch.baddbmm(result, gates, bias)
@@ -125,10 +126,10 @@ def reconstruct_backward(
             d_x = activation.backward(d_gated.flatten(-2), hidden)  # [T, m, h]
         else:
             d_up = (phi * gates.unsqueeze(-1)).flatten(-2).mT @ y
-            d_gates = (d_gated * phi).sum(-1)
+            d_z = (d_gated * phi).sum(-1)  # at first of g
             if up_bias is not None:
-                d_gates = torch.baddbmm(d_gates, y, up_bias.to(dtype).mT)
-            d_z = _gate_backward(d_gates, gates, flags)
+                d_z = torch.baddbmm(d_z, y, up_bias.to(dtype).mT)
+            d_z = _gate_backward(d_z, gates, flags)
             d_hidden = activation.backward((d_gated * gates.unsqueeze(-1)).flatten(-2), hidden)
             d_x = torch.cat([d_hidden, d_z], dim=-1)  # [T, m, K·h + K]
             d_gate_bias = d_z.sum(1).to(gate_bias.dtype)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from ept_fast.config import EPTConfig, PromptConfig
 from ept_fast.ops.functional import gate_weights, prompt_path, reconstruct_prompt
-from ept_fast.ops.types import Flags, Parameters, Text
+from ept_fast.ops.types import OF_EPT, Flags, Parameters, Text
 from ept_fast.prompts.base import FoldedPrompt, Prompt, register
 from ept_fast.storage.sharded import check_whole
 
 __all__ = ["FoldedEPTPrompt", "FusedEPTPrompt"]
 
 FoldedEPTPrompt = FoldedPrompt
+_NAMES = Parameters._fields[:OF_EPT]
 
 
 @register
@@ -126,9 +127,9 @@ class FusedEPTPrompt(Prompt):
         if type(self).reconstruct is not FusedEPTPrompt.reconstruct:  # a subclass has its own
             return super().put_before(text)
         try:
-            tensors = [self._parameters[name] for name in Parameters._fields]
+            tensors = [self._parameters[name] for name in _NAMES]
         except KeyError:  # one is computed from others (torch.nn.utils.parametrize)
-            tensors = [getattr(self, name) for name in Parameters._fields]
+            tensors = [getattr(self, name) for name in _NAMES]
         parameters = Parameters(*tensors)  # type: ignore[arg-type]
         c = self.config
         flags = Flags(c.scaling, c.activation, c.gate, c.temperature)

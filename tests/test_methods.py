@@ -142,6 +142,18 @@ def test_an_mlp_is_one_subspace_of_ept() -> None:
     torch.testing.assert_close(prompt.reconstruct(), wanted)
 
 
+@pytest.mark.parametrize("num_tasks", [None, 2])
+def test_an_mlp_goes_through_the_fused_operation(num_tasks: int | None) -> None:
+    prompt = make(ResidualConfig(D, 3, bottleneck=4, layer_norm=False), num_tasks)
+    wanted = prompt.computed(prompt.formula)
+    for backend in ("eager", "reference"):
+        prompt.backend = backend
+        torch.testing.assert_close(prompt.reconstruct(), wanted)
+    prompt.backend = "nowhere"
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        prompt.reconstruct()
+
+
 def test_the_lstm_is_torchs() -> None:
     prompt = make(ResidualConfig(D, 5, encoder="lstm"), dtype=torch.float64)
     layer = nn.LSTM(D, D // 2, bidirectional=True, dtype=torch.float64)

@@ -106,11 +106,15 @@ struct Input {
 };
 
 // As in ept_fast/ops/types.py. The parameters of a single prompt may lack the axis of tasks.
-enum { short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias, parameters };
+enum {
+  short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias, space_down_bias,
+  space_up_bias, parameters
+};
 enum { input_ids, weight, inputs_embeds, attention_mask, task_ids, texts };
 constexpr Input parameter_inputs[parameters] = {
     {"short_prompt", 3}, {"offset_a", 3},    {"offset_b", 3}, {"space_down", 4},
-    {"space_up", 4},     {"gate_weight", 3}, {"gate_bias", 2}};
+    {"space_up", 4},     {"gate_weight", 3}, {"gate_bias", 2},  {"space_down_bias", 3},
+    {"space_up_bias", 3}};
 constexpr Input text_inputs[texts] = {{"input_ids", 2, Kind::ids},
                                       {"weight", 2},
                                       {"inputs_embeds", 3},
@@ -170,10 +174,18 @@ void check_together(const Input (&inputs)[number], const Given<number>& given, i
 std::array<Operand, parameters> parameters_of(const Launch& launch,
                                               const Given<parameters>& given) {
   check_together(parameter_inputs, given, offset_a, offset_b);
-  for (int i : {space_up, gate_weight, gate_bias}) {
-    check_together(parameter_inputs, given, space_down, i);
+  check_together(parameter_inputs, given, space_down, space_up);
+  check_together(parameter_inputs, given, gate_weight, gate_bias);
+  check_together(parameter_inputs, given, space_down_bias, space_up_bias);
+  const auto found = operands(launch, parameter_inputs, given, 1);
+  // A single space may go without a gate.
+  if (given[gate_weight] || found[space_down].size[1] > 1) {
+    check_together(parameter_inputs, given, space_down, gate_weight);
   }
-  return operands(launch, parameter_inputs, given, 1);
+  if (given[space_down_bias]) {
+    check_together(parameter_inputs, given, space_down, space_down_bias);
+  }
+  return found;
 }
 
 // The arguments of an operator, in the order of its schema.
@@ -262,6 +274,8 @@ void set_reconstruct(ept::Reconstruct& call, std::array<Operand, parameters> giv
   call.space_up = given[space_up].view;
   call.gate_weight = given[gate_weight].view;
   call.gate_bias = given[gate_bias].view;
+  call.space_down_bias = given[space_down_bias].view;
+  call.space_up_bias = given[space_up_bias].view;
 }
 
 void set_splice(ept::Splice& call, const std::array<Operand, parameters>& given,
@@ -293,12 +307,13 @@ void place_saved(Call& call, Place place) {
     return reinterpret_cast<float*>(place(Shape{call.tasks, rows, columns}));
   };
   const int64_t dims = call.spaces * call.dim;
+  const int64_t gates = call.gate_weight.data == nullptr ? 0 : call.spaces;
   call.query = placed(call.tokens, call.rank);
   call.stats = placed(call.rank > 0 ? 2 : 0, call.tokens);
   call.attended = placed(call.tokens, call.rank);
   call.hidden = placed(call.tokens, dims);
-  call.gates = placed(call.tokens, call.spaces);
-  call.cross = placed(call.spaces > 0 ? call.rank : 0, dims + call.spaces);
+  call.gates = placed(call.tokens, gates);
+  call.cross = placed(call.spaces > 0 ? call.rank : 0, dims + gates);
 }
 
 // In one tensor, each from a multiple of 16 bytes on; gives the size of all.
@@ -376,6 +391,7 @@ Tensors forward(Arguments in) {
 }
 
 // The parameters' gradients from that of what the forward gave; without elements if not needed.
+// Without biases there are none of theirs.
 Tensors backward(Arguments in) {
   const Tensor grad = in.take<Tensor>();
   const auto tensors = in.take_parameters();
@@ -417,6 +433,10 @@ Tensors backward(Arguments in) {
   first.d_space_up = add_gradient(space_up, need_prompt);
   first.d_gate_weight = add_gradient(gate_weight, need_prompt);
   first.d_gate_bias = add_gradient(gate_bias, need_prompt);
+  if (tensors[space_down_bias]) {
+    first.d_space_down_bias = add_gradient(space_down_bias, need_prompt);
+    first.d_space_up_bias = add_gradient(space_up_bias, need_prompt);
+  }
 
   ept::SpliceBackward second;
   set_splice(second, given, operands(launch, text_inputs, behind), first.scaling);
@@ -473,7 +493,8 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
 
 #define EPT_PARAMETERS                                                                     \
   "Tensor short_prompt, Tensor? offset_a, Tensor? offset_b, Tensor? space_down, "          \
-  "Tensor? space_up, Tensor? gate_weight, Tensor? gate_bias, "
+  "Tensor? space_up, Tensor? gate_weight, Tensor? gate_bias, Tensor? space_down_bias, "    \
+  "Tensor? space_up_bias, "
 #define EPT_FLAGS "float scaling, int activation, int gate, float temperature, bool fusion"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ept_fast, m) {

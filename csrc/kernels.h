@@ -43,7 +43,7 @@ enum class Gate : int32_t { token = 0, prompt = 1 };
 
 // The largest sizes that the kernels serve, as in ept_fast/backends/fused.py.
 inline constexpr int64_t max_rank = 256;      // r
-inline constexpr int64_t max_spaces = 512;    // K·h
+inline constexpr int64_t max_spaces = 512;    // K·h; K·(h + 1) with biases beside a gate
 inline constexpr int64_t max_tokens = 512;    // m of operation 1
 inline constexpr int64_t max_size = 1 << 30;  // any one axis
 
@@ -57,8 +57,9 @@ struct Status {
 // CUDA's words for an error, such as "invalid device function".
 const char* error_string(int error);
 
-// Operation 1, what both directions take. Offset and spaces are each given whole or not at all;
-// with neither, the result is the short prompt itself.
+// Operation 1, what both directions take. Offset and spaces are each given whole or not at all, but
+// for the gate of a single space, which is then 1; with neither, the result is the short prompt
+// itself. Biases are given both or neither, with the spaces.
 struct Reconstruct {
   int64_t tasks = 1;      // T
   int64_t tokens = 0;     // m
@@ -68,13 +69,15 @@ struct Reconstruct {
   int64_t dim = 0;        // h; 0 without the spaces
   int64_t width = 0;      // d
 
-  View short_prompt;  // P [T, m, d]
-  View offset_a;      // A [T, n, r]
-  View offset_b;      // B [T, r, d]
-  View space_down;    // D [T, K, d, h]
-  View space_up;      // U [T, K, h, d]
-  View gate_weight;   // G [T, d, K]
-  View gate_bias;     // b [T, K]; read for its type only by the backward
+  View short_prompt;     // P [T, m, d]
+  View offset_a;         // A [T, n, r]
+  View offset_b;         // B [T, r, d]
+  View space_down;       // D [T, K, d, h]
+  View space_up;         // U [T, K, h, d]
+  View gate_weight;      // G [T, d, K]
+  View gate_bias;        // b [T, K]; read for its type only by the backward
+  View space_down_bias;  // u [T, K, h]; read for its type only by the backward
+  View space_up_bias;    // v [T, K, d]
 
   double scaling = 1;      // c
   double temperature = 1;  // τ
@@ -92,8 +95,8 @@ struct ReconstructForward : Reconstruct {
   float* stats = nullptr;     // [T, 2, m]                  with the offset: row maxima and row sums
   float* attended = nullptr;  // O [T, m, r]                with the offset
   float* hidden = nullptr;    // Hin [T, m, K·h]            with the spaces
-  float* gates = nullptr;     // g [T, m, K]                with the spaces
-  float* cross = nullptr;     // S [T, r, K·h + K]          with both
+  float* gates = nullptr;     // g [T, m, K]                with a gate
+  float* cross = nullptr;     // S [T, r, K·h + K]          with both; [T, r, K·h] without a gate
 };
 
 struct ReconstructBackward : Reconstruct {
@@ -116,6 +119,8 @@ struct ReconstructBackward : Reconstruct {
   void* d_space_up = nullptr;
   void* d_gate_weight = nullptr;
   void* d_gate_bias = nullptr;
+  void* d_space_down_bias = nullptr;
+  void* d_space_up_bias = nullptr;
 };
 
 // Operation 2, what both directions take.

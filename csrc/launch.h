@@ -236,7 +236,7 @@ Parts parts_of(const Call& call) {
     parts.dim = narrow(call.dim);
   }
   parts.dims = given(call.space_down) ? parts.spaces * parts.dim : 0;
-  parts.columns = parts.dims + parts.spaces;
+  parts.columns = parts.dims + (given(call.gate_weight) ? parts.spaces : 0);
   parts.p = call.short_prompt;
   parts.a = call.offset_a;
   parts.b = call.offset_b;
@@ -244,12 +244,20 @@ Parts parts_of(const Call& call) {
   parts.up = call.space_up;
   parts.gate_weight = call.gate_weight;
   parts.gate_bias = call.gate_bias;
+  parts.down_bias = call.space_down_bias;
+  parts.up_bias = call.space_up_bias;
   parts.scaling = static_cast<float>(call.scaling);
   parts.score_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(call.width)));
   parts.temperature = static_cast<float>(call.temperature);
   parts.activation = call.activation;
-  parts.gate = call.gate;
+  parts.gate = given(call.gate_weight) ? call.gate : Gate::token;
   return parts;
+}
+
+// Whether the kernels' plain form serves a call.
+template <class Call>
+bool is_plain(const Call& call) {
+  return !given(call.space_down) || (given(call.gate_weight) && !given(call.space_down_bias));
 }
 
 // Positions of a piece of n, so that there are about so many blocks; `step` at a time.
@@ -270,14 +278,14 @@ inline bool takes_one_launch(const Parts& parts, int64_t blocks) {
   if (parts.r == 0 && parts.spaces == 0) return true;
   if (parts.spaces > 0 && parts.gate == Gate::prompt) return false;
   // What shared memory has room for.
-  if (parts.r > ReconstructForwardKernel::most_fused || parts.columns > 128) return false;
+  if (parts.r > ReconstructForwardKernel<true>::most_fused || parts.columns > 128) return false;
   const int64_t over_d = int64_t{parts.d} * (2 * parts.r + parts.columns);
   const int64_t over_n = int64_t{parts.n} * 2 * parts.r;
   return !repeats_too_much(ReconstructBlock::tokens * (over_d + over_n), blocks);
 }
 
 inline ReconstructForwardCall plan_of(Workspace& workspace, const ReconstructForward& call) {
-  using Kernel = ReconstructForwardKernel;
+  using Kernel = ReconstructForwardKernel<true>;
   ReconstructForwardCall of{};
   of.tensors = call;
   const Parts& parts = of.parts = parts_of(call);
@@ -312,8 +320,9 @@ Status run_reconstruct_forward(const Launcher& launcher, const ReconstructForwar
   Workspace workspace(call.workspace);
   ReconstructForwardCall of = plan_of(workspace, call);
   const auto run = [&] {
-    const int64_t blocks = int64_t{of.tiles_m} * of.across + of.products;
-    return launcher.template run<ReconstructForwardKernel>(call.tasks * blocks, of);
+    const int64_t blocks = call.tasks * (int64_t{of.tiles_m} * of.across + of.products);
+    if (is_plain(call)) return launcher.template run<ReconstructForwardKernel<true>>(blocks, of);
+    return launcher.template run<ReconstructForwardKernel<false>>(blocks, of);
   };
   const Status done = run();
   if (of.launch == Launch::only || done.error != 0) return done;
@@ -324,7 +333,7 @@ Status run_reconstruct_forward(const Launcher& launcher, const ReconstructForwar
 }
 
 inline ReconstructBackwardCall plan_of(Workspace& workspace, const ReconstructBackward& call) {
-  using Kernel = BackwardExpandKernel;
+  using Kernel = BackwardExpandKernel<true>;
   ReconstructBackwardCall of{};
   of.tensors = call;
   const Parts& parts = of.parts = parts_of(call);
@@ -338,10 +347,14 @@ inline ReconstructBackwardCall plan_of(Workspace& workspace, const ReconstructBa
     of.tiles_a = narrow(pieces_of(parts.n, ScoreTile::positions));
   }
   of.tiles_d = narrow(pieces_of(parts.d, ExpandTile::channels));
-  const int64_t rows_of[] = {parts.r, parts.columns, parts.dims};
+  const bool plain = is_plain(call);
+  using Other = BackwardExpandKernel<false>;
+  const int rows_of_up = plain ? Kernel::rows_of_up(parts) : Other::rows_of_up(parts);
+  const int64_t rows_of[] = {parts.r, parts.columns, rows_of_up};
   for (int i = 0; i < 3; ++i) of.tiles_of[i] = narrow(pieces_of(rows_of[i], Kernel::columns));
   of.tiles_of[3] = of.tiles_m;
-  of.tiles_bias = narrow(pieces_of(parts.spaces, Kernel::threads));
+  const int summed = plain ? Kernel::summed(parts) : Other::summed(parts);
+  of.tiles_bias = narrow(pieces_of(summed, Kernel::threads));
   const int64_t rows = int64_t{parts.tasks} * parts.m;
   if (parts.spaces > 0 && parts.gate == Gate::prompt) {
     const int64_t repeated = parts.m * int64_t{parts.d} * parts.dims;
@@ -368,7 +381,9 @@ Status run_reconstruct_backward(const Launcher& launcher, const ReconstructBackw
   Workspace workspace(call.workspace);
   ReconstructBackwardCall of = plan_of(workspace, call);
   const auto run_core = [&](const ReconstructBackwardCall& core) {
-    return launcher.template run<BackwardCoreKernel>(call.tasks * core.tiles_m * core.pieces, core);
+    const int64_t blocks = call.tasks * core.tiles_m * core.pieces;
+    if (is_plain(call)) return launcher.template run<BackwardCoreKernel<true>>(blocks, core);
+    return launcher.template run<BackwardCoreKernel<false>>(blocks, core);
   };
   if (of.launch == Launch::first) {
     ReconstructBackwardCall gates = of;
@@ -381,8 +396,9 @@ Status run_reconstruct_backward(const Launcher& launcher, const ReconstructBackw
     const Status done = run_core(of);
     if (done.error != 0) return done;
   }
-  const int64_t blocks = of.tiles() + of.tiles_a + of.tiles_bias;
-  return launcher.template run<BackwardExpandKernel>(call.tasks * blocks, of);
+  const int64_t blocks = call.tasks * (of.tiles() + of.tiles_a + of.tiles_bias);
+  if (is_plain(call)) return launcher.template run<BackwardExpandKernel<true>>(blocks, of);
+  return launcher.template run<BackwardExpandKernel<false>>(blocks, of);
 }
 
 }  // namespace ept

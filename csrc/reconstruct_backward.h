@@ -10,6 +10,7 @@
 //
 // With F = P + O·B and dF = Y + dX·[D | G]ᵀ:
 //     dP = dF + dQ·B    dB = Oᵀ·dF + dQᵀ·P    d[D | G] = Fᵀ·dX    dU = (g·Φ)ᵀ·Y    db = Σ dz
+// With biases, Σ dHin and gᵀ·Y are their gradients, and Y times the bias of U is part of dg.
 #pragma once
 
 #include "reconstruct_parts.h"
@@ -93,6 +94,7 @@ struct ScoreTile : ReconstructBlock {
   }
 };
 
+template <bool plain>
 struct BackwardCoreKernel : ReconstructBlock {
   static constexpr const char* name = "reconstruct_backward_core";
   using Product = LongProduct<0>;
@@ -106,12 +108,13 @@ struct BackwardCoreKernel : ReconstructBlock {
 
   // Shared memory: dO and the rest of a tile of scores. Until the rest is needed, in its place: the
   // sums of dg over all tokens [K], dHin [K·h, 8], and dz [K, 8] or before it the long product.
+  // With biases and a gate dz has a place of its own, which first holds Y times the bias of U.
   EPT_BOTH static int kept_floats(const Parts& parts) { return tokens * (parts.r + 1); }
 
   static int64_t shared_floats(const Call& call) {
     const Parts& parts = call.parts;
-    const int product = Product::floats(parts.r + parts.dims);
-    const int dims = tokens * parts.dims + (parts.spaces + 3) / 4 * 4;
+    const int product = Product::floats(parts.r + rows_of(parts));
+    const int dims = tokens * rows_of(parts) + (parts.spaces + 3) / 4 * 4;
     return greatest(kept_floats(parts) + dims + greatest(tokens * parts.spaces, product),
                     ScoreTile::floats(parts.r));
   }
@@ -125,7 +128,7 @@ struct BackwardCoreKernel : ReconstructBlock {
     at.task = static_cast<int>(digits.rest);
     float* d_gates = memory + kept_floats(parts);
     float* d_x = d_gates + (parts.spaces + 3) / 4 * 4;
-    float* rest = d_x + tokens * parts.dims;
+    float* rest = d_x + tokens * rows_of(parts);
     const bool alone = call.launch == Launch::first;
     if (call.launch == Launch::second) {
       const float* sums = call.d_gates + int64_t{at.task} * call.tiles_m * parts.spaces;
@@ -155,15 +158,28 @@ struct BackwardCoreKernel : ReconstructBlock {
     if (parts.r > 0) attend(block, memory, call, d_x, at, piece);
   }
 
-  // dC = Y·[B ; U]ᵀ of eight tokens, from a column on.
+  // Rows of U and, with a gate, of its bias.
+  EPT_BOTH static int rows_of(const Parts& parts) {
+    if constexpr (plain) return parts.dims;
+    return parts.up_bias.data == nullptr ? parts.dims : parts.columns;
+  }
+
+  // dC = Y·[B ; U]ᵀ of eight tokens, from a column on; with a gate Y times the bias of U after it.
   template <class B, class Put>
   EPT_DEVICE static void multiply(const B& block, float* memory, const Call& call, const Tokens& at,
                                   int first, Put put) {
     const Parts& parts = call.parts;
     Product::run(
-        block, memory, parts.r + parts.dims - first, parts.d,
+        block, memory, parts.r + rows_of(parts) - first, parts.d,
         [&](int i) { return at.line(call.tensors.grad, i); },
-        [&](int j) { return line_of_factors(parts, at.task, first + j); }, put);
+        [&](int j) {
+          if constexpr (!plain) {
+            const int k = first + j - parts.r - parts.dims;
+            if (k >= 0) return line_of(parts.up_bias, at.task, k, parts.spaces);
+          }
+          return line_of_factors(parts, at.task, first + j);
+        },
+        put);
   }
 
   // φ(H) of a token.
@@ -178,12 +194,19 @@ struct BackwardCoreKernel : ReconstructBlock {
     const Parts& parts = call.parts;
     for (int tile = 0; tile < tiles; ++tile, at.first += tokens) {
       multiply(block, rest, call, at, parts.r, [&](int token, int c, float value) {
+        if constexpr (!plain) {
+          if (c >= parts.dims) {
+            d_x[c * tokens + token] = value;  // 0 for a token that is not there
+            return;
+          }
+        }
         d_x[c * tokens + token] = at.has(token) ? value * activated(call, at.row(token), c) : 0.0f;
       });
       block.each([&](int thread) {
         for (int k = thread; k < parts.spaces; k += threads) {
           const float* columns = d_x + k * parts.dim * tokens;
-          const float sum = sum_of_terms(parts.dim * tokens, [&](int i) { return columns[i]; });
+          float sum = sum_of_terms(parts.dim * tokens, [&](int i) { return columns[i]; });
+          if constexpr (!plain) sum += sum_of_parts(d_x + (parts.dims + k) * tokens, tokens, 1);
           d_gates[k] = (tile > 0 ? d_gates[k] : 0.0f) + sum;
         }
       });
@@ -195,14 +218,16 @@ struct BackwardCoreKernel : ReconstructBlock {
   EPT_DEVICE static void project(const B& block, const Call& call, const float* d_gates, float* d_x,
                                  const Tokens& at, bool saves) {
     const Parts& parts = call.parts;
-    const float* gates = call.tensors.gates + at.row(0) * parts.spaces;
+    const bool has_gate = plain || gates_of<plain>(parts) > 0;
+    const float* gates = has_gate ? call.tensors.gates + at.row(0) * parts.spaces : nullptr;
     block.each([&](int thread) {
       const int token = thread % tokens;
-      for (int k = thread / tokens; k < parts.spaces; k += threads / tokens) {
+      for (int k = thread / tokens; k < gates_of<plain>(parts); k += threads / tokens) {
         float sum = 0.0f;
         if (parts.gate == Gate::prompt) {
           sum = d_gates[k] / static_cast<float>(parts.m);
         } else if (at.has(token)) {
+          if constexpr (!plain) sum = d_x[(parts.dims + k) * tokens + token];
           for (int c = k * parts.dim; c < (k + 1) * parts.dim; ++c) {
             sum += d_x[c * tokens + token] * activated(call, at.row(token), c);
           }
@@ -211,7 +236,7 @@ struct BackwardCoreKernel : ReconstructBlock {
       }
     });
     block.each([&](int thread) {
-      if (thread >= tokens || !at.has(thread)) return;
+      if (!has_gate || thread >= tokens || !at.has(thread)) return;
       const float* own_gates = gates + thread * parts.spaces;
       float* d_logits = d_x + parts.dims * tokens + thread;
       float inner = 0.0f;
@@ -229,8 +254,12 @@ struct BackwardCoreKernel : ReconstructBlock {
         float& value = d_x[c * tokens + token];
         if (c < parts.dims) {
           const float hidden = call.tensors.hidden[row * parts.dims + c];
-          value *= gates[token * parts.spaces + c / parts.dim] *
-                   derivative_of(hidden, parts.activation);
+          if (has_gate) {
+            value *= gates[token * parts.spaces + c / parts.dim] *
+                     derivative_of(hidden, parts.activation);
+          } else {
+            value *= derivative_of(hidden, parts.activation);
+          }
         }
         if (saves) call.d_x[row * parts.columns + c] = value;
       }
@@ -294,6 +323,7 @@ struct BackwardCoreKernel : ReconstructBlock {
   }
 };
 
+template <bool plain>
 struct BackwardExpandKernel : ReconstructBlock {
   static constexpr const char* name = "reconstruct_backward_expand";
   using Tile = ExpandTile;
@@ -348,8 +378,15 @@ struct BackwardExpandKernel : ReconstructBlock {
     if (factor == Factor::attended) return call.tensors.attended[row * parts.r + c];
     if (factor == Factor::d_x) return call.d_x[row * parts.columns + c];
     if (factor == Factor::gated) {
+      if constexpr (!plain) {
+        const bool has_gate = gates_of<plain>(parts) > 0;
+        if (c >= parts.dims) {
+          return has_gate ? call.tensors.gates[row * parts.spaces + c - parts.dims] : 1.0f;
+        }
+        if (!has_gate) return BackwardCoreKernel<plain>::activated(call, row, c);
+      }
       return call.tensors.gates[row * parts.spaces + c / parts.dim] *
-             BackwardCoreKernel::activated(call, row, c);
+             BackwardCoreKernel<plain>::activated(call, row, c);
     }
     const int64_t first = at.task * call.pieces * size + int64_t{at.first + token} * parts.r + c;
     return sum_of_parts(call.d_query + first, call.pieces, size);
@@ -414,7 +451,7 @@ struct BackwardExpandKernel : ReconstructBlock {
     for (int i = 0; i < tiles; ++i, at.first += tokens) {
       if (result == Result::up) {
         start(call.tensors.grad);
-        add(Factor::gated, parts.dims);
+        add(Factor::gated, rows_of_up(parts));
       } else if (result == Result::down) {
         start(parts.p);
         multiply(Factor::attended, parts.r);
@@ -442,6 +479,18 @@ struct BackwardExpandKernel : ReconstructBlock {
     });
   }
 
+  // Rows of dU and of the gradient of its bias.
+  EPT_BOTH static int rows_of_up(const Parts& parts) {
+    if constexpr (plain) return parts.dims;
+    return parts.dims + (parts.up_bias.data == nullptr ? 0 : parts.spaces);
+  }
+
+  // Columns that are summed over the tokens: of dz and, with biases, of dHin before it.
+  EPT_BOTH static int summed(const Parts& parts) {
+    if constexpr (plain) return parts.spaces;
+    return parts.columns;
+  }
+
   // An element of dB, d[D | G]ᵀ or dU, unless it is past the last row.
   EPT_DEVICE static void put(const Call& call, int task, Result result, int row, int d,
                              float value) {
@@ -452,12 +501,18 @@ struct BackwardExpandKernel : ReconstructBlock {
       if (row >= parts.r) return;
       store(to.d_offset_b, parts.b.type, (int64_t{task} * parts.r + row) * parts.d + d, value);
     } else if (result == Result::up) {
+      if constexpr (!plain) {
+        if (k >= 0 && row < rows_of_up(parts)) {
+          store(to.d_space_up_bias, parts.up_bias.type,
+                (int64_t{task} * parts.spaces + k) * parts.d + d, value);
+        }
+      }
       if (k >= 0) return;
       store(to.d_space_up, parts.up.type, (int64_t{task} * parts.dims + row) * parts.d + d, value);
     } else if (k < 0) {
       const int64_t line = (int64_t{task} * parts.spaces + row / parts.dim) * parts.d + d;
       store(to.d_space_down, parts.down.type, line * parts.dim + row % parts.dim, value);
-    } else if (k < parts.spaces) {
+    } else if (k < gates_of<plain>(parts)) {
       const int64_t line = int64_t{task} * parts.d + d;
       store(to.d_gate_weight, parts.gate_weight.type, line * parts.spaces + k, value);
     }
@@ -511,10 +566,19 @@ struct BackwardExpandKernel : ReconstructBlock {
   EPT_DEVICE static void make_bias(const B& block, const Call& call, int task, int tile) {
     const Parts& parts = call.parts;
     block.apart([&](int thread) {
-      const int k = tile * threads + thread;
-      if (k >= parts.spaces) return;
+      int k = tile * threads + thread;
+      if (k >= summed(parts)) return;
+      if constexpr (!plain) k -= parts.dims;
       const float* first = call.d_x + int64_t{task} * parts.m * parts.columns + parts.dims + k;
       const float sum = sum_of_parts(first, parts.m, parts.columns);
+      if constexpr (!plain) {
+        if (k < 0) {
+          void* to = call.tensors.d_space_down_bias;
+          const int64_t at = int64_t{task} * parts.dims + parts.dims + k;
+          if (to != nullptr) store(to, parts.down_bias.type, at, sum);
+          return;
+        }
+      }
       store(call.tensors.d_gate_bias, parts.gate_bias.type, int64_t{task} * parts.spaces + k, sum);
     });
   }

@@ -25,6 +25,7 @@ struct ReconstructForwardCall {
   int pieces, chunk;  // of n
 };
 
+template <bool plain>
 struct ReconstructForwardKernel : ReconstructBlock {
   static constexpr const char* name = "reconstruct_forward";
   using Tile = ExpandTile;
@@ -89,7 +90,7 @@ struct ReconstructForwardKernel : ReconstructBlock {
       project(block, call, factor, logits, rest, at, saves);
       weigh(block, call, factor, logits, at, saves);
     }
-    expand(block, call, factor, rest, at, other * Tile::channels);
+    expand(block, call, factor, logits, rest, at, other * Tile::channels);
   }
 
   EPT_DEVICE static float* softmax_of(const Call& call, const Tokens& at) {
@@ -221,6 +222,14 @@ struct ReconstructForwardKernel : ReconstructBlock {
     return load(bias.data, bias.type, task * bias.stride[0] + space * bias.stride[1]);
   }
 
+  EPT_DEVICE static float down_bias_of(const Parts& parts, int task, int c) {
+    const View& bias = parts.down_bias;
+    if (bias.data == nullptr) return 0.0f;
+    const int k = c / parts.dim, j = c % parts.dim;
+    return load(bias.data, bias.type,
+                task * bias.stride[0] + k * bias.stride[1] + j * bias.stride[2]);
+  }
+
   // With one gate for all tokens: the mean of the logits, from the means of O and R.
   template <class B>
   EPT_DEVICE static void average(const B& block, const Call& call, float* factor, float* logits,
@@ -259,6 +268,7 @@ struct ReconstructForwardKernel : ReconstructBlock {
     const auto put = [&](int token, int c, float value) {
       const int k = c - parts.dims;
       if (k < 0) {
+        if constexpr (!plain) value += down_bias_of(parts, at.task, c);
         factor[(parts.r + c) * tokens + token] = value;
         if (saves && at.has(token)) call.tensors.hidden[at.row(token) * parts.dims + c] = value;
       } else if (parts.gate == Gate::token) {
@@ -294,6 +304,12 @@ struct ReconstructForwardKernel : ReconstructBlock {
     block.each([&](int thread) {
       if (thread >= tokens) return;
       float* gates = logits + thread * parts.spaces;
+      if constexpr (!plain) {
+        if (gates_of<plain>(parts) == 0) {
+          gates[0] = 1.0f;
+          return;
+        }
+      }
       float maximum = -INFINITY, total = 0.0f;
       for (int k = 0; k < parts.spaces; ++k) maximum = greatest(maximum, gates[k]);
       for (int k = 0; k < parts.spaces; ++k) total += gates[k] = expf(gates[k] - maximum);
@@ -312,10 +328,10 @@ struct ReconstructForwardKernel : ReconstructBlock {
     });
   }
 
-  // P′ = P + C·[B ; U] in 64 channels.
+  // P′ = P + C·[B ; U], and the bias of U times g, in 64 channels.
   template <class B>
-  EPT_DEVICE static void expand(const B& block, const Call& call, const float* factor, float* rest,
-                                const Tokens& at, int first_d) {
+  EPT_DEVICE static void expand(const B& block, const Call& call, const float* factor,
+                                const float* gates, float* rest, const Tokens& at, int first_d) {
     const Parts& parts = call.parts;
     Line* lines = reinterpret_cast<Line*>(rest);
     typename B::template Local<Tile::State> local;
@@ -324,6 +340,19 @@ struct ReconstructForwardKernel : ReconstructBlock {
       Tile::add_lines(block, lines, local, factor + first * tokens,
                       least(Tile::lines, parts.r + parts.dims - first), first_d, parts.d,
                       [&](int i) { return line_of_factors(parts, at.task, first + i); });
+    }
+    if constexpr (!plain) {
+      block.apart([&](int thread) {
+        const int c = first_d + Tile::channel(thread);
+        if (parts.up_bias.data == nullptr || c >= parts.d) return;
+        EPT_UNROLL
+        for (int i = 0; i < Tile::own; ++i) {
+          const float* own = gates + Tile::token(thread, i) * parts.spaces;
+          local[thread].acc[i] += sum_of_terms(parts.spaces, [&](int k) {
+            return own[k] * line_of(parts.up_bias, at.task, k, parts.spaces).at(c);
+          });
+        }
+      });
     }
     Tile::store(block, local, call.tensors.prompt, parts.p.type, at, first_d, parts.d);
   }

@@ -10,14 +10,24 @@ namespace ept {
 struct Parts {
   int tasks, m, n, r, spaces, dim, d;
   int dims;     // K·h
-  int columns;  // W = K·h + K, of [D | G]
-  View p, a, b, down, up, gate_weight, gate_bias;
+  int columns;  // W = K·h + K, of [D | G]; K·h without a gate
+  View p, a, b, down, up, gate_weight, gate_bias, down_bias, up_bias;
   float scaling;      // c
   float score_scale;  // 1 / √d
   float temperature;  // τ
   Activation activation;
   Gate gate;
 };
+
+// Kernels have two forms. The plain one is for spaces with a gate and without biases, and is compiled
+// as if there were no others. The other one is for biases, or for a single space without a gate.
+
+// The columns of G.
+template <bool plain>
+EPT_BOTH int gates_of(const Parts& parts) {
+  if constexpr (plain) return parts.spaces;
+  return parts.columns - parts.dims;
+}
 
 // The elements of a tensor along d: one row of P or B, one column of D or G, one row of U.
 struct Line {

@@ -9,6 +9,7 @@ from ept_fast.config import EPTConfig
 from ept_fast.ops.functional import reconstruct_and_splice, reconstruct_prompt, splice_prompt
 from ept_fast.prompts.base import EPTOutput
 from ept_fast.prompts.ept import FoldedEPTPrompt, FusedEPTPrompt
+from ept_fast.prompts.prototypes import from_prototypes
 from ept_fast.storage.files import CheckpointError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     )
     from ept_fast.transformers.bank import EPTBank
     from ept_fast.transformers.tasks import EPTModel, get_ept_model
+    from ept_fast.transformers.vision import VisionPrompt
 
 __version__ = "0.1.0"
 
@@ -34,9 +36,11 @@ __all__ = [
     "FoldedEPTPrompt",
     "FusedEPTPrompt",
     "PlainPrompt",
+    "VisionPrompt",
     "__version__",
     "export_peft",
     "export_plain",
+    "from_prototypes",
     "get_ept_model",
     "import_dept",
     "import_peft",
@@ -53,6 +57,7 @@ _LAZY = {
     "EPTBank": "ept_fast.transformers.bank",
     "EPTModel": "ept_fast.transformers.tasks",
     "PlainPrompt": _INTERCHANGE,
+    "VisionPrompt": "ept_fast.transformers.vision",
     "export_peft": _INTERCHANGE,
     "export_plain": _INTERCHANGE,
     "get_ept_model": "ept_fast.transformers.tasks",

@@ -28,6 +28,8 @@ _MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.u
 
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
+_BIASES = ("space_down_bias", "space_up_bias")
+
 _Size = int | str
 
 
@@ -119,16 +121,36 @@ def check_reconstruct(parameters: Parameters, flags: Flags, fusion: bool) -> Non
     check_number("temperature", flags.temperature, positive=True)
     check_flag("fusion", fusion)
     _check_offset(parameters, lead, width, device, partner)
-    names = ("space_down", "space_up", "gate_weight", "gate_bias")
-    if not _check_together(parameters, names):
+    names: tuple[str, ...] = ("space_down", "space_up", "gate_weight", "gate_bias")
+    if not parameters.has_gate and parameters.gate_bias is None and _is_single(parameters, lead):
+        names = names[:2]  # a gate of 1
+    has_spaces = _check_together(parameters, names)
+    if parameters.space_down_bias is not None or parameters.space_up_bias is not None:
+        _check_together(parameters, _BIASES)
+        _check_together(parameters, ("space_down", *_BIASES))
+        names += _BIASES
+    if not has_spaces:
         return
     down = _check_tensor("space_down", parameters.space_down, _FLOATS, device)
     _check_shape("space_down", down, (*lead, "K", width, "h"), f" to match {partner}")
     num_spaces, space_dim = down.shape[-3], down.shape[-1]
-    shapes = ((num_spaces, space_dim, width), (width, num_spaces), (num_spaces,))
-    for name, shape in zip(names[1:], shapes, strict=True):
+    shapes = {
+        "space_up": (num_spaces, space_dim, width),
+        "gate_weight": (width, num_spaces),
+        "gate_bias": (num_spaces,),
+        "space_down_bias": (num_spaces, space_dim),
+        "space_up_bias": (num_spaces, width),
+    }
+    for name in names[1:]:
         tensor = _check_tensor(name, getattr(parameters, name), _FLOATS, device)
-        _check_shape(name, tensor, (*lead, *shape), f" to match space_down {list(down.shape)}")
+        beside = f" to match space_down {list(down.shape)}"
+        _check_shape(name, tensor, (*lead, *shapes[name]), beside)
+
+
+def _is_single(parameters: Parameters, lead: tuple[int, ...]) -> bool:
+    """Whether there is one subspace, which needs no gate."""
+    down = parameters.space_down
+    return isinstance(down, Tensor) and down.dim() == len(lead) + 3 and down.shape[-3] == 1
 
 
 def check_input_ids(input_ids: object, device: torch.device | None) -> Tensor:

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,8 +88,12 @@ def main() -> None:
 def _setting(name: str) -> Callable[[F], F]:
     """The option of this field of TrainConfig."""
     field, kind, choices = _FIELDS[name], kinds()[name], choices_of(_FIELDS[name])
+    if name == "settings":
+        return click.option(
+            "--set", name, multiple=True, metavar="NAME=VALUE", help=field.metadata["help"]
+        )
     flag = name.replace("_", "-")
-    how: dict[str, Any] = {"required": True}
+    how: dict[str, Any] = {"required": True, "multiple": name == "data"}
     if field.default is not dataclasses.MISSING:
         how = {"default": field.default, "show_default": str(field.default).isprintable()}
     return click.option(
@@ -98,6 +102,22 @@ def _setting(name: str) -> Callable[[F], F]:
         help=field.metadata["help"],
         **how,
     )
+
+
+def _named_values(words: Sequence[str]) -> dict[str, Any]:
+    """What ``NAME=VALUE`` words say: values are JSON where they can be, else strings."""
+    named: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not name or not equals:
+            raise ValueError(f"set: expected NAME=VALUE, got {word!r}")
+        if name in named:
+            raise ValueError(f"set: expected each name once, got {name!r} twice")
+        try:
+            named[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            named[name] = text
+    return named
 
 
 def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -138,15 +158,18 @@ def _load(how: dict[str, Any]) -> Any:
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run's results in --output.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @_clean
-def train(resume: bool, overwrite: bool, quiet: bool, **settings: Any) -> None:
+def train(resume: bool, overwrite: bool, quiet: bool, **options: Any) -> None:
     """Train an adapter to classify texts, or to write a text for a text.
+
+    With several --data, one of each, whose prompts share tensors, in adapter/<name>/.
 
     Leaves adapter/, metrics.json, learning_curves.png, gate_weights.png and, for texts, samples.md
     in --output.
     """
     from ept_fast.training.job import train as run
 
-    config = TrainConfig(**settings)
+    options["settings"] = _named_values(options["settings"])
+    config = TrainConfig(**options)
     metrics = run(config, resume=resume, overwrite=overwrite, progress=not quiet)
     if os.environ.get("RANK", "0") != "0":  # one of torchrun's processes speaks for all
         return

@@ -38,7 +38,13 @@ if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
 
 _LAYER = "soft_prompt"  # where the prompts stand in the model
 # How a prompt starts if nothing is said.
-_START: dict[str, Any] = {"init": "vocab", "init_text": None, "tokenizer_name_or_path": None}
+_START: dict[str, Any] = {
+    "init": "vocab",
+    "init_text": None,
+    "tokenizer_name_or_path": None,
+    "prototypes": "kmeans",
+    "prototype_layer": None,
+}
 
 
 class _PeftType(str):
@@ -73,6 +79,7 @@ class EPTPeftConfig(peft.PeftConfig):
         init_text: the text, or for ``"data"`` the texts.
         tokenizer_name_or_path: of the tokenizer for ``init_text``, or the tokenizer itself.
             Where a prompt started is not saved with it.
+        prototypes, prototype_layer: for ``"data"``, as in :func:`ept_fast.get_ept_model`.
         labels: names of the classes, in the order of the logits; by default those in the model's
             config. A loaded adapter gives its labels to the model's config.
         modules_to_save: names of further modules to train and to save, as in PEFT. A classifier's
@@ -108,6 +115,8 @@ class EPTPeftConfig(peft.PeftConfig):
     init: Any = "vocab"
     init_text: Any = None
     tokenizer_name_or_path: Any = None
+    prototypes: str = "kmeans"
+    prototype_layer: int | None = None
     labels: list[str] | None = None
     modules_to_save: list[str] | None = None
 
@@ -292,6 +301,8 @@ class EPTTuner(BaseTuner):
             init=config.init,
             text=config.init_text,
             tokenizer=tokenizer,
+            prototypes=config.prototypes,
+            prototype_layer=config.prototype_layer,
         )
         labels = wrapped.descriptions[adapter_name].labels
         config.labels = None if labels is None else list(labels)

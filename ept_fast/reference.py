@@ -28,6 +28,8 @@ def reconstruct_prompt(
     space_up: Tensor | None = None,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
+    space_down_bias: Tensor | None = None,
+    space_up_bias: Tensor | None = None,
     *,
     scaling: float = 1.0,
     activation: str = "gelu",
@@ -43,8 +45,10 @@ def reconstruct_prompt(
         offset_b: B, ``[(T,) r, d]``.
         space_down: D, ``[(T,) K, d, h]``; with the next three or not at all.
         space_up: U, ``[(T,) K, h, d]``.
-        gate_weight: G, ``[(T,) d, K]``.
+        gate_weight: G, ``[(T,) d, K]``. With K = 1 both of the gate may be absent: it is 1.
         gate_bias: b, ``[(T,) K]``.
+        space_down_bias: u, added to F·D_k, ``[(T,) K, h]``; with the next or not at all.
+        space_up_bias: v, added to H_k·U_k, ``[(T,) K, d]``.
         scaling: c, the factor of A·B.
         activation: φ, a name of :data:`ept_fast.ops.activations.ACTIVATIONS`.
         gate: ``"token"``: one softmax per token; ``"prompt"``: one for all tokens of the prompt.
@@ -55,7 +59,7 @@ def reconstruct_prompt(
         P′, ``[(T,) m, d]`` in the type of ``short_prompt``.
     """
     inputs = (short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias)
-    dtype = accumulation_dtype(*inputs)
+    dtype = accumulation_dtype(*inputs, space_down_bias, space_up_bias)
     with torch.autocast(short_prompt.device.type, enabled=False):
         p = short_prompt.to(dtype)
         fused = p
@@ -63,10 +67,16 @@ def reconstruct_prompt(
             delta = scaling * (offset_a.to(dtype) @ offset_b.to(dtype))  # ΔE [(T,) n, d]
             scores = p @ delta.mT / p.shape[-1] ** 0.5  # [(T,) m, n]
             fused = p + scores.softmax(-1) @ delta
-        if space_down is None or space_up is None or gate_weight is None or gate_bias is None:
+        if space_down is None or space_up is None:
             return fused.to(short_prompt.dtype)
         hidden = fused.unsqueeze(-3) @ space_down.to(dtype)  # [(T,) K, m, h]
+        if space_down_bias is not None:
+            hidden = hidden + space_down_bias.to(dtype).unsqueeze(-2)
         spaces = ACTIVATIONS[activation].function(hidden) @ space_up.to(dtype)  # [(T,) K, m, d]
+        if space_up_bias is not None:
+            spaces = spaces + space_up_bias.to(dtype).unsqueeze(-2)
+        if gate_weight is None or gate_bias is None:  # one space
+            return (fused + spaces.squeeze(-3)).to(short_prompt.dtype)
         logits = (fused @ gate_weight.to(dtype) + gate_bias.to(dtype).unsqueeze(-2)) / temperature
         if gate == "prompt":
             logits = logits.mean(-2, keepdim=True).expand_as(logits)

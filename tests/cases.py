@@ -12,11 +12,11 @@ from torch import Tensor
 from ept_fast import reconstruct_and_splice, reconstruct_prompt, splice_prompt
 from ept_fast.config import GATES
 from ept_fast.ops import activations
-from ept_fast.ops.types import Parameters, SpliceInputs
+from ept_fast.ops.types import OF_EPT, Parameters, SpliceInputs
 
 __all__ = ["GATES"]
 
-SEVEN = Parameters._fields
+SEVEN, BIASES = Parameters._fields[:OF_EPT], Parameters._fields[OF_EPT:]
 ACTIVATIONS = tuple(activations.ACTIVATIONS)
 PADDINGS = ("none", "right", "left", "holes", "rows")
 LAYOUTS = ("plain", "transposed", "reversed axes", "sliced", "shifted", "wide rows")
@@ -26,6 +26,13 @@ PARTS: dict[str, dict[str, bool]] = {
     "no spaces": {"spaces": False},
     "no offset": {"offset": False},
     "prompt only": {"offset": False, "spaces": False},
+}
+# What operation 1 alone has.
+BIASED: dict[str, dict[str, bool]] = {
+    "biases": {"biases": True},
+    "biases, no gate": {"biases": True, "gated": False},
+    "biases, no offset, no gate": {"biases": True, "gated": False, "offset": False},
+    "no gate": {"gated": False},
 }
 # Of the embeddings and of the parameters.
 TYPES = {
@@ -233,6 +240,11 @@ def shapes_of(s: Sizes) -> dict[str, tuple[int, ...]]:
     }
 
 
+def biases_of(s: Sizes) -> dict[str, tuple[int, ...]]:
+    """Of the biases, without the task axis."""
+    return dict(zip(BIASES, ((s.k, s.h), (s.k, s.d)), strict=True))
+
+
 def make_mask(padding: str, batch: int, length: int, generator: torch.Generator) -> Tensor | None:
     """``rows``: full rows and rows of padding only, in turn."""
     if padding == "none":
@@ -253,6 +265,8 @@ def make_case(
     *,
     offset: bool = True,
     spaces: bool = True,
+    biases: bool = False,
+    gated: bool = True,
     padding: str = "holes",
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
@@ -260,17 +274,20 @@ def make_case(
 ) -> Case:
     """Normal tensors of these sizes; the flags are those of ``reconstruct_prompt``.
 
+    ``biases``: with those of the subspaces; ``gated``: else there is one subspace and no gate.
+
     What is multiplied along d or h is scaled by its root, as at initialisation: otherwise the gate
     sits at the edge of a tie, where any two ways to round disagree a hundredfold.
     """
     g = torch.Generator().manual_seed(seed)
-    s = sizes
+    s = sizes if gated else replace(sizes, k=1)
     lead = () if s.tasks is None else (s.tasks,)
     shapes = {
         name: shape
         for name, shape in shapes_of(s).items()
-        if name == "short_prompt" or (offset if name in SEVEN[1:3] else spaces)
-    }
+        if name == "short_prompt"
+        or (offset if name in SEVEN[1:3] else spaces and (gated or name not in SEVEN[5:]))
+    } | (biases_of(s) if biases else {})
     scales = {"space_down": s.d, "gate_weight": s.d, "space_up": s.h}
     parameters = {
         name: torch.randn(*lead, *shape, generator=g, dtype=torch.float64)
@@ -279,7 +296,7 @@ def make_case(
         for name, shape in shapes.items()
     }
     return Case(
-        sizes,
+        s,
         {name: t.requires_grad_() for name, t in parameters.items()},
         torch.randn(s.vocabulary, s.d, generator=g, dtype=torch.float64).to(dtype),
         torch.randint(s.vocabulary, (s.batch, s.length), generator=g),

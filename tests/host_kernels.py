@@ -74,6 +74,7 @@ def _struct(text: str) -> Any:
 _RECONSTRUCT_FIELDS = """
     size: tasks tokens positions rank spaces dim width
     view: short_prompt offset_a offset_b space_down space_up gate_weight gate_bias
+    view: space_down_bias space_up_bias
     number: scaling temperature
     choice: activation gate
     memory: workspace
@@ -95,7 +96,7 @@ _CALLS = {
         view: grad
         memory: query stats attended hidden gates cross
         memory: d_short_prompt d_offset_a d_offset_b d_space_down d_space_up
-        memory: d_gate_weight d_gate_bias
+        memory: d_gate_weight d_gate_bias d_space_down_bias d_space_up_bias
         """
     ),
     "splice_forward": _struct(
@@ -328,9 +329,11 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         saved["attended"] = memory.empty(tasks, m, rank)
     if parameters.has_spaces:
         saved["hidden"] = memory.empty(tasks, m, spaces * dim)
-        saved["gates"] = memory.empty(tasks, m, spaces)
+        if parameters.has_gate:
+            saved["gates"] = memory.empty(tasks, m, spaces)
         if parameters.has_offset:
-            saved["cross"] = memory.empty(tasks, rank, spaces * dim + spaces)
+            columns = spaces * dim + spaces * parameters.has_gate
+            saved["cross"] = memory.empty(tasks, rank, columns)
     _run(
         "reconstruct_forward",
         memory,

@@ -153,6 +153,13 @@ def test_forced_it_is_not_built_before_the_call(machine: Machine) -> None:
         ({"offset_a": OnGpu((16, 257))}, "rank 257 is more than 256"),
         ({"space_down": OnGpu((8, 16, 65))}, "8 subspaces of width 65 are more than 512 together"),
         ({"short_prompt": OnGpu((4, 2**30 + 1))}, f"short_prompt has an axis of more than {2**30}"),
+        (
+            {
+                "space_down": OnGpu((8, 16, 64)),
+                **dict.fromkeys(("gate_weight", "space_down_bias"), OnGpu((8, 64))),
+            },
+            "8 subspaces of width 64 and biases are more than 512 together",
+        ),
         ({"short_prompt": OnGpu((513, 8))}, "513 virtual tokens are more than 512"),
         ({"short_prompt": OnGpu((4, 8), device=torch.device("cpu"))}, "not on an NVIDIA GPU"),
     ],
@@ -326,7 +333,7 @@ def test_calls_go_to_the_operators(operators: _Operators) -> None:
     text = Text(inputs_embeds=inputs.inputs_embeds)
     kept = cuda.path_forward(parameters, text, FLAGS, True)
     cuda.path_backward(p, parameters, text, kept, FLAGS, True, Needs(True, True))
-    assert operators.calls == [("cuda_forward", 17), ("cuda_backward", 18)] * 3
+    assert operators.calls == [("cuda_forward", 19), ("cuda_backward", 20)] * 3
 
 
 def test_a_call_with_an_empty_tensor_is_eagers(operators: _Operators) -> None:

@@ -15,7 +15,18 @@ from ept_fast.backends import eager
 from ept_fast.ops.types import Flags, Saved
 from tests import cases
 from tests import host_kernels as kernels
-from tests.cases import GATES, LARGEST, NAMED, PADDINGS, SEVEN, Sizes, make_case, run
+from tests.cases import (
+    BIASED,
+    BIASES,
+    GATES,
+    LARGEST,
+    NAMED,
+    PADDINGS,
+    SEVEN,
+    Sizes,
+    make_case,
+    run,
+)
 from tests.parity import HOST, assert_as_exact_as_the_definition, cotangent_of, over
 from tests.processes import python
 
@@ -138,13 +149,15 @@ def test_plan_of_a_long_mask(dtype: torch.dtype, backend: str) -> None:
 @over(HOST)
 @pytest.mark.parametrize("types", ["fp32", "bf16"])
 @pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("part", ["all", "biases", "biases, no gate"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_order_of_threads_changes_no_bit(
-    shape: str, gate: str, types: str, backend: str
+    shape: str, part: str, gate: str, types: str, backend: str
 ) -> None:
     """A phase in which a thread read what another one writes would differ, and so would a race
     between blocks."""
-    case = make_case(SHAPES[shape], dtype=torch.float32, gate=gate).typed(types)
+    parts = BIASED.get(part, {})
+    case = make_case(SHAPES[shape], dtype=torch.float32, gate=gate, **parts).typed(types)
     cotangent = cotangent_of(case)
     upwards = run(case, backend, cotangent)
     with kernels.downwards():
@@ -155,9 +168,10 @@ def test_the_order_of_threads_changes_no_bit(
 # What is saved
 
 
+@pytest.mark.parametrize("part", ["all", "biases", "biases, no gate"])
 @pytest.mark.parametrize("gate", GATES)
-def test_what_is_saved(gate: str) -> None:
-    case = make_case(Sizes(tasks=2, m=9, n=40), dtype=torch.float32)
+def test_what_is_saved(gate: str, part: str) -> None:
+    case = make_case(Sizes(tasks=2, m=9, n=40), dtype=torch.float32, **BIASED.get(part, {}))
     parameters, flags = case.tensors(), Flags(0.4, "gelu", gate, 0.7)
     got, expected = (
         (prompt, *saved)
@@ -178,22 +192,24 @@ def test_what_is_saved(gate: str) -> None:
 SHARED_BYTES = 48 * 1024  # what a block can have on every GPU without asking for more
 
 
-def _counts(s: Sizes, has_mask: bool = True, gate: str = "token") -> dict[str, kernels.Counted]:
+def _counts(
+    s: Sizes, has_mask: bool = True, gate: str = "token", biases: bool = False
+) -> dict[str, kernels.Counted]:
     tasks = {"tasks": s.tasks or 1}
     sizes = {"tokens": s.m, "positions": s.n, "rank": s.r, "width": s.d} | tasks
     prompt = sizes | {"spaces": s.k, "dim": s.h, "gate": GATES.index(gate)}
     splice = {"batch": s.batch, "length": s.length, "tokens": s.m, "width": s.d, "rank": s.r}
     splice |= tasks
-    seven = dict.fromkeys(SEVEN, torch.float32)
+    tensors = dict.fromkeys(SEVEN + (BIASES if biases else ()), torch.float32)
     offset = {"offset_a": torch.float32, "offset_b": torch.float32}
     rest = offset | ({"attention_mask": torch.int64} if has_mask else {})
     rest |= {} if s.tasks is None else {"task_ids": torch.int64}
     text = {"prompt": torch.float32, "source": torch.bfloat16, "input_ids": torch.int64}
     grads = ("d_prompt", "d_offset_a", "d_offset_b")
     return {
-        "reconstruct_forward": kernels.count("reconstruct_forward", prompt, seven),
+        "reconstruct_forward": kernels.count("reconstruct_forward", prompt, tensors),
         "reconstruct_backward": kernels.count(
-            "reconstruct_backward", prompt, {**seven, "grad": torch.float32}
+            "reconstruct_backward", prompt, {**tensors, "grad": torch.float32}
         ),
         "splice_forward": kernels.count("splice_forward", splice, {**text, **rest}),
         "splice_backward": kernels.count(
@@ -242,10 +258,11 @@ FORWARD_LAUNCHES = {
 @pytest.mark.parametrize("name", FORWARD_LAUNCHES)
 def test_launches_of_reconstruct(name: str) -> None:
     s, launches = FORWARD_LAUNCHES[name]
-    counted = _counts(s)
-    assert counted["reconstruct_forward"].launches == launches
-    assert counted["reconstruct_backward"].launches == 2
-    assert (counted["reconstruct_forward"].workspace == 0) == (launches == 1)
+    for biases in (False, True):
+        counted = _counts(s, biases=biases)
+        assert counted["reconstruct_forward"].launches == launches
+        assert counted["reconstruct_backward"].launches == 2
+        assert (counted["reconstruct_forward"].workspace == 0) == (launches == 1)
 
 
 @pytest.mark.parametrize(("name", "backward"), [("t5-base", 2), ("llama-8b", 3), ("bank", 3)])
@@ -309,9 +326,13 @@ def test_enough_blocks(shape: shapes.Shape) -> None:
 
 @pytest.mark.parametrize("s", [*NAMED.values(), *LARGEST.values()])
 def test_grids_and_shared_memory(s: Sizes) -> None:
-    for counted in [each for gate in GATES for each in _counts(s, gate=gate).values()]:
-        assert counted.grid < 2**31
-        assert counted.shared <= SHARED_BYTES
+    biased = replace(s, k=min(s.k, 256))
+    biased = replace(biased, h=min(s.h, 512 // biased.k - 1))  # the most beside a gate
+    for gate in GATES:
+        of_biases = _counts(biased, gate=gate, biases=True)
+        for counted in [*_counts(s, gate=gate).values(), *of_biases.values()]:
+            assert counted.grid < 2**31
+            assert counted.shared <= SHARED_BYTES
 
 
 @over(HOST)
@@ -330,12 +351,14 @@ SANITIZED = """
 import torch
 from tests import host_kernels as kernels
 from ept_fast.ops.types import Flags
-from tests.cases import SHAPES, TILES, make_case
+from tests.cases import BIASED, SHAPES, TILES, make_case
 
 torch.set_num_threads(1)
+parts = [(torch.float32, {}), (torch.bfloat16, {})]
+parts += [(torch.float32, part) for part in BIASED.values()]
 for shape in (*SHAPES.values(), *TILES["host"].values()):
-    for dtype in (torch.float32, torch.bfloat16):
-        case = make_case(shape, dtype=dtype, gate="prompt")
+    for dtype, part in parts:
+        case = make_case(shape, dtype=dtype, gate="prompt", **part)
         parameters, flags = case.tensors(), Flags(0.5, "gelu", "prompt", 1.0)
         prompt, saved = kernels.reconstruct_forward(parameters, flags)
         inputs = case.inputs(prompt)

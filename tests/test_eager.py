@@ -11,18 +11,21 @@ from torch import Tensor
 
 from ept_fast import splice_prompt
 from ept_fast.backends.eager.splice import tile_config
-from tests.cases import ACTIVATIONS, GATES, PADDINGS, PARTS, Sizes, make_case
+from tests.cases import ACTIVATIONS, BIASED, GATES, PADDINGS, PARTS, Sizes, make_case
 
 TASKS = (None, 2)
 SMALL = {"m": 2, "n": 3, "r": 2, "k": 2, "h": 2, "d": 3}  # gradcheck evaluates every element twice
 
 
+ALL = PARTS | BIASED
+
+
 @pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", ALL)
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_reconstruct_gradcheck(activation: str, gate: str, part: str, tasks: int | None) -> None:
-    case = make_case(Sizes(**SMALL, tasks=tasks), activation=activation, gate=gate, **PARTS[part])
+    case = make_case(Sizes(**SMALL, tasks=tasks), activation=activation, gate=gate, **ALL[part])
     leaves = tuple(case.parameters.values())
 
     def function(*tensors: Tensor) -> Tensor:

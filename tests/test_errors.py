@@ -31,6 +31,7 @@ RECONSTRUCT: dict[str, Any] = {
     "gate_weight": ones(D, K),
     "gate_bias": ones(K),
 }
+BIASES: dict[str, Any] = {"space_down_bias": ones(K, H), "space_up_bias": ones(K, D)}
 SPLICE: dict[str, Any] = {
     "prompt": ones(M, D),
     "input_ids": torch.zeros(B, S, dtype=torch.int64),
@@ -94,6 +95,8 @@ MISTAKES = tuple(Mistake(*row) for row in (
      {"short_prompt": ones(M, D).long()}),
     *((f"integer {name}", RECON, TypeError, f"{name}: expected dtype {FLOATS}, got torch.int32",
        {name: RECONSTRUCT[name].int()}) for name in list(RECONSTRUCT)[1:]),
+    *((f"integer {name}", RECON, TypeError, f"{name}: expected dtype {FLOATS}, got torch.int32",
+       {**BIASES, name: tensor.int()}) for name, tensor in BIASES.items()),
     ("integer prompt", SPLIT, TypeError, f"prompt: expected dtype {FLOATS}, got torch.int64",
      {"prompt": ones(M, D).long()}),
     ("floating token ids", SPLIT, TypeError,
@@ -138,6 +141,12 @@ MISTAKES = tuple(Mistake(*row) for row in (
     ("gate_bias of another size", RECON, ValueError,
      "gate_bias: expected shape [2] to match space_down [2, 5, 4], got [3]",
      {"gate_bias": ones(3)}),
+    ("space_down_bias of another width", RECON, ValueError,
+     "space_down_bias: expected shape [2, 4] to match space_down [2, 5, 4], got [2, 5]",
+     {**BIASES, "space_down_bias": ones(K, D)}),
+    ("space_up_bias without its spaces", RECON, ValueError,
+     "space_up_bias: expected shape [2, 5] to match space_down [2, 5, 4], got [5]",
+     {**BIASES, "space_up_bias": ones(D)}),
     ("another number of tasks", RECON, ValueError,
      "offset_a: expected shape [2, n, r] to match short_prompt [2, 3, 5], got [3, 7, 2]",
      {"short_prompt": ones(T, M, D), "offset_a": ones(3, N, R)}),
@@ -166,6 +175,8 @@ MISTAKES = tuple(Mistake(*row) for row in (
     *((f"{name} on another device", call, ValueError, f"{name}: expected device cpu, got meta",
        {name: CALLS[call][name].to("meta")})
       for call in (RECON, SPLIT) for name in list(CALLS[call])[1:]),
+    *((f"{name} on another device", RECON, ValueError, f"{name}: expected device cpu, got meta",
+       {**BIASES, name: tensor.to("meta")}) for name, tensor in BIASES.items()),
     # partners
     ("A without B", RECON, ValueError, "offset_b: expected a tensor beside offset_a, got None",
      {"offset_b": None}),
@@ -177,6 +188,16 @@ MISTAKES = tuple(Mistake(*row) for row in (
     ("gate without spaces", RECON, ValueError,
      "space_down, space_up: expected a tensor beside gate_weight, gate_bias, got None",
      {"space_down": None, "space_up": None}),
+    ("one bias without the other", RECON, ValueError,
+     "space_up_bias: expected a tensor beside space_down_bias, got None",
+     {"space_down_bias": BIASES["space_down_bias"]}),
+    ("biases without spaces", RECON, ValueError,
+     "space_down: expected a tensor beside space_down_bias, space_up_bias, got None",
+     {**dict.fromkeys(list(RECONSTRUCT)[3:]), **BIASES}),
+    ("half a gate of one space", RECON, ValueError,
+     "gate_bias: expected a tensor beside space_down, space_up, gate_weight, got None",
+     {"space_down": ones(1, D, H), "space_up": ones(1, H, D), "gate_weight": ones(D, 1),
+      "gate_bias": None}),
     ("A without B in the splice", SPLIT, ValueError,
      "offset_b: expected a tensor beside offset_a, got None", {"offset_b": None}),
     ("neither ids nor embeddings", SPLIT, ValueError,
@@ -271,6 +292,11 @@ def test_message(mistake: Mistake) -> None:
 def test_the_right_arguments_pass() -> None:
     """Without the one change, each base call is valid: it is the change that is refused."""
     reconstruct_prompt(**RECONSTRUCT)
+    reconstruct_prompt(**RECONSTRUCT, **BIASES)
+    one = {name: tensor[:1] for name, tensor in BIASES.items()}
+    single = {"space_down": ones(1, D, H), "space_up": ones(1, H, D)}
+    reconstruct_prompt(ones(M, D), **single)
+    reconstruct_prompt(ones(M, D), **single, **one)
     splice_prompt(**SPLICE)
     splice_prompt(**{**SPLICE, **EMBEDS})
     splice_prompt(**{**SPLICE, **BANK}, task_ids=torch.tensor([0, 1, 1, 0]))

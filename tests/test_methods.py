@@ -142,6 +142,18 @@ def test_an_mlp_is_one_subspace_of_ept() -> None:
     torch.testing.assert_close(prompt.reconstruct(), wanted)
 
 
+@pytest.mark.parametrize("num_tasks", [None, 2])
+def test_an_mlp_goes_through_the_fused_operation(num_tasks: int | None) -> None:
+    prompt = make(ResidualConfig(D, 3, bottleneck=4, layer_norm=False), num_tasks)
+    wanted = prompt.computed(prompt.formula)
+    for backend in ("eager", "reference"):
+        prompt.backend = backend
+        torch.testing.assert_close(prompt.reconstruct(), wanted)
+    prompt.backend = "nowhere"
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        prompt.reconstruct()
+
+
 def test_the_lstm_is_torchs() -> None:
     prompt = make(ResidualConfig(D, 5, encoder="lstm"), dtype=torch.float64)
     layer = nn.LSTM(D, D // 2, bidirectional=True, dtype=torch.float64)
@@ -292,7 +304,13 @@ def test_ulpts_basis_comes_from_its_seed_and_is_not_saved(tmp_path: Path) -> Non
     prompt.save_pretrained(tmp_path)
     loaded: Any = ULPTPrompt.from_pretrained(tmp_path)
     assert torch.equal(loaded.basis, prompt.basis)
-    assert prompt.double().basis.dtype == torch.float64
+    half = prompt.bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    again: Any = ULPTPrompt.from_pretrained(tmp_path / "half")
+    assert torch.equal(again.reconstruct(), half.reconstruct())
+    assert torch.equal(again.basis, loaded.basis)
+    empty = loaded.to("meta").to_empty(device="cpu")
+    assert torch.equal(empty.basis, again.basis)
     other: Any = ULPTPrompt(dataclasses.replace(config, seed=8), nn.Embedding(20, 4))
     assert not torch.equal(other.basis, loaded.basis)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ept_fast import EPTConfig, EPTOutput, FoldedEPTPrompt, FusedEPTPrompt, reference
-from ept_fast.prompts.initial import prototypes
+from ept_fast.prompts.prototypes import k_means
 from tests.cases import PADDINGS, SEVEN, make_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,7 +260,7 @@ def test_prototypes_are_rows_where_there_are_enough(count: int) -> None:
     rows = torch.randn(11, 4, generator=seeded(2))
     rows[5] = rows[9]  # 10 different ones
     weights = torch.tensor([3.0, 1, 7, 1, 1, 2, 9, 1, 13, 4, 1])
-    means, nearest = prototypes(rows, weights, count)
+    means, nearest = k_means(rows, weights, count)
     assert len(means) == min(count, 10)
     assert set(nearest.tolist()) == set(range(len(means)))
     if count == 1:

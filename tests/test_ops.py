@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ept_fast import reconstruct_prompt, splice_prompt
-from ept_fast.ops.types import Flags
-from tests.cases import PARTS, Case, Sizes, flat, make_case, run
+from ept_fast.ops.functional import gate_weights
+from ept_fast.ops.types import Flags, Parameters
+from tests.cases import BIASED, PARTS, Case, Sizes, flat, make_case, run
 from tests.parity import EAGER, TRITON, over
 
 # torch.compile itself does what these warn of.
@@ -45,11 +46,13 @@ def _fresh_compiler() -> Iterator[None]:
         ("no spaces", torch.bfloat16),
         ("no offset", torch.float32),
         ("prompt only", torch.bfloat16),
+        ("biases", torch.float32),
+        ("biases, no gate", torch.bfloat16),
     ],
     ids=str,
 )
 def test_opcheck_reconstruct(part: str, dtype: torch.dtype, backend: str) -> None:
-    tensors = list(make_case(BANK, dtype=dtype, **PARTS[part]).tensors())
+    tensors = list(make_case(BANK, dtype=dtype, **(PARTS | BIASED)[part]).tensors())
     flags = (*FLAGS, backend)
     torch.library.opcheck(OPS.reconstruct_forward, (tensors, *flags))
     prompt, *saved = OPS.reconstruct_forward(tensors, *flags)
@@ -97,11 +100,14 @@ def _served(backend: str) -> torch.dtype:
 
 
 @each_backend
-@pytest.mark.parametrize("tasks", [None, 2])
+@pytest.mark.parametrize(
+    ("tasks", "part"), [(None, "all"), (2, "all"), (None, "biases, no gate"), (2, "biases")]
+)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_into_one_graph(dynamic: bool, tasks: int | None, backend: str) -> None:
+def test_compiles_into_one_graph(dynamic: bool, tasks: int | None, part: str, backend: str) -> None:
     compiled = _compiled(backend, dynamic=dynamic)
-    case = make_case(Sizes(tasks=tasks), dtype=_served(backend))
+    parts = (PARTS | BIASED)[part]
+    case = make_case(Sizes(tasks=tasks), dtype=_served(backend), **parts)
     uncompiled = _step(lambda case: case.both(backend), case)
     for got, expected in zip(_step(compiled, case), uncompiled, strict=True):
         torch.testing.assert_close(got, expected)
@@ -264,8 +270,9 @@ def test_gradient_checkpointing(reentrant: bool, backend: str) -> None:
 
 
 @each_backend
-def test_only_what_is_asked_for_gets_a_gradient(backend: str) -> None:
-    case = make_case(Sizes(), dtype=torch.float32)
+@pytest.mark.parametrize("biases", [False, True])
+def test_only_what_is_asked_for_gets_a_gradient(biases: bool, backend: str) -> None:
+    case = make_case(Sizes(), biases=biases, dtype=torch.float32)
     frozen = {name: t.detach() for name, t in case.parameters.items()}
     for name in case.parameters:
         leaf = frozen[name].clone().requires_grad_()
@@ -277,9 +284,10 @@ def test_only_what_is_asked_for_gets_a_gradient(backend: str) -> None:
 
 
 @each_backend
-def test_gradients_have_their_tensors_types_and_shapes(backend: str) -> None:
+@pytest.mark.parametrize("biases", [False, True])
+def test_gradients_have_their_tensors_types_and_shapes(biases: bool, backend: str) -> None:
     types = (torch.float32, torch.bfloat16, torch.float16, torch.float32)
-    case = make_case(Sizes(tasks=2), dtype=torch.float32)
+    case = make_case(Sizes(tasks=2), biases=biases, dtype=torch.float32)
     mixed = {
         name: t.detach().to(types[i % 4]).requires_grad_()
         for i, (name, t) in enumerate(case.parameters.items())
@@ -319,3 +327,10 @@ def test_an_unchanged_prompt_is_a_new_tensor() -> None:
     out = reconstruct_prompt(prompt)
     assert torch.equal(out, prompt)
     assert out.data_ptr() != prompt.data_ptr()
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_the_weight_of_a_space_without_a_gate_is_one(tasks: int | None) -> None:
+    case = make_case(Sizes(tasks=tasks), gated=False)
+    found = gate_weights(Parameters(**case.parameters), FLAGS)
+    assert torch.equal(found, torch.ones(*case.parameters["short_prompt"].shape[:-1], 1).double())

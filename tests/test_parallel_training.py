@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "classification": {},
     "seq2seq": {"task": "seq2seq", "gradient_accumulation_steps": 2},
     "packed": {"task": "causal", "packing": True, "pack_length": 40},
+    "several": {"method": "mp2", "gate_steps": 3},
 }
 
 
@@ -53,17 +54,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         "seq2seq": save_t5(folder / "t5", steps=20),
         "packed": save_llama(folder / "llama", steps=20),
     }
+    models["several"] = models["classification"]
     labels, answers = save_task(folder / "labels"), save_task(folder / "answers", answer_rows)
     settings = {}
     for case, choices in CASES.items():
-        data = labels if case == "classification" else answers
+        data = labels if case in ("classification", "several") else answers
         sizes = {"batch_size": 4, "max_steps": 8, "eval_steps": 2, "eval_generate": 5}
-        if case != "classification":
+        if data == answers:
             sizes |= {"prompt_length": 48, "max_target_length": 6}
         run = small_run(models[case], data, folder / case, **sizes, **choices, keep="best")
+        if case == "several":
+            run["data"] = [str(labels), str(save_task(folder / "others"))]
         settings[case] = run
     settings["killed"] = {**settings["packed"], "output": str(folder / "killed")}
-    jobs = [{"run": run, "dies": case == "killed"} for case, run in settings.items()]
+    jobs = [{"run": dict(run), "dies": case == "killed"} for case, run in settings.items()]
+    for job in jobs:
+        if isinstance(job["run"]["data"], list):
+            job["run"]["data"] = [
+                job["run"]["data"]
+            ] * 2  # in a job, a list has a value of each rank
     result = launch(folder, jobs)
     assert result.returncode != 0
     assert "Signal 9 (SIGKILL)" in result.stderr, result.stderr
@@ -86,6 +95,9 @@ def test_two_processes_train_as_one(
         assert theirs["step"] == mine["step"]
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-3)
     before = [m["curves"]["evaluation"][0] for m in (alone, found)]
+    tasks = [each.pop("tasks", {}) for each in before]
+    for name, figures in tasks[0].items():
+        assert tasks[1][name] == pytest.approx(figures, rel=1e-6)
     assert before[1] == pytest.approx(before[0], rel=1e-6)
     assert [s["text"] for s in found["samples"]] == [s["text"] for s in alone["samples"]]
 

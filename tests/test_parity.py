@@ -16,6 +16,7 @@ from ept_fast import reconstruct_prompt, splice_prompt
 from ept_fast.kernels.reconstruct import config as reconstruct_config
 from tests.cases import (
     ACTIVATIONS,
+    BIASED,
     GATES,
     LAYOUTS,
     PADDINGS,
@@ -112,6 +113,28 @@ def test_parity_of_flags(activation: str, gate: str, backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize(
+    ("types", "gate", "forward"),
+    [("fp32", "token", Case.both), ("bf16", "prompt", Case.path), ("fp16", "token", Case.path)],
+    ids=["fp32", "bf16", "fp16"],
+)
+def test_parity_of_biases(types: str, gate: str, forward: Any, backend: str) -> None:
+    """Biases, and a single subspace without a gate: each alone and in a bank, in each layout."""
+    sizes = Sizes(m=17, n=9, r=3, k=3, h=7, d=37, batch=1, length=5)
+    if backend == "triton":
+        sizes = replace(sizes, m=5, n=5, h=5, d=21, length=3)
+    each = [(replace(sizes, tasks=t), part) for part in BIASED.values() for t in (None, 2)]
+    each = each * 4 if backend != "triton" else each[types != "fp32" :: 1 + (types != "fp32")]
+    cases = (
+        make_case(s, seed=seed, gate=gate, dtype=torch.float32, **part)
+        .typed(types)
+        .laid_out(LAYOUTS[seed % len(LAYOUTS)])
+        for seed, (s, part) in enumerate(each)
+    )
+    assert_as_exact_as_the_definition(cases, backend, forward=forward)
+
+
+@each_backend
 @pytest.mark.parametrize(("scores", "size", "cancels"), LARGE_SCORES)
 def test_large_scores(scores: str, size: float, cancels: bool, backend: str) -> None:
     assert_as_exact_as_the_definition(large_scores(scores, size), backend, cancels=cancels)
@@ -181,6 +204,8 @@ def assert_close(case: Case, backend: str, relative: float, least: float = 0.0) 
 
 # At random
 
+SPACES: list[dict[str, bool]] = [{}, {"spaces": False}, *BIASED.values()]
+
 
 def assert_close_at_random(data: st.DataObject, backend: str) -> None:
     """Output and every gradient of a case whose shape and flags are drawn, against float64."""
@@ -194,8 +219,10 @@ def assert_close_at_random(data: st.DataObject, backend: str) -> None:
     exactly = backend == "eager"
     case = make_case(
         sizes,
-        offset=data.draw(st.booleans(), "offset"),
-        spaces=data.draw(st.booleans(), "spaces"),
+        **{
+            "offset": data.draw(st.booleans(), "offset"),
+            **data.draw(st.sampled_from(SPACES), "spaces"),
+        },
         padding=data.draw(st.sampled_from(PADDINGS), "padding"),
         fusion=data.draw(st.booleans(), "fusion"),
         activation=data.draw(st.sampled_from(ACTIVATIONS), "activation"),
@@ -234,6 +261,12 @@ LIMITS: dict[str, tuple[Sizes, dict[str, Any]]] = {
     "r in a bank": (Sizes(m=9, n=70, r=100, k=2, h=3, d=260, batch=5, length=70, tasks=2), {}),
     "K·h": (Sizes(m=2, n=5, r=3, k=8, h=64, d=33, batch=1, length=4), {}),
     "K": (Sizes(m=2, n=5, r=256, k=512, h=1, d=17, batch=1, length=4), {}),
+    "K·h and biases": (Sizes(m=2, n=5, r=3, k=8, h=63, d=33, batch=1, length=4), {"biases": True}),
+    "K and biases": (Sizes(m=2, n=5, r=256, k=256, h=1, d=17, batch=1, length=4), {"biases": True}),
+    "h without a gate": (
+        Sizes(m=2, n=5, r=3, k=1, h=512, d=33, batch=1, length=4),
+        {"biases": True, "gated": False},
+    ),
     "K, one gate": (Sizes(m=2, n=5, r=3, k=512, h=1, d=17, batch=1, length=4), {"gate": "prompt"}),
     "m": (Sizes(m=512, n=5, r=3, k=2, h=2, d=17, batch=1, length=4), {}),
     "m, one gate": (Sizes(m=512, n=3, r=2, k=1, h=2, d=5, batch=1, length=1), {"gate": "prompt"}),

@@ -254,8 +254,12 @@ def test_what_the_prompt_started_from_is_not_saved(tmp_path: Path) -> None:
         {"init": "text", "init_text": "the play was", "tokenizer_name_or_path": str(folder)},
         {"init": "data", "init_text": [*GOOD, *BAD], "tokenizer_name_or_path": tokenizer},
         {"init": torch.ones(5, 32)},
+        {
+            "init": "data", "init_text": [*GOOD], "tokenizer_name_or_path": tokenizer,
+            "prototypes": "random", "prototype_layer": 1,
+        },
         {"init": "random"},
-    )
+    )  # fmt: skip
     for index, start in enumerate(starts):
         model = get_peft_model(load(folder), config_of("CAUSAL_LM", **start))
         prompt = model.get_base_model().soft_prompt.ept_prompts["default"]
@@ -268,6 +272,7 @@ def test_what_the_prompt_started_from_is_not_saved(tmp_path: Path) -> None:
         written = json.loads((tmp_path / str(index) / "adapter_config.json").read_text())
         assert (written["init"], written["init_text"]) == ("vocab", None)
         assert written["tokenizer_name_or_path"] is None
+        assert (written["prototypes"], written["prototype_layer"]) == ("kmeans", None)
         loaded = PeftModel.from_pretrained(load(folder), tmp_path / str(index))
         ids = torch.tensor([[3, 4, 5]])
         assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)

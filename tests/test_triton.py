@@ -19,7 +19,17 @@ from ept_fast.kernels.reconstruct import config as reconstruct_config
 from ept_fast.kernels.splice.config import backward_config, forward_config
 from ept_fast.ops import path
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs
-from tests.cases import GATES, LARGEST, NAMED, PADDINGS, PARTS, Sizes, make_case, shapes_of
+from tests.cases import (
+    BIASED,
+    GATES,
+    LARGEST,
+    NAMED,
+    PADDINGS,
+    PARTS,
+    Sizes,
+    make_case,
+    shapes_of,
+)
 from tests.parity import (
     TRITON,
     assert_as_exact_as_the_definition,
@@ -187,7 +197,7 @@ class _Counted:
         monkeypatch.setattr(runtime.Plan, "launch_all", counted)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [*PARTS, "biases", "biases, no gate"])
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("sizes", [Sizes(), Sizes(tasks=9), *NAMED.values()])
 def test_launches(sizes: Sizes, gate: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +205,9 @@ def test_launches(sizes: Sizes, gate: str, part: str, monkeypatch: pytest.Monkey
     where the rows' tokens lie, if there is a mask or a bank.
     """
     counted = _Counted(monkeypatch)
-    case = make_case(replace(sizes, batch=4), gate=gate, dtype=torch.float32, **PARTS[part])
+    length = min(sizes.length, 64) if part in BIASED else sizes.length
+    sizes, parts = replace(sizes, batch=4, length=length), (PARTS | BIASED)[part]
+    case = make_case(sizes, gate=gate, dtype=torch.float32, **parts)
     prompt = case.reconstruct("triton")
     assert len(counted.names) <= 3
     counted.names.clear()
@@ -420,16 +432,20 @@ def test_every_way_to_launch_reconstruct(
 
     monkeypatch.setattr(runtime.Plan, "carry_out", counted)
     runtime.forget()
-    cases = [make_case(sizes, gate=gate, dtype=torch.float32, seed=seed) for seed in range(4)]
+    flags = {"gate": gate, "dtype": torch.float32}
+    cases = [make_case(sizes, **flags, seed=seed) for seed in range(4)]
+    if tasks is None and gate == "prompt":
+        cases += [make_case(sizes, **flags, biases=True, seed=seed) for seed in range(2)]
     assert_as_exact_as_the_definition(cases, "triton")
     runtime.forget()
     assert sum(name.startswith("reconstruct_") for name in names) == 2 * launches * len(cases)
 
 
 @over(TRITON)
+@pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("gate", GATES)
 def test_programs_that_share_a_place_store_the_same_bits(
-    gate: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    gate: str, biases: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or what a program reads would depend on which of them came last."""
     from triton.runtime.interpreter import InterpreterBuilder
@@ -448,7 +464,7 @@ def test_programs_that_share_a_place_store_the_same_bits(
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", compared)
     sizes = Sizes(m=17, n=70, r=5, k=2, h=6, d=66)
-    case = make_case(sizes, gate=gate, dtype=torch.float32)
+    case = make_case(sizes, gate=gate, biases=biases, dtype=torch.float32)
     prompt = case.reconstruct(backend)
     stored.clear()
     prompt.sum().backward()
@@ -476,14 +492,19 @@ def test_launches_cover_the_rank_and_the_rows() -> None:
         (Sizes(r=257), torch.float32, "rank 257 is more than 256"),
         (Sizes(m=513), torch.float32, "513 virtual tokens are more than 512"),
         (Sizes(k=9, h=64), torch.float32, "9 subspaces of width 64 are more than 512 together"),
+        (
+            Sizes(k=8, h=64),
+            torch.bfloat16,
+            "8 subspaces of width 64 and biases are more than 512 together",
+        ),
         (Sizes(), torch.float64, "short_prompt is float64, the kernels compute in float32"),
     ],
-    ids=["rank", "tokens", "spaces", "float64"],
+    ids=["rank", "tokens", "spaces", "biases", "float64"],
 )
 def test_what_the_kernels_do_not_serve_is_refused(
     sizes: Sizes, dtype: torch.dtype, says: str
 ) -> None:
-    case = make_case(sizes, dtype=dtype)
+    case = make_case(sizes, biases="biases" in says, dtype=dtype)
     with pytest.raises(RuntimeError, match=f"backend: 'triton' does not support this call: {says}"):
         case.reconstruct("triton")
     assert case.reconstruct("eager").shape == (sizes.m, sizes.d)

@@ -38,7 +38,7 @@ CALLS = (
 )
 # The largest sizes that every backend of kernels serves. csrc/kernels.h has the same names.
 MAX_RANK = 256  # r
-MAX_SPACES = 512  # K·h
+MAX_SPACES = 512  # K·h; K·(h + 1) with biases beside a gate
 MAX_TOKENS = 512  # m of operation 1
 MAX_SIZE = 1 << 30  # any one axis
 
@@ -89,11 +89,14 @@ def too_large(tensors: Parameters | SpliceInputs) -> str:
     if isinstance(tensors, Parameters) and m > MAX_TOKENS:
         return f"{m} virtual tokens are more than {MAX_TOKENS}"
     down = tensors.space_down if isinstance(tensors, Parameters) else None
-    if down is not None and down.shape[-3] * max(1, down.shape[-1]) > MAX_SPACES:
-        return (
-            f"{down.shape[-3]} subspaces of width {down.shape[-1]} are more than "
-            f"{MAX_SPACES} together"
-        )
+    if down is not None:
+        biases = isinstance(tensors, Parameters) and tensors.has_biases and tensors.has_gate
+        if down.shape[-3] * (max(1, down.shape[-1]) + biases) > MAX_SPACES:
+            with_biases = " and biases" if biases else ""
+            return (
+                f"{down.shape[-3]} subspaces of width {down.shape[-1]}{with_biases} are more than "
+                f"{MAX_SPACES} together"
+            )
     for name, tensor in zip(tensors._fields, tensors, strict=True):
         if tensor is not None and any(size > MAX_SIZE for size in tensor.shape):
             return f"{name} has an axis of more than {MAX_SIZE}"

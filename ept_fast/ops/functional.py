@@ -25,6 +25,7 @@ from ept_fast.ops.reconstruct import gate_weights as _gate_weights
 from ept_fast.ops.reconstruct import reconstruct
 from ept_fast.ops.splice import splice
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs, Text
+from ept_fast.precision import accumulation_dtype
 
 __all__ = [
     "gate_weights",
@@ -43,6 +44,8 @@ def reconstruct_prompt(
     space_up: Tensor | None = None,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
+    space_down_bias: Tensor | None = None,
+    space_up_bias: Tensor | None = None,
     *,
     scaling: float = 1.0,
     activation: str = "gelu",
@@ -64,8 +67,10 @@ def reconstruct_prompt(
         offset_b: B, ``[(T,) r, d]``.
         space_down: D, ``[(T,) K, d, h]``; with the next three or not at all.
         space_up: U, ``[(T,) K, h, d]``.
-        gate_weight: G, ``[(T,) d, K]``.
+        gate_weight: G, ``[(T,) d, K]``. With K = 1 both of the gate may be absent: it is 1.
         gate_bias: b, ``[(T,) K]``.
+        space_down_bias: u, added to F·D_k, ``[(T,) K, h]``; with the next or not at all.
+        space_up_bias: v, added to H_k·U_k, ``[(T,) K, d]``.
         scaling: c, the factor of A·B.
         activation: φ, a name of :data:`ept_fast.ops.activations.ACTIVATIONS`.
         gate: ``"token"``: one softmax per token; ``"prompt"``: one for all tokens of the prompt.
@@ -87,7 +92,8 @@ def reconstruct_prompt(
         torch.Size([4, 8])
     """
     parameters = Parameters(
-        short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias
+        *(short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias),
+        *(space_down_bias, space_up_bias),
     )
     flags = Flags(constant(scaling), activation, gate, constant(temperature))
     parameters, flags, chosen = _prepared(parameters, flags, fusion, backend)
@@ -111,6 +117,9 @@ def gate_weights(
         g, ``[(T,) m, K]`` in float32, or float64 if any tensor is.
     """
     parameters, flags, chosen = _prepared(parameters, flags, fusion, backend)
+    if not parameters.has_gate:  # one subspace
+        p = parameters.short_prompt
+        return p.new_ones((*p.shape[:-1], 1), dtype=accumulation_dtype(*parameters))
     if chosen == dispatch.REFERENCE:
         chosen = "eager"
     if parameters.short_prompt.dim() == 3:
@@ -305,6 +314,8 @@ def reconstruct_and_splice(
     space_up: Tensor | None = None,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
+    space_down_bias: Tensor | None = None,
+    space_up_bias: Tensor | None = None,
     *,
     input_ids: Tensor | None = None,
     weight: Tensor | None = None,
@@ -326,8 +337,9 @@ def reconstruct_and_splice(
     the parameters and ``inputs_embeds``.
 
     Args:
-        short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias: as of
-            :func:`reconstruct_prompt`; with a leading axis T together with ``task_ids``.
+        short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias,
+            space_down_bias, space_up_bias: as of :func:`reconstruct_prompt`; with a leading axis T
+            together with ``task_ids``.
         input_ids, weight, inputs_embeds, attention_mask, task_ids: as of :func:`splice_prompt`.
         scaling: c, the factor of A·B.
         activation, gate, temperature: as of :func:`reconstruct_prompt`.
@@ -345,7 +357,8 @@ def reconstruct_and_splice(
         torch.Size([1, 5, 8])
     """
     parameters = Parameters(
-        short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias
+        *(short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias),
+        *(space_down_bias, space_up_bias),
     )
     text = Text(input_ids, weight, inputs_embeds, attention_mask, task_ids)
     flags = Flags(scaling, activation, gate, temperature)

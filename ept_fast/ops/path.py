@@ -78,7 +78,7 @@ def _composed_backward(
     flags: Flags,
     fusion: bool,
     needs: Needs,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     module = dispatch.load(backend)
     given = parameters.with_task_axis()
     # In the type of the sums, so that the sum of both halves is rounded and they are not.
@@ -100,7 +100,7 @@ def _composed_backward(
         for i, half in zip((1, 2), of_text, strict=True):
             found[i] = half.add_(found[i]) if needs.prompt and fusion else half
     return [
-        grad.new_empty(0) if each is None or p is None else each.to(p.dtype).view(p.shape)
+        None if each is None or p is None else each.to(p.dtype).view(p.shape)
         for each, p in zip(found, parameters, strict=True)
     ]
 
@@ -124,8 +124,8 @@ def _forward(
 
 def _backward(
     grad: Tensor, parameters: Parameters, text: Text, kept: list[Tensor], how: How, needs: Needs
-) -> list[Tensor]:
-    """A tensor for each parameter: its gradient if ``needs`` asks for it."""
+) -> list[Tensor | None]:
+    """For each parameter its gradient if ``needs`` asks for it."""
     flags, fusion, backend, own, known = how
     if own is not None:
         return own.path_backward(  # type: ignore[no-any-return]
@@ -171,7 +171,8 @@ def _backward_body(
     given = Parameters(*parameters)  # type: ignore[arg-type]
     flags = Flags(scaling, activation, gate, temperature)
     how = How(flags, fusion, backend, own_path(backend, given))
-    return _backward(grad, given, Text(*text), kept, how, Needs(need_prompt, need_offset))
+    found = _backward(grad, given, Text(*text), kept, how, Needs(need_prompt, need_offset))
+    return [grad.new_empty(0) if each is None else each for each in found]
 
 
 _forward_op = torch.library.custom_op("ept_fast::path_forward", _forward_body, mutates_args=())

@@ -45,22 +45,41 @@ def _backward(
     gate: str,
     temperature: float,
     backend: str,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     with without_autocast(grad.device):
-        grads = dispatch.load(backend).reconstruct_backward(
-            grad,
-            Parameters(*parameters),  # type: ignore[arg-type]
-            Saved(*saved),
-            Flags(scaling, activation, gate, temperature),
+        return list(
+            dispatch.load(backend).reconstruct_backward(
+                grad,
+                Parameters(*parameters),  # type: ignore[arg-type]
+                Saved(*saved),
+                Flags(scaling, activation, gate, temperature),
+            )
         )
+
+
+def _backward_body(
+    grad: Tensor,
+    parameters: list[Tensor | None],
+    saved: list[Tensor],
+    scaling: float,
+    activation: str,
+    gate: str,
+    temperature: float,
+    backend: str,
+) -> list[Tensor]:
+    flags = scaling, activation, gate, temperature
     return [
-        grad.new_empty(0) if given is None else found
-        for given, found in zip(parameters, grads, strict=True)
+        grad.new_empty(0) if given is None or found is None else found
+        for given, found in zip(
+            parameters, _backward(grad, parameters, saved, *flags, backend), strict=True
+        )
     ]
 
 
 _forward_op = torch.library.custom_op("ept_fast::reconstruct_forward", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("ept_fast::reconstruct_backward", _backward, mutates_args=())
+_backward_op = torch.library.custom_op(
+    "ept_fast::reconstruct_backward", _backward_body, mutates_args=()
+)
 
 
 @_forward_op.register_fake

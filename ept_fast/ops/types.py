@@ -12,7 +12,18 @@ from torch import Tensor
 
 from ept_fast.precision import accumulation_dtype
 
-__all__ = ["Flags", "Needs", "Parameters", "Saved", "SpliceGrads", "SpliceInputs", "Text"]
+__all__ = [
+    "OF_EPT",
+    "Flags",
+    "Needs",
+    "Parameters",
+    "Saved",
+    "SpliceGrads",
+    "SpliceInputs",
+    "Text",
+]
+
+OF_EPT = 7  # of the parameters, those that a prompt of EPT has: all but the biases after them
 
 
 class Parameters(NamedTuple):
@@ -26,6 +37,8 @@ class Parameters(NamedTuple):
         space_up: U, ``[T, K, h, d]``.
         gate_weight: G, ``[T, d, K]``.
         gate_bias: b, ``[T, K]``.
+        space_down_bias: u, ``[T, K, h]``.
+        space_up_bias: v, ``[T, K, d]``.
     """
 
     short_prompt: Tensor
@@ -35,6 +48,8 @@ class Parameters(NamedTuple):
     space_up: Tensor | None = None
     gate_weight: Tensor | None = None
     gate_bias: Tensor | None = None
+    space_down_bias: Tensor | None = None
+    space_up_bias: Tensor | None = None
 
     @property
     def has_offset(self) -> bool:
@@ -45,6 +60,16 @@ class Parameters(NamedTuple):
     def has_spaces(self) -> bool:
         """Whether there are subspaces."""
         return self.space_down is not None
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the subspaces have a gate; a single one may go without."""
+        return self.gate_weight is not None
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether the subspaces have biases."""
+        return self.space_down_bias is not None
 
     def with_task_axis(self) -> Parameters:
         """With the leading axis T, of 1 if there is none."""
@@ -103,9 +128,9 @@ class Saved(NamedTuple):
         stats: ``[T, 2, m]``, row maxima of Q·(c·A)ᵀ and row sums of the softmax's exponentials;
             zeros in the eager backend, whose backward computes the whole softmax again.
         attended: O, ``[T, m, r]``.
-        hidden: Hin, ``[T, m, K·h]``.
-        gates: g, ``[T, m, K]``.
-        cross: S, ``[T, r, K·h + K]``.
+        hidden: Hin, ``[T, m, K·h]``, with the bias.
+        gates: g, ``[T, m, K]``; without a gate it does not apply.
+        cross: S, ``[T, r, K·h + K]``; without a gate ``[T, r, K·h]``.
     """
 
     query: Tensor
@@ -120,14 +145,15 @@ class Saved(NamedTuple):
         """Of what the forward keeps for these parameters; ``(0,)`` if it does not apply."""
         tasks, m, _, r, spaces, dim, _ = given.sizes()
         dims, offset = spaces * dim, given.has_offset
+        gates = spaces if given.has_gate else 0
         none = (0,)
         return [
             (tasks, m, r) if offset else none,
             (tasks, 2, m) if offset else none,
             (tasks, m, r) if offset else none,
             (tasks, m, dims) if given.has_spaces else none,
-            (tasks, m, spaces) if given.has_spaces else none,
-            (tasks, r, dims + spaces) if offset and given.has_spaces else none,
+            (tasks, m, spaces) if given.has_gate else none,
+            (tasks, r, dims + gates) if offset and given.has_spaces else none,
         ]
 
     @classmethod

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib
 import json
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -245,6 +248,8 @@ class Prompt(SplicedPrompt):
         init: str | Tensor = "vocab",
         text: str | Sequence[str] | None = None,
         tokenizer: Any = None,
+        prototypes: str = "kmeans",
+        prototype_layer: int | None = None,
         num_tasks: int | None = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
@@ -260,7 +265,13 @@ class Prompt(SplicedPrompt):
         self.num_tasks = num_tasks
         if embedding is not None:
             check_width(embedding, config.hidden_size)
-        rows = LongPrompt(config, embedding, init, text, tokenizer, num_tasks, generator)
+        if prototype_layer is not None:
+            raise ValueError(
+                f"prototype_layer: expected None, as a prompt by itself knows no layers "
+                f"(get_ept_model and add_adapter do), got {shorten(prototype_layer)}"
+            )
+        start = (init, text, tokenizer, prototypes)
+        rows = LongPrompt(config, embedding, *start, num_tasks, generator)
         tasks = [self.initial(rows.of_task(t), generator) for t in range(num_tasks or 1)]
         values = {}
         for name, first in tasks[0].items():
@@ -321,9 +332,17 @@ class Prompt(SplicedPrompt):
                 continue
             value = values.get(name)
             self.register_parameter(name, None if value is None else nn.Parameter(value))
-        device = next(iter(values.values())).device
+        self._place_constants(next(iter(values.values())).device)
+
+    def _place_constants(self, device: torch.device) -> None:
         for name, constant in self.constants(self.config).items():
             self.register_buffer(name, constant.to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Constants go to the tensors' device and keep their type, as a saved prompt's will."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._place_constants(next(self.parameters()).device)
+        return self
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The trainable tensors by name, with None for those that these sizes leave out.
@@ -544,6 +563,23 @@ class FoldedPrompt(SplicedPrompt):
 
 _METHODS: dict[str, type[Prompt]] = {}  # by prompt_type
 _Method = TypeVar("_Method", bound=type[Prompt])
+_PACKAGE = "ept_fast.prompts"
+
+
+@functools.cache
+def _import_all() -> None:
+    """Import every file of this folder, so that the method in it is registered.
+
+    On first need, as ``import ept_fast`` shall be quick.
+    """
+    for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
+        importlib.import_module(f"{_PACKAGE}.{module.name}")
+
+
+def _methods() -> dict[str, type[Prompt]]:
+    """All registered methods, by ``prompt_type``."""
+    _import_all()
+    return _METHODS
 
 
 def register(method: _Method) -> _Method:
@@ -552,6 +588,8 @@ def register(method: _Method) -> _Method:
     Raises:
         ValueError: the name is taken, or ``groups`` has a key without a learning rate.
     """
+    if not method.__module__.startswith(f"{_PACKAGE}."):
+        _import_all()  # so that its name is none of ours
     name = method.config_class.prompt_type
     if name in _METHODS:
         raise ValueError(f"prompt_type: expected a new name, got {name!r}, which is there")
@@ -565,14 +603,14 @@ def prompt_methods() -> dict[str, type[Prompt]]:
     """The registered methods, by their names on the command line."""
     return {
         name: method
-        for kind, method in _METHODS.items()
+        for kind, method in _methods().items()
         for name in method.config_class.methods or (kind,)
     }
 
 
 def prompt_class(config: object) -> type[Prompt]:
     """The registered method of a config; TypeError if there is none."""
-    found = _METHODS.get(config.prompt_type) if isinstance(config, PromptConfig) else None
+    found = _methods().get(config.prompt_type) if isinstance(config, PromptConfig) else None
     if found is None:
         raise TypeError(
             f"config: expected an EPTConfig or that of another registered method, "
@@ -593,7 +631,7 @@ def expected_shapes(config: PromptConfig, num_tasks: int | None) -> dict[str, tu
 
 def config_class(prompt_type: str) -> type[PromptConfig]:
     """The config of the method of this name."""
-    check_choice("prompt_type", prompt_type, tuple(_METHODS))
+    check_choice("prompt_type", prompt_type, tuple(_methods()))
     return _METHODS[prompt_type].config_class
 
 

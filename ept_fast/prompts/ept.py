@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from ept_fast.config import EPTConfig, PromptConfig
 from ept_fast.ops.functional import gate_weights, prompt_path, reconstruct_prompt
-from ept_fast.ops.types import Flags, Parameters, Text
+from ept_fast.ops.types import OF_EPT, Flags, Parameters, Text
 from ept_fast.prompts.base import FoldedPrompt, Prompt, register
 from ept_fast.storage.sharded import check_whole
 
 __all__ = ["FoldedEPTPrompt", "FusedEPTPrompt"]
 
 FoldedEPTPrompt = FoldedPrompt
+_NAMES = Parameters._fields[:OF_EPT]
 
 
 @register
@@ -36,13 +37,17 @@ class FusedEPTPrompt(Prompt):
             ``init``.
         init: the rows that the prompt starts from: ``"vocab"`` (sampled from the table, without its
             padding row), ``"text"`` (of ``text``, repeated as needed), ``"data"`` (of the task's
-            own texts: the short prompt is the m means of k-means over their tokens' embeddings,
-            ``offset_b`` the leading directions of what the means leave; nothing is random),
+            own texts: the short prompt is made of ``prototypes`` of their tokens' embeddings,
+            ``offset_b`` of the leading directions of what these leave),
             ``"random"`` (normal, with the table's standard deviation), or a tensor ``[L, d]`` or
             ``[T, L, d]`` with L >= m. The first m rows are the short prompt. The rows after them,
             sampled if there are too few, give ``offset_b`` through an SVD (METHOD, Initialisation).
         text: for ``init="text"`` a string, for ``init="data"`` a sequence of strings.
         tokenizer: for these two; called as ``tokenizer(text, add_special_tokens=False)``.
+        prototypes: for ``init="data"``: ``"kmeans"`` (the m means of clusters; nothing is random),
+            ``"random"``, ``"mean"`` or ``"max"``, as in :func:`ept_fast.from_prototypes`.
+        prototype_layer: None here. Models behind a prompt take the states of a layer too:
+            :func:`ept_fast.get_ept_model`.
         num_tasks: T, or None for a single prompt.
         generator: a CPU generator for everything random; the global one by default.
         dtype: type of the parameters.
@@ -122,9 +127,9 @@ class FusedEPTPrompt(Prompt):
         if type(self).reconstruct is not FusedEPTPrompt.reconstruct:  # a subclass has its own
             return super().put_before(text)
         try:
-            tensors = [self._parameters[name] for name in Parameters._fields]
+            tensors = [self._parameters[name] for name in _NAMES]
         except KeyError:  # one is computed from others (torch.nn.utils.parametrize)
-            tensors = [getattr(self, name) for name in Parameters._fields]
+            tensors = [getattr(self, name) for name in _NAMES]
         parameters = Parameters(*tensors)  # type: ignore[arg-type]
         c = self.config
         flags = Flags(c.scaling, c.activation, c.gate, c.temperature)

@@ -8,14 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ept_fast.config import PromptConfig, check_choice
+from ept_fast.config import PromptConfig, check_choice, check_count
 from ept_fast.prompts.embedding import embedding_device, embedding_weight
+from ept_fast.prompts.prototypes import HOWS, collect_prototypes, k_means, nearest_to
 from ept_fast.storage.untrusted import shorten
 
-__all__ = ["LongPrompt", "prototypes", "remaining_directions", "repeated"]
+__all__ = [
+    "LongPrompt",
+    "check_prototypes",
+    "padded",
+    "remaining_directions",
+    "repeated",
+    "token_rows",
+]
 
 _INITS = ("vocab", "text", "data", "random")
-_MOST_ROUNDS = 50  # of k-means
 _NOTHING = 1e-12  # a singular value of rounding errors alone
 
 
@@ -29,12 +36,14 @@ class LongPrompt:
         init: str | Tensor,
         text: str | Sequence[str] | None,
         tokenizer: Any,
+        prototypes: str,
         num_tasks: int | None,
         generator: torch.Generator | None,
     ) -> None:
         self.config, self.layer, self.generator = config, embedding, generator
         self.init = init
         self.given: Tensor | None = None
+        check_prototypes(init, prototypes)
         if isinstance(init, Tensor):
             self.given = self._check_rows(init, num_tasks)
             return
@@ -44,7 +53,7 @@ class LongPrompt:
         if init == "text":
             self.given = self._embed(_text_ids(text, tokenizer))
         elif init == "data":
-            self.given = self._of_data(*_token_counts(text, tokenizer))
+            self.given = self._of_data(text, tokenizer, prototypes)
         elif text is not None:
             raise ValueError(
                 f'text: expected None unless init="text" or init="data", got {_shown(text)}'
@@ -79,17 +88,35 @@ class LongPrompt:
         missing = short + c.rank - len(rows)
         return torch.cat([rows, self._sample(missing)]) if missing > 0 else rows
 
-    def _of_data(self, ids: Tensor, counts: Tensor) -> Tensor:
+    def _of_data(self, texts: Any, tokenizer: Any, how: str) -> Tensor:
         """Prototypes of the texts' tokens and, if there are m, the directions that they leave."""
         c = self.config
+        tokens = token_rows(texts, tokenizer, add_special_tokens=False)
+        every = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
+        ids, counts = torch.unique(every, return_counts=True)
         rows, weights = self._embed(ids), counts.float()
-        short, nearest = prototypes(rows, weights, c.num_virtual_tokens)
-        if len(short) < c.num_virtual_tokens or not c.rank:
+        count = c.num_virtual_tokens if c.rank else c.initial_rows
+        if how == "kmeans":
+            short, nearest = k_means(rows, weights, count)
+        else:
+            short = self._drawn(tokens, count, how)
+            nearest = nearest_to(rows, short)
+        if len(short) < count or not c.rank:
             return short
         left = rows - short[nearest]
         # As many rows as the long prompt leaves out on average, so that the scale is the same.
         weights *= (c.initial_rows - c.num_virtual_tokens) / weights.sum()
         return torch.cat([short, remaining_directions(left, weights, c.rank)])
+
+    def _drawn(self, tokens: Sequence[Sequence[int]], count: int, how: str) -> Tensor:
+        """Rows of single tokens or of windows of the texts, ``[count, d]``."""
+
+        def states_of(texts: Tensor) -> tuple[Tensor, Tensor]:
+            ids, mask = padded([tokens[i] for i in texts.tolist()])
+            return self._embed(ids), mask
+
+        lengths = torch.tensor([len(row) for row in tokens])
+        return collect_prototypes(lengths, states_of, count, how, self.generator)
 
     def _sample(self, count: int) -> Tensor:
         size = embedding_weight(self.embedding).shape[0]
@@ -126,41 +153,17 @@ class LongPrompt:
         return rows.detach().float().cpu()
 
 
-def prototypes(rows: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The means of k-means clusters, without anything random.
-
-    The first mean starts at the row nearest to the weighted mean of all; each further one at the
-    row with the largest weighted squared distance to those before it. Ties go to the first row.
-
-    Args:
-        rows: ``[N, d]`` float32.
-        weights: ``[N]``, how often each row counts; > 0.
-        count: how many means are wanted.
-
-    Returns:
-        The means ``[min(count, distinct rows), d]``, in the order in which they were started, and
-        for each row the number of its mean, ``[N]``.
-    """
-    weights = weights.unsqueeze(1)
-    mean = (weights * rows).sum(0) / weights.sum()
-    starts = [int(_squares(rows, mean).argmin())]
-    distance = _squares(rows, rows[starts[0]])
-    nearest = torch.zeros(len(rows), dtype=torch.int64)
-    while len(starts) < count and float(distance.max()) > 0:
-        starts.append(int((weights[:, 0] * distance).argmax()))
-        new = _squares(rows, rows[starts[-1]])
-        nearest[new < distance] = len(starts) - 1
-        distance = torch.minimum(distance, new)
-    means = rows[starts]
-    for _ in range(_MOST_ROUNDS):
-        # As a step from the old mean: the mean of equal rows is then that row, to the bit.
-        steps = torch.zeros_like(means).index_add_(0, nearest, weights * (rows - means[nearest]))
-        total = torch.zeros(len(means), 1).index_add_(0, nearest, weights)
-        means = means + steps / total.clamp_min(float(weights.min()))
-        before, nearest = nearest, _nearest(rows, means)
-        if torch.equal(before, nearest):
-            break
-    return means, nearest
+def check_prototypes(init: Any, how: object, layer: int | None = None) -> None:
+    """Raise unless ``how`` and ``layer`` are what prototypes can be made by, for this ``init``."""
+    check_choice("prototypes", how, HOWS)
+    if layer is not None:
+        check_count("prototype_layer", layer, 0)
+    if isinstance(init, str) and init == "data":
+        return
+    if how != "kmeans":
+        raise ValueError(f'prototypes: expected "kmeans" unless init="data", got {how!r}')
+    if layer is not None:
+        raise ValueError(f'prototype_layer: expected None unless init="data", got {layer}')
 
 
 def remaining_directions(left: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -187,18 +190,6 @@ def repeated(rows: Tensor, count: int) -> Tensor:
     return rows.repeat(-(-count // len(rows)), 1)[:count]
 
 
-def _squares(rows: Tensor, point: Tensor) -> Tensor:
-    """Squared distances ``[N]`` of rows to a point; zero from a row that equals it."""
-    squares: Tensor = (rows - point).square().sum(1)
-    return squares
-
-
-def _nearest(rows: Tensor, points: Tensor) -> Tensor:
-    """For each row the number of the nearest point, ``[N]``."""
-    nearest: Tensor = (points.square().sum(1) - 2 * (rows @ points.T)).argmin(1)
-    return nearest
-
-
 def _text_ids(text: Any, tokenizer: Any) -> Tensor:
     if not isinstance(text, str) or tokenizer is None:
         raise ValueError(
@@ -211,20 +202,35 @@ def _text_ids(text: Any, tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _token_counts(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """The different tokens of the texts, ``[N]`` int64, and how often each occurs, ``[N]``."""
+def token_rows(texts: Any, tokenizer: Any, **options: Any) -> list[list[int]]:
+    """The token ids of each text.
+
+    Args:
+        texts: a sequence of strings, as for ``init="data"``.
+        tokenizer: for these.
+        **options: of its call.
+
+    Raises:
+        ValueError: something else, or no token in any of them.
+    """
     strings = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
     if isinstance(texts, str) or not strings or tokenizer is None:
         raise ValueError(
             f'text, tokenizer: expected a sequence of strings and a tokenizer for init="data", '
             f"got text {_shown(texts)} and tokenizer {type(tokenizer).__name__}"
         )
-    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-    ids = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
-    if len(ids) == 0:
+    rows: list[list[int]] = tokenizer(list(texts), **options)["input_ids"] if texts else []
+    if not any(rows):
         raise ValueError(f"text: expected at least one token, got {_shown(texts)}")
-    found: tuple[Tensor, Tensor] = torch.unique(ids, return_counts=True)
-    return found
+    return rows
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids ``[n, S]`` with zeros behind the shorter rows, and their mask."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.int64)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(longest) < lengths.unsqueeze(1)).long()
 
 
 def _shown(text: Any) -> str:

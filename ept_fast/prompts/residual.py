@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ept_fast.config import PromptConfig, check_choice, check_count, check_flag
 from ept_fast.ops.activations import ACTIVATIONS
+from ept_fast.ops.functional import reconstruct_prompt
 from ept_fast.prompts.base import Prompt, register
 
 __all__ = ["ResidualConfig", "ResidualPrompt"]
@@ -94,8 +95,10 @@ class ResidualConfig(PromptConfig):
 class ResidualPrompt(Prompt):
     """P' = P + encoder(P), with trained rows P ``[m, d]``.
 
-    The MLP is φ(P·D + b₁)·U + b₂, normalised if so chosen. Once trained, :meth:`fold` drops the
-    encoder. The arguments are those of :class:`ept_fast.FusedEPTPrompt`.
+    The MLP is φ(P·D + b₁)·U + b₂, normalised if so chosen. One MLP for all tokens and without
+    LayerNorm is one subspace of :func:`ept_fast.reconstruct_prompt`, and goes through its kernels.
+    Once trained, :meth:`fold` drops the encoder. The arguments are those of
+    :class:`ept_fast.FusedEPTPrompt`.
     """
 
     config_class: ClassVar[type[PromptConfig]] = ResidualConfig
@@ -142,6 +145,22 @@ class ResidualPrompt(Prompt):
             else:
                 tensors[name] = torch.full(shape, float(name == "norm_weight"))
         return tensors
+
+    def reconstruct(self) -> Tensor:
+        """P′, ``[(T,) m, d]``; by the fused operation where it is one of its forms."""
+        c = self.config
+        if c.encoder != "mlp" or c.layer_norm or not c.shared:
+            return super().reconstruct()
+        t: dict[str, Any] = self.tensors()
+        return reconstruct_prompt(
+            t["short_prompt"],
+            space_down=t["down_weight"].unsqueeze(-3),
+            space_up=t["up_weight"].unsqueeze(-3),
+            space_down_bias=t["down_bias"].unsqueeze(-2),
+            space_up_bias=t["up_bias"].unsqueeze(-2),
+            activation=c.activation,
+            backend=self.backend,
+        )
 
     def formula(self, t: Mapping[str, Tensor]) -> Tensor:
         """P′ in plain PyTorch."""

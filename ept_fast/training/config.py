@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -20,6 +20,9 @@ from ept_fast.config import (
 )
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.prompts.base import prompt_methods
+from ept_fast.prompts.initial import check_prototypes
+from ept_fast.prompts.prototypes import HOWS
+from ept_fast.storage.untrusted import shorten
 from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
 from ept_fast.transformers import POOLINGS
 
@@ -73,7 +76,15 @@ def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     name, limits, kind = field.name, field.metadata["range"], kinds()[field.name]
-    if choices := choices_of(field):
+    if name == "data" and isinstance(value, tuple):
+        if not value:
+            raise ValueError(f"{name}: expected at least one data set, got none")
+        for each in value:
+            _check(field, each)
+    elif kind is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name}: expected a dict, got {type(value).__name__}")
+    elif choices := choices_of(field):
         check_choice(name, value, choices)
     elif kind is bool:
         check_flag(name, value)
@@ -109,10 +120,11 @@ class TrainConfig:
     """
 
     model: str = _setting(MISSING, "Folder or hub id of the frozen model.")
-    data: str = _setting(
+    data: str | tuple[str, ...] = _setting(
         MISSING,
         "Folder of <split>.jsonl (.csv, .tsv) files, a file of training rows, or the name of a "
-        "data set of the datasets library.",
+        "data set of the datasets library. May be given several times: an adapter of each, whose "
+        "prompts share tensors.",
     )
     output: str = _setting(MISSING, "Folder for the adapter, the metrics and the pictures.")
     task: str = _setting(
@@ -124,6 +136,20 @@ class TrainConfig:
     )
     method: str = _setting(
         "ept", "How the prompt is made; a registered method.", choices=prompt_methods
+    )
+    settings: dict[str, Any] = dataclasses.field(
+        default_factory=dict,
+        metadata={
+            "help": "A field of the method's own config that has no option here; VALUE is JSON, or "
+            "else a string. May be given several times.",
+            "choices": (),
+            "range": {},
+        },
+    )
+    start_from: str | None = _setting(
+        None,
+        "Folder or hub id of an adapter of the same method and sizes, with whose prompt this run "
+        "starts.",
     )
     eval_data: str | None = _setting(
         None, "File of evaluation rows; else the split validation (or test, to --keep last)."
@@ -175,6 +201,18 @@ class TrainConfig:
         "training texts' tokens, or random.",
         choices=("vocab", "data", "random"),
     )
+    prototypes: str = _setting(
+        "kmeans",
+        "How --init data makes rows of the texts' tokens: means of k-means clusters, rows drawn "
+        "at random, or the mean or largest values of windows of a text.",
+        choices=HOWS,
+    )
+    prototype_layer: int | None = _setting(
+        None,
+        "Layer of the model, from 0, whose input --init data makes rows of; by default the "
+        "tokens' embeddings.",
+        least=0,
+    )
     pooling: str = _setting(
         "mean",
         "What the head sees (classification): the mean, the first or the last of the text's real "
@@ -208,6 +246,12 @@ class TrainConfig:
     )
     max_steps: int | None = _setting(None, "Optimizer steps, in place of --epochs.", least=1)
     epochs: float = _setting(3.0, "Passes over the training rows.", positive=True)
+    gate_steps: int = _setting(
+        0,
+        "First optimizer steps in which only what --space-lr is for (the gates of a mixture, the "
+        "subspaces of ept) and the head are trained.",
+        least=0,
+    )
     eval_steps: int | None = _setting(
         None, "Steps between evaluations and checkpoints; by default a tenth of the run.", least=1
     )
@@ -248,10 +292,16 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, list | tuple):
+            several = tuple(self.data)
+            object.__setattr__(self, "data", several[0] if len(several) == 1 else several)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
                 _check(field, value)
+        check_prototypes(self.init, self.prototypes, self.prototype_layer)
+        self._check_settings()
+        object.__setattr__(self, "settings", dict(self.settings))  # its own
         default = METRICS if self.task == "classification" else TEXT_METRICS
         if self.metric is not None:
             check_choice("metric", self.metric, default)
@@ -265,8 +315,29 @@ class TrainConfig:
                 f"packing: expected the task causal{reason * (self.task == 'seq2seq')}, "
                 f"got {self.task}"
             )
+        for name in ("eval_data", "num_labels") if len(self.sources) > 1 else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: expected None beside several data sets, got {getattr(self, name)!r}"
+                )
         if self.pack_length is not None and not self.packing:
             raise ValueError(f"pack_length: expected None without packing, got {self.pack_length}")
+
+    def _check_settings(self) -> None:
+        config = prompt_methods()[self.method].config_class
+        elsewhere = {"hidden_size", "num_virtual_tokens", "max_length"}  # which a run needs itself
+        known = sorted({field.name for field in dataclasses.fields(config)} - elsewhere)
+        for name in self.settings:
+            if name not in known:
+                raise ValueError(
+                    f"settings: expected fields of the method {self.method} "
+                    f"({', '.join(known) or 'it has none'}), got {shorten(name)}"
+                )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The data sets: one, or several."""
+        return (self.data,) if isinstance(self.data, str) else self.data
 
     @property
     def judged_by(self) -> str:
@@ -288,7 +359,8 @@ class TrainConfig:
             max_length: n, if the backbone allows less than the field of that name.
 
         Raises:
-            ValueError: the sizes cost more than the budget, or leave a rank of 0 for an offset.
+            ValueError: the sizes cost more than the budget, leave a rank of 0 for an offset, or a
+                setting is none that the method can have.
         """
         of_ept = {field.name for field in dataclasses.fields(EPTConfig)}
         settings = {
@@ -297,16 +369,31 @@ class TrainConfig:
             if field.name in of_ept and getattr(self, field.name) != field.default
         }
         settings["max_length"] = max_length or self.max_length
-        config = prompt_methods()[self.method].config_class
-        return config.for_method(self.method, hidden_size, self.prompt_length, **settings)
+        settings |= self.settings
+        method = prompt_methods()[self.method].config_class
+        try:
+            config = method.for_method(self.method, hidden_size, self.prompt_length, **settings)
+        except TypeError as error:
+            if str(error).partition(":")[0] not in self.settings:
+                raise
+            raise ValueError(str(error)) from None  # a user's mistake, as all others here
+        for name, value in self.settings.items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"{name}: expected {getattr(config, name)!r}, which the method {self.method} "
+                    f"stands for, got {value!r}"
+                )
+        return config
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values."""
-        return dataclasses.asdict(self)
+        """All fields as plain values, those of JSON."""
+        data = self.data if isinstance(self.data, str) else list(self.data)
+        return {**dataclasses.asdict(self), "data": data}
 
 
 @functools.cache
 def kinds() -> dict[str, type]:
-    """The type of each field of :class:`TrainConfig`; of one that may be None, the other type."""
+    """The type of each field of :class:`TrainConfig`; of one of several types, the first."""
     hints = get_type_hints(TrainConfig)
-    return {name: next(iter(get_args(hint)), hint) for name, hint in hints.items()}
+    plain = {name: next(iter(get_args(hint)), hint) for name, hint in hints.items()}
+    return {**plain, "settings": dict}

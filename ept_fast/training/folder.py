@@ -91,5 +91,7 @@ def metrics_of(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
             )
     if not same_rows:
         raise ValueError("data: expected the rows of the run to resume, got others")
+    if saved.get("start") != run["start"]:
+        raise ValueError("start_from: expected the prompt of the run to resume, got another")
     metrics = output / METRICS_FILE
     return read_json(metrics) if metrics.exists() else None

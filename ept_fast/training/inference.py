@@ -32,6 +32,7 @@ from ept_fast.training.tokens import (
 )
 
 if TYPE_CHECKING:
+    from ept_fast.transformers.adapter import SavedAdapter
     from ept_fast.transformers.tasks import EPTModel
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Adapter",
     "check_alike",
     "evaluate",
+    "find_saved",
     "fitted",
     "load_adapter",
     "predict",
@@ -193,6 +195,33 @@ class Adapter:
         return Writer(self.tokenizer, batch_size, max_new_tokens or tokens, beams, bf16)
 
 
+def find_saved(folder: str | Path, name: str = "adapter") -> SavedAdapter:
+    """The saved adapter of a folder, of a run's output folder, or of a hub id.
+
+    Args:
+        folder: where it is.
+        name: of the argument, for messages.
+
+    Raises:
+        CheckpointError: no folder, a run of several data sets, or a missing or damaged adapter.
+    """
+    from ept_fast.transformers.adapter import ADAPTER_FILE, STATE_FILE
+    from ept_fast.transformers.hub import find_adapter, is_hub_id
+
+    path = Path(folder)
+    if (path / "adapter").is_dir():
+        path = path / "adapter"
+    elif not path.is_dir() and not is_hub_id(folder):
+        raise CheckpointError(f"{name}: expected a folder, got {folder}")
+    within = sorted(file.parent.name for file in path.glob(f"*/{ADAPTER_FILE}"))
+    if within and not any((path / file).exists() for file in (ADAPTER_FILE, STATE_FILE)):
+        raise CheckpointError(
+            f"{name}: expected the folder of one adapter, got {path}, in which there are "
+            f"{', '.join(within)}"
+        )
+    return find_adapter(path if path.is_dir() else folder)
+
+
 def load_adapter(
     folder: str | Path,
     *,
@@ -217,16 +246,10 @@ def load_adapter(
     """
     require("transformers")
     from ept_fast.transformers.backbone import load_tokenizer, names_it
-    from ept_fast.transformers.hub import find_adapter, is_hub_id
     from ept_fast.transformers.tasks import EPTModel
 
-    path = Path(folder)
-    if (path / "adapter").is_dir():
-        path = path / "adapter"
-    elif not path.is_dir() and not is_hub_id(folder):
-        raise CheckpointError(f"adapter: expected a folder, got {folder}")
-    saved = find_adapter(path if path.is_dir() else folder)
-    values = saved.values
+    saved = find_saved(folder)
+    path, values = saved.path.parent, saved.values
     if values["task"] not in WRAPPER_TASKS.values():
         raise CheckpointError(
             f"{saved.path}: task: expected one of {', '.join(WRAPPER_TASKS.values())}, "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import platform
 import resource
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import torch
 
 import ept_fast
 from ept_fast.libraries import MissingLibraryError, require
+from ept_fast.prompts.base import Prompt, SavedPrompt, expected_shapes
 from ept_fast.storage.files import write_json
 from ept_fast.training import parallel
 from ept_fast.training.checkpoints import sound_checkpoint
@@ -36,12 +39,14 @@ from ept_fast.training.inference import (
     Adapter,
     check_alike,
     evaluate,
+    find_saved,
     fitted,
     load_adapter,
     predict,
 )
 from ept_fast.training.metrics import GENERATED_METRICS
 from ept_fast.training.tokens import TextForm
+from ept_fast.transformers.adapter import state_checksum
 
 if TYPE_CHECKING:
     from ept_fast.training.trainer import PromptTrainer
@@ -54,6 +59,7 @@ __all__ = [
     "evaluate",
     "load_adapter",
     "load_task",
+    "load_tasks",
     "predict",
     "require",
     "train",
@@ -67,24 +73,29 @@ class TaskData:
     train: Rows
     evaluation: Rows
 
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of both."""
+        return {"train": self.train.fingerprint(), "evaluation": self.evaluation.fingerprint()}
+
 
 def load_task(config: TrainConfig) -> TaskData:
-    """The rows that a run trains on and is evaluated on.
+    """The rows that a run of one data set trains on and is evaluated on.
 
     The test split is evaluated on if there is no other and nothing is chosen by what comes out.
 
     Raises:
         DataError: a missing file or split, or a malformed line.
     """
+    (source,) = config.sources
     names = (config.text_field, config.pair_field, config.label_field, config.target_field)
     how: dict[str, Any] = {"fields": Fields(*names), "answer": ANSWERS[config.task]}
-    train_rows = read_split(config.data, "train", **how)
+    train_rows = read_split(source, "train", **how)
     evaluation = None
     if config.eval_data is not None:
         evaluation = read_split(config.eval_data, "validation", **how)
     else:
         for split in ("validation", "test") if config.keep == "last" else ("validation",):
-            evaluation = evaluation or find_split(config.data, split, **how)
+            evaluation = evaluation or find_split(source, split, **how)
     if evaluation is None:
         train_rows, evaluation = hold_out(train_rows, config.eval_fraction, config.seed)
         evaluation = dataclasses.replace(evaluation, source=f"{evaluation.source} (held out)")
@@ -100,13 +111,29 @@ def load_task(config: TrainConfig) -> TaskData:
     return TaskData(train_rows, evaluation)
 
 
+def load_tasks(config: TrainConfig) -> dict[str, TaskData]:
+    """The rows of each data set of a run, by the names of their adapters; of one data set by "".
+
+    Raises:
+        DataError: as :func:`load_task`.
+    """
+    if len(config.sources) == 1:
+        return {"": load_task(config)}
+    from ept_fast.training.multitask import task_names
+
+    return {
+        name: load_task(dataclasses.replace(config, data=source))
+        for name, source in zip(task_names(config.sources), config.sources, strict=True)
+    }
+
+
 def train(
     config: TrainConfig,
     *,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-    data: TaskData | None = None,
+    data: TaskData | Mapping[str, TaskData] | None = None,
 ) -> dict[str, Any]:
     """Train an adapter and leave it in ``config.output``, with metrics and pictures.
 
@@ -115,6 +142,12 @@ def train(
     (what the model writes, for text tasks), ``run.json`` and ``checkpoints/``. Nothing in it is
     touched before arguments, data and model are found good. While it lasts, a run holds a lock on
     the folder, which ends with the process; no other run can use the folder then.
+
+    Of several data sets each is a task of its own, with an adapter in ``adapter/<name>/``. They
+    take turns, an optimizer step each. Tensors of the prompt that the method shares among tasks are
+    the same in all adapters; all tensors, if it names none. In what is returned, ``loss`` and
+    metrics are means over the tasks, with those of each under ``tasks``, and ``labels``, ``rows``
+    and ``gate_weights`` are by name.
 
     Started by ``torchrun``, the processes share the rows of every step; ``batch_size`` is then that
     of each of them. One of them writes the folder.
@@ -126,7 +159,8 @@ def train(
             if none is complete yet. A finished run gives its metrics again.
         overwrite: replace the results of an earlier run in the folder; other files stay.
         progress: whether to say on standard error how far it is: a bar on a terminal, else lines.
-        data: the rows, in place of ``config.data`` and ``config.eval_data``.
+        data: the rows, in place of ``config.data`` and ``config.eval_data``; of several tasks by
+            the names of their adapters.
 
     Returns:
         What ``metrics.json`` holds.
@@ -135,8 +169,10 @@ def train(
         FileExistsError: another run holds the folder; or it is not empty, and neither ``resume``
             nor ``overwrite`` is given.
         DataError: malformed data.
-        ValueError: a config that does not fit the model, or a resumed run that was another one.
-        CheckpointError: every complete checkpoint of the run to resume is damaged.
+        ValueError: a config that does not fit the model or the prompt to start from, or a resumed
+            run that was another one.
+        CheckpointError: every complete checkpoint of the run to resume is damaged, or the adapter
+            to start from is.
         NonFiniteLossError: the loss became NaN or infinite; checkpoints before it are kept.
         MissingLibraryError: the ``train`` extra is not installed.
     """
@@ -147,14 +183,21 @@ def train(
 
 
 def _train(
-    config: TrainConfig, resume: bool, overwrite: bool, progress: bool, data: TaskData | None
+    config: TrainConfig,
+    resume: bool,
+    overwrite: bool,
+    progress: bool,
+    data: TaskData | Mapping[str, TaskData] | None,
 ) -> dict[str, Any]:
     output = Path(config.output)
     parallel.on_main(lambda: check_output(output, resume, overwrite))
-    task = parallel.agreed(lambda: data or load_task(config))
+    given = {"": data} if isinstance(data, TaskData) else data
+    tasks = parallel.agreed(lambda: given or load_tasks(config))
+    start = parallel.agreed(lambda: _start(config))
     run = {
         "config": config.to_dict(),
-        "data": {"train": task.train.fingerprint(), "evaluation": task.evaluation.fingerprint()},
+        "start": start and state_checksum({}, start.tensors)[:16],
+        "data": _by_name({name: task.fingerprints() for name, task in tasks.items()}),
         "processes": parallel.world_size(),
     }
     checkpoint = None
@@ -163,7 +206,7 @@ def _train(
         if finished is not None:
             return finished
         checkpoint = parallel.on_main(lambda: sound_checkpoint(output / "checkpoints"))
-    adapter, trainer = parallel.agreed(lambda: _prepare(config, task, progress))
+    adapters, trainer = parallel.agreed(lambda: _prepare(config, tasks, start, progress))
     parallel.on_main(lambda: begin(output, run, overwrite))
     if checkpoint is None and config.eval_before:
         trainer.evaluate()
@@ -172,75 +215,173 @@ def _train(
         trainer.evaluate()
     best = trainer.best()
     if config.keep == "best":
-        parallel.agreed(lambda: adapter.model.load_pretrained(trainer.best_folder))
+        parallel.agreed(lambda: trainer.trained.load_pretrained(trainer.best_folder))
     metrics = {
         "before": trainer.evaluations[0] if config.eval_before else None,
         "after": best if config.keep == "best" else trainer.evaluations[-1],
         "best": best,
-        **_facts(config, adapter, trainer),
-        "rows": _row_facts(adapter, trainer, task),
-        "samples": trainer.evaluation.samples(adapter.model),
+        **_facts(config, adapters, trainer),
+        "rows": _row_facts(adapters, trainer, tasks),
+        "samples": trainer.samples(),
     }
-    parallel.on_main(lambda: _finish(output, adapter, metrics))
+    parallel.on_main(lambda: _finish(output, adapters, metrics))
     return metrics
 
 
-def _finish(output: Path, adapter: Adapter, metrics: dict[str, Any]) -> None:
+def _by_name(found: Mapping[str, Any]) -> Any:
+    """What was found of each task, by name; of the only one, without."""
+    return found[""] if "" in found else dict(found)
+
+
+def _finish(output: Path, adapters: Mapping[str, Adapter], metrics: dict[str, Any]) -> None:
     from ept_fast.training.report import draw_gate_weights, draw_learning_curves, write_samples
 
-    judged = {name: value for name, value in metrics["after"].items() if name != "step"}
-    adapter.model.save_pretrained(output / "adapter", extra=adapter.extra, metrics=judged)
+    after = metrics["after"]
+    for name, adapter in adapters.items():
+        judged = {n: value for n, value in after.items() if n != "step"}
+        judged = judged["tasks"][name] if name else judged
+        folder = output / "adapter" / name  # of the only one, whose name is empty, "adapter" itself
+        adapter.model.save_pretrained(folder, extra=adapter.extra, metrics=judged)
     curves, picture = metrics["curves"], output / "learning_curves.png"
     draw_learning_curves(curves["loss"], curves["evaluation"], picture, metric=metrics["metric"])
     if metrics["gate_weights"] is not None:
-        draw_gate_weights(metrics["gate_weights"], output / "gate_weights.png")
+        weights, names = metrics["gate_weights"], []
+        if isinstance(weights, dict):  # a column of each task, the mean over its tokens
+            names = list(weights)
+            weights = [torch.tensor(each).mean(0).tolist() for each in weights.values()]
+        draw_gate_weights(weights, output / "gate_weights.png", rows=names)
     if metrics["samples"]:
         write_samples(metrics["samples"], output / "samples.md")
     write_json(output / METRICS_FILE, metrics)  # last: a folder with it is a finished run
 
 
-def _prepare(config: TrainConfig, task: TaskData, progress: bool) -> tuple[Adapter, PromptTrainer]:
-    """The adapter to be trained, and what trains it."""
+def _start(config: TrainConfig) -> SavedPrompt | None:
+    """The prompt that a run starts from, if it is to start from one."""
+    if config.start_from is None:
+        return None
+    return find_saved(config.start_from, "start_from").prompt
+
+
+def _take(start: SavedPrompt, prompt: Prompt) -> None:
+    """Give a prompt the values of a saved one; of a method that shares tensors, those alone.
+
+    Raises:
+        ValueError: another method, tensors of other names and shapes, or other constants.
+    """
+    config, expected = start.config, expected_shapes(prompt.config, None)
+    same = type(config) is type(prompt.config)
+    same = same and expected_shapes(config, start.num_tasks) == expected
+    if same:
+        constants = prompt.constants(config)
+        mine = prompt.constants(prompt.config)
+        same = all(torch.equal(mine[name], value) for name, value in constants.items())
+    if not same:
+        wanted = {**prompt.config.to_dict(), "num_tasks": None}
+        theirs = {**config.to_dict(), "num_tasks": start.num_tasks}
+        names = [n for n in {**wanted, **theirs} if wanted.get(n) != theirs.get(n)]
+        raise ValueError(
+            f"start_from: expected a prompt of the method and the sizes of this run "
+            f"({_listed(names, wanted)}), got {start.path.parent} with {_listed(names, theirs)}"
+        )
+    taken = prompt.shared or tuple(expected)
+    tensors = {
+        name: start.tensors[name] if name in taken else parameter.detach()
+        for name, parameter in prompt.named_parameters(recurse=False)
+    }
+    prompt.load_saved(start._replace(config=prompt.config, tensors=tensors))
+
+
+def _listed(names: Sequence[str], values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {values[name]}" for name in names if name in values) or "no others"
+
+
+def _check_gates(config: TrainConfig, prompt: Prompt) -> None:
+    """Raise ValueError if a run is to train the gates of a prompt that has none."""
+    groups = prompt.parameter_groups(1.0, 1.0, 1.0)
+    if config.gate_steps and "spaces" not in {group["name"] for group in groups}:
+        raise ValueError(
+            f"gate_steps: expected 0 for the method {config.method} of these sizes, which has "
+            f"neither gates nor subspaces, got {config.gate_steps}"
+        )
+
+
+def _prepare(
+    config: TrainConfig, tasks: Mapping[str, TaskData], start: SavedPrompt | None, progress: bool
+) -> tuple[dict[str, Adapter], PromptTrainer]:
+    """The adapters to be trained, by name, and what trains them."""
+    from ept_fast.training.multitask import MultitaskModel, TaskEvaluation, TaskRows
     from ept_fast.training.trainer import PromptTrainer, train_batches
 
-    adapter = _new_adapter(config, task.train)
+    adapters = _new_adapters(config, {name: task.train for name, task in tasks.items()})
+    for adapter in adapters.values():
+        if start is not None:
+            _take(start, adapter.model.prompt)
+        _check_gates(config, adapter.model.prompt)
     bf16 = config.bf16
     if bf16 is None:
         on_gpu = config.device == "auto" and torch.cuda.is_available()
         bf16 = on_gpu and torch.cuda.is_bf16_supported()
-    rows = adapter.tokenised(task.train)
-    pack_length = _pack_length(config, adapter) if config.packing else None
-    if adapter.form is not None and not rows.num_label_tokens:
-        raise ValueError(
-            f"max_length: expected room for a token to learn, got {config.max_length}, which every "
-            f"text's first token fills"
-        )
-    batches = train_batches(config, rows, 0, pack_length)
-    trainer = PromptTrainer(
-        adapter.model,
-        config,
-        rows,
-        adapter.collator,
-        adapter.evaluation(
-            task.evaluation,
+    tokenised = {name: adapter.tokenised(tasks[name].train) for name, adapter in adapters.items()}
+    for name, adapter in adapters.items():
+        if adapter.form is not None and not tokenised[name].num_label_tokens:
+            raise ValueError(
+                f"max_length: expected room for a token to learn, got {config.max_length}, which "
+                f"every text's first token fills"
+            )
+    evaluations = {
+        name: adapter.evaluation(
+            tasks[name].evaluation,
             config.eval_batch_size,
             eval_generate=config.eval_generate,
             max_new_tokens=config.max_new_tokens,
             bf16=bf16,
-        ),
+        )
+        for name, adapter in adapters.items()
+    }
+    pack_length = None
+    if config.packing:
+        pack_length = max(_pack_length(config, adapter) for adapter in adapters.values())
+    model: Any
+    rows: Any
+    evaluation: Any
+    if "" in adapters:
+        model, rows, evaluation = adapters[""].model, tokenised[""], evaluations[""]
+    else:
+        model = MultitaskModel({name: adapter.model for name, adapter in adapters.items()})
+        rows, evaluation = TaskRows(tokenised), TaskEvaluation(evaluations)
+    batches = train_batches(config, rows, 0, pack_length)  # which fails if rows do not fit
+    trainer = PromptTrainer(
+        model,
+        config,
+        rows,
+        next(iter(adapters.values())).collator,
+        evaluation,
         max_steps=config.max_steps or batches.steps_of(config.epochs),
         folder=Path(config.output) / "checkpoints",
         bf16=bf16,
         progress=progress and parallel.is_main(),
         pack_length=pack_length,
     )
-    return adapter, trainer
+    return adapters, trainer
 
 
-def _new_adapter(config: TrainConfig, rows: Rows) -> Adapter:
-    from ept_fast.transformers.backbone import load_tokenizer
+def _new_adapters(config: TrainConfig, tasks: Mapping[str, Rows]) -> dict[str, Adapter]:
+    """Untrained adapters of the tasks, by name, all on one backbone."""
+    from ept_fast.transformers.backbone import load_backbone, load_tokenizer
 
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    trust = config.trust_remote_code
+    tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
+    backbone = load_backbone(config.model, WRAPPER_TASKS[config.task], trust_remote_code=trust)
+    texts = tuple(itertools.chain.from_iterable(rows.all_texts for rows in tasks.values()))
+    start = {"text": texts, "tokenizer": tokenizer} if config.init == "data" else {}
+    return {
+        name: _new_adapter(config, rows, backbone, tokenizer, start) for name, rows in tasks.items()
+    }
+
+
+def _new_adapter(
+    config: TrainConfig, rows: Rows, backbone: Any, tokenizer: Any, start: Mapping[str, Any]
+) -> Adapter:
     if config.task == "classification":
         labels = LabelSet.of(rows, config.num_labels)
         head = {
@@ -248,7 +389,7 @@ def _new_adapter(config: TrainConfig, rows: Rows) -> Adapter:
             "pooling": config.pooling,
             "head_dropout": config.head_dropout,
         }
-        model = _build(config, rows, tokenizer, **head)
+        model = _build(config, backbone, **start, **head)
         return Adapter(model, tokenizer, labels, rows.pairs is not None)
     targets = rows.targets is not None
     if config.metric in GENERATED_METRICS and not targets:
@@ -257,7 +398,7 @@ def _new_adapter(config: TrainConfig, rows: Rows) -> Adapter:
             f"got {config.metric!r}"
         )
     sizes = (config.max_length, config.max_target_length)
-    model = _build(config, rows, tokenizer)
+    model = _build(config, backbone, **start)
     form = fitted(TextForm(config.task, *sizes, config.separator, targets), model, tokenizer)
     return Adapter(model, tokenizer, form=form, num_beams=config.num_beams)
 
@@ -274,53 +415,69 @@ def _pack_length(config: TrainConfig, adapter: Adapter) -> int:
     return config.pack_length or longest
 
 
-def _build(config: TrainConfig, rows: Rows, tokenizer: Any, **head: Any) -> EPTModel:
-    from ept_fast.transformers.backbone import Profile, embedding_width, load_backbone
+def _build(config: TrainConfig, backbone: Any, **how: Any) -> EPTModel:
+    from ept_fast.transformers.backbone import Profile, embedding_width
     from ept_fast.transformers.tasks import get_ept_model
 
-    task = WRAPPER_TASKS[config.task]
-    backbone = load_backbone(config.model, task, trust_remote_code=config.trust_remote_code)
     most = Profile.of(backbone).text_limit(config.prompt_tokens)
     wanted = config.max_length + (config.max_target_length if config.task == "causal" else 0)
     length = wanted if most is None else max(min(wanted, most), 1)
     folder = Path(config.model)
-    start = {"text": rows.all_texts, "tokenizer": tokenizer} if config.init == "data" else {}
     return get_ept_model(
         backbone,
         config.prompt_config(embedding_width(backbone), length),
-        task,
+        WRAPPER_TASKS[config.task],
         base_model=str(folder.resolve()) if folder.is_dir() else config.model,
         init=config.init,
+        prototypes=config.prototypes,
+        prototype_layer=config.prototype_layer,
         generator=torch.Generator().manual_seed(config.seed),
-        **start,
-        **head,
+        **how,
     )
 
 
-def _row_facts(adapter: Adapter, trainer: PromptTrainer, task: TaskData) -> dict[str, Any]:
-    rows, others = trainer.rows, trainer.evaluation.rows
-    facts = {
-        "train": len(rows),
-        "train_cut": rows.num_cut,
-        "evaluation": len(others),
-        "evaluation_source": task.evaluation.source,
-        "evaluation_cut": others.num_cut,
-        "max_length": adapter.max_length,
-    }
-    if adapter.form is not None:
-        facts |= {
-            "targets": adapter.form.targets,
-            "train_targets_cut": rows.num_targets_cut,
-            "evaluation_targets_cut": others.num_targets_cut,
+def _row_facts(
+    adapters: Mapping[str, Adapter], trainer: PromptTrainer, tasks: Mapping[str, TaskData]
+) -> dict[str, Any]:
+    """Facts of the rows: of the only task, or of each by name."""
+    found = {}
+    for name, adapter in adapters.items():
+        rows, others = trainer.rows_of(name)
+        facts = {
+            "train": len(rows),
+            "train_cut": rows.num_cut,
+            "evaluation": len(others),
+            "evaluation_source": tasks[name].evaluation.source,
+            "evaluation_cut": others.num_cut,
+            "max_length": adapter.max_length,
         }
-    return facts
+        if adapter.form is not None:
+            facts |= {
+                "targets": adapter.form.targets,
+                "train_targets_cut": rows.num_targets_cut,
+                "evaluation_targets_cut": others.num_targets_cut,
+            }
+        found[name] = facts
+    return _by_name(found)  # type: ignore[no-any-return]
 
 
-def _facts(config: TrainConfig, adapter: Adapter, trainer: PromptTrainer) -> dict[str, Any]:
+def _gate_weights(adapters: Mapping[str, Adapter]) -> Any:
+    """The gate's weights of each token and subspace; by name, if tasks have gates of their own."""
+    prompts: dict[str, Any] = {name: adapter.model.prompt for name, adapter in adapters.items()}
+    (first, *_) = prompts.values()
+    if not first.has_gate:
+        return None
+    if not first.shared:  # one prompt for all
+        return first.gate_weights().cpu().tolist()
+    return _by_name({n: prompt.gate_weights().cpu().tolist() for n, prompt in prompts.items()})
+
+
+def _facts(
+    config: TrainConfig, adapters: Mapping[str, Adapter], trainer: PromptTrainer
+) -> dict[str, Any]:
     import transformers
 
-    model = adapter.model
-    prompt: Any = model.prompt
+    model = trainer.trained
     kind = model.device.type
     on_gpu = kind == "cuda"
     return {
@@ -331,7 +488,7 @@ def _facts(config: TrainConfig, adapter: Adapter, trainer: PromptTrainer) -> dic
         "positions": parallel.total(trainer.positions),
         "parameters": model.parameter_counts(),
         "prompt": model.prompt.config.to_dict(),
-        "gate_weights": prompt.gate_weights().cpu().tolist() if prompt.has_gate else None,
+        "gate_weights": _gate_weights(adapters),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_memory(),
         "device": torch.cuda.get_device_name()
         if on_gpu
@@ -339,7 +496,7 @@ def _facts(config: TrainConfig, adapter: Adapter, trainer: PromptTrainer) -> dic
         "threads": torch.get_num_threads(),
         "processes": parallel.world_size(),
         "bf16": trainer.bf16,
-        "labels": list(model.labels),
+        "labels": _by_name({name: list(a.model.labels) for name, a in adapters.items()}),
         "metric": config.judged_by,
         "seed": config.seed,
         "config": config.to_dict(),

@@ -89,12 +89,15 @@ def draw_learning_curves(
     save_figure(figure, path)
 
 
-def draw_gate_weights(weights: Sequence[Sequence[float]], path: str | Path) -> None:
+def draw_gate_weights(
+    weights: Sequence[Sequence[float]], path: str | Path, *, rows: Sequence[str] = ()
+) -> None:
     """Draw each prompt token's gate weights over the subspaces as a heat map, as PNG.
 
     Args:
         weights: ``[m, K]``, rows summing to 1.
         path: the file.
+        rows: what the rows are, if not the tokens of a prompt.
 
     Raises:
         ValueError: no subspaces.
@@ -109,13 +112,13 @@ def draw_gate_weights(weights: Sequence[Sequence[float]], path: str | Path) -> N
     columns = [list(column) for column in zip(*weights, strict=True)]  # [K, m]
     image = axes.imshow(columns, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set(
-        xlabel="prompt token",
+        xlabel="data set" if rows else "prompt token",
         ylabel="subspace",
         title=f"Gate weights (an even gate gives {1 / spaces:.2f} everywhere)",
     )
     axes.set_yticks(range(spaces))
     every = max(1, -(-tokens // 40))
-    axes.set_xticks(range(0, tokens, every))
+    axes.set_xticks(range(0, tokens, every), rows[::every] if rows else None)
     axes.tick_params(axis="x", labelsize=8)
     bar = figure.colorbar(image, ax=axes)
     bar.set_label("weight")
@@ -141,7 +144,7 @@ def write_samples(samples: Sequence[Mapping[str, Any]], path: str | Path) -> Non
 
     Args:
         samples: dicts of ``text`` and ``output`` and, if rows have targets, ``target``,
-            ``exact_match`` and ``f1``, else ``rest``.
+            ``exact_match`` and ``f1``, else ``rest``; of several data sets also ``task``.
         path: the file.
     """
     lines = ["# What the adapter writes", ""]
@@ -155,7 +158,7 @@ def write_samples(samples: Sequence[Mapping[str, Any]], path: str | Path) -> Non
         if "f1" in sample:
             verdict = ": match" if sample["exact_match"] else f": F1 {sample['f1']:.3f}"
         lines += [f"## {number}{verdict}", ""]
-        for name in ("text", "target", "rest", "output"):
+        for name in ("task", "text", "target", "rest", "output"):
             if name in sample:
                 # An indented block shows any text as it is, whatever Markdown is in it.
                 block = str(sample[name]).splitlines() or [""]
@@ -165,47 +168,84 @@ def write_samples(samples: Sequence[Mapping[str, Any]], path: str | Path) -> Non
 
 def describe_run(metrics: dict[str, Any], output: Path) -> list[str]:
     """What a finished run has to say, one line for each fact."""
-    judged_by, before, after = metrics["metric"], metrics["before"], metrics["after"]
+    after, rows = metrics["after"], metrics["rows"]
     counts = metrics["parameters"]
     trained, whole = counts["prompt"] + counts["head"], sum(counts.values())
-    rows = metrics["rows"]
-    names = [judged_by]
-    if metrics["config"]["task"] != "classification":
-        names += [name for name in TEXT_METRICS if name in after and name != judged_by]
-    lines = []
-    for name in names:
-        start = "not measured" if before is None else f"{before[name]:.4f}"
-        count = len(metrics["samples"]) if name in GENERATED_METRICS else rows["evaluation"]
-        lines.append(
-            f"{name.replace('_', ' ')}: {start} before, {after[name]:.4f} after "
-            f"{after['step']} steps ({count} rows)"
-        )
-    if "train_targets_cut" in rows:
-        learnt = "targets" if rows["targets"] else "the texts themselves, as no row has a target"
-        lines.append(f"learnt: {learnt}")
+    lines = _scores(metrics)
+    for name in after.get("tasks", [""]):
+        which = f" ({name})" if name else ""
+        facts = rows[name] if name else rows
+        if "train_targets_cut" in facts:
+            learnt = (
+                "targets" if facts["targets"] else "the texts themselves, as no row has a target"
+            )
+            lines.append(f"learnt{which}: {learnt}")
+        lines.append(f"evaluated on{which}: {facts['evaluation_source']}")
     lines += [
-        f"evaluated on: {rows['evaluation_source']}",
         f"time per step: {1000 * metrics['seconds_per_step']:.0f} ms (median)",
         f"parameters trained: {trained:,} (prompt {counts['prompt']:,}, head {counts['head']:,}), "
         f"{100 * trained / whole:.2f}% of {whole:,}",
     ]
-    for name, what in (
-        ("cut", f"rows cut to {rows['max_length']} tokens"),
-        ("targets_cut", "targets cut"),
-    ):
-        cut = rows.get(f"train_{name}", 0) + rows.get(f"evaluation_{name}", 0)
-        if cut:
-            lines.append(f"{what}: {cut} of {rows['train'] + rows['evaluation']}")
+    if held := min(metrics["config"]["gate_steps"], metrics["steps"]):
+        lines.append(f"gates and head alone: in the first {held} of {metrics['steps']} steps")
+    for name in after.get("tasks", [""]):
+        lines += _cuts(rows[name] if name else rows, f" ({name})" if name else "")
     pictures = str(output / "learning_curves.png")
     if metrics["gate_weights"] is None:
         pictures += " (no subspaces, so no gate weights to draw)"
     else:
         pictures += f", {output / 'gate_weights.png'}"
     lines += [
-        f"adapter: {output / 'adapter'}",
+        *(
+            f"adapter{f' ({name})' if name else ''}: {output / 'adapter' / name}"
+            for name in after.get("tasks", [""])
+        ),
         f"metrics: {output / 'metrics.json'}",
         f"pictures: {pictures}",
     ]
     if metrics["samples"]:
         lines.append(f"samples: {output / 'samples.md'}")
+    return lines
+
+
+def _scores(metrics: dict[str, Any]) -> list[str]:
+    """The metrics before and after, of several data sets their mean and those of each."""
+    judged_by, before, after = metrics["metric"], metrics["before"], metrics["after"]
+    tasks = after.get("tasks", {})
+    names = [judged_by]
+    if metrics["config"]["task"] != "classification":
+        names += [name for name in TEXT_METRICS if name in after and name != judged_by]
+    lines = []
+    for name in names:
+        title = name.replace("_", " ")
+        start = "not measured" if before is None else f"{before[name]:.4f}"
+        count = f"mean of {len(tasks)} data sets" if tasks else _rows(metrics, name)
+        lines.append(
+            f"{title}: {start} before, {after[name]:.4f} after {after['step']} steps ({count})"
+        )
+        for task, found in tasks.items():
+            start = "not measured" if before is None else f"{before['tasks'][task][name]:.4f}"
+            count = _rows(metrics, name, task)
+            lines.append(f"{title} ({task}): {start} before, {found[name]:.4f} after ({count})")
+    return lines
+
+
+def _rows(metrics: dict[str, Any], metric: str, task: str | None = None) -> str:
+    """How many rows a metric is of."""
+    if metric in GENERATED_METRICS:
+        return f"{sum(sample.get('task') == task for sample in metrics['samples'])} rows"
+    rows = metrics["rows"] if task is None else metrics["rows"][task]
+    return f"{rows['evaluation']} rows"
+
+
+def _cuts(rows: Mapping[str, Any], which: str) -> list[str]:
+    """How many rows of a data set lost a part, if any did."""
+    lines = []
+    for name, what in (
+        ("cut", f"rows cut to {rows['max_length']} tokens{which}"),
+        ("targets_cut", f"targets cut{which}"),
+    ):
+        cut = rows.get(f"train_{name}", 0) + rows.get(f"evaluation_{name}", 0)
+        if cut:
+            lines.append(f"{what}: {cut} of {rows['train'] + rows['evaluation']}")
     return lines

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +31,13 @@ from ept_fast.training.checkpoints import (
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.evaluation import Evaluation
 from ept_fast.training.metrics import goodness
+from ept_fast.training.multitask import (
+    MultitaskModel,
+    TaskBatches,
+    TaskCollator,
+    TaskEvaluation,
+    TaskRows,
+)
 from ept_fast.training.tokens import Tokenised
 from ept_fast.transformers.adapter import read_adapter
 from ept_fast.transformers.tasks import EPTModel
@@ -44,6 +51,7 @@ __all__ = ["NonFiniteLossError", "PromptTrainer", "train_batches"]
 PROGRESS_FILE = "progress.json"
 BEST_FOLDER = "best"
 _KEPT = 2
+_FIRST = ("spaces", "head")  # the groups that are trained in the first gate_steps
 
 
 class NonFiniteLossError(RuntimeError):
@@ -76,27 +84,42 @@ def _write(folder: Path, save: Callable[[], None]) -> None:
             raise
 
 
-def _copy(adapter: Path, folder: Path) -> None:
-    """Replace a folder with a copy of an adapter's; CheckpointError if that is damaged."""
-    read_adapter(adapter)
+def _copy(source: Path, folder: Path, names: Sequence[str]) -> None:
+    """Replace a folder with a copy of another, of these adapters; CheckpointError if it is damaged.
+
+    Args:
+        source: what is copied.
+        folder: where to.
+        names: folders of the adapters in it; ``""`` for the folder itself.
+    """
+    for name in names:
+        read_adapter(source / name)
     shutil.rmtree(folder, ignore_errors=True)
-    write_files({folder / path.name: path.read_bytes() for path in adapter.iterdir()})
+    files = [path for name in names for path in (source / name).iterdir()]
+    write_files({folder / path.relative_to(source): path.read_bytes() for path in files})
 
 
 def train_batches(
-    config: TrainConfig, rows: Tokenised, num_steps: int, pack_length: int | None
-) -> GroupedBatches:
+    config: TrainConfig, rows: Tokenised | TaskRows, num_steps: int, pack_length: int | None
+) -> GroupedBatches | TaskBatches:
     """The batches that this process trains on.
 
     Args:
         config: the run.
-        rows: its training rows.
+        rows: its training rows, or those of each task.
         num_steps: optimizer steps.
         pack_length: text tokens of a packed row; None if rows are not packed.
 
     Raises:
         ValueError: too few rows for the parts of a step, or one too long to be packed.
     """
+    if isinstance(rows, TaskRows):
+        turns = -(-num_steps // len(rows.tasks))
+        tasks: dict[str, Any] = {
+            name: train_batches(config, each, turns, pack_length)
+            for name, each in rows.tasks.items()
+        }
+        return TaskBatches(tasks, num_steps)
     size, seed = config.batch_size, config.seed
     parts: dict[str, Any] = {
         "parts": config.gradient_accumulation_steps,
@@ -110,7 +133,7 @@ def train_batches(
 
 
 class PromptTrainer(Trainer):
-    """Trains prompt and head of an :class:`EPTModel`.
+    """Trains prompt and head of an :class:`EPTModel`, or those of a :class:`MultitaskModel`.
 
     What differs from its base: four learning rates; batches whose order depends on the seed alone;
     checkpoints that hold no backbone and end with a marker file; a stop at the first non-finite
@@ -133,11 +156,11 @@ class PromptTrainer(Trainer):
 
     def __init__(
         self,
-        model: EPTModel,
+        model: EPTModel | MultitaskModel,
         config: TrainConfig,
-        train_rows: Tokenised,
+        train_rows: Tokenised | TaskRows,
         collator: Collator,
-        evaluation: Evaluation,
+        evaluation: Evaluation | TaskEvaluation,
         *,
         max_steps: int,
         folder: Path,
@@ -168,13 +191,15 @@ class PromptTrainer(Trainer):
             disable_tqdm=True,
             log_level="error",
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
+            # What only another task has is in no step of this one.
+            ddp_find_unused_parameters=isinstance(model, MultitaskModel),
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over every visible GPU
         self.trained = model
         self.run_config = config
         self.rows = train_rows
-        self.collator = collator if pack_length is None else PackingCollator(collator)
+        whole = collator if pack_length is None else PackingCollator(collator)
+        self.collator = TaskCollator(whole) if isinstance(train_rows, TaskRows) else whole
         self.evaluation = evaluation
         self.pack_length = pack_length
         self.losses: list[float] = []
@@ -203,6 +228,11 @@ class PromptTrainer(Trainer):
     def best_folder(self) -> Path:
         """Where the weights of the best evaluation so far go; every checkpoint has a copy."""
         return self.checkpoints.parent / BEST_FOLDER
+
+    @property
+    def adapter_folders(self) -> tuple[str, ...]:
+        """Where adapters are in the folder of a checkpoint or of the best weights."""
+        return self.trained.names if isinstance(self.trained, MultitaskModel) else ("",)
 
     @property
     def has_best(self) -> bool:
@@ -236,15 +266,26 @@ class PromptTrainer(Trainer):
             self._stop("the loss", self.state.global_step + 1)
         self._step_loss += value
         if self.accelerator.sync_gradients:  # the last batch of the step
+            if self.state.global_step < self.run_config.gate_steps:
+                self._hold_all_but_gates()
             self.losses.append(self._step_loss)
             self._step_loss = 0.0
         return loss
+
+    def _hold_all_but_gates(self) -> None:
+        """Drop the gradients of what stays as it is in this step: AdamW then leaves it alone."""
+        optimizer: Any = self.optimizer
+        for group in optimizer.param_groups:
+            if group["name"] not in _FIRST:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Loss and metrics of the evaluation rows."""
-        metrics = self.evaluation(self.model)
+        evaluation: Any = self.evaluation  # of the kind of the model
+        metrics = evaluation(self.model)
         step = self.state.global_step
         if not math.isfinite(metrics["loss"]):
             self._stop("the evaluation loss", step)
@@ -256,6 +297,18 @@ class PromptTrainer(Trainer):
         # The base class clears its request to evaluate here; else it would evaluate again.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
+
+    def samples(self) -> list[dict[str, Any]]:
+        """What the model writes for evaluation rows."""
+        evaluation: Any = self.evaluation
+        return evaluation.samples(self.trained)  # type: ignore[no-any-return]
+
+    def rows_of(self, task: str) -> tuple[Tokenised, Tokenised]:
+        """Training and evaluation rows of a task; ``""`` is the only one."""
+        rows, evaluation = self.rows, self.evaluation
+        if isinstance(rows, TaskRows) and isinstance(evaluation, TaskEvaluation):
+            return rows.tasks[task], evaluation.tasks[task].rows
+        return rows, evaluation.rows  # type: ignore[return-value, union-attr]
 
     def best(self) -> dict[str, Any]:
         """The best evaluation so far, the first of equals."""
@@ -297,7 +350,7 @@ class PromptTrainer(Trainer):
     def _complete(self, folder: Path, progress: dict[str, Any]) -> None:
         """Mark a checkpoint as whole, and remove those that it makes needless."""
         if self.has_best:
-            _copy(self.best_folder, folder / BEST_FOLDER)
+            _copy(self.best_folder, folder / BEST_FOLDER, self.adapter_folders)
         write_json(folder / PROGRESS_FILE, progress)
         mark_complete(folder)
         for old in complete_checkpoints(self.checkpoints, self.state.global_step)[:-_KEPT]:
@@ -322,7 +375,7 @@ class PromptTrainer(Trainer):
             raise CheckpointError(f"{path}: expected the field {error}, got none") from None
         if self.has_best:
             saved = Path(resume_from_checkpoint) / BEST_FOLDER
-            parallel.on_main(lambda: _copy(saved, self.best_folder))
+            parallel.on_main(lambda: _copy(saved, self.best_folder, self.adapter_folders))
 
 
 class _Clock(TrainerCallback):

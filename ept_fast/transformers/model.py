@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ept_fast.config import PromptConfig, check_choice
 from ept_fast.prompts.base import EPTOutput, prompt_class
 from ept_fast.prompts.embedding import check_width
+from ept_fast.prompts.initial import check_prototypes
 from ept_fast.transformers.adapter_set import check_adapter_name
 from ept_fast.transformers.backbone import (
     Profile,
@@ -25,6 +26,7 @@ from ept_fast.transformers.checkpointing import Checkpointing, Own, set_mode
 from ept_fast.transformers.padding import Rows, Text
 from ept_fast.transformers.peft_layers import PeftAdapter, base_of
 from ept_fast.transformers.pretrained import PretrainedInterface
+from ept_fast.transformers.prototypes import layer_prototypes
 from ept_fast.transformers.quantised import allow_packing, prevent_packing
 from ept_fast.transformers.saving import AdapterFiles
 
@@ -176,6 +178,8 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
         init: str | Tensor = "vocab",
         text: str | Sequence[str] | None = None,
         tokenizer: Any = None,
+        prototypes: str = "kmeans",
+        prototype_layer: int | None = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -185,7 +189,8 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
             adapter_name: letters, digits, ``_`` and ``-``.
             config: sizes and choices of the prompt.
             labels, pooling, head_dropout: as in :func:`ept_fast.get_ept_model`.
-            init, text, tokenizer, generator, dtype: as in :class:`ept_fast.FusedEPTPrompt`.
+            init, text, tokenizer, prototypes, prototype_layer, generator, dtype: as in
+                :func:`ept_fast.get_ept_model`.
 
         Raises:
             TypeError, ValueError: arguments that do not fit; the model is as before then.
@@ -199,12 +204,17 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
                 f"num_virtual_tokens: expected room for text in the model's "
                 f"{self.profile.max_position_embeddings} positions, got {config.num_virtual_tokens}"
             )
+        check_prototypes(init, prototypes, prototype_layer)
+        if prototype_layer is not None:
+            init = self._of_layer(prototype_layer, config, prototypes, text, tokenizer, generator)
+            text, tokenizer, prototypes = None, None, "kmeans"
         prompt = method(
             config,
             self.get_input_embeddings(),
             init=init,
             text=text,
             tokenizer=tokenizer,
+            prototypes=prototypes,
             generator=generator,
             dtype=dtype,
             backend=self.backend,
@@ -213,6 +223,24 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
         if head is not None:
             head.to(next(prompt.parameters()).device)
         self.place(adapter_name, prompt, head, described)
+
+    def _of_layer(
+        self,
+        layer: int,
+        config: PromptConfig,
+        how: str,
+        texts: Any,
+        tokenizer: Any,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Prototypes of the plain backbone's states, without dropout of PEFT's layers."""
+        mode = self.training
+        try:
+            self.eval()
+            return layer_prototypes(self.backbone, layer, config, how, texts, tokenizer, generator)
+        finally:
+            if mode:
+                self.train()
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[EPTModel]:

@@ -32,10 +32,11 @@ def _given(parameters: Any, flags: Flags) -> tuple[tuple[Any, ...], tuple[Any, .
     """Sizes and numbers, and the parameters, as the kernels take them (see :class:`.core.Task`)."""
     _, m, n, r, spaces, dim, d = parameters.sizes()
     dims = spaces * dim
-    numbers = (m, n, r, spaces, dim, dims, dims + spaces, d)
-    p, a, b, down, up, gate, bias = map(with_strides, parameters)
+    width = dims + spaces if parameters.has_gate else dims
+    numbers = (m, n, r, spaces, dim, dims, width, d)
+    p, a, b, down, *others = map(with_strides, parameters)
     down = down and (*down[:3], down[4], down[3])
-    return (*numbers, flags.scaling, d**-0.5, flags.temperature), (p, a, b, down, up, gate, bias)
+    return (*numbers, flags.scaling, d**-0.5, flags.temperature), (p, a, b, down, *others)
 
 
 def _options(width: int, core: bool = False, expand: bool = True) -> dict[str, int]:
@@ -49,20 +50,28 @@ def _options(width: int, core: bool = False, expand: bool = True) -> dict[str, i
 
 
 def _products(
-    plan: Plan, config: Config, of: tuple[Any, ...], tasks: int, rows: int, columns: int
+    plan: Plan,
+    config: Config,
+    numbers: tuple[Any, ...],
+    factors: tuple[Any, ...],
+    tasks: int,
+    rows: int,
+    columns: int,
 ) -> tuple[tuple[Any, ...], int]:
     """The products over d and the number of their parts; launched, if by a launch of their own.
 
-    ``of``: sizes, numbers and, in the places of P, B, D and G, the factors.
+    ``factors``: P, B, D and G, or what is in their places.
     """
-    m, d = of[0], of[7]
+    p, b, down, gate = factors
+    of = (*numbers, p, None, b, down, None, gate, None, None, None)
+    m, d = numbers[0], numbers[7]
     columns = triton.cdiv(columns, 16) * 16  # rows begin at multiples of 16 bytes
     splits = max(1, config.splits)
     blocks = triton.cdiv(m, ROWS) + triton.cdiv(rows - m, ROWS)
     sums = (plan.scratch((tasks, splits, rows, columns)), rows, columns, blocks)
     if not config.splits:
         return sums, splits
-    arguments = (sums, of, splits, config.steps)
+    arguments = (sums, of, splits, config.steps, rows > m)
     plan.launch(reconstruct_reduce_kernel, tasks * blocks * splits, *arguments, **_options(d))
     return (*sums[:3], None), splits
 
@@ -74,15 +83,15 @@ def forward(plan: Plan, parameters: Any, flags: Flags, out: Operand, add: Add, s
     ``sizes`` chooses the launch sizes.
     """
     tasks, m, _, r, spaces, dim, d = measures = parameters.sizes()
-    prompt = flags.gate == "prompt"
-    config = sizes(*measures, parameters.has_spaces and prompt)
+    prompt = flags.gate == "prompt" and (parameters.has_gate or not parameters.has_spaces)
+    config = sizes(*measures, parameters.has_gate and prompt)
     numbers, tensors = _given(parameters, flags)
-    p, _, b, down, _, gate, _ = tensors
+    p, _, b, down, _, gate, *_ = tensors
     of = (*numbers, *tensors)
     kept = saved(add, parameters)
-    factors = (*numbers, p, None, b, down, None, gate, None)
     rows = m + r if parameters.has_spaces else m
-    sums, splits = _products(plan, config, factors, tasks, rows, r + spaces * dim + spaces)
+    columns = r + spaces * dim + spaces
+    sums, splits = _products(plan, config, numbers, (p, b, down, gate), tasks, rows, columns)
     blocks, options = tasks * triton.cdiv(m, ROWS), _options(d)
     parts = None
     if n_splits := config.n_splits:
@@ -116,8 +125,11 @@ def backward(
     config = sizes(*measures)
     numbers, tensors = _given(parameters, flags)
     y = with_strides(grad)
-    factors = (*numbers, y, None, tensors[2], tensors[4], None, None, None)
-    sums, splits = _products(plan, config, factors, tasks, m, r + spaces * dim)
+    _, _, b, _, up, gate, _, _, up_bias = tensors
+    columns, turned = r + spaces * dim, None
+    if gate is not None and up_bias is not None:
+        columns, turned = columns + spaces, (*up_bias[:2], up_bias[3], up_bias[2])
+    sums, splits = _products(plan, config, numbers, (y, b, up, turned), tasks, m, columns)
     pieces, chunks = config.n_splits, config.chunks
     parts = max(1, pieces)
     shapes = ((m, spaces * dim + spaces), (m, spaces), (m, r), (m,), (parts, m, r))

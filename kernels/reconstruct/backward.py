@@ -5,6 +5,9 @@
     expansion         dF = Y + dX·[D | G]ᵀ   F = P + O·B   dP = dF + dQ·B   dB = Oᵀ·dF + dQᵀ·P
                       d[D | G] = Fᵀ·dX   dU = (g·Φ)ᵀ·Y   db = Σ dz
 
+With biases, Σ dHin and gᵀ·Y are their gradients, and Y times the bias of U, a further column of dC
+for each subspace, is part of dg. Without a gate g is 1, and dX is dHin.
+
 One kernel does the core, the expansion or both. Where it does both, a program owns a chunk of d and
 a chunk of n of its task, computes the rest itself, and stores it where all programs of the task
 store the same bits; each reads there only what it has stored itself. Where that repeats too much,
@@ -35,7 +38,7 @@ class _Work(NamedTuple):
     """What the programs of a task read, and leave for later ones, besides what was kept."""
 
     y: Any
-    products: Any  # dC [m, r + K·h], in parts
+    products: Any  # dC [m, r + K·h], in parts; with a gate and biases K further columns
     d_x: Any  # dX [m, W]
     d_gates: Any  # dg [m, K]
     d_attended: Any  # dO [m, r]
@@ -49,18 +52,25 @@ def _space_grads(t, kept, work, i, ACTIVATION: tl.constexpr):
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
         k = axis(start, t.spaces, BLOCK)
         d_gate = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+        if t.gate is not None and t.up_bias is not None:
+            first = t.r + t.dims
+            d_gate = load_sum(work.products, i, axis(first + start, first + t.spaces, BLOCK))
         last = tl.minimum(start + BLOCK, t.spaces) * t.dim
         for column in tl.range(start * t.dim, last, BLOCK, num_stages=1, disable_licm=True):
             c = axis(column, last, BLOCK)
             grad = load_sum(work.products, i, axis(t.r + column, t.r + last, BLOCK))
             hidden = load(kept.hidden, i, c)
-            # A product with zeros and ones adds up the columns of each space.
-            space = Axis(c.offs // t.dim, c.mask)
-            member = (space.offs[:, None] == k.offs[None, :]).to(tl.float32)
-            d_gate += product(grad * activate(hidden, ACTIVATION), member)
-            grad *= load(kept.gates, i, space) * activation_derivative(hidden, ACTIVATION)
+            if t.gate is None:
+                grad *= activation_derivative(hidden, ACTIVATION)
+            else:
+                # A product with zeros and ones adds up the columns of each space.
+                space = Axis(c.offs // t.dim, c.mask)
+                member = (space.offs[:, None] == k.offs[None, :]).to(tl.float32)
+                d_gate += product(grad * activate(hidden, ACTIVATION), member)
+                grad *= load(kept.gates, i, space) * activation_derivative(hidden, ACTIVATION)
             tiles.store(work.d_x, grad, i, c)
-        tiles.store(work.d_gates, d_gate, i, k)
+        if t.gate is not None:
+            tiles.store(work.d_gates, d_gate, i, k)
 
 
 @triton.jit
@@ -152,8 +162,11 @@ def _fused_grad(t, work, i, j):
         for start in tl.range(0, t.width, BLOCK, num_stages=1, disable_licm=True):
             c = axis(start, t.width, BLOCK)
             down, at = core.spaces(t, t.down, Axis(c.offs, c.offs < t.dims), t.dim)
-            k = Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims))
-            both = load(down, j, at) + load(matrix(t.gate, t.task), j, k)
+            if t.gate is None:
+                both = load(down, j, at)
+            else:
+                k = Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims))
+                both = load(down, j, at) + load(matrix(t.gate, t.task), j, k)
             grad += product(load(work.d_x, i, c), tl.trans(both))
     return grad
 
@@ -202,8 +215,9 @@ def _grad_down(t, kept, work, d_down, d_gate, j):
             grad += product(load(transposed(work.d_x), c, i), fused)
         down, at = core.spaces(t, d_down, Axis(c.offs, c.offs < t.dims), t.dim)
         tiles.store(transposed(down), grad, at, j)
-        k = Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims))
-        tiles.store(transposed(d_gate), grad, k, j)
+        if t.gate is not None:
+            k = Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims))
+            tiles.store(transposed(d_gate), grad, k, j)
 
 
 @triton.jit
@@ -220,20 +234,36 @@ def _grad_up(t, kept, work, d_up, j, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _grad_bias(t, work, d_bias_ptr):
-    """db = Σ dz."""
+def _grad_up_bias(t, kept, work, d_bias, j):
+    """gᵀ·Y, or without a gate the sum of Y over the tokens."""
     for start in tl.range(0, t.spaces, BLOCK, num_stages=1, disable_licm=True):
-        k, column = axis(start, t.spaces, BLOCK), axis(t.dims + start, t.width, BLOCK)
+        k = axis(start, t.spaces, BLOCK)
+        grad = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
+            i = axis(row, t.m, BLOCK_M)
+            y = load(work.y, i, j)
+            if t.gate is None:
+                grad += tl.sum(y, 0)[None, :]
+            else:
+                grad += product(load(transposed(kept.gates), k, i), y)
+        tiles.store(d_bias, grad, k, j)
+
+
+@triton.jit
+def _grad_bias(t, work, d_bias_ptr, number, first, last):
+    """db = Σ dz, or Σ dHin: so many columns of dX, from the first to the last."""
+    for start in tl.range(0, number, BLOCK, num_stages=1, disable_licm=True):
+        k, column = axis(start, number, BLOCK), axis(first + start, last, BLOCK)
         grad = tl.zeros((BLOCK,), tl.float32)
         for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
             grad += tl.sum(load(work.d_x, axis(row, t.m, BLOCK_M), column), 0)
-        ptrs = d_bias_ptr + t.task * t.spaces + k.offs
+        ptrs = d_bias_ptr + t.task * number + k.offs
         tl.store(ptrs, grad.to(d_bias_ptr.dtype.element_ty), mask=k.mask)
 
 
 @triton.jit(do_not_specialize=["splits", "n_parts", "pieces", "n_tiles", "d_tiles"])
 def reconstruct_backward_kernel(
-    grads,  # dP, dA, dB, dD [T, K, d, h], dU, dG, db, without gaps
+    grads,  # dP, dA, dB, dD [T, K, d, h], dU, dG, db, and those of the biases, without gaps
     halves,  # what is added to dA and dB, float32; None: nothing
     work_ptrs,  # dX [T, m, W], dg [T, m, K], dO [T, m, r], dO·O [T, m], dQ [T, n_parts, m, r]
     sums,  # dC: address of [T, splits, rows, columns], rows, columns, blocks to be made if any
@@ -266,15 +296,20 @@ def reconstruct_backward_kernel(
     if CORE:
         if sums[3] is not None:
             for block in tl.range(sums[3], disable_licm=True):
-                core.reduce(t, work.products[0], block, y, t.up, NONE, NONE)
+                if t.gate is not None and t.up_bias is not None:
+                    turned = (t.up_bias[0], t.up_bias[1], t.up_bias[3], t.up_bias[2])
+                    core.reduce(t, work.products[0], block, y, t.up, turned, NONE, False)
+                else:
+                    core.reduce(t, work.products[0], block, y, t.up, NONE, NONE, False)
             tl.debug_barrier()  # the program's threads may read what others of them have written
         if t.down is not None:
             for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
                 _space_grads(t, kept, work, axis(row, t.m, BLOCK_M), ACTIVATION)
             tl.debug_barrier()
-            for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
-                _logit_grads(t, kept, work, axis(row, t.m, BLOCK_M), PROMPT)
-            tl.debug_barrier()
+            if t.gate is not None:
+                for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
+                    _logit_grads(t, kept, work, axis(row, t.m, BLOCK_M), PROMPT)
+                tl.debug_barrier()
         if t.b is not None:
             for row in tl.range(0, t.m, BLOCK_M, num_stages=1, disable_licm=True):
                 _attended_grads(t, kept, work, axis(row, t.m, BLOCK_M))
@@ -307,9 +342,17 @@ def reconstruct_backward_kernel(
                 if (kind < 0) | (kind == 2):
                     d = tl.cast(t.d, tl.int64)
                     d_down = (grads[3], d * t.dims, d * t.dim, 1, t.dim)
-                    _grad_down(t, kept, work, d_down, dense(grads[5], task, t.d, t.spaces), j)
+                    d_gate = grads[5]
+                    if t.gate is not None:
+                        d_gate = dense(d_gate, task, t.d, t.spaces)
+                    _grad_down(t, kept, work, d_down, d_gate, j)
                 if (kind < 0) | (kind == 3):
                     _grad_up(t, kept, work, dense(grads[4], task, t.dims, t.d), j, ACTIVATION)
-        if t.down is not None:
+                    if t.up_bias is not None:
+                        _grad_up_bias(t, kept, work, dense(grads[8], task, t.spaces, t.d), j)
+        if t.gate is not None:
             if piece == 0:
-                _grad_bias(t, work, grads[6])
+                _grad_bias(t, work, grads[6], t.spaces, t.dims, t.width)
+        if t.down_bias is not None:
+            if piece == 0:
+                _grad_bias(t, work, grads[7], t.dims, 0, t.dims)

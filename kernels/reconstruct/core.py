@@ -34,7 +34,7 @@ class Task(NamedTuple):
     spaces: Any
     dim: Any
     dims: Any  # K·h
-    width: Any  # W
+    width: Any  # W; K·h without a gate, which is then 1
     d: Any
     scaling: Any  # c
     score_scale: Any  # 1/√d
@@ -46,6 +46,8 @@ class Task(NamedTuple):
     up: Any
     gate: Any
     bias: Any
+    down_bias: Any
+    up_bias: Any
 
 
 class Kept(NamedTuple):
@@ -108,8 +110,12 @@ def spaces(t, tensor, c, dim):
 @triton.jit
 def load_gated(t, kept, i, c, ACTIVATION: tl.constexpr):
     """g_k·φ(H_k) [BLOCK_M, BLOCK] of the columns c."""
-    k = Axis((c.offs.to(tl.int32) // t.dim).to(tl.int64), c.mask)
-    return load(kept.gates, i, k) * activate(load(kept.hidden, i, c), ACTIVATION)
+    if t.gate is None:
+        gated = activate(load(kept.hidden, i, c), ACTIVATION)
+    else:
+        k = Axis((c.offs.to(tl.int32) // t.dim).to(tl.int64), c.mask)
+        gated = load(kept.gates, i, k) * activate(load(kept.hidden, i, c), ACTIVATION)
+    return gated
 
 
 @triton.jit
@@ -164,16 +170,17 @@ def _reduce_rows(t, sums, left, i, row, b, down, gate, chunk):
 
 
 @triton.jit
-def reduce(t, sums, block, x, down, gate, chunk):
+def reduce(t, sums, block, x, down, gate, chunk, FORWARD: tl.constexpr):
     """A block of rows of [P ; B]·[Bᵀ | D | G] but B·Bᵀ or, backward, of Y·[Bᵀ | Uᵀ].
 
-    The sum goes over a chunk of d. Blocks of B follow those of x.
+    The sum goes over a chunk of d. Blocks of B follow those of x. With a gate and biases the
+    backward has the bias of U, turned, in G's place.
     """
     blocks = tl.cdiv(t.m, BLOCK_M)
     if block < blocks:
         i = axis(block * BLOCK_M, t.m, BLOCK_M)
         _reduce_rows(t, sums, matrix(x, t.task), i, i, t.b, down, gate, chunk)
-    elif t.b is not None and gate is not None:
+    elif FORWARD and (t.b is not None and down is not None):
         i = axis((block - blocks) * BLOCK_M, t.r, BLOCK_M)
         row = Axis(i.offs + t.m, i.mask)
         _reduce_rows(t, sums, matrix(t.b, t.task), i, row, NONE, down, gate, chunk)
@@ -182,9 +189,10 @@ def reduce(t, sums, block, x, down, gate, chunk):
 @triton.jit(do_not_specialize=["splits", "steps"])
 def reconstruct_reduce_kernel(
     sums,  # address of [T, splits, rows, columns], rows, columns, blocks of rows
-    of,  # backward Y for P, U for D, and no G
+    of,  # backward Y for P, U for D, and no G or the bias of U
     splits,
     steps,
+    FORWARD: tl.constexpr,
 ):
     """A block of rows of the products, over one chunk of d."""
     split, block, task = program(splits, sums[3])
@@ -192,4 +200,4 @@ def reconstruct_reduce_kernel(
     begin = split * steps * BLOCK
     chunk = begin, tl.minimum(begin + steps * BLOCK, t.d)
     own = dense(sums[0], task * splits + split, sums[1], sums[2])
-    reduce(t, own, block, t.p, t.down, t.gate, chunk)
+    reduce(t, own, block, t.p, t.down, t.gate, chunk, FORWARD)

@@ -4,6 +4,9 @@
     core              W = softmax(Q·(c·A)ᵀ/√d)   O = W·(c·A)   [Hin | zin] = R + O·S
     expansion         g = softmax((zin + b)/τ)   P′ = P + [O | g_k·φ(H_k)]·[B ; U]
 
+Biases of D and U are added to Hin before it is kept and, times g, to P′. A single subspace may
+have no gate, neither G nor b: g is 1.
+
 A program owns a block of prompt tokens and a chunk of d. What it needs of the rest it computes
 itself. Programs that share tokens store the same bits in the same places, and each of them reads
 there only what it has stored itself. Where that repeats too much, the products over d are made by
@@ -114,8 +117,15 @@ def _project(t, kept, logits, sums, i):
                 cross = load_sum(sums, axis(t.m + begin, t.m + t.r, BLOCK), column)
                 store(kept.cross, cross, j, c)
                 x += product(load(kept.attended, i, j), cross)
+        if t.down_bias is not None:
+            space = c.offs // t.dim
+            ptrs = t.down_bias[0] + (t.task * t.down_bias[1] + space * t.down_bias[2])
+            ptrs += (c.offs - space * t.dim) * t.down_bias[3]
+            bias = tl.load(ptrs, mask=c.offs < t.dims, other=0.0).to(tl.float32)
+            x += bias[None, :]
         store(kept.hidden, x, i, Axis(c.offs, c.offs < t.dims))
-        store(logits, x, i, Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims)))
+        if t.gate is not None:
+            store(logits, x, i, Axis(c.offs - t.dims, c.mask & (c.offs >= t.dims)))
 
 
 @triton.jit
@@ -155,6 +165,13 @@ def _expand(t, kept, i, j, ACTIVATION: tl.constexpr):
             gated = core.load_gated(t, kept, i, c, ACTIVATION)
             up, at = core.spaces(t, t.up, c, t.dim)
             out += product(gated, load(transposed(up), at, j))
+    if t.up_bias is not None:
+        bias = matrix(t.up_bias, t.task)
+        if t.gate is None:
+            values = tl.load(bias.ptr + j.offs * bias.stride_j, mask=j.mask, other=0.0)
+            out += values.to(tl.float32)[None, :]
+        else:
+            out = add_product(out, kept.gates, i, bias, j, t.spaces)
     return out
 
 
@@ -190,7 +207,7 @@ def reconstruct_forward_kernel(
         skipped = blocks - number
         for each in tl.range(sums[3] - skipped, disable_licm=True):
             at = tl.where(each < number, first // BLOCK_M + each, skipped + each)
-            core.reduce(t, products[0], at, t.p, t.down, t.gate, NONE)
+            core.reduce(t, products[0], at, t.p, t.down, t.gate, NONE, True)
         tl.debug_barrier()  # the program's threads may read what others of them have written
     if t.b is not None:
         for row in tl.range(first, last, BLOCK_M, num_stages=1, disable_licm=True):
@@ -213,8 +230,9 @@ def reconstruct_forward_kernel(
         for row in tl.range(first, last, BLOCK_M, num_stages=1, disable_licm=True):
             _project(t, kept, logits, products, axis(row, t.m, BLOCK_M))
         tl.debug_barrier()
-        _gates(t, kept.gates, logits, i, PROMPT)
-        tl.debug_barrier()
+        if t.gate is not None:
+            _gates(t, kept.gates, logits, i, PROMPT)
+            tl.debug_barrier()
     begin = chunk * d_tiles * BLOCK
     end = tl.minimum(begin + d_tiles * BLOCK, t.d)
     for start in tl.range(begin, end, BLOCK, num_stages=1, disable_licm=True):

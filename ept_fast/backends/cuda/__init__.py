@@ -126,7 +126,8 @@ def reconstruct_backward(
     if is_plain(parameters):
         return eager.reconstruct_backward(grad, parameters, saved, flags)
     kept = [tensor.contiguous() for tensor in saved]
-    return Parameters(*_backward(grad, parameters, Text(), kept, flags, True, Needs(True, False)))
+    found = _backward(grad, parameters, Text(), kept, flags, True, Needs(True, False))
+    return Parameters(*found)  # type: ignore[arg-type]
 
 
 def splice_forward(inputs: SpliceInputs, scaling: float) -> tuple[Tensor, list[Tensor]]:
@@ -152,7 +153,7 @@ def splice_backward(
     needs = Needs(need_prompt, need_offset)
     nothing = [grad.new_empty(0)]
     found = _backward(grad, parameters, text, nothing, splice_flags(scaling), False, needs)
-    return SpliceGrads(*found[: len(SpliceGrads._fields)])
+    return SpliceGrads(*found[: len(SpliceGrads._fields)])  # type: ignore[arg-type]
 
 
 def splice_kept(inputs: SpliceInputs) -> list[Tensor]:
@@ -192,8 +193,10 @@ def path_backward(
     fusion: bool,
     needs: Needs,
     known: Hashable = None,
-) -> list[Tensor]:
-    """The gradient of each parameter in its type; empty where ``needs`` does not ask for it."""
+) -> list[Tensor | None]:
+    """The gradient of each parameter in its type; empty or None where ``needs`` does not ask for
+    it.
+    """
     if has_empty(grad):
         return [
             torch.zeros_like(t) if need and t is not None else grad.new_empty(0)
@@ -210,8 +213,8 @@ def _backward(
     flags: Flags,
     fusion: bool,
     needs: Needs,
-) -> list[Tensor]:
-    grads: list[Tensor] = _operator("cuda_backward")(
+) -> list[Tensor | None]:
+    grads: list[Tensor | None] = _operator("cuda_backward")(
         grad,
         *parameters,
         text.attention_mask,
@@ -221,4 +224,4 @@ def _backward(
         *_numbers(flags),
         fusion,
     )
-    return grads
+    return grads if parameters.has_biases else [*grads, None, None]

@@ -16,10 +16,12 @@ from ept_fast.precision import accumulation_dtype
 __all__ = ["reconstruct_backward", "reconstruct_forward"]
 
 
-def _side_by_side(space_down: Tensor, gate_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[D | G], [T, d, K·h + K]."""
+def _side_by_side(space_down: Tensor, gate_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[D | G], [T, d, K·h + K], or D alone."""
     tasks, spaces, width, dim = space_down.shape
     down = space_down.permute(0, 2, 1, 3).reshape(tasks, width, spaces * dim)
+    if gate_weight is None:
+        return down.to(dtype)
     return torch.cat([down.to(dtype), gate_weight.to(dtype)], dim=-1)
 
 
@@ -56,7 +58,8 @@ def _gate_backward(grad: Tensor, gates: Tensor, flags: Flags) -> Tensor:
 def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, Saved]:
     """P′ [T, m, d] and what the backward needs."""
     dtype = accumulation_dtype(*parameters)
-    short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias = parameters
+    short_prompt, offset_a, offset_b, space_down, space_up, *gate, down_bias, up_bias = parameters
+    gate_weight, gate_bias = gate
     p = short_prompt.to(dtype)
     result = p
     query, stats, attended, hidden, gates, cross = (p.new_empty(0) for _ in Saved._fields)
@@ -67,8 +70,7 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
         stats = p.new_zeros(p.shape[0], 2, p.shape[1])
         attended = (_weights(query, a, flags.scaling, p.shape[-1]) @ a) * flags.scaling
         result = torch.baddbmm(result, attended, b)
-    if space_down is not None and space_up is not None and gate_weight is not None:
-        assert gate_bias is not None
+    if space_down is not None and space_up is not None:
         spaces, dim = space_down.shape[1], space_down.shape[3]
         down = _side_by_side(space_down, gate_weight, dtype)
         x = p @ down
@@ -76,10 +78,18 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
             cross = b @ down
             x = torch.baddbmm(x, attended, cross)
         hidden = x[..., : spaces * dim].contiguous()
-        gates = _gate(x[..., spaces * dim :], gate_bias.to(dtype), flags)
-        phi = _by_space(ACTIVATIONS[flags.activation].function(hidden), spaces, dim)
-        gated = (phi * gates.unsqueeze(-1)).flatten(-2)  # g_k·φ(H_k) [T, m, K·h]
+        if down_bias is not None:
+            hidden += down_bias.to(dtype).flatten(1).unsqueeze(1)
+        if gate_bias is not None:
+            gates = _gate(x[..., spaces * dim :], gate_bias.to(dtype), flags)
+        gated = phi = ACTIVATIONS[flags.activation].function(hidden)
+        if gate_bias is not None:
+            gated = (_by_space(phi, spaces, dim) * gates.unsqueeze(-1)).flatten(-2)
+        # g_k·φ(H_k) [T, m, K·h]
         result = torch.baddbmm(result, gated, _stacked(space_up, dtype))
+        if up_bias is not None:
+            bias = up_bias.to(dtype)
+            result = result + bias if gate_bias is None else torch.baddbmm(result, gates, bias)
     prompt = result.to(short_prompt.dtype)
     if prompt is short_prompt:
         prompt = prompt.clone()
@@ -94,28 +104,40 @@ def reconstruct_backward(
     ``wide_offset``: those of offset_a and offset_b stay in the accumulation type.
     """
     dtype = accumulation_dtype(*parameters)
-    short_prompt, offset_a, offset_b, space_down, space_up, gate_weight, gate_bias = parameters
+    short_prompt, offset_a, offset_b, space_down, space_up, *gate, down_bias, up_bias = parameters
+    gate_weight, gate_bias = gate
     query, _, attended, hidden, gates, cross = saved
     y, p = grad.to(dtype), short_prompt.to(dtype)
     d_p = y
-    d_a = d_b = d_down = d_up = d_gate_weight = d_gate_bias = None
+    d_a = d_b = d_down = d_up = d_gate_weight = d_gate_bias = d_down_bias = d_up_bias = None
     a = b = d_attended = None
     if offset_a is not None and offset_b is not None:
         a, b = offset_a.to(dtype), offset_b.to(dtype)
         d_attended = y @ b.mT
         d_b = attended.mT @ y
-    if space_down is not None and space_up is not None and gate_weight is not None:
-        assert gate_bias is not None
+    if space_down is not None and space_up is not None:
         activation = ACTIVATIONS[flags.activation]
         spaces, dim = space_down.shape[1], space_down.shape[3]
         down, up = _side_by_side(space_down, gate_weight, dtype), _stacked(space_up, dtype)
         d_gated = _by_space(y @ up.mT, spaces, dim)
         phi = _by_space(activation.function(hidden), spaces, dim)
-        d_up = (phi * gates.unsqueeze(-1)).flatten(-2).mT @ y
-        d_z = _gate_backward((d_gated * phi).sum(-1), gates, flags)
-        d_hidden = activation.backward((d_gated * gates.unsqueeze(-1)).flatten(-2), hidden)
-        d_x = torch.cat([d_hidden, d_z], dim=-1)  # [T, m, K·h + K]
-        d_gate_bias = d_z.sum(1).to(gate_bias.dtype)
+        if gate_bias is None:
+            d_up = phi.flatten(-2).mT @ y
+            d_x = activation.backward(d_gated.flatten(-2), hidden)  # [T, m, h]
+        else:
+            d_up = (phi * gates.unsqueeze(-1)).flatten(-2).mT @ y
+            d_z = (d_gated * phi).sum(-1)  # at first of g
+            if up_bias is not None:
+                d_z = torch.baddbmm(d_z, y, up_bias.to(dtype).mT)
+            d_z = _gate_backward(d_z, gates, flags)
+            d_hidden = activation.backward((d_gated * gates.unsqueeze(-1)).flatten(-2), hidden)
+            d_x = torch.cat([d_hidden, d_z], dim=-1)  # [T, m, K·h + K]
+            d_gate_bias = d_z.sum(1).to(gate_bias.dtype)
+        if down_bias is not None:
+            d_down_bias = d_x[..., : spaces * dim].sum(1).view(down_bias.shape).to(down_bias.dtype)
+        if up_bias is not None:
+            d_up_bias = y.sum(1, keepdim=True) if gate_bias is None else gates.mT @ y
+            d_up_bias = d_up_bias.to(up_bias.dtype)
         d_p = torch.baddbmm(d_p, d_x, down.mT)
         d_down = p.mT @ d_x
         if b is not None:
@@ -125,7 +147,8 @@ def reconstruct_backward(
             d_cross = attended.mT @ d_x
             d_b = torch.baddbmm(d_b, d_cross, down.mT)
             d_down = torch.baddbmm(d_down, b.mT, d_cross)
-        d_gate_weight = d_down[..., spaces * dim :].to(gate_weight.dtype).contiguous()
+        if gate_weight is not None:
+            d_gate_weight = d_down[..., spaces * dim :].to(gate_weight.dtype).contiguous()
         d_down = _by_space(d_down[..., : spaces * dim], spaces, dim).permute(0, 2, 1, 3)
         d_down = d_down.to(space_down.dtype).contiguous()
         d_up = d_up.reshape(space_up.shape).to(space_up.dtype)
@@ -151,4 +174,5 @@ def reconstruct_backward(
     d_p = d_p.to(short_prompt.dtype)
     if d_p.data_ptr() == grad.data_ptr():
         d_p = d_p.clone()
-    return Parameters(d_p, d_a, d_b, d_down, d_up, d_gate_weight, d_gate_bias)
+    of_gate = d_gate_weight, d_gate_bias
+    return Parameters(d_p, d_a, d_b, d_down, d_up, *of_gate, d_down_bias, d_up_bias)

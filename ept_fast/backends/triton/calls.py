@@ -23,6 +23,7 @@ from ept_fast.kernels.reconstruct.config import backward_config as reconstruct_b
 from ept_fast.kernels.reconstruct.config import forward_config as reconstruct_forward_config
 from ept_fast.kernels.splice.config import backward_config, forward_config
 from ept_fast.ops.types import (
+    OF_EPT,
     Flags,
     Needs,
     Parameters,
@@ -40,6 +41,7 @@ __all__ = [
     *CALLS,
 ]
 
+_PARAMETERS = len(Parameters._fields)
 
 # Operation 1
 
@@ -64,7 +66,7 @@ def reconstruct_forward(parameters: Parameters, flags: Flags) -> tuple[Tensor, S
 def describe_reconstruct_backward(plan: Plan, flags: Flags, sizes: Any) -> None:
     """Fill a plan for Y and the tensors of :class:`Parameters` and :class:`Saved`."""
     grad, *rest = plan.inputs
-    parameters, saved = Parameters(*rest[:7]), Saved(*rest[7:])
+    parameters, saved = Parameters(*rest[:_PARAMETERS]), Saved(*rest[_PARAMETERS:])
     into: Any = Parameters(*(t and plan.returned_like(t) for t in parameters))  # type: ignore[arg-type]
     reconstruct.backward(plan, grad, parameters, flags, saved, into, None, sizes)
 
@@ -99,7 +101,8 @@ def describe_path_forward(
     with_places: bool = False,
 ) -> None:
     """Fill a plan for the tensors of :class:`Parameters` and :class:`Text`."""
-    parameters, text = Parameters(*plan.inputs[:7]).with_task_axis(), Text(*plan.inputs[7:])
+    parameters = Parameters(*plan.inputs[:_PARAMETERS]).with_task_axis()
+    text = Text(*plan.inputs[_PARAMETERS:])
     prompt: Any = parameters.short_prompt
     if seen := _seen(parameters, fusion):
         prompt = plan.scratch(prompt.shape, prompt.dtype)
@@ -156,13 +159,13 @@ def describe_path_backward(
     is kept.
     """
     grad, *rest, memory = plan.inputs
-    parameters: Any = Parameters(*rest[:7]).with_task_axis()
-    text, find = Text(*rest[7:]), plan.pieces_of(memory)
+    parameters: Any = Parameters(*rest[:_PARAMETERS]).with_task_axis()
+    text, find = Text(*rest[_PARAMETERS:]), plan.pieces_of(memory)
     seen = _seen(parameters, fusion)
     saved = reconstruct.saved(find, seen) if seen else None
     found = (
         plan.returned_like(t) if each else None
-        for t, each in zip(rest[:7], needs.of(parameters, fusion), strict=True)
+        for t, each in zip(rest[:_PARAMETERS], needs.of(parameters, fusion), strict=True)
     )
     into: Any = Parameters(*found)  # type: ignore[arg-type]
     halves = None
@@ -190,8 +193,8 @@ def path_backward(
     fusion: bool,
     needs: Needs,
     known: Hashable = None,
-) -> list[Tensor]:
-    """The gradient of each parameter in its type and shape; empty where not needed.
+) -> list[Tensor | None]:
+    """The gradient of each parameter in its type and shape; None where not needed.
 
     ``known`` is the forward's.
     """
@@ -200,10 +203,10 @@ def path_backward(
         known = known, runtime.facts_of((grad,)), runtime.layouts_of(tensors)
     choices = (flags, fusion, needs, reconstruct_backward_config, backward_config)
     found, _ = runtime.call(describe_path_backward, tensors, *choices, known=known)
-    if len(found) == len(parameters):
-        return found
+    if len(found) == OF_EPT and not parameters.has_biases:
+        return [*found, None, None]
     rest = iter(found)
-    return [next(rest) if each else grad.new_empty(0) for each in needs.of(parameters, fusion)]
+    return [next(rest) if each else None for each in needs.of(parameters, fusion)]
 
 
 # Operation 2
@@ -235,4 +238,4 @@ def splice_backward(
     given = Text(attention_mask=text.attention_mask, task_ids=text.task_ids)
     needs = Needs(need_prompt, need_offset)
     found = path_backward(grad, parameters, given, kept, splice_flags(scaling), False, needs)
-    return SpliceGrads(*found[:3])
+    return SpliceGrads(*(grad.new_empty(0) if each is None else each for each in found[:3]))

@@ -40,6 +40,8 @@ def get_ept_model(
     init: str | Tensor = "vocab",
     text: str | Sequence[str] | None = None,
     tokenizer: Any = None,
+    prototypes: str = "kmeans",
+    prototype_layer: int | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
     base_model: str | None = None,
@@ -70,7 +72,12 @@ def get_ept_model(
             what it always reads (BERT's the first position, a prompt token now), a decoder's the
             last real token. Default: ``"model"`` with a head, ``"mean"`` without.
         head_dropout: dropout probability before a linear head.
-        init, text, tokenizer, generator, dtype: as in :class:`ept_fast.FusedEPTPrompt`.
+        init, text, tokenizer, prototypes, generator, dtype: as in :class:`ept_fast.FusedEPTPrompt`.
+        prototype_layer: for ``init="data"``, which states the prototypes are of: None for the
+            embeddings of the texts' tokens, i for the input of the model's layer i, counted from 0
+            (of an encoder-decoder, of the encoder), in one pass of the frozen model over the texts
+            with the special tokens that the tokenizer adds. ``offset_b`` then starts from rows of
+            the vocabulary.
         base_model: folder or hub id of the model, saved with adapters; by default found
             from the model.
         backend: as in :func:`ept_fast.reconstruct_prompt`.
@@ -103,6 +110,8 @@ def get_ept_model(
             init=init,
             text=text,
             tokenizer=tokenizer,
+            prototypes=prototypes,
+            prototype_layer=prototype_layer,
             generator=generator,
             dtype=dtype,
         )

@@ -294,9 +294,9 @@ def test_interval_is_of_paired_differences() -> None:
     assert 0.1 < high < 0.3
 
 
-def whole_records(*parts: str, device: str = "test", better: float = 0.0) -> list[dict[str, Any]]:
-    """Records of all runs of these parts."""
-    work = study(Path("out"), parts=parts)
+def whole_study(out: Path, device: str = "test", better: float = 0.0) -> None:
+    """Records of all runs of the small parts that are tested."""
+    work = study(out, parts=("few_shot", "full", "methods"))
     done: dict[str, Any] = {}
     while ready := next_runs(work, done):
         for run in ready:
@@ -309,14 +309,8 @@ def whole_records(*parts: str, device: str = "test", better: float = 0.0) -> lis
                 score = 0.6 + (0.05 + run.seed / 1000 if run.method == "ept" else 0.0) + better
                 found = evaluated(run, score, device=device)
             done[run.key] = found
-    return list(done.values())
-
-
-def whole_study(out: Path, **changes: Any) -> None:
-    """The records of the small parts that are tested, in a folder."""
-    records = whole_records("few_shot", "full", "methods", **changes)
     with (out / "runs.jsonl").open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.writelines(json.dumps(record) + "\n" for record in done.values())
 
 
 def test_report_computes_from_the_records_alone(tmp_path: Path) -> None:

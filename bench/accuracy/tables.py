@@ -323,7 +323,7 @@ def curves(
         for r in of_kind(records, "train", part)
         if r["task"] == task
     }
-    base_seconds = timing_of(records, part, "", task)["step_seconds"][plan.BASE]
+    base_seconds = timing_of(records, part, plan.BASE, task)["step_seconds"][plan.BASE]
     found: dict[str, tuple[list[float], list[float]]] = {}
     for method in PARTS[part].methods:
         ratio = timing_of(records, part, method, task)["ratios"].get(method)
@@ -353,7 +353,8 @@ def draw_curves(records: Sequence[Record], part: str, path: Path) -> None:
     from ept_fast.training.report import save_figure
 
     tasks = list(dict.fromkeys(task for task, _ in test_scores(records, part, "time")["ept"]))
-    figure = Figure(figsize=(4.2 * len(tasks), 3.4), dpi=120, layout="constrained")
+    width = 4.2 * len(tasks) + 2.6 * _takes(part)
+    figure = Figure(figsize=(width, 3.4), dpi=120, layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for method, (seconds, values) in curves(records, part, task).items():
             if method in _COLOURS:
@@ -361,7 +362,11 @@ def draw_curves(records: Sequence[Record], part: str, path: Path) -> None:
                 axes.plot(seconds, values, "o-", color=colour, label=label, markersize=3)
         axes.set(title=task, xlabel="seconds of training", ylabel="validation accuracy (%)")
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    if _takes(part):  # too many for a corner
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside right upper")
+    else:
+        axes.legend(fontsize=8, frameon=False)
     save_figure(figure, path)
 
 

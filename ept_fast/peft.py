@@ -134,7 +134,10 @@ class EPTPeftConfig(peft.PeftConfig):
         """
         values = config.to_dict()
         values.pop("hidden_size")
-        settings = {n: values.pop(n) for n in list(values) if n not in cls.__dataclass_fields__}
+        flat = {"prompt_type", "num_virtual_tokens"}
+        if config.prompt_type == EPT:
+            flat |= {each.name for each in dataclasses.fields(EPTConfig)}
+        settings = {name: values.pop(name) for name in list(values) if name not in flat}
         return cls(**values, settings=settings, **fields)
 
     def prompt_config(self, hidden_size: int) -> PromptConfig:
@@ -145,9 +148,11 @@ class EPTPeftConfig(peft.PeftConfig):
             if each.name == "hidden_size":
                 continue
             value = getattr(self, each.name)
+            if value == each.default and self.prompt_type != EPT:
+                continue  # the method may have another default
             if each.name in known:
                 values.setdefault(each.name, value)
-            elif value != each.default:
+            else:
                 raise ValueError(
                     f"{each.name}: expected {each.default!r}, as the method {self.prompt_type} has "
                     f"no such field, got {shorten(value)}"

@@ -27,6 +27,7 @@ from ept_fast import (
 from ept_fast.config import PromptConfig
 from ept_fast.interchange import export_peft, export_plain, import_peft, import_plain
 from ept_fast.prompts.base import Prompt, expected_shapes, prompt_class, prompt_methods, register
+from ept_fast.prompts.residual import ResidualConfig
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import evaluate, load_adapter, train
 from ept_fast.transformers import adapter
@@ -456,9 +457,25 @@ def test_as_a_method_of_peft(row: Row) -> None:
     model = model_of(row)
     wanted = model(input_ids=ids()).logits
     config = EPTPeftConfig.of(model.prompt.config, task_type="CAUSAL_LM")
+    assert config.prompt_config(D) == model.prompt.config
     other = peft.get_peft_model(BY_NAME["Llama"].build("CAUSAL_LM"), config).eval()
     other.ept_model.prompt.load_state_dict(model.prompt.state_dict())
     assert torch.equal(other(input_ids=ids()).logits, wanted)
+
+
+def test_methods_keep_their_own_defaults_where_ept_has_others() -> None:
+    """ReLU is the residual MLP's activation, GELU that of EPT's subspaces."""
+    pytest.importorskip("peft")
+    from ept_fast.peft import EPTPeftConfig
+
+    plain = ResidualConfig(D)
+    assert plain.activation == "relu"
+    run = TrainConfig(model="m", data="d", output="o", method="residual")
+    assert run.prompt_config(384).activation == "relu"  # type: ignore[attr-defined]
+    config = EPTPeftConfig(task_type="CAUSAL_LM", prompt_type="residual")
+    assert config.prompt_config(D) == plain
+    gelu = dataclasses.replace(plain, activation="gelu")
+    assert EPTPeftConfig.of(gelu, task_type="CAUSAL_LM").prompt_config(D) == gelu
 
 
 @pytest.mark.parametrize("name", NAMES)

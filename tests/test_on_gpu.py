@@ -128,6 +128,7 @@ def test_the_gpu_tests_need_only_torch_triton_numpy_and_pytest() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_a_rehearsal_leaves_a_log_rows_and_plots(tmp_path: Path) -> None:
     done = script("--rehearse", out=tmp_path, timeout=420)
     assert done.returncode == 0, done.stdout

@@ -261,12 +261,6 @@ LIMITS: dict[str, tuple[Sizes, dict[str, Any]]] = {
     "r in a bank": (Sizes(m=9, n=70, r=100, k=2, h=3, d=260, batch=5, length=70, tasks=2), {}),
     "K·h": (Sizes(m=2, n=5, r=3, k=8, h=64, d=33, batch=1, length=4), {}),
     "K": (Sizes(m=2, n=5, r=256, k=512, h=1, d=17, batch=1, length=4), {}),
-    "K·h and biases": (Sizes(m=2, n=5, r=3, k=8, h=63, d=33, batch=1, length=4), {"biases": True}),
-    "K and biases": (Sizes(m=2, n=5, r=256, k=256, h=1, d=17, batch=1, length=4), {"biases": True}),
-    "h without a gate": (
-        Sizes(m=2, n=5, r=3, k=1, h=512, d=33, batch=1, length=4),
-        {"biases": True, "gated": False},
-    ),
     "K, one gate": (Sizes(m=2, n=5, r=3, k=512, h=1, d=17, batch=1, length=4), {"gate": "prompt"}),
     "m": (Sizes(m=512, n=5, r=3, k=2, h=2, d=17, batch=1, length=4), {}),
     "m, one gate": (Sizes(m=512, n=3, r=2, k=1, h=2, d=5, batch=1, length=1), {"gate": "prompt"}),
@@ -283,6 +277,29 @@ def test_largest_sizes(limit: str, backend: str, monkeypatch: pytest.MonkeyPatch
     if limit == "d":  # repeated by 128 programs, the products over d take the interpreter an hour
         monkeypatch.setattr(reconstruct_config, "MOST_REPEATED", 0)
     sizes, flags = LIMITS[limit]
+    case = make_case(sizes, dtype=torch.float32, **{"padding": "none", **flags})
+    assert_close(case, backend, 5e-6)
+
+
+LIMITS_OF_BIASES: dict[str, tuple[Sizes, dict[str, Any]]] = {
+    "K·h and biases": (Sizes(m=2, n=5, r=3, k=8, h=63, d=33, batch=1, length=4), {"biases": True}),
+    "K and biases": (Sizes(m=2, n=5, r=256, k=256, h=1, d=17, batch=1, length=4), {"biases": True}),
+    "h without a gate": (
+        Sizes(m=2, n=5, r=3, k=1, h=512, d=33, batch=1, length=4),
+        {"biases": True, "gated": False},
+    ),
+}
+
+
+@pytest.mark.usefixtures("overflow_checked")
+@over(
+    pytest.param("triton", marks=[*TRITON.marks, pytest.mark.slow, pytest.mark.minutes]),
+    HOST,
+    CUDA,
+)
+@pytest.mark.parametrize("limit", LIMITS_OF_BIASES)
+def test_largest_sizes_with_biases(limit: str, backend: str) -> None:
+    sizes, flags = LIMITS_OF_BIASES[limit]
     case = make_case(sizes, dtype=torch.float32, **{"padding": "none", **flags})
     assert_close(case, backend, 5e-6)
 

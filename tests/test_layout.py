@@ -13,13 +13,13 @@ import pytest
 ROOMS = (
     ("__main__",),
     ("cli",),
-    ("training", "peft"),
+    ("training", "peft", "search"),
     ("transformers", "interchange"),
     ("prompts",),
     ("ops",),
     ("backends",),
     ("kernels",),
-    ("storage", "checks", "config", "libraries", "precision", "reference"),
+    ("storage", "checks", "config", "libraries", "losses", "precision", "reference"),
 )
 # Leaves of their rooms: types and a table that all others speak in.
 FOR_EVERYONE = ("ept_fast.ops.types", "ept_fast.ops.activations")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +22,18 @@ from ept_fast.prompts.base import Prompt, config_class, prompt_class
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Arrays = dict[str, Array]
-# P′ [m, d] of a prompt's tensors and constants, its config, and for a method that reads the text
-# the embeddings [S, d] of its real tokens.
-Definition = Callable[[Arrays, Any, Array], Array]
+
+
+class Given(NamedTuple):
+    """A text without padding: its token ids ``[S]`` and their embeddings ``[S, d]``."""
+
+    ids: np.ndarray[Any, np.dtype[np.int64]]
+    embeds: Array
+
+
+# P′ [m, d] of a prompt's tensors and constants, its config, and the text for a method that reads
+# it.
+Definition = Callable[[Arrays, Any, Given], Array]
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Row:
         definition: see :data:`Definition`.
         method: its name on the command line, if that is another.
         offset: choices that give it an offset to the text, if it can have one.
+        reads_text: whether each row has a prompt of its own, made from its text.
         same_bits: whether it computes the same bits with and without gradients; oneDNN's LSTM does
             not.
     """
@@ -46,6 +56,7 @@ class Row:
     choices: dict[str, Any] = field(default_factory=dict)
     method: str | None = None
     offset: dict[str, Any] | None = None
+    reads_text: bool = False
     same_bits: bool = True
 
     def config(self, hidden_size: int, **choices: Any) -> PromptConfig:
@@ -88,14 +99,14 @@ def arrays_of(prompt: Prompt, task: int | None = None) -> Arrays:
     return {name: t.detach().double().numpy() for name, t in tensors.items()}
 
 
-def _ept(t: Arrays, c: Any, text: Array) -> Array:
+def _ept(t: Arrays, c: Any, text: Given) -> Array:
     tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in t.items()}
     kept = ("scaling", "activation", "gate", "temperature", "fusion")
     found: Tensor = reference.reconstruct_prompt(**tensors, **{n: getattr(c, n) for n in kept})
     return found.numpy()
 
 
-def _toy(t: Arrays, c: Any, text: Array) -> Array:
+def _toy(t: Arrays, c: Any, text: Given) -> Array:
     return t["rows"] * (1 + np.tanh(c.slope * t["size"]))
 
 
@@ -104,7 +115,7 @@ def _windows(rows: Array, count: int) -> Array:
     return np.stack([rows[i * size : (i + 1) * size].mean(0) for i in range(count)])
 
 
-def _lamp(t: Arrays, c: Any, text: Array) -> Array:
+def _lamp(t: Arrays, c: Any, text: Given) -> Array:
     rows = t["left"] @ np.diag(t["singular_values"])
     full = rows @ t["right"]  # [l, d]
     mixed = full.copy()
@@ -115,7 +126,7 @@ def _lamp(t: Arrays, c: Any, text: Array) -> Array:
     return _windows(mixed, c.num_virtual_tokens)
 
 
-def _lamp_sketch(t: Arrays, c: Any, text: Array) -> Array:
+def _lamp_sketch(t: Arrays, c: Any, text: Given) -> Array:
     rows = t["left"] @ np.diag(t["singular_values"])
     places = [[int(np.flatnonzero(row)[0]) for row in each] for each in t["hashes"]]
     signs = [[float(row[row != 0][0]) for row in each] for each in t["hashes"]]
@@ -130,7 +141,7 @@ def _lamp_sketch(t: Arrays, c: Any, text: Array) -> Array:
     return _windows(full, c.num_virtual_tokens)
 
 
-def _residual(t: Arrays, c: Any, text: Array) -> Array:
+def _residual(t: Arrays, c: Any, text: Given) -> Array:
     prompt = t["short_prompt"]
     out = prompt.copy()
     for i, row in enumerate(prompt):
@@ -150,7 +161,7 @@ def _sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
 
-def _pre(t: Arrays, c: Any, text: Array) -> Array:
+def _pre(t: Arrays, c: Any, text: Given) -> Array:
     prompt = t["short_prompt"]
     half = prompt.shape[1] // 2
     out = prompt.copy()
@@ -177,14 +188,14 @@ def _module(t: Arrays, k: int) -> Array:
     return np.stack([weight * basis for weight, basis in pairs]).sum(0)
 
 
-def _mp2(t: Arrays, c: Any, text: Array) -> Array:
+def _mp2(t: Arrays, c: Any, text: Given) -> Array:
     gates = _sigmoid(t["gate_logits"])
     gates = gates / (gates.sum() + 1e-12)
     return np.stack([gates[k] * _module(t, k) for k in range(c.num_modules)]).sum(0)
 
 
-def _attempt(t: Arrays, c: Any, text: Array) -> Array:
-    x = text.max(0)
+def _attempt(t: Arrays, c: Any, text: Given) -> Array:
+    x = text.embeds.max(0)
     hidden = x @ t["query_down"]
     query = (hidden * _sigmoid(hidden)) @ t["query_up"]
     query = (query - query.mean()) / np.sqrt(query.var() + 1e-5)
@@ -201,11 +212,11 @@ def _attempt(t: Arrays, c: Any, text: Array) -> Array:
     )
 
 
-def _ulpt(t: Arrays, c: Any, text: Array) -> Array:
+def _ulpt(t: Arrays, c: Any, text: Given) -> Array:
     return np.diag([1.0] * len(t["codes"])) @ (t["codes"] @ t["basis"]) * t["scale"] + t["shift"]
 
 
-def _accept(t: Arrays, c: Any, text: Array) -> Array:
+def _accept(t: Arrays, c: Any, text: Given) -> Array:
     width = c.hidden_size // c.num_blocks
     out = np.zeros((c.num_virtual_tokens, c.hidden_size))
     for i in range(c.num_virtual_tokens):
@@ -233,6 +244,7 @@ ROWS: dict[str, Row] = {
         _attempt,
         {"num_modules": 2, "gates": "attention", "query_dim": 4, "temperature": 0.7},
         method="attempt",
+        reads_text=True,
     ),
     "attempt, no weight for the target": Row(
         "mixture",
@@ -244,6 +256,7 @@ ROWS: dict[str, Row] = {
             "query_dim": 4,
             "attend_to_target": False,
         },
+        reads_text=True,
     ),
     "ulpt": Row("ulpt", _ulpt, {"prompt_rank": 2}),
     "accept": Row(

@@ -33,7 +33,7 @@ from ept_fast.training.job import evaluate, load_adapter, train
 from ept_fast.transformers import adapter
 from tests.architectures import BY_NAME
 from tests.cases import PADDINGS, make_mask
-from tests.methods import ROWS, Row, arrays_of, filled, make, with_offset
+from tests.methods import ROWS, Given, Row, arrays_of, filled, make, with_offset
 from tests.processes import python
 from tests.tiny import options, save_model, save_task, small_run
 
@@ -41,16 +41,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 D = BY_NAME["Llama"].width
 EVERY = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-CONSTANT = pytest.mark.parametrize(  # the same prompt before every text
-    "row",
-    [row for row in ROWS.values() if row.choices.get("gates") != "attention"],
-    ids=[name for name, row in ROWS.items() if row.choices.get("gates") != "attention"],
-)
-READING = pytest.mark.parametrize(  # a prompt of each row, from its text
-    "row",
-    [row for row in ROWS.values() if row.choices.get("gates") == "attention"],
-    ids=[name for name, row in ROWS.items() if row.choices.get("gates") == "attention"],
-)
+CONSTANT_ROWS = {name: row for name, row in ROWS.items() if not row.reads_text}
+READING_ROWS = {name: row for name, row in ROWS.items() if row.reads_text}
+# The same prompt before every text, or a prompt of each row, from its text.
+CONSTANT = pytest.mark.parametrize("row", CONSTANT_ROWS.values(), ids=CONSTANT_ROWS)
+READING = pytest.mark.parametrize("row", READING_ROWS.values(), ids=READING_ROWS)
 TASKS = pytest.mark.parametrize("num_tasks", [None, 2])
 NAMES = [name for name in prompt_methods() if name != "toy"]
 DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -93,7 +88,8 @@ def test_it_is_what_its_definition_says(row: Row, num_tasks: int | None) -> None
     for i, text in enumerate(ids()):
         task = None if num_tasks is None else 1 - i
         embeds = prompt.embedding.weight.detach()[text].numpy()
-        wanted = row.definition(arrays_of(prompt, task), prompt.config, embeds)
+        given = Given(text.numpy(), embeds)
+        wanted = row.definition(arrays_of(prompt, task), prompt.config, given)
         np.testing.assert_allclose(out[i, :m].detach().numpy(), wanted, rtol=1e-12, atol=1e-13)
         np.testing.assert_array_equal(out[i, m:].detach().numpy(), embeds)
 
@@ -399,7 +395,7 @@ def test_model_bank_and_exporters(row: Row, tmp_path: Path) -> None:
 
 
 def test_a_bank_of_all_methods_with_members_of_unequal_sizes() -> None:
-    rows = [with_offset(row) for row in ROWS.values() if row.choices.get("gates") != "attention"]
+    rows = [with_offset(row) for row in CONSTANT_ROWS.values()]
     models = [model_of(row, num_virtual_tokens=2 + i % 3) for i, row in enumerate(rows)]
     sizes = {"num_virtual_tokens": 4, "max_length": 9, "rank": 4}
     llama = BY_NAME["Llama"].build("CAUSAL_LM")
@@ -428,7 +424,8 @@ def test_a_prompt_of_each_text(row: Row, tmp_path: Path) -> None:
     model.unfold()
     one = torch.cat([model(input_ids=ids()[i : i + 1]).logits for i in range(2)])
     torch.testing.assert_close(one, wanted)
-    message = "expected a prompt that is the same before every text, got a MixturePrompt"
+    name = type(model.prompt).__name__
+    message = f"expected a prompt that is the same before every text, got a {name}"
     sizes = {"num_virtual_tokens": 4, "max_length": 9, "rank": 4}
     bank = EPTBank(BY_NAME["Llama"].build("CAUSAL_LM"), "CAUSAL_LM", capacity=1, **sizes)
     with pytest.raises(ValueError, match=f"adapter: {message}"):
@@ -442,7 +439,7 @@ def test_a_prompt_of_each_text(row: Row, tmp_path: Path) -> None:
         more = {} if export is export_plain else {"base_model": None, "task_type": "CAUSAL_LM"}
         with pytest.raises(ValueError, match=f"prompt: {message}"):
             export(model.prompt, tmp_path / "other", **more)  # type: ignore[operator]
-    with pytest.raises(ValueError, match=f"gates: {message}"):
+    with pytest.raises(ValueError, match=f"prompt: {message}"):
         model.prompt.reconstruct()
     with pytest.raises(ValueError, match="offset: expected one of"):
         model.prompt.fold(offset="other")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import ept_fast
 from ept_fast import CheckpointError, EPTConfig, VisionPrompt, from_prototypes
 from ept_fast.ops.types import Text
+from ept_fast.prompts.base import Seen
 from ept_fast.prompts.mixture import MixtureConfig
 from ept_fast.prompts.prototypes import HOWS
 from tests.toy_method import ToyConfig
@@ -143,9 +144,7 @@ def test_a_prompt_of_each_image(folded: bool) -> None:
     model = make(MixtureConfig(D, M, num_modules=2, gates="attention", query_dim=3)).eval()
     images = images_of(2)
     embeds = model.backbone.embeddings(images)
-    places = [
-        model.prompt.prompt_for(Text(None, None, embeds[:, 1:], None, None))[0][i] for i in (0, 1)
-    ]
+    places = list(model.prompt.prompt_for(Text(inputs_embeds=embeds[:, 1:]), Seen())[0])
     assert not torch.allclose(*places)
     logits = []
     for image, own in zip(embeds, places, strict=True):

@@ -51,6 +51,7 @@ __all__ = [
     "FoldedPrompt",
     "Prompt",
     "SavedPrompt",
+    "Seen",
     "SplicedPrompt",
     "check_constant",
     "config_class",
@@ -85,6 +86,18 @@ class EPTOutput(NamedTuple):
     position_ids: Tensor
 
 
+class Seen(NamedTuple):
+    """What a prompt may read of its text besides the embeddings.
+
+    Attributes:
+        token_ids: ``[B, S]``, or None if embeddings were given.
+        states: ``[B, S, d]``, the text's last hidden states in the plain frozen model, or None.
+    """
+
+    token_ids: Tensor | None = None
+    states: Tensor | None = None
+
+
 class SplicedPrompt(nn.Module):
     """What the trainable and the folded prompt share: the embedding layer and the splice."""
 
@@ -95,6 +108,11 @@ class SplicedPrompt(nn.Module):
     @property
     def depends_on_text(self) -> bool:
         """Whether each row has a prompt of its own, made from its text, and no constant P′."""
+        return False
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether ``forward`` is to be given the text's hidden states in the plain model."""
         return False
 
     def __init__(
@@ -125,20 +143,20 @@ class SplicedPrompt(nn.Module):
         """P′, ``[(T,) m, d]``, as in evaluation mode."""
         raise NotImplementedError
 
-    def prompt_for(self, text: Text) -> tuple[Tensor, Text]:
+    def prompt_for(self, text: Text, seen: Seen) -> tuple[Tensor, Text]:
         """The prompts of a call, ``[(T,) m, d]``, and its text with the ``task_ids`` that pick one.
 
         Here P′; a method that draws in training mode, or reads the text, has more to say.
         """
         return self.reconstruct(), text
 
-    def put_before(self, text: Text, places: list[Tensor] | None = None) -> Tensor:
+    def put_before(self, text: Text, seen: Seen, places: list[Tensor] | None = None) -> Tensor:
         """The embeddings ``[B, m + S, d]`` of prompt and text.
 
         ``places`` gets their mask and positions, ``[B, m + S]``, if the backend writes them.
         """
         check_whole({"embedding.weight": text.weight})
-        prompt, text = self.prompt_for(text)
+        prompt, text = self.prompt_for(text, seen)
         return splice_prompt(prompt, **self._spliced(text), backend=self.backend)
 
     def _spliced(self, text: Text) -> dict[str, Any]:
@@ -156,6 +174,7 @@ class SplicedPrompt(nn.Module):
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         task_ids: Tensor | None = None,
+        states: Tensor | None = None,
     ) -> EPTOutput:
         """Put the reconstructed prompt before the text and the offset onto its real tokens.
 
@@ -164,6 +183,8 @@ class SplicedPrompt(nn.Module):
             inputs_embeds: ``[B, S, d]``, already scaled if the backbone scales its embeddings.
             attention_mask: ``[B, S]`` of 0 and 1; ones by default.
             task_ids: ``[B]`` integers, for a bank of prompts.
+            states: ``[B, S, d]``, the text's last hidden states in the plain frozen model, for a
+                prompt that reads them (``reads_states``); without them it reads the embeddings.
 
         Returns:
             :class:`EPTOutput`.
@@ -173,7 +194,7 @@ class SplicedPrompt(nn.Module):
                 ``input_ids`` without an embedding layer.
             IndexError: an id outside the vocabulary or the bank.
         """
-        weight = None
+        weight, seen = None, Seen(input_ids, states)
         if input_ids is not None and inputs_embeds is None:
             embedding = self.embedding
             if embedding is None:
@@ -188,7 +209,7 @@ class SplicedPrompt(nn.Module):
                 input_ids = None
         text = Text(input_ids, weight, inputs_embeds, attention_mask, task_ids)
         places: list[Tensor] = []
-        embeds = self.put_before(text, places)
+        embeds = self.put_before(text, seen, places)
         if places:
             mask, ranks = places
         elif attention_mask is None:
@@ -309,7 +330,12 @@ class Prompt(SplicedPrompt):
         raise NotImplementedError
 
     def reconstruct(self) -> Tensor:
-        """P′, ``[(T,) m, d]``, in the type of the first tensor; as in evaluation mode."""
+        """P′, ``[(T,) m, d]``, in the type of the first tensor; as in evaluation mode.
+
+        Raises:
+            ValueError: it depends on the text.
+        """
+        check_constant("prompt", self)
         return self.computed(self.formula)
 
     def computed(self, formula: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
@@ -542,13 +568,13 @@ class FoldedPrompt(SplicedPrompt):
         """The constant prompt P′, ``[(T,) m, d]``."""
         return self.prompt
 
-    def put_before(self, text: Text, places: list[Tensor] | None = None) -> Tensor:
+    def put_before(self, text: Text, seen: Seen, places: list[Tensor] | None = None) -> Tensor:
         """The embeddings ``[B, m + S, d]`` of prompt and text; offsets from the table, if any."""
         table = self.offset_table
         if table is not None:
             check_whole({"embedding.weight": text.weight})
             return splice_table(self.prompt, table=table, **self._spliced(text))
-        embeds = super().put_before(text)
+        embeds = super().put_before(text, seen)
         if self.config.rank and self.offset_a is None:  # folded without its offset
             length, most = embeds.shape[1] - self.config.num_virtual_tokens, self.config.max_length
             if length > most:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ept_fast.config import EPTConfig, PromptConfig
 from ept_fast.ops.functional import gate_weights, prompt_path, reconstruct_prompt
 from ept_fast.ops.types import OF_EPT, Flags, Parameters, Text
-from ept_fast.prompts.base import FoldedPrompt, Prompt, register
+from ept_fast.prompts.base import FoldedPrompt, Prompt, Seen, register
 from ept_fast.storage.sharded import check_whole
 
 __all__ = ["FoldedEPTPrompt", "FusedEPTPrompt"]
@@ -122,10 +122,10 @@ class FusedEPTPrompt(Prompt):
             backend=self.backend,
         )
 
-    def put_before(self, text: Text, places: list[Tensor] | None = None) -> Tensor:
+    def put_before(self, text: Text, seen: Seen, places: list[Tensor] | None = None) -> Tensor:
         """The embeddings ``[B, m + S, d]`` of prompt and text, by both operations in one."""
         if type(self).reconstruct is not FusedEPTPrompt.reconstruct:  # a subclass has its own
-            return super().put_before(text)
+            return super().put_before(text, seen)
         try:
             tensors = [self._parameters[name] for name in _NAMES]
         except KeyError:  # one is computed from others (torch.nn.utils.parametrize)

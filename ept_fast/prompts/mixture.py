@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ept_fast.config import PromptConfig, check_choice, check_count, check_flag, check_number
 from ept_fast.ops.types import Text
-from ept_fast.prompts.base import Prompt, check_constant, register
+from ept_fast.prompts.base import Prompt, Seen, register
 from ept_fast.prompts.initial import repeated
 
 __all__ = ["MixtureConfig", "MixturePrompt"]
@@ -195,12 +195,7 @@ class MixturePrompt(Prompt):
         """P′ of a task's gates, without noise."""
         return _mix(self._gates(t), t)
 
-    def reconstruct(self) -> Tensor:
-        """P′, ``[(T,) m, d]``; ValueError if it depends on the text."""
-        check_constant("gates", self)
-        return super().reconstruct()
-
-    def prompt_for(self, text: Text) -> tuple[Tensor, Text]:
+    def prompt_for(self, text: Text, seen: Seen) -> tuple[Tensor, Text]:
         """The prompt of a task, noisy in training mode; or a prompt of each row."""
         if self.depends_on_text:
             prompts = self.computed(lambda t: self._attend(t, text))

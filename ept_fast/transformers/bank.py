@@ -149,6 +149,7 @@ class BankPrompt(SplicedPrompt):
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         task_ids: Tensor | None = None,
+        states: Tensor | None = None,
     ) -> EPTOutput:
         """Each row behind the prompt of its slot; the mask has zeros if that is shorter.
 

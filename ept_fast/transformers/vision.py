@@ -22,6 +22,7 @@ from ept_fast.prompts.base import (
     CONFIG_FILE,
     TENSOR_FILE,
     Prompt,
+    Seen,
     SplicedPrompt,
     prompt_class,
     read_prompt,
@@ -194,7 +195,8 @@ class VisionPrompt(nn.Module):
         """Class token, prompt and patches, ``[B, 1 + m + S, d]``, in one copy of the patches."""
         patches = embeds[:, 1:]
         source = self.prompt if self.folded is None else self.folded
-        prompt, read = source.prompt_for(Text(None, None, patches, None, None))  # [(B,) m, d]
+        text = Text(inputs_embeds=patches)
+        prompt, read = source.prompt_for(text, Seen())  # [(B,) m, d]
         # The class token's row is that of every image, so it goes before the patches as the
         # prompt's first. In the wider type, so that neither is rounded before the splice does.
         wide = torch.promote_types(prompt.dtype, embeds.dtype)

@@ -24,6 +24,7 @@ __all__ = ["main"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+_NAMED = {"settings": "set", "losses": "loss"}  # options of values by name
 
 
 class _Failure(click.ClickException):
@@ -88,9 +89,13 @@ def main() -> None:
 def _setting(name: str) -> Callable[[F], F]:
     """The option of this field of TrainConfig."""
     field, kind, choices = _FIELDS[name], kinds()[name], choices_of(_FIELDS[name])
-    if name == "settings":
+    if kind is dict:
         return click.option(
-            "--set", name, multiple=True, metavar="NAME=VALUE", help=field.metadata["help"]
+            f"--{_NAMED[name]}",
+            name,
+            multiple=True,
+            metavar="NAME=VALUE",
+            help=field.metadata["help"],
         )
     flag = name.replace("_", "-")
     how: dict[str, Any] = {"required": True, "multiple": name == "data"}
@@ -104,15 +109,15 @@ def _setting(name: str) -> Callable[[F], F]:
     )
 
 
-def _named_values(words: Sequence[str]) -> dict[str, Any]:
+def _named_values(option: str, words: Sequence[str]) -> dict[str, Any]:
     """What ``NAME=VALUE`` words say: values are JSON where they can be, else strings."""
     named: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not name or not equals:
-            raise ValueError(f"set: expected NAME=VALUE, got {word!r}")
+            raise ValueError(f"{option}: expected NAME=VALUE, got {word!r}")
         if name in named:
-            raise ValueError(f"set: expected each name once, got {name!r} twice")
+            raise ValueError(f"{option}: expected each name once, got {name!r} twice")
         try:
             named[name] = json.loads(text)
         except (ValueError, RecursionError):
@@ -168,7 +173,8 @@ def train(resume: bool, overwrite: bool, quiet: bool, **options: Any) -> None:
     """
     from ept_fast.training.job import train as run
 
-    options["settings"] = _named_values(options["settings"])
+    for name, option in _NAMED.items():
+        options[name] = _named_values(option, options[name])
     config = TrainConfig(**options)
     metrics = run(config, resume=resume, overwrite=overwrite, progress=not quiet)
     if os.environ.get("RANK", "0") != "0":  # one of torchrun's processes speaks for all

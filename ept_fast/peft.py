@@ -228,6 +228,7 @@ class EPTTuner(BaseTuner):
         {
             "activation_checkpointing_disable",
             "activation_checkpointing_enable",
+            "add_loss",
             "disable_input_require_grads",
             "enable_input_require_grads",
             "gradient_checkpointing_disable",
@@ -237,6 +238,7 @@ class EPTTuner(BaseTuner):
             "prefix_cache",
             "resize_token_embeddings",
             "set_input_embeddings",
+            "set_loss_progress",
             "text_limit",
             "unfold",
         }

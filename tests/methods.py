@@ -7,6 +7,7 @@ full size. They share no code with the package.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ class Row:
         reads_text: whether each row has a prompt of its own, made from its text.
         same_bits: whether it computes the same bits with and without gradients; oneDNN's LSTM does
             not.
+        of_losses: names of tensors that only the method's terms of the loss have.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class Row:
     offset: dict[str, Any] | None = None
     reads_text: bool = False
     same_bits: bool = True
+    of_losses: frozenset[str] = frozenset()
 
     def config(self, hidden_size: int, **choices: Any) -> PromptConfig:
         """A small config."""
@@ -227,6 +230,44 @@ def _accept(t: Arrays, c: Any, text: Given) -> Array:
     return out
 
 
+def _gelu(x: Array) -> Array:
+    erf = np.vectorize(math.erf)
+    found: Array = x * (1 + erf(x / np.sqrt(2))) / 2
+    return found
+
+
+def _layer_norm(x: Array, weight: Array, bias: Array) -> Array:
+    return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * weight + bias
+
+
+def _infoprompt(t: Arrays, c: Any, text: Given) -> Array:
+    pooled = text.embeds.mean(0) if c.pooling == "mean" else text.embeds[0]
+    hidden = _gelu(pooled @ t["down_weight"] + t["down_bias"])
+    out = t["up_bias"].copy()
+    for i in range(len(hidden)):
+        out += hidden[i] * t["up_weight"][i]
+    return out
+
+
+def _stable(t: Arrays, c: Any, text: Given) -> Array:
+    norms = list(zip(t["norm_weights"], t["norm_biases"], strict=True))
+    read = np.stack([_layer_norm(row, *norms[1]) for row in text.embeds])
+    out = np.empty_like(t["short_prompt"])
+    for i, row in enumerate(t["short_prompt"]):
+        x = _layer_norm(row, *norms[0])
+        found = []
+        for head in range(c.num_heads):
+            part = slice(head * c.head_dim, (head + 1) * c.head_dim)
+            query = x @ t["query_weight"][:, part]
+            scores = read @ t["key_weight"][:, part] @ query / np.sqrt(c.head_dim)
+            weights = np.exp(scores) / np.exp(scores).sum()
+            found.append(weights @ (read @ t["value_weight"][:, part]))
+        z = _layer_norm(x + np.concatenate(found) @ t["output_weight"], *norms[2])
+        z = z + _gelu(z @ t["down_weight"] + t["down_bias"]) @ t["up_weight"] + t["up_bias"]
+        out[i] = _layer_norm(z, *norms[3])
+    return out
+
+
 ROWS: dict[str, Row] = {
     "ept": Row("ept", _ept, {"rank": 0}, offset={"rank": 2, "max_length": 9}),
     "lamp": Row("lamp", _lamp, {"prompt_rank": 4, "window": 2}),
@@ -264,6 +305,22 @@ ROWS: dict[str, Row] = {
         _accept,
         {"num_blocks": 2, "codebook_size": 3, "offset_size": 0},
         offset={"offset_size": 2, "max_length": 9},
+    ),
+    "infoprompt": Row(
+        "infoprompt",
+        _infoprompt,
+        {"bottleneck": 3, "latent_size": 2},
+        reads_text=True,
+        of_losses=frozenset({"mean_weight", "mean_bias", "std_weight", "std_bias", "critic"}),
+    ),
+    "infoprompt, the first token": Row(
+        "infoprompt",
+        _infoprompt,
+        {"bottleneck": 2, "pooling": "first", "first_pass": False, "representation_weight": 0},
+        reads_text=True,
+    ),
+    "stable": Row(
+        "stable", _stable, {"num_heads": 2, "head_dim": 3, "mlp_dim": 4}, reads_text=True
     ),
     "toy": Row("toy", _toy),
 }

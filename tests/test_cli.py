@@ -196,8 +196,8 @@ def test_every_field_has_an_option_with_its_default() -> None:
     for field in dataclasses.fields(TrainConfig):
         parameter = found.pop(field.name)
         required = field.default is dataclasses.MISSING
-        if field.name == "settings":  # NAME=VALUE, any number of them
-            assert parameter.opts == ["--set"]
+        if field.name in ("settings", "losses"):  # NAME=VALUE, any number of them
+            assert parameter.opts == [{"settings": "--set", "losses": "--loss"}[field.name]]
             continue
         assert parameter.required == required, field.name
         if not required:

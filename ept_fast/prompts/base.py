@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ept_fast.checks import check_input_ids, check_token_ids
 from ept_fast.config import EPT, PromptConfig, check_choice, check_count
+from ept_fast.losses.terms import LossTerm
 from ept_fast.ops.functional import splice_prompt
 from ept_fast.ops.types import Text
 from ept_fast.precision import accumulation_dtype, without_autocast
@@ -369,6 +370,10 @@ class Prompt(SplicedPrompt):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._place_constants(next(self.parameters()).device)
         return self
+
+    def loss_terms(self) -> tuple[LossTerm, ...]:
+        """What the method adds to the loss in training."""
+        return ()
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The trainable tensors by name, with None for those that these sizes leave out.

@@ -18,6 +18,7 @@ from ept_fast.config import PromptConfig, check_choice, check_count, check_flag,
 from ept_fast.ops.types import Text
 from ept_fast.prompts.base import Prompt, Seen, register
 from ept_fast.prompts.initial import repeated
+from ept_fast.prompts.reading import embeddings_of
 
 __all__ = ["MixtureConfig", "MixturePrompt"]
 
@@ -255,11 +256,7 @@ def _largest(text: Text) -> Tensor:
 
     Zeros for a row without any.
     """
-    embeds = text.inputs_embeds
-    if embeds is None:
-        assert text.input_ids is not None
-        assert text.weight is not None
-        embeds = F.embedding(text.input_ids, text.weight.detach())
+    embeds = embeddings_of(text)
     if not embeds.shape[1]:
         return embeds.new_zeros(embeds.shape[0], embeds.shape[2])
     if text.attention_mask is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, get_args, get_type_hints
@@ -18,6 +19,8 @@ from ept_fast.config import (
     check_flag,
     check_number,
 )
+from ept_fast.losses.named import NAMED_LOSSES
+from ept_fast.losses.terms import SCHEDULES
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.prompts.base import prompt_methods
 from ept_fast.prompts.initial import check_prototypes
@@ -64,8 +67,15 @@ def _setting(
         **range_: the range of a number: ``least`` (included; of a string the fewest characters),
             ``below`` (excluded), ``positive``.
     """
-    metadata = {"help": text, "choices": choices, "range": range_}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=_metadata(text, choices, range_))
+
+
+def _metadata(
+    text: str,
+    choices: Iterable[str] | Callable[[], Iterable[str]] = (),
+    range_: Mapping[str, Any] = types.MappingProxyType({}),
+) -> dict[str, Any]:
+    return {"help": text, "choices": choices, "range": range_}
 
 
 def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
@@ -139,12 +149,22 @@ class TrainConfig:
     )
     settings: dict[str, Any] = dataclasses.field(
         default_factory=dict,
-        metadata={
-            "help": "A field of the method's own config that has no option here; VALUE is JSON, or "
-            "else a string. May be given several times.",
-            "choices": (),
-            "range": {},
-        },
+        metadata=_metadata(
+            "A field of the method's own config that has no option here; VALUE is JSON, or else a "
+            "string. May be given several times.",
+        ),
+    )
+    losses: dict[str, float] = dataclasses.field(
+        default_factory=dict,
+        metadata=_metadata(
+            f"A further term of the loss in training (classification) and its weight: "
+            f"{' or '.join(NAMED_LOSSES)}. May be given several times.",
+        ),
+    )
+    loss_schedule: str = _setting(
+        "constant",
+        "Of the weights of --loss: as they are, or falling linearly to 0.",
+        choices=SCHEDULES,
     )
     start_from: str | None = _setting(
         None,
@@ -301,7 +321,9 @@ class TrainConfig:
                 _check(field, value)
         check_prototypes(self.init, self.prototypes, self.prototype_layer)
         self._check_settings()
-        object.__setattr__(self, "settings", dict(self.settings))  # its own
+        self._check_losses()
+        for name in ("settings", "losses"):
+            object.__setattr__(self, name, dict(getattr(self, name)))  # its own
         default = METRICS if self.task == "classification" else TEXT_METRICS
         if self.metric is not None:
             check_choice("metric", self.metric, default)
@@ -333,6 +355,13 @@ class TrainConfig:
                     f"settings: expected fields of the method {self.method} "
                     f"({', '.join(known) or 'it has none'}), got {shorten(name)}"
                 )
+
+    def _check_losses(self) -> None:
+        for name, weight in self.losses.items():
+            check_choice("losses", name, tuple(NAMED_LOSSES))
+            check_number(f"losses: {name}", weight)
+        if self.losses and self.task != "classification":
+            raise ValueError(f"losses: expected none for the task {self.task}, got {self.losses}")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -396,4 +425,4 @@ def kinds() -> dict[str, type]:
     """The type of each field of :class:`TrainConfig`; of one of several types, the first."""
     hints = get_type_hints(TrainConfig)
     plain = {name: next(iter(get_args(hint)), hint) for name, hint in hints.items()}
-    return {**plain, "settings": dict}
+    return {**plain, "settings": dict, "losses": dict}

@@ -18,6 +18,8 @@ import torch
 
 import ept_fast
 from ept_fast.libraries import MissingLibraryError, require
+from ept_fast.losses.named import NAMED_LOSSES
+from ept_fast.losses.terms import LossTerm
 from ept_fast.prompts.base import Prompt, SavedPrompt, expected_shapes
 from ept_fast.storage.files import write_json
 from ept_fast.training import parallel
@@ -390,6 +392,8 @@ def _new_adapter(
             "head_dropout": config.head_dropout,
         }
         model = _build(config, backbone, **start, **head)
+        for name, weight in config.losses.items():
+            model.add_loss(LossTerm(name, NAMED_LOSSES[name], weight, config.loss_schedule))
         return Adapter(model, tokenizer, labels, rows.pairs is not None)
     targets = rows.targets is not None
     if config.metric in GENERATED_METRICS and not targets:

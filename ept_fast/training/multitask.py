@@ -121,6 +121,11 @@ class MultitaskModel(nn.Module):
         """The output of a task's model."""
         return self.models[task](**batch)
 
+    def set_loss_progress(self, progress: float) -> None:
+        """As of an EPTModel, for all tasks."""
+        for name in self.names:
+            self.of(name).set_loss_progress(progress)
+
     def parameter_groups(self, *rates: float) -> list[dict[str, Any]]:
         """The optimizer groups of all tasks, each parameter once; arguments as of an EPTModel."""
         merged: dict[str, dict[str, Any]] = {}

@@ -260,6 +260,7 @@ class PromptTrainer(Trainer):
         self.tokens += int(inputs["attention_mask"].sum())
         rows, width = inputs.get("pack_index", inputs["input_ids"]).shape
         self.positions += rows * (self.trained.prompt.config.num_virtual_tokens + width)
+        self.trained.set_loss_progress(self.state.global_step / self.state.max_steps)
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(value):

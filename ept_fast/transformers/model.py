@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ept_fast.config import PromptConfig, check_choice
+from ept_fast.losses.terms import LossInputs, LossTerm
+from ept_fast.precision import without_autocast
 from ept_fast.prompts.base import EPTOutput, prompt_class
 from ept_fast.prompts.embedding import check_width
 from ept_fast.prompts.initial import check_prototypes
@@ -29,6 +31,7 @@ from ept_fast.transformers.pretrained import PretrainedInterface
 from ept_fast.transformers.prototypes import layer_prototypes
 from ept_fast.transformers.quantised import allow_packing, prevent_packing
 from ept_fast.transformers.saving import AdapterFiles
+from ept_fast.transformers.states import PlainReader
 
 __all__ = ["EPTModel"]
 
@@ -85,6 +88,9 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
         self.backend = backend
         self.profile = Profile.of(model)
         self.disabled = False
+        self._plain = PlainReader(model)
+        self._loss_terms: list[LossTerm] = []
+        self._progress = torch.zeros(())  # of the training; a tensor, so that nothing recompiles
         if self._checkpointing.options is not None:
             self.gradient_checkpointing_enable(self._checkpointing.options)
 
@@ -104,6 +110,7 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
             ValueError: the layer has another width.
         """
         check_width(value, embedding_width(self.backbone))
+        self._plain.forget()
         self.backbone.set_input_embeddings(value)
         self._flags += [(p, p.requires_grad) for p in value.parameters()]
         self._modes += [(m, m.training) for m in value.modules()]
@@ -125,6 +132,7 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
         Returns:
             The embedding layer.
         """
+        self._plain.forget()
         before = dict(self.backbone.named_parameters())
         flags = {id(p): flag for p, flag in self._flags}
         modules = set(self.backbone.modules())
@@ -370,10 +378,13 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
                 models that go by columns.
         """
         task_ids = kwargs.pop("task_ids", None)
-        prompt = self.active_prompt
-        spliced = prompt(text.input_ids, text.inputs_embeds, text.attention_mask, task_ids)
+        states = self._plain_states(text)
+        spliced = self.splice(
+            text.input_ids, text.inputs_embeds, text.attention_mask, task_ids, states
+        )
         rows = Rows.of(spliced, text, self.prompt.config.num_virtual_tokens)
-        if compact and not prompt.equal_lengths:
+        rows = rows._replace(plain_states=states)
+        if compact and not self.active_prompt.equal_lengths:
             rows = rows.compacted()
         embeds, mask, ranks, kinds, *_ = rows
         inputs = self.profile.inputs(embeds, mask, ranks, token_type_ids=kinds, use_cache=False)
@@ -385,7 +396,80 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         task_ids: Tensor | None = None,
+        states: Tensor | None = None,
     ) -> EPTOutput:
-        """The active prompt before the text, as :meth:`ept_fast.FusedEPTPrompt.forward`."""
+        """The active prompt before the text, as :meth:`ept_fast.FusedEPTPrompt.forward`.
+
+        The text's ``states`` are computed if the prompt reads them and they are not given.
+        """
         prompt: Callable[..., EPTOutput] = self.active_prompt
-        return prompt(input_ids, inputs_embeds, attention_mask, task_ids)
+        if states is None:
+            states = self._plain_states(Text.of(input_ids, inputs_embeds, attention_mask, None))
+        return prompt(input_ids, inputs_embeds, attention_mask, task_ids, states)
+
+    def _plain_states(self, text: Text) -> Tensor | None:
+        """The text's states in the plain backbone, if the prompt reads them.
+
+        In training they are kept, unless layers of PEFT change them.
+        """
+        if not self.active_prompt.reads_states:
+            return None
+        return self._plain.states(text, keep=self.training and self.peft is None)
+
+    # Further terms of the loss
+
+    def add_loss(self, term: LossTerm) -> None:
+        """Add a term to the loss of every adapter, in training mode; it is not saved.
+
+        A prompt method has terms of its own (``Prompt.loss_terms``) without this.
+
+        Example:
+            >>> from ept_fast.losses.terms import LossTerm
+            >>> size = LossTerm("size", lambda inputs: inputs.prompt.square().mean(), 0.01)
+            >>> model.add_loss(size)  # doctest: +SKIP
+        """
+        if not isinstance(term, LossTerm):
+            raise TypeError(f"term: expected a LossTerm, got {type(term).__name__}")
+        self._loss_terms.append(term)
+
+    def set_loss_progress(self, progress: float) -> None:
+        """Say how far the training is, from 0 to 1, for terms whose weight falls.
+
+        ``ept_fast.training.trainer`` does so, and in the Trainer of ``transformers`` the callback
+        :class:`ept_fast.transformers.loss.LossProgress`.
+        """
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress: expected a number from 0 to 1, got {progress!r}")
+        self._progress = torch.tensor(float(progress))
+
+    @property
+    def loss_terms(self) -> tuple[LossTerm, ...]:
+        """What is added to the loss now: nothing in evaluation mode, and no term of weight 0."""
+        if not self.training:
+            return ()
+        terms = (*self.prompt.loss_terms(), *self._loss_terms)
+        return tuple(term for term in terms if term.weight)
+
+    def with_terms(self, loss: Tensor | None, rows: Rows, share: Any = None, **of_task: Any) -> Any:
+        """The task's loss and the weighted terms.
+
+        Args:
+            loss: the task's; None, and so is what is returned, without labels.
+            rows: what the backbone has read.
+            share: of the batch, in the whole step, if the loss is a part of it.
+            **of_task: fields of :class:`ept_fast.losses.terms.LossInputs`.
+        """
+        terms = self.loss_terms
+        if loss is None or not terms:
+            return loss
+        m, embeds = rows.num_virtual_tokens, rows.inputs_embeds
+        inputs = LossInputs(
+            prompt=embeds[:, :m],
+            embeds=embeds[:, m:],
+            attention_mask=rows.text.attention_mask,
+            plain_states=rows.plain_states,
+            **of_task,
+        )
+        with without_autocast(embeds.device):
+            added = sum(term(inputs, self._progress) for term in terms)
+        return loss + (added if share is None else added * share)

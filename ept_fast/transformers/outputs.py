@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput  # type: ignore[attr-defined]
 
-__all__ = ["keep_logits", "replace_fields", "token_loss"]
+from ept_fast.transformers.padding import IGNORED
+
+__all__ = ["keep_logits", "replace_fields", "share_of", "token_loss"]
 
 
 def replace_fields(output: ModelOutput, **fields: Any) -> Any:
@@ -36,3 +38,8 @@ def token_loss(logits: Tensor, labels: Tensor, num_items: Any = None) -> Tensor:
     reduction = "mean" if num_items is None else "sum"
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)
     return loss if num_items is None else loss / num_items
+
+
+def share_of(labels: Tensor, num_items: Any) -> Any:
+    """The part that a batch's labels are of ``num_items``; None if the batch is a whole step."""
+    return None if num_items is None else labels.ne(IGNORED).sum() / num_items

@@ -91,6 +91,9 @@ def packed_forward(
             raise ValueError(f"{given}: expected None beside pack_index, got a value")
     backbone, profile = model.backbone, model.profile
     check_constant("pack_index", model.prompt)
+    if labels is not None and model.loss_terms:
+        names = ", ".join(term.name for term in model.loss_terms)
+        raise ValueError(f"pack_index: expected no further terms of the loss, got {names}")
     embeds, _, ranks = model.splice(text.input_ids, attention_mask=text.attention_mask)
     m = model.prompt.config.num_virtual_tokens
     check_packing(backbone, profile, m + text.length)

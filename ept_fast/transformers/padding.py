@@ -144,6 +144,7 @@ class Rows(NamedTuple):
         text: what stands behind the prompt.
         num_virtual_tokens: m.
         order: ``[B, m + S]``, the column that each token comes from; None if not moved.
+        plain_states: ``[B, S, h]``, of the text without the prompt, if the prompt has read them.
     """
 
     inputs_embeds: Tensor
@@ -153,6 +154,7 @@ class Rows(NamedTuple):
     text: Text
     num_virtual_tokens: int
     order: Tensor | None = None
+    plain_states: Tensor | None = None
 
     @classmethod
     def of(cls, spliced: Any, text: Text, num_virtual_tokens: int) -> Rows:

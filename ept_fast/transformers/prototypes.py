@@ -12,6 +12,7 @@ from ept_fast.prompts.initial import padded, token_rows
 from ept_fast.prompts.prototypes import collect_prototypes
 from ept_fast.transformers.backbone import Profile
 from ept_fast.transformers.padding import ranks_of
+from ept_fast.transformers.states import reader_of
 
 __all__ = ["layer_prototypes"]
 
@@ -47,10 +48,7 @@ def layer_prototypes(
     Raises:
         ValueError: texts that do not fit, no such layer, or states of another width.
     """
-    if getattr(backbone.config, "is_encoder_decoder", False):
-        reader = backbone.get_encoder()
-    else:
-        reader = getattr(backbone, "base_model", backbone)
+    reader = reader_of(backbone)
     profile = Profile.of(reader)
     most = min(config.max_length, profile.table_limit(0) or config.max_length)
     cut = {"truncation": True, "max_length": most} if most < PromptConfig.max_length else {}

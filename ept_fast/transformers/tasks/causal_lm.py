@@ -10,7 +10,7 @@ from torch import Tensor
 from ept_fast.transformers.backbone import cache_of
 from ept_fast.transformers.generation import generate_causal
 from ept_fast.transformers.model import EPTModel
-from ept_fast.transformers.outputs import keep_logits, replace_fields, token_loss
+from ept_fast.transformers.outputs import keep_logits, replace_fields, share_of, token_loss
 from ept_fast.transformers.packing import packed_forward
 from ept_fast.transformers.padding import IGNORED, Text, mark_layout, next_labels, predictors
 from ept_fast.transformers.prefix_cache import PrefixCache, prefix_forward
@@ -49,13 +49,15 @@ class EPTModelForCausalLM(EPTModel):
             number = min(kept, length) if few else length + 1
             if isinstance(number, int):  # models read a symbol of torch.export as a column
                 kwargs["logits_to_keep"] = number
-        _, inputs = self.rows(text, kwargs, compact=False)
+        rows, inputs = self.rows(text, kwargs, compact=False)
         output = self.backbone(**inputs)
         logits, loss = output.logits, None
         if labels is not None:
             targets = next_labels(text.compact(labels), text.attention_mask)
             before = logits.shape[1] - targets.shape[1]
             loss = token_loss(logits, F.pad(targets, (before, 0), value=IGNORED), num_items)
+            share = share_of(targets, num_items)
+            loss = self.with_terms(loss, rows, share, logits=logits, labels=labels)
         cache = cache_of(output)
         if cache is not None:  # use_cache=True was given
             mark_layout(cache, text.layout)

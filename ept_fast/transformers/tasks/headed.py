@@ -115,6 +115,16 @@ class HeadedModel(EPTModel):
         for name, module in modules.items():
             setattr(self.backbone, name, module)
 
+    @property
+    def class_weights(self) -> Tensor | None:
+        """The weights that make the logits, ``[C, h]``, of the head's last linear layer."""
+        if self.description.head == "linear":
+            return self.head.weight  # type: ignore[union-attr, return-value]
+        modules = [getattr(self.backbone, name) for name in self.base_head]
+        layers = [m for each in modules for m in each.modules() if isinstance(m, nn.Linear)]
+        trained = [layer for layer in layers if layer.weight.requires_grad]  # PEFT's copies, too
+        return (trained or layers)[-1].weight if layers else None
+
     def linear(self, values: Tensor) -> Tensor:
         """Logits of a linear head in float32, from the encoder's values ``[..., h]``."""
         head: Any = self.head

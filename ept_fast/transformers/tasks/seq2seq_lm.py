@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ept_fast.transformers.generation import generate_seq2seq
 from ept_fast.transformers.model import EPTModel
-from ept_fast.transformers.outputs import replace_fields, token_loss
+from ept_fast.transformers.outputs import replace_fields, share_of, token_loss
 from ept_fast.transformers.padding import Text
 
 __all__ = ["EPTModelForSeq2SeqLM"]
@@ -33,7 +33,11 @@ class EPTModelForSeq2SeqLM(EPTModel):
             else:
                 kwargs["decoder_input_ids"] = prepare(labels=labels)
         # Encoders of this kind count positions by column.
-        _, inputs = self.rows(text.compacted(), kwargs)
+        rows, inputs = self.rows(text.compacted(), kwargs)
         output = self.backbone(**inputs)
-        loss = None if labels is None else token_loss(output.logits, labels, num_items)
+        loss = None
+        if labels is not None:
+            loss = token_loss(output.logits, labels, num_items)
+            share = share_of(labels, num_items)
+            loss = self.with_terms(loss, rows, share, logits=output.logits, labels=labels)
         return replace_fields(output, loss=loss)

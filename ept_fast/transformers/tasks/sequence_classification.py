@@ -40,29 +40,42 @@ class EPTModelForSequenceClassification(HeadedModel):
     def run(self, text: Text, labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
         num_items = kwargs.pop("num_items_in_batch", None)
         rows, inputs = self.rows(text.compacted(), kwargs)
+        pooled = None
         if self.description.head == "linear":
             output = self.encoder(**inputs)
-            logits = self.linear(self._pool(output, rows))
+            pooled = self._pool(output, rows)
+            logits = self.linear(pooled)
         elif "score" in self.base_head:
             # A decoder's own forward would take the last column, padded or not.
             output = self.encoder(**inputs)
             score: Any = self.backbone.score
-            logits = score(rows.pooled(output.last_hidden_state, "last")).float()
+            pooled = rows.pooled(output.last_hidden_state, "last")
+            logits = score(pooled).float()
+        elif labels is not None and self.loss_terms:
+            output = self.backbone(**{**inputs, "output_hidden_states": True})
+            pooled = rows.pooled(output.hidden_states[-1], "mean")
+            logits = output.logits
         else:
             output = self.backbone(**inputs)
             logits = output.logits
-        loss = None if labels is None else self._loss(logits, labels, num_items)
+        loss = None
+        if labels is not None:
+            loss = self.with_terms(
+                self._mean_loss(logits, labels),
+                rows,
+                logits=logits,
+                labels=labels,
+                pooled=pooled,
+                class_weights=self.class_weights,
+            )
+            if num_items is not None:  # the batch is part of a larger one
+                loss = loss * labels.ne(IGNORED).sum() / num_items
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
             hidden_states=getattr(output, "hidden_states", None),
             attentions=getattr(output, "attentions", None),
         )
-
-    def _loss(self, logits: Tensor, labels: Tensor, num_items: Any) -> Tensor:
-        """The mean over the labels; with ``num_items`` their sum divided by it."""
-        mean = self._mean_loss(logits, labels)
-        return mean if num_items is None else mean * labels.ne(IGNORED).sum() / num_items
 
     def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """By the kind of labels, as the model's config says or its head's width."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from ept_fast.transformers.outputs import token_loss
+from ept_fast.transformers.outputs import share_of, token_loss
 from ept_fast.transformers.padding import Text
 from ept_fast.transformers.tasks.headed import HeadedModel
 
@@ -30,8 +30,13 @@ class EPTModelForTokenClassification(HeadedModel):
             output = self.backbone(**inputs)
             logits = rows.of_text(output.logits)
         logits = text.restore(logits)
+        loss = None
+        if labels is not None:
+            loss = token_loss(logits, labels, num_items)
+            share = share_of(labels, num_items)
+            loss = self.with_terms(loss, rows, share, logits=logits, labels=labels)
         return TokenClassifierOutput(
-            loss=None if labels is None else token_loss(logits, labels, num_items),
+            loss=loss,
             logits=logits,
             hidden_states=getattr(output, "hidden_states", None),
             attentions=getattr(output, "attentions", None),

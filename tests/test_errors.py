@@ -16,6 +16,7 @@ from torch import Tensor, ones
 from ept_fast import EPTConfig, reconstruct_prompt, splice_prompt
 from ept_fast.ops import dispatch
 from ept_fast.ops.types import Parameters
+from ept_fast.prompts.instance import InstanceConfig
 
 DOCS = Path(__file__).parent.parent / "docs" / "errors.md"
 
@@ -58,6 +59,7 @@ CALLS: dict[Callable[..., object], dict[str, Any]] = {
     reconstruct_prompt: RECONSTRUCT,
     splice_prompt: SPLICE,
     EPTConfig: {"hidden_size": D, "rank": 2},
+    InstanceConfig: {"hidden_size": D, "table_rank": 2},
 }
 
 
@@ -286,6 +288,12 @@ MISTAKES = tuple(Mistake(*row) for row in (
      "max_length: expected an integer, got float 8.0", {"max_length": 8.0}),
     ("config: unknown activation", EPTConfig, ValueError,
      f"activation: expected one of {ACTIVATIONS}, got 'swish'", {"activation": "swish"}),
+    ("config: a table of no rows", InstanceConfig, ValueError,
+     "table_size: expected an integer >= 1, got 0", {"table_size": 0}),
+    ("config: a table's rank beyond the width", InstanceConfig, ValueError,
+     "table_rank: expected at most hidden_size 5, got 6", {"table_rank": 6}),
+    ("config: unknown generator", InstanceConfig, ValueError,
+     "generator: expected one of none, cnn, mlp, got 'rnn'", {"generator": "rnn"}),
 ))
 # fmt: on
 

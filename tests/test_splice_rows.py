@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ept_fast import splice_prompt
 from ept_fast.backends import triton
-from ept_fast.kernels.splice.config import gather_options
 from ept_fast.ops.types import SpliceInputs
 from tests.cases import LAYOUTS, PADDINGS, TYPES, Case, Sizes, laid_out, make_case, run
 from tests.parity import (
@@ -233,32 +232,6 @@ def test_compiles_into_one_graph(backend: str) -> None:
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name])
     torch.testing.assert_close(out, case.both(backend))
-
-
-@needs_interpreter
-def test_nothing_of_the_prompts_size_is_made_and_each_gradient_is_read_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from tests.test_triton import _Counted, _Traffic
-
-    case = make(Sizes(m=20, n=9, r=2, d=300, batch=3, length=9), 4, offset=False, padding="none")
-    traffic = _Traffic(monkeypatch)
-    inputs = case.given()
-    out, kept = triton.splice_forward(inputs, 0.4)
-    assert sum(tensor.numel() for tensor in kept) == 0
-    assert (traffic.of(out, traffic.stores) == 1).all()
-    traffic.loads.clear()
-    grad = torch.randn_like(out)
-    (d_prompt, *_) = triton.splice_backward(grad, inputs, kept, 0.4, True, False)
-    assert (traffic.of(d_prompt, traffic.stores) == 1).all()
-    read = torch.from_numpy(traffic.of(grad, traffic.loads)).reshape(grad.shape)
-    there = F.pad(case.prompt_rows >= 0, (0, 9)).unsqueeze(-1)
-    assert torch.equal(read, there.expand(grad.shape).long())
-    counted = _Counted(monkeypatch)
-    triton.splice_forward(inputs, 0.4)
-    triton.splice_backward(grad, inputs, kept, 0.4, True, False)
-    assert counted.names == ["splice_forward_kernel", "splice_gather_backward_kernel"]
-    assert gather_options(300)["BLOCK_D"] < 300  # more than one block of channels
 
 
 @needs_interpreter

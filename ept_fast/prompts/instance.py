@@ -158,10 +158,15 @@ class InstancePrompt(Prompt):
         if table is None or self.config.generator != "none":
             return super().put_before(text, seen, places)
         check_whole({"embedding.weight": text.weight})
-        rows = self._rows(text, seen)
-        given = self._spliced(text._replace(task_ids=None))
-        every = table.flatten(0, -2)  # of all tasks
-        return splice_prompt(every, **given, prompt_rows=rows, backend=self.backend)
+        return splice_prompt(
+            table.flatten(0, -2),  # of all tasks
+            input_ids=text.input_ids,
+            weight=text.weight,
+            inputs_embeds=text.inputs_embeds,
+            attention_mask=text.attention_mask,
+            prompt_rows=self._rows(text, seen),
+            backend=self.backend,
+        )
 
     def _rows(self, text: Text, seen: Seen) -> Tensor:
         """The rows that each text's first m real tokens have in the table, ``[B, m]``; then -1.

@@ -385,7 +385,7 @@ class Splice:
     """One call of operation 2 and its backward.
 
     ``types``: of the embeddings and the parameters; ``places``: with the mask and the positions
-    that a module's call has.
+    that a module's call has; ``gathered``: each row's prompt from rows that it names.
     """
 
     shape: Shape
@@ -395,13 +395,14 @@ class Splice:
     offset: bool = True
     need_prompt: bool = True
     places: bool = False
+    gathered: bool = False
 
     @property
     def label(self) -> str:
         return "/".join(self.types)
 
     def run(self) -> None:
-        from ept_fast.backends.triton.calls import path_forward, splice_backward
+        from ept_fast.backends.triton.calls import path_forward, splice_backward, splice_forward
 
         s, t, d = self.shape, self.shape.tasks or 1, self.shape.hidden_size
         embeddings, parameters = (FLOATS[name] for name in self.types)
@@ -423,8 +424,13 @@ class Splice:
             inputs = inputs._replace(attention_mask=torch.ones(text, dtype=self.mask))
         if s.tasks:
             inputs = inputs._replace(task_ids=torch.zeros(s.batch, dtype=torch.int64))
-        given = (*inputs.parts(), fused.splice_flags(0.5), False)
-        out, *kept = path_forward(*given, places=[] if self.places else None)
+        if self.gathered:
+            rows = torch.zeros(s.batch, s.num_virtual_tokens, dtype=torch.int64)
+            inputs = inputs._replace(prompt_rows=rows)
+            out, kept = splice_forward(inputs, 0.5)
+        else:
+            given = (*inputs.parts(), fused.splice_flags(0.5), False)
+            out, *kept = path_forward(*given, places=[] if self.places else None)
         splice_backward(torch.empty_like(out), inputs, kept, 0.5, self.need_prompt, self.offset)
 
 
@@ -457,6 +463,7 @@ def cases() -> list[Case]:
         replace(splice, ids=None, mask=torch.bool),
         replace(splice, offset=False),
         replace(splice, need_prompt=False),
+        replace(splice, gathered=True),
     ]
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "check_reconstruct",
     "check_splice",
     "check_splice_values",
+    "check_task_ids",
     "check_text",
     "check_token_ids",
     "constant",
@@ -162,12 +163,21 @@ def check_input_ids(input_ids: object, device: torch.device | None) -> Tensor:
 
 def check_splice(inputs: SpliceInputs, scaling: float) -> None:
     """Raise TypeError or ValueError unless operation 2 is defined for these types and shapes."""
-    prompt, input_ids, weight, inputs_embeds, offset_a, _, attention_mask, task_ids = inputs
+    prompt, input_ids, weight, inputs_embeds, offset_a, _, attention_mask, task_ids, rows = inputs
     lead, width = _check_prompt("prompt", prompt)
+    if rows is not None and lead:
+        raise ValueError(
+            f"prompt: expected shape [R, d] beside prompt_rows, got {list(prompt.shape)}"
+        )
     check_number("scaling", scaling)
     _check_offset(inputs, lead, width, prompt.device, f"prompt {list(prompt.shape)}")
     text = Text(input_ids, weight, inputs_embeds, attention_mask, task_ids)
     check_text(text, "prompt", prompt, offset_a)
+    if rows is not None:
+        shape = inputs.text.shape
+        name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+        rows = _check_tensor("prompt_rows", rows, _IDS, prompt.device)
+        _check_shape("prompt_rows", rows, (shape[0], "m"), f" to match {name} {list(shape)}")
 
 
 def check_text(text: Text, name: str, prompt: Tensor, offset_a: Tensor | None) -> None:
@@ -232,6 +242,15 @@ def check_token_ids(input_ids: Tensor, vocabulary: int) -> None:
         )
 
 
+def check_task_ids(task_ids: Tensor, num_tasks: int) -> None:
+    """Raise IndexError unless every id is one of the bank's."""
+    if _outside(task_ids, num_tasks):
+        (row,) = _first((task_ids < 0) | (task_ids >= num_tasks))
+        raise IndexError(
+            f"task_ids: expected {_ids_below(num_tasks)}, got {int(task_ids[row])} at row {row}"
+        )
+
+
 def check_splice_values(inputs: SpliceInputs) -> None:
     """Raise IndexError for ids out of range, ValueError for a mask with values other than 0 and 1.
 
@@ -251,10 +270,14 @@ def check_splice_values(inputs: SpliceInputs) -> None:
             f"attention_mask: expected only 0 and 1, "
             f"got {int(attention_mask[row, column])} at row {row}, column {column}"
         )
-    if task_ids is not None and _outside(task_ids, num_tasks):
-        (row,) = _first((task_ids < 0) | (task_ids >= num_tasks))
+    if task_ids is not None:
+        check_task_ids(task_ids, num_tasks)
+    rows, count = inputs.prompt_rows, inputs.prompt.shape[-2]
+    if rows is not None and _outside(rows + 1, count + 1):
+        row, token = _first((rows < -1) | (rows >= count))
         raise IndexError(
-            f"task_ids: expected {_ids_below(num_tasks)}, got {int(task_ids[row])} at row {row}"
+            f"prompt_rows: expected -1 or {_ids_below(count)}, "
+            f"got {int(rows[row, token])} at row {row}, token {token}"
         )
 
 

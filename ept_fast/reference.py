@@ -96,6 +96,7 @@ def splice_prompt(
     scaling: float = 1.0,
     attention_mask: Tensor | None = None,
     task_ids: Tensor | None = None,
+    prompt_rows: Tensor | None = None,
 ) -> Tensor:
     """Operation 2 of METHOD: the prompt before the text, the offset onto the text's real tokens.
 
@@ -109,6 +110,8 @@ def splice_prompt(
         scaling: c, the factor of A·B.
         attention_mask: ``[B, S]`` of 0 and 1; ones by default.
         task_ids: ``[B]`` integers, the prompt of each row.
+        prompt_rows: ``[B, m]`` integers: the prompt is ``[R, d]``, and row b has its row
+            ``prompt_rows[b, j]`` for token j, or zeros for -1.
 
     Returns:
         ``[B, m + S, d]`` in the type of the embeddings.
@@ -135,7 +138,10 @@ def splice_prompt(
             else:
                 offset = delta[task_ids.long().unsqueeze(-1), position]
             text = torch.where(mask.unsqueeze(-1), text + offset, text)
-        if task_ids is None:
+        if prompt_rows is not None:
+            zeros = prompt.new_zeros(1, prompt.shape[-1])
+            head = torch.cat([prompt, zeros]).to(dtype)[prompt_rows.long()]  # -1 is the last
+        elif task_ids is None:
             head = prompt.to(dtype).expand(batch, *prompt.shape)
         else:
             head = prompt.to(dtype)[task_ids.long()]

@@ -365,7 +365,7 @@ def splice_forward(
     inputs: SpliceInputs, scaling: float, shift: int = 0
 ) -> tuple[Tensor, list[Tensor]]:
     """``shift``: elements that the output starts past a multiple of 16 bytes."""
-    prompt, input_ids, _, inputs_embeds, offset_a, offset_b, attention_mask, task_ids = inputs
+    prompt, input_ids, _, inputs_embeds, offset_a, offset_b, attention_mask, task_ids, _ = inputs
     text, source = inputs.text, inputs.source
     batch, length = text.shape[:2]
     tasks, m, width = prompt.shape
@@ -402,7 +402,7 @@ def splice_backward(
     need_prompt: bool,
     need_offset: bool,
 ) -> SpliceGrads:
-    prompt, _, _, _, offset_a, offset_b, attention_mask, task_ids = inputs
+    prompt, _, _, _, offset_a, offset_b, attention_mask, task_ids, _ = inputs
     batch, total, width = grad.shape
     tasks, m, _ = prompt.shape
     memory = Memory()

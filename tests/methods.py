@@ -268,6 +268,41 @@ def _stable(t: Arrays, c: Any, text: Given) -> Array:
     return out
 
 
+def _read(t: Arrays, c: Any, text: Given) -> Array:
+    table = t["table"] if "table" in t else t["table_codes"] @ t["table_basis"]
+    rows = np.zeros((c.num_virtual_tokens, c.hidden_size))
+    for j, token in enumerate(text.ids[: c.num_virtual_tokens]):
+        rows[j] = table[token % c.table_size]
+    return rows
+
+
+def _expanded(made: Array, t: Arrays) -> Array:
+    prompt = t["up_bias"].copy()
+    for value, each in zip(made, t["up_weight"], strict=True):
+        prompt += value * each
+    return prompt
+
+
+def _instance_cnn(t: Arrays, c: Any, text: Given) -> Array:
+    rows = _read(t, c, text)[: len(text.ids)]
+    made, first = [], 0
+    for bias, height in zip(t["filter_bias"], (3, 4, 5), strict=True):
+        weight = t["filter_weight"][first : first + height]
+        first += height
+        short = np.zeros((max(0, height - len(rows)), c.hidden_size))
+        seen = np.concatenate([rows, short])
+        starts = range(len(seen) - height + 1)
+        values = [float((seen[s : s + height] * weight).sum() + bias) for s in starts]
+        made.append(max(max(values), 0.0))
+    return _expanded(np.array(made), t)
+
+
+def _instance_mlp(t: Arrays, c: Any, text: Given) -> Array:
+    rows = _read(t, c, text)[: len(text.ids)]
+    mean = rows.sum(0) / max(1, len(rows))
+    return _expanded(np.maximum(mean @ t["down_weight"] + t["down_bias"], 0), t)
+
+
 ROWS: dict[str, Row] = {
     "ept": Row("ept", _ept, {"rank": 0}, offset={"rank": 2, "max_length": 9}),
     "lamp": Row("lamp", _lamp, {"prompt_rank": 4, "window": 2}),
@@ -321,6 +356,20 @@ ROWS: dict[str, Row] = {
     ),
     "stable": Row(
         "stable", _stable, {"num_heads": 2, "head_dim": 3, "mlp_dim": 4}, reads_text=True
+    ),
+    "instance": Row("instance", _read, {"table_size": 7, "table_rank": 2}, reads_text=True),
+    "instance, dense": Row("instance", _read, {"table_size": 7, "table_rank": 0}, reads_text=True),
+    "instance, cnn": Row(
+        "instance",
+        _instance_cnn,
+        {"table_size": 7, "table_rank": 2, "generator": "cnn"},
+        reads_text=True,
+    ),
+    "instance, mlp": Row(
+        "instance",
+        _instance_mlp,
+        {"table_size": 7, "table_rank": 2, "generator": "mlp", "bottleneck": 3},
+        reads_text=True,
     ),
     "toy": Row("toy", _toy),
 }

@@ -185,6 +185,12 @@ def test_the_largest_that_is_served(machine: Machine) -> None:
     assert cuda.supports(SpliceInputs(OnGpu((513, 8)))) == (True, "fused kernels")  # type: ignore[arg-type]
 
 
+def test_rows_are_gathered_by_other_backends(machine: Machine) -> None:
+    given: Any = SpliceInputs(OnGpu((4, 8)), prompt_rows=OnGpu((2, 3), torch.int64))  # type: ignore[arg-type]
+    assert cuda.supports(given) == (False, "prompt_rows, which these kernels do not gather")
+    assert triton.supports(given) == (True, "fused kernels")
+
+
 @pytest.mark.parametrize(
     "change", [{}, {"short_prompt": OnGpu((513, 8))}, {"offset_a": OnGpu((16, 257))}]
 )

@@ -16,6 +16,7 @@ from torch import Tensor, ones
 from ept_fast import EPTConfig, reconstruct_prompt, splice_prompt
 from ept_fast.ops import dispatch
 from ept_fast.ops.types import Parameters
+from ept_fast.prompts.instance import InstanceConfig
 
 DOCS = Path(__file__).parent.parent / "docs" / "errors.md"
 
@@ -58,6 +59,7 @@ CALLS: dict[Callable[..., object], dict[str, Any]] = {
     reconstruct_prompt: RECONSTRUCT,
     splice_prompt: SPLICE,
     EPTConfig: {"hidden_size": D, "rank": 2},
+    InstanceConfig: {"hidden_size": D, "table_rank": 2},
 }
 
 
@@ -84,6 +86,7 @@ PROMPT = "expected shape [m, d] or [T, m, d] with d >= 1"
 LONG = "expected at most max_length 7 text positions (the rows of offset_a), got 8"
 NAN, INF = float("nan"), float("inf")
 IDS = torch.zeros(B, S, dtype=torch.int64)
+ROWS: dict[str, Any] = {"prompt_rows": IDS}
 
 # fmt: off
 MISTAKES = tuple(Mistake(*row) for row in (
@@ -110,6 +113,8 @@ MISTAKES = tuple(Mistake(*row) for row in (
      f"attention_mask: expected dtype {MASKS}, got torch.float32", {"attention_mask": ones(B, S)}),
     ("floating task ids", SPLIT, TypeError,
      f"task_ids: expected dtype {INTS}, got torch.float32", {**BANK, "task_ids": ones(B)}),
+    ("floating prompt_rows", SPLIT, TypeError,
+     f"prompt_rows: expected dtype {INTS}, got torch.float32", {"prompt_rows": ones(B, 2)}),
     ("scaling of another type", RECON, TypeError, "scaling: expected a real number, got str '1'",
      {"scaling": "1"}),
     ("fusion of another type", RECON, TypeError, "fusion: expected a bool, got int 1",
@@ -171,7 +176,20 @@ MISTAKES = tuple(Mistake(*row) for row in (
     ("task ids for another batch", SPLIT, ValueError,
      "task_ids: expected shape [4] to match input_ids [4, 6], got [5]",
      {**BANK, "task_ids": torch.zeros(5, dtype=torch.int64)}),
+    ("a bank beside prompt_rows", SPLIT, ValueError,
+     "prompt: expected shape [R, d] beside prompt_rows, got [2, 3, 5]", {**BANK, **ROWS}),
+    ("task ids beside prompt_rows", SPLIT, ValueError,
+     "task_ids: expected None beside a single prompt [3, 5], got a tensor",
+     {**ROWS, "task_ids": IDS[:, 0]}),
+    ("prompt_rows for another batch", SPLIT, ValueError,
+     "prompt_rows: expected shape [4, m] to match input_ids [4, 6], got [3, 6]",
+     {"prompt_rows": IDS[:3]}),
+    ("prompt_rows for other embeddings", SPLIT, ValueError,
+     "prompt_rows: expected shape [4, m] to match inputs_embeds [4, 6, 5], got [4]",
+     {**EMBEDS, "prompt_rows": IDS[:, 0]}),
     # devices
+    ("prompt_rows on another device", SPLIT, ValueError,
+     "prompt_rows: expected device cpu, got meta", {"prompt_rows": IDS.to("meta")}),
     *((f"{name} on another device", call, ValueError, f"{name}: expected device cpu, got meta",
        {name: CALLS[call][name].to("meta")})
       for call in (RECON, SPLIT) for name in list(CALLS[call])[1:]),
@@ -236,6 +254,12 @@ MISTAKES = tuple(Mistake(*row) for row in (
      {**BANK, "task_ids": torch.tensor([0, 1, 1, 2])}),
     ("negative task id", SPLIT, IndexError, "task_ids: expected ids from 0 to 1, got -1 at row 0",
      {**BANK, "task_ids": torch.tensor([-1, 1, 1, 1])}),
+    ("row beyond the prompt's", SPLIT, IndexError,
+     "prompt_rows: expected -1 or ids from 0 to 2, got 3 at row 2, token 1",
+     {"prompt_rows": _with(IDS, M, 2, 1)}),
+    ("row before -1", SPLIT, IndexError,
+     "prompt_rows: expected -1 or ids from 0 to 2, got -2 at row 0, token 5",
+     {"prompt_rows": _with(IDS, -2, 0, 5)}),
     *((f"temperature {name}", RECON, ValueError,
        f"temperature: expected a finite number > 0, got {value}", {"temperature": value})
       for name, value in (("nan", NAN), ("infinite", INF), ("zero", 0.0))),
@@ -264,6 +288,12 @@ MISTAKES = tuple(Mistake(*row) for row in (
      "max_length: expected an integer, got float 8.0", {"max_length": 8.0}),
     ("config: unknown activation", EPTConfig, ValueError,
      f"activation: expected one of {ACTIVATIONS}, got 'swish'", {"activation": "swish"}),
+    ("config: a table of no rows", InstanceConfig, ValueError,
+     "table_size: expected an integer >= 1, got 0", {"table_size": 0}),
+    ("config: a table's rank beyond the width", InstanceConfig, ValueError,
+     "table_rank: expected at most hidden_size 5, got 6", {"table_rank": 6}),
+    ("config: unknown generator", InstanceConfig, ValueError,
+     "generator: expected one of none, cnn, mlp, got 'rnn'", {"generator": "rnn"}),
 ))
 # fmt: on
 
@@ -299,6 +329,7 @@ def test_the_right_arguments_pass() -> None:
     reconstruct_prompt(ones(M, D), **single, **one)
     splice_prompt(**SPLICE)
     splice_prompt(**{**SPLICE, **EMBEDS})
+    splice_prompt(**SPLICE, **ROWS)
     splice_prompt(**{**SPLICE, **BANK}, task_ids=torch.tensor([0, 1, 1, 0]))
 
 

@@ -21,6 +21,7 @@ from ept_fast import EPTConfig
 from ept_fast.config import PromptConfig
 from ept_fast.prompts.accept import ACCEPTConfig
 from ept_fast.prompts.base import Prompt, prompt_class
+from ept_fast.prompts.instance import InstanceConfig
 from ept_fast.prompts.lamp import LAMPConfig
 from ept_fast.prompts.mixture import MixtureConfig, MixturePrompt
 from ept_fast.prompts.residual import ResidualConfig
@@ -167,30 +168,49 @@ def _with_gates(skills: MixturePrompt, logits: Tensor) -> MixturePrompt:
     return prompt  # type: ignore[no-any-return]
 
 
-def test_attention_gives_texts_of_one_task_different_prompts() -> None:
-    """The label is which of two words a text has, which the frozen readout cannot see.
+def learnt(config: PromptConfig, ids: Tensor, labels: Tensor) -> float:
+    """What share of the second half of the texts a prompt gets right, trained on the first.
 
-    A prompt that is the same before every text moves all logits alike, so it is right for one half.
+    The frozen readout cannot see the texts. A prompt that is the same before every text moves all
+    logits alike, so it is right for one half of them.
     """
     torch.manual_seed(0)
     layer = nn.Embedding(WORDS, D).requires_grad_(False)
     readout = torch.zeros(D)
     readout[0] = 1.0
     layer.weight[:, 0] = 0.0
-    ids = texts(64, seeded(1)).clamp_min(2)
-    labels = torch.arange(64) % 2
+    prompt = prompt_class(config)(config, layer, generator=seeded(0))
+    optimizer = torch.optim.Adam(prompt.parameter_groups(0.05, 0.05, 0.05))
+    (seen, wanted), (unseen, truth) = zip(ids.chunk(2), labels.chunk(2), strict=True)
+    for _ in range(200):
+        logits = prompt(seen).inputs_embeds.mean(1) @ readout
+        optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(logits, wanted.float()).backward()
+        optimizer.step()
+    logits = prompt.eval()(unseen).inputs_embeds.mean(1) @ readout
+    return float(((logits > 0) == (truth == 1)).float().mean())
+
+
+def test_attention_gives_texts_of_one_task_different_prompts() -> None:
+    """The label is which of two words a text has."""
+    ids = texts(128, seeded(1)).clamp_min(2)
+    labels = torch.arange(128) % 2
     ids[:, 3] = labels
+    assert learnt(EPTConfig(D, 4, rank=0, num_spaces=0), ids, labels) == 0.5
+    config = MixtureConfig(D, 4, num_modules=2, gates="attention", query_dim=8)
+    assert learnt(config, ids, labels) > 0.95
 
-    def trained(config: PromptConfig) -> float:
-        prompt = prompt_class(config)(config, layer, generator=seeded(0))
-        optimizer = torch.optim.Adam(prompt.parameter_groups(0.05, 0.05, 0.05))
-        for _ in range(200):
-            logits = prompt(ids).inputs_embeds.mean(1) @ readout
-            optimizer.zero_grad()
-            F.binary_cross_entropy_with_logits(logits, labels.float()).backward()
-            optimizer.step()
-        logits = prompt.eval()(ids).inputs_embeds.mean(1) @ readout
-        return float(((logits > 0) == (labels == 1)).float().mean())
 
-    assert trained(EPTConfig(D, 4, rank=0, num_spaces=0)) == 0.5
-    assert trained(MixtureConfig(D, 4, num_modules=2, gates="attention", query_dim=8)) > 0.95
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"table_rank": 0}, {"generator": "cnn"}, {"generator": "mlp", "bottleneck": 8}],
+    ids=["factored", "dense", "cnn", "mlp"],
+)
+def test_a_table_learns_what_each_word_stands_for(choices: dict[str, Any]) -> None:
+    """The label is what a text's second word stands for, one of ten that nothing else tells of."""
+    ids = texts(400, seeded(1)).clamp_min(10)
+    labels = torch.arange(400) % 2
+    ids[:, 1] = torch.randint(5, (400,), generator=seeded(2)) * 2 + labels
+    assert learnt(EPTConfig(D, 4, rank=0, num_spaces=0), ids, labels) == 0.5
+    config = InstanceConfig(D, 2, **{"table_size": WORDS, "table_rank": 8, **choices})
+    assert learnt(config, ids, labels) > 0.95

@@ -303,6 +303,13 @@ BAD = {
         ({"offset_size": 2}, "offset_size: expected at most .* = 1, got 2"),
         ({"max_length": 0}, "max_length: expected an integer >= 1, got 0"),
     ],
+    "instance": [
+        ({"table_size": 0}, "table_size: expected an integer >= 1, got 0"),
+        ({"table_rank": -1}, "table_rank: expected an integer >= 0, got -1"),
+        ({"table_rank": 9}, "table_rank: expected at most hidden_size 8, got 9"),
+        ({"generator": "rnn"}, "generator: expected one of none, cnn, mlp, got 'rnn'"),
+        ({"bottleneck": 0}, "bottleneck: expected an integer >= 1, got 0"),
+    ],
 }
 
 

@@ -16,7 +16,7 @@ from ept_fast import EPTConfig, EPTOutput, FusedEPTPrompt
 from ept_fast.backends import triton
 from ept_fast.backends.triton import launch, runtime
 from ept_fast.kernels.reconstruct import config as reconstruct_config
-from ept_fast.kernels.splice.config import backward_config, forward_config
+from ept_fast.kernels.splice.config import backward_config, forward_config, gather_options
 from ept_fast.ops import path
 from ept_fast.ops.types import Flags, Parameters, SpliceInputs
 from tests.cases import (
@@ -150,6 +150,33 @@ def test_one_product_for_each_tile(
     starts = range(0, 6, config.rows)  # of programs, in the rows sorted by task
     runs = [{slot // 3 for slot in range(i, min(i + config.rows, 6))} for i in starts]
     assert dots == 3 * tiles * (sum(map(len, runs)) if tasks else len(starts))
+
+
+@over(TRITON)
+def test_gathered_rows_move_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of their size is made: they are read where they are written, and their gradients from
+    the output's, each once, in one launch each way.
+    """
+    sizes = Sizes(m=4, d=300, batch=3, length=9)
+    case = make_case(sizes, offset=False, padding="none", dtype=torch.float32)
+    rows = torch.randint(-1, 4, (3, 20), generator=torch.Generator().manual_seed(1))
+    inputs = case.inputs(prompt_rows=rows)
+    assert gather_options(300)["BLOCK_D"] < 300  # more than one block of channels
+    traffic = _Traffic(monkeypatch)
+    out, kept = triton.splice_forward(inputs, 0.5)
+    assert sum(tensor.numel() for tensor in kept) == 0
+    assert (traffic.of(out, traffic.stores) == 1).all()
+    traffic.loads.clear()
+    grad = torch.randn_like(out)
+    d_prompt = triton.splice_backward(grad, inputs, kept, 0.5, True, False).prompt
+    assert (traffic.of(d_prompt, traffic.stores) == 1).all()
+    read = torch.from_numpy(traffic.of(grad, traffic.loads)).reshape(grad.shape)
+    named = torch.nn.functional.pad(rows >= 0, (0, 9)).unsqueeze(-1)
+    assert torch.equal(read, named.expand(grad.shape).long())
+    counted = _Counted(monkeypatch)
+    triton.splice_forward(inputs, 0.5)
+    triton.splice_backward(grad, inputs, kept, 0.5, True, False)
+    assert counted.names == ["splice_forward_kernel", "splice_gather_backward_kernel"]
 
 
 @pytest.mark.slow

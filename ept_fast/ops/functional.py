@@ -154,6 +154,7 @@ def splice_prompt(
     scaling: float = 1.0,
     attention_mask: Tensor | None = None,
     task_ids: Tensor | None = None,
+    prompt_rows: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Put the prompt before the text and add the low-rank offset to the text's real tokens.
@@ -164,7 +165,8 @@ def splice_prompt(
     float64, float32, bfloat16 or float16 and may differ.
 
     Args:
-        prompt: P′, ``[m, d]``, or ``[T, m, d]`` with ``task_ids``.
+        prompt: P′, ``[m, d]``, or ``[T, m, d]`` with ``task_ids``, or ``[R, d]`` with
+            ``prompt_rows``.
         input_ids: ``[B, S]`` int64 or int32, looked up in ``weight``; or else ``inputs_embeds``.
         weight: the frozen embedding table, ``[V, d]``.
         inputs_embeds: ``[B, S, d]``.
@@ -173,6 +175,8 @@ def splice_prompt(
         scaling: c, the factor of A·B.
         attention_mask: ``[B, S]``, bool or integers, of 0 and 1; ones by default.
         task_ids: ``[B]`` int64 or int32, the prompt of each row.
+        prompt_rows: ``[B, m]`` int64 or int32: each row has a prompt of its own, whose token j is
+            ``prompt[prompt_rows[b, j]]``, or zeros for -1. Nothing of ``[B, m, d]`` is made.
         backend: as in :func:`reconstruct_prompt`.
 
     Returns:
@@ -183,8 +187,9 @@ def splice_prompt(
         ValueError: a shape, device or number that does not fit; a missing partner tensor; neither
             or both of ``input_ids`` and ``inputs_embeds``; S > n; a mask with values other than 0
             and 1.
-        IndexError: a token id outside the vocabulary, a task id outside the bank. This and the
-            values of the mask are looked at on a CPU, elsewhere only under ``EPT_FAST_CHECK=1``.
+        IndexError: a token id outside the vocabulary, a task id outside the bank, a row that the
+            prompt does not have. This and the values of the mask are looked at on a CPU, elsewhere
+            only under ``EPT_FAST_CHECK=1``.
         RuntimeError: the backend asked for does not support the call.
 
     Example:
@@ -193,7 +198,8 @@ def splice_prompt(
     """
     scaling = constant(scaling)
     inputs = SpliceInputs(
-        prompt, input_ids, weight, inputs_embeds, offset_a, offset_b, attention_mask, task_ids
+        *(prompt, input_ids, weight, inputs_embeds, offset_a, offset_b),
+        *(attention_mask, task_ids, prompt_rows),
     )
     check_splice(inputs, scaling)
     chosen = dispatch.select(backend, inputs)

@@ -59,8 +59,7 @@ _backward_op = torch.library.custom_op("ept_fast::splice_backward", _backward, m
 def _(inputs: list[Tensor | None], scaling: float, backend: str) -> list[Tensor]:
     given = SpliceInputs(*inputs)  # type: ignore[arg-type]
     batch, length = given.text.shape[:2]
-    _, m, width = given.prompt.shape
-    out = given.source.new_empty(batch, m + length, width)
+    out = given.source.new_empty(batch, given.num_tokens + length, given.prompt.shape[2])
     return [out, *dispatch.load(backend).splice_kept(given)]
 
 
@@ -109,7 +108,7 @@ class _Splice(torch.autograd.Function):
         needs = SpliceInputs(*ctx.needs_input_grad[2:])
         grads: dict[str, Tensor] = {}
         if needs.inputs_embeds:
-            grads["inputs_embeds"] = grad[:, inputs.prompt.shape[1] :]
+            grads["inputs_embeds"] = grad[:, inputs.num_tokens :]
         need_offset = bool(needs.offset_a or needs.offset_b)
         if needs.prompt or need_offset:
             run = _backward_op if torch.compiler.is_compiling() else _backward

@@ -167,7 +167,7 @@ class SpliceInputs(NamedTuple):
     """The tensors of operation 2; those that are not given are None.
 
     Attributes:
-        prompt: P′, ``[T, m, d]``.
+        prompt: P′, ``[T, m, d]``; with ``prompt_rows`` the rows to choose from, ``[1, R, d]``.
         input_ids: ``[B, S]``, or else ``inputs_embeds``.
         weight: the embedding table of ``input_ids``, ``[V, d]``.
         inputs_embeds: ``[B, S, d]``.
@@ -176,6 +176,7 @@ class SpliceInputs(NamedTuple):
         offset_b: B, ``[T, r, d]``.
         attention_mask: ``[B, S]``.
         task_ids: ``[B]``.
+        prompt_rows: ``[B, m]``, the row of ``prompt`` for each prompt token; -1 for zeros.
     """
 
     prompt: Tensor
@@ -186,6 +187,12 @@ class SpliceInputs(NamedTuple):
     offset_b: Tensor | None = None
     attention_mask: Tensor | None = None
     task_ids: Tensor | None = None
+    prompt_rows: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """m."""
+        return (self.prompt if self.prompt_rows is None else self.prompt_rows).shape[1]
 
     @property
     def text(self) -> Tensor:
@@ -202,8 +209,8 @@ class SpliceInputs(NamedTuple):
         return source
 
     def parts(self) -> tuple[Parameters, Text]:
-        """The prompt and the offset, and the text behind the prompt."""
-        prompt, ids, weight, embeds, a, b, mask, task_ids = self
+        """The prompt and the offset, and the text behind the prompt; without ``prompt_rows``."""
+        prompt, ids, weight, embeds, a, b, mask, task_ids, _ = self
         return Parameters(prompt, a, b), Text(ids, weight, embeds, mask, task_ids)
 
 

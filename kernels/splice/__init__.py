@@ -3,12 +3,14 @@
     out[b, j]     = P'[t, j]                            j < m, t the task of row b
     out[b, m + s] = e[b, s] + c·A[t, pos(b, s)]·B[t]    where the token is real, else e[b, s]
 
-pos(b, s) is the number of real tokens before column s of row b, counted from the mask.
+pos(b, s) is the number of real tokens before column s of row b, counted from the mask. With
+``prompt_rows`` out[b, j] is the row of the prompt that they name for it, or 0 for -1.
 
 With a mask or task ids, one small launch writes the plan (:mod:`.plan`) that forward and backward
-go by; the forward is one launch more (:mod:`.forward`), the backward two (:mod:`.backward`). A row
-whose task id is not in the bank is NaN, as is a token whose id is not in the table: neither is
-read. Here the launches are described to a plan (:mod:`ept_fast.backends.triton.runtime`).
+go by; the forward is one launch more (:mod:`.forward`), the backward two (:mod:`.backward`), and
+one for the gradient of gathered rows (:mod:`.gather`). A row whose task id is not in the bank is
+NaN, as is a token whose id or row is not in its table: none of them is read. Here the launches are
+described to a plan (:mod:`ept_fast.backends.triton.runtime`).
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch
 import triton
 
 from ept_fast.kernels.splice.backward import splice_backward_kernel, splice_finish_kernel
-from ept_fast.kernels.splice.config import plan_options
+from ept_fast.kernels.splice.config import gather_options, plan_options
 from ept_fast.kernels.splice.forward import splice_forward_kernel
+from ept_fast.kernels.splice.gather import splice_gather_backward_kernel
 from ept_fast.kernels.splice.plan import splice_plan_kernel
 from ept_fast.kernels.tiles import terms_of, with_strides
 from ept_fast.ops.types import SpliceGrads, SpliceInputs
@@ -28,7 +31,7 @@ from ept_fast.ops.types import SpliceGrads, SpliceInputs
 if TYPE_CHECKING:
     from ept_fast.backends.triton.runtime import Add, Operand, Plan
 
-__all__ = ["backward", "forward", "kept"]
+__all__ = ["backward", "forward", "gather_backward", "kept"]
 
 _BLOCK = 512  # elements that a program of the finish adds up
 
@@ -82,7 +85,7 @@ def forward(
     """
     source, ids, task_ids = inputs.source, inputs.input_ids, inputs.task_ids
     batch, length = inputs.text.shape[:2]
-    tasks, m, width = inputs.prompt.shape
+    m, (tasks, count, width) = inputs.num_tokens, inputs.prompt.shape
     out = plan.returned((batch, m + length, width), source.dtype)
     tables, mask = kept(add, inputs, batch, length), inputs.attention_mask
     places = None
@@ -104,7 +107,9 @@ def forward(
     blocks *= triton.cdiv(width, config.block_d) * triton.cdiv(batch, config.rows)
     # A table lies in the same place for all rows.
     embeds = with_strides(source) if ids is None else (source, 0, *source.stride())
-    tensors = (with_strides(out), with_strides(inputs.prompt), (with_strides(ids), embeds))
+    rows = with_strides(inputs.prompt_rows)
+    rows = rows and (*rows, count)
+    tensors = (with_strides(out), with_strides(inputs.prompt), rows, (with_strides(ids), embeds))
     numbers = (scaling, batch, length, tasks, (m, width, rank, source.shape[0]))
     rest = (offset, tables, filled, *numbers)
     options = {"TILES_R": triton.cdiv(rank, config.block_r), "TERMS": terms, **config.options()}
@@ -121,7 +126,7 @@ def backward(
     has made; the gradients go ``into`` these, if not None; ``sizes`` chooses the launch sizes.
     """
     batch, total, width = grad.shape
-    tasks, m, _ = inputs.prompt.shape
+    tasks, m = inputs.prompt.shape[0], inputs.num_tokens
     length = total - m
     tables = kept(add, inputs, batch, length)
     by_slot = inputs.task_ids is not None and tasks > batch
@@ -169,3 +174,14 @@ def backward(
     options = {"BLOCK": _BLOCK, "BLOCK_B": 128, "num_warps": 4}
     slots = tables[0] if by_slot else None
     plan.launch(splice_finish_kernel, tasks * blocks, ends, slots, *ends_of, **options)
+
+
+def gather_backward(
+    plan: Plan, grad: Operand, out: Operand, places: Operand, starts: Operand, m: int
+) -> None:
+    """Describe the sums over the places of gathered rows (:mod:`.gather`), into ``out``."""
+    _, count, width = out.shape
+    options = gather_options(width)
+    blocks = count * triton.cdiv(width, options["BLOCK_D"])
+    given = (with_strides(grad), out, places, starts, m, width)
+    plan.launch(splice_gather_backward_kernel, blocks, *given, **options)

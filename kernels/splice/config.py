@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import torch
 import triton
 
-__all__ = ["BackwardConfig", "ForwardConfig", "backward_config", "forward_config", "plan_options"]
+__all__ = [
+    "BackwardConfig",
+    "ForwardConfig",
+    "backward_config",
+    "forward_config",
+    "gather_options",
+    "plan_options",
+]
 
 # Programs that fill the largest GPU of today: 132 to 160 multiprocessors hold two to four each.
 _PROGRAMS = 512
@@ -74,6 +81,11 @@ def plan_options(batch: int, length: int) -> dict[str, int]:
     block_s = _within(128, triton.next_power_of_2(length), 4096)
     block_b = _within(32, triton.next_power_of_2(batch), 1024)
     return {"BLOCK_B": block_b, "BLOCK_S": block_s, "num_warps": _within(1, block_s // 256, 16)}
+
+
+def gather_options(d: int) -> dict[str, int]:
+    """Of the launch that sums over the places of gathered rows: 32 elements a thread."""
+    return {"BLOCK_N": 16, "BLOCK_D": _block(d, 256), "num_warps": 4}
 
 
 def forward_config(

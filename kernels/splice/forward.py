@@ -1,8 +1,9 @@
 """The splice's forward.
 
 A program owns a block of positions and of channels, for some slots. Prompt blocks write P' before
-the text of their rows. Text blocks compute the offset of their tile once for each run of rows with
-one task and add it to that tile of every row in it, wherever the row's padding puts it.
+the text of their rows, or for each row of the batch the rows of P' that it names. Text blocks
+compute the offset of their tile once for each run of rows with one task and add it to that tile of
+every row in it, wherever the row's padding puts it.
 """
 
 import triton
@@ -36,7 +37,8 @@ def _load_or_nan(of, i, j):
 @triton.jit(do_not_specialize=["batch", "length", "num_tasks"])
 def splice_forward_kernel(
     out,  # [B, m + S, d]
-    prompt,  # [T, m, d]
+    prompt,  # [T, m, d]; with rows [1, R, d]
+    rows,  # of the prompt for each token [B, m], and their number R; or None
     text,  # ids [B, S] and their embeddings [V, d], or None and [B, S, d]
     offset,  # A [T, n, r] and B [T, r, d], or None
     tables,  # of the plan
@@ -75,12 +77,22 @@ def splice_forward_kernel(
                 tl.store(filled[1] + ptrs, at.offs, mask=at.mask)
     if block < prompt_blocks:
         places = axis(block * BLOCK_S, m, BLOCK_S)
-        while slot < last:
-            task, end, known = _run_at(tables, slot, last, num_tasks, places)
-            tile = _load_or_nan(matrix(prompt, task), known, d)
-            for each in range(slot, end):
-                store(matrix(out, row_at(tables, each)), tile, places, d)
-            slot = end
+        if rows is not None:
+            for each in range(slot, last):
+                row = tl.cast(each, tl.int64)
+                rows_ptrs = rows[0] + row * rows[1] + places.offs * rows[2]
+                chosen = tl.load(rows_ptrs, mask=places.mask, other=-1).to(tl.int64)
+                known = Axis(chosen, (chosen >= 0) & (chosen < rows[3]))
+                tile = _load_or_nan(matrix(prompt, 0), known, d)
+                tile = tl.where((chosen == -1)[:, None], 0.0, tile)
+                store(matrix(out, row), tile, places, d)
+        else:
+            while slot < last:
+                task, end, known = _run_at(tables, slot, last, num_tasks, places)
+                tile = _load_or_nan(matrix(prompt, task), known, d)
+                for each in range(slot, end):
+                    store(matrix(out, row_at(tables, each)), tile, places, d)
+                slot = end
     else:
         s = axis((block - prompt_blocks) * BLOCK_S, length, BLOCK_S)
         behind = (out[0] + tl.cast(m, tl.int64) * out[2], out[1], out[2], out[3])

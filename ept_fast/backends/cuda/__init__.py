@@ -65,6 +65,8 @@ def supports(tensors: Parameters | SpliceInputs, by_name: bool = False) -> tuple
     refusal = needs_float64(tensors)
     if not refusal and (device.type != "cuda" or torch.version.hip is not None):
         refusal = "not on an NVIDIA GPU"
+    if not refusal and isinstance(tensors, SpliceInputs) and tensors.prompt_rows is not None:
+        refusal = "prompt_rows, which these kernels do not gather"
     refusal = refusal or too_large(tensors)
     refusal = refusal or _refusal(device, prepare=not by_name)
     return not refusal, refusal or "fused kernels"

@@ -175,14 +175,18 @@ def splice_kept(inputs: SpliceInputs) -> list[Tensor]:
 
 def splice_forward(inputs: SpliceInputs, scaling: float) -> tuple[Tensor, list[Tensor]]:
     """The prompt before the text and the offset onto its real tokens, [B, m + S, d]."""
-    prompt, _, _, _, offset_a, offset_b, attention_mask, task_ids = inputs
+    prompt, _, _, _, offset_a, offset_b, attention_mask, task_ids, prompt_rows = inputs
     source = inputs.source
     dtype = accumulation_dtype(prompt, source, offset_a, offset_b)
     batch, length = inputs.text.shape[:2]
-    m, width = prompt.shape[1], prompt.shape[2]
+    m, width = inputs.num_tokens, prompt.shape[2]
     out = source.new_empty(batch, m + length, width)
-    for first, last, task in _runs(batch, task_ids):
-        out[first:last, :m] = prompt[task]
+    if prompt_rows is not None:
+        head, there = out[:, :m].zero_(), prompt_rows >= 0
+        head[there] = prompt[0, prompt_rows[there].long()].to(out.dtype)
+    else:
+        for first, last, task in _runs(batch, task_ids):
+            out[first:last, :m] = prompt[task]
     config = tile_config(length, width, dtype.itemsize, out.device.type)
     text = _Text(inputs, config)
     body = out[:, m:]
@@ -274,13 +278,20 @@ def splice_backward(
     Each gradient element of the text is read once. ``wide_offset``: the gradients of offset_a and
     offset_b stay in the accumulation type.
     """
-    prompt, _, _, _, offset_a, offset_b, attention_mask, task_ids = inputs
+    prompt, _, _, _, offset_a, offset_b, attention_mask, task_ids, prompt_rows = inputs
     dtype = accumulation_dtype(grad, prompt, offset_a, offset_b)
     batch, total, width = grad.shape
-    m = prompt.shape[1]
+    m = inputs.num_tokens
     length = total - m
     d_prompt, d_a, d_b = (grad.new_empty(0) for _ in range(3))
-    if need_prompt:
+    if need_prompt and prompt_rows is not None:
+        # As nn.Embedding's backward, which has one order on every device; -1 counts as row R.
+        count = prompt.shape[1]
+        ids = prompt_rows.long().where(prompt_rows >= 0, count)
+        given = grad[:, :m].to(dtype), ids, count + 1, count, False
+        summed = torch.ops.aten.embedding_dense_backward(*given)[:count]
+        d_prompt = summed.to(prompt.dtype).unsqueeze(0)
+    elif need_prompt:
         summed = prompt.new_zeros(prompt.shape, dtype=dtype)
         for first, last, task in _runs(batch, task_ids):
             summed[task] += grad[first:last, :m].sum(0, dtype=dtype)

@@ -212,10 +212,38 @@ def path_backward(
 # Operation 2
 
 
+def _describe_gathered(plan: Plan, scaling: float, sizes: Any) -> None:
+    """Fill a plan for the tensors of :class:`SpliceInputs` with ``prompt_rows``."""
+    splice.forward(plan, SpliceInputs(*plan.inputs), scaling, plan.kept, sizes, False)
+
+
+def _describe_gathered_backward(
+    plan: Plan, scaling: float, asked: tuple[bool, bool, bool], sizes: Any
+) -> None:
+    """Fill a plan for the gradient, the places of the rows and where each row's start, the tensors
+    of :class:`SpliceInputs`, and what is kept.
+    """
+    grad, places, starts, *rest, memory = plan.inputs
+    inputs = SpliceInputs(*rest)
+    ends = (inputs.prompt, inputs.offset_a, inputs.offset_b)
+    d_p, d_a, d_b = (
+        plan.returned_like(t) if each else None  # type: ignore[arg-type]
+        for t, each in zip(ends, asked, strict=True)
+    )
+    into: Any = SpliceGrads(None, d_a, d_b)  # type: ignore[arg-type]
+    find = plan.pieces_of(memory)
+    splice.backward(plan, grad, inputs, scaling, find, into, sizes)
+    if d_p is not None:
+        splice.gather_backward(plan, grad, d_p, places, starts, inputs.num_tokens)
+
+
 def splice_forward(inputs: SpliceInputs, scaling: float) -> tuple[Tensor, list[Tensor]]:
     """The prompt before the text and the low-rank offset onto its real tokens, ``[B, m + S, d]``;
     and where the rows' tokens lie, for the backward.
     """
+    if inputs.prompt_rows is not None:
+        (out,), memory = runtime.call(_describe_gathered, inputs, scaling, forward_config)
+        return out, [out.new_empty(0, dtype=torch.uint8) if memory is None else memory]
     out, *kept = path_forward(*inputs.parts(), splice_flags(scaling), False)
     return out, kept
 
@@ -234,6 +262,16 @@ def splice_backward(
     need_offset: bool,
 ) -> SpliceGrads:
     """Gradients of prompt, offset_a and offset_b in their types; empty where not needed."""
+    if inputs.prompt_rows is not None:
+        # Of each row of the prompt the places that have it, in their order.
+        rows, places = inputs.prompt_rows.flatten().sort(stable=True)
+        every = torch.arange(inputs.prompt.shape[1] + 1, dtype=rows.dtype, device=rows.device)
+        tensors = (grad, places, torch.searchsorted(rows, every), *inputs, *kept)
+        offset = need_offset and inputs.offset_a is not None
+        asked = (need_prompt, offset, offset)
+        describe = _describe_gathered_backward
+        returned = iter(runtime.call(describe, tensors, scaling, asked, backward_config)[0])
+        return SpliceGrads(*(next(returned) if each else grad.new_empty(0) for each in asked))
     parameters, text = inputs.parts()
     given = Text(attention_mask=text.attention_mask, task_ids=text.task_ids)
     needs = Needs(need_prompt, need_offset)

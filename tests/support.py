@@ -119,6 +119,48 @@ _USES = {
     "PEFT, pipelines": "of transformers, with the adapter's labels",
 }
 
+# What was reproduced of each system, on what, and what could not be; docs/methods.md,
+# docs/vision.md, docs/clip.md and docs/search.md have the details and the results.
+_SYSTEMS = {
+    "EPT": "the paper has no code, and no equation of it could be read: the four parts in their "
+    "order, with sizes of ours. Run on few-shot and full text classification with MiniLM "
+    "(`python -m bench.accuracy`); not on GLUE with T5, the paper's setting",
+    "LAMP": "from the abstract and the first page: both forms of the outer product are ours. Run "
+    "on few-shot text classification with MiniLM (`python -m bench.accuracy`); none of the paper's "
+    "results",
+    "PRE": "the encoder and the sum, exact by its code, before any model and in its CLIP form. Run "
+    "on text in the place of images with MiniLM (`python -m bench.clip`) and as a method of its "
+    "own; none of its 11 image data sets, which are not here",
+    "IPT": "the table and two of its three generators, exact by its code but for padding, which is "
+    "left out. Run on few-shot trec with MiniLM (`python -m bench.reading`); pretrained tables and "
+    "RoBERTa-large were not",
+    "InfoPrompt": "the generator and the three losses in their intended form, not the release's "
+    "with its faults; its latent head is an auxiliary one. Run on few-shot trec and sst2 with "
+    "MiniLM (`python -m bench.reading`); no table of the paper could be read",
+    "MP2": "router, noise and factored modules, exact by its code; two stages. Run on few-shot "
+    "trec with MiniLM (`python -m bench.accuracy`), and from several data sets by tests; not its "
+    "38 Chinese tasks, nor the black-box form",
+    "StablePT": "the block and the contrastive loss, exact by its code but for sizes; the "
+    "prediction is ours, as the release's cannot depend on the prompt. Spread over templates and "
+    "draws on few-shot sst2 with MiniLM (`python -m bench.reading stability`); not its data",
+    "SPT": "prompts from prototypes of the states, exact by its code; k-means by scikit-learn. Run "
+    "on digits with a small transformer, and on texts (docs/vision.md); no image data sets",
+    "LASP": "the text-to-text loss, exact by its code; grouped prompts from the abstract. Run on "
+    "text in the place of images with MiniLM, base classes to new ones (`python -m bench.clip`); "
+    "CLIP only with random weights",
+    "RLPrompt": "policy, reward and both losses, exact by its code, with a known optimum on a toy. "
+    "Run on few-shot sst2 and trec with MiniLM against random search (`python -m bench.search`); "
+    "RoBERTa-large and distilGPT-2 could not be had",
+    "BATprompt": "rounds of attack and defence with perturbers of rules in the place of a language "
+    "model, which a caller may give; ranked by the model's loss, which the release never looks at. "
+    "Run on few-shot sst2 and trec with MiniLM (`python -m bench.search`)",
+}
+_EVIDENCE = {
+    "definition": "values are those of a definition written out slowly, in float64",
+    "gradients": "as finite differences have them, in float64",
+    "learning": "it learns, or finds, what it is meant for, on a toy",
+}
+
 TABLES = {
     "models": Table(
         title="Models",
@@ -146,6 +188,15 @@ TABLES = {
         text="Tiny models of the task on a CPU. What has no mark was not tried.",
         rows=_USES,
         columns=dict.fromkeys(TASKS, ""),
+        tell_rows=True,
+    ),
+    "systems": Table(
+        title="Published systems",
+        head="system",
+        text="What this package has of each, by tests; nothing was run on a GPU or with a large "
+        "model.",
+        rows=_SYSTEMS,
+        columns=_EVIDENCE,
         tell_rows=True,
     ),
 }

@@ -122,6 +122,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [mine]
 
 
+@pytest.mark.support(row="EPT", column="learning")
 @pytest.mark.slow
 @pytest.mark.default_algorithms
 def test_demo_learns_and_tells(minilm: Path, tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ from ept_fast import EPTConfig
 from ept_fast.config import PromptConfig
 from ept_fast.prompts.accept import ACCEPTConfig
 from ept_fast.prompts.base import Prompt, prompt_class
+from ept_fast.prompts.infoprompt import InfoPromptConfig
 from ept_fast.prompts.instance import InstanceConfig
 from ept_fast.prompts.lamp import LAMPConfig
 from ept_fast.prompts.mixture import MixtureConfig, MixturePrompt
 from ept_fast.prompts.residual import ResidualConfig
+from ept_fast.prompts.stable import StableConfig
 from ept_fast.prompts.ulpt import ULPTConfig
 from tests.methods import filled
 
@@ -96,7 +98,10 @@ def plain(tokens: int) -> Prompt:
 @pytest.mark.parametrize(
     "config",
     [
-        LAMPConfig(D, 10, prompt_rank=2, window=4),
+        pytest.param(
+            LAMPConfig(D, 10, prompt_rank=2, window=4),
+            marks=pytest.mark.support(row="LAMP", column="learning"),
+        ),
         ULPTConfig(D, 12, prompt_rank=2),
         ACCEPTConfig(D, 6, LENGTH, num_blocks=2, codebook_size=2, offset_size=2),
     ],
@@ -109,7 +114,13 @@ def test_better_than_a_plain_prompt_of_as_many_parameters(config: Any) -> None:
     assert ours < 0.8 * theirs, (ours, theirs)  # 0.02 to 0.59 over three teachers
 
 
-@pytest.mark.parametrize("encoder_kind", ["mlp", "lstm"])
+@pytest.mark.parametrize(
+    "encoder_kind",
+    [
+        "mlp",
+        pytest.param("lstm", marks=pytest.mark.support(row="PRE", column="learning")),
+    ],
+)
 def test_a_residual_encoder_learns_what_a_plain_prompt_learns(encoder_kind: str) -> None:
     """No sooner: at this task and these rates it is neither faster nor better."""
     config = ResidualConfig(D, 6, encoder=encoder_kind, bottleneck=8)
@@ -121,6 +132,7 @@ def test_a_residual_encoder_learns_what_a_plain_prompt_learns(encoder_kind: str)
     assert ours < 5 * theirs, (ours, theirs)
 
 
+@pytest.mark.support(row="MP2", column="learning")
 def test_gates_alone_learn_a_new_task_from_few_rows() -> None:
     """Four tasks are mixtures of two skills; a fifth has eight rows, and K numbers to train."""
     config = MixtureConfig(D, 4, num_modules=2)
@@ -191,16 +203,31 @@ def learnt(config: PromptConfig, ids: Tensor, labels: Tensor) -> float:
     return float(((logits > 0) == (truth == 1)).float().mean())
 
 
-def test_attention_gives_texts_of_one_task_different_prompts() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtureConfig(D, 4, num_modules=2, gates="attention", query_dim=8),
+        pytest.param(
+            InfoPromptConfig(D, 4, bottleneck=8),
+            marks=pytest.mark.support(row="InfoPrompt", column="learning"),
+        ),
+        pytest.param(
+            StableConfig(D, 4, head_dim=8),
+            marks=pytest.mark.support(row="StablePT", column="learning"),
+        ),
+    ],
+    ids=["attempt", "infoprompt", "stable"],
+)
+def test_texts_of_one_task_get_different_prompts(config: PromptConfig) -> None:
     """The label is which of two words a text has."""
     ids = texts(128, seeded(1)).clamp_min(2)
     labels = torch.arange(128) % 2
     ids[:, 3] = labels
     assert learnt(EPTConfig(D, 4, rank=0, num_spaces=0), ids, labels) == 0.5
-    config = MixtureConfig(D, 4, num_modules=2, gates="attention", query_dim=8)
     assert learnt(config, ids, labels) > 0.95
 
 
+@pytest.mark.support(row="IPT", column="learning")
 @pytest.mark.parametrize(
     "choices",
     [{}, {"table_rank": 0}, {"generator": "cnn"}, {"generator": "mlp", "bottleneck": 8}],

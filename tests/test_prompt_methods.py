@@ -31,6 +31,7 @@ from ept_fast.prompts.residual import ResidualConfig
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.job import evaluate, load_adapter, train
 from ept_fast.transformers import adapter
+from tests import support
 from tests.architectures import BY_NAME
 from tests.cases import PADDINGS, make_mask
 from tests.methods import ROWS, Given, Row, arrays_of, filled, make, with_offset
@@ -41,11 +42,32 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 D = BY_NAME["Llama"].width
 EVERY = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+# Rows of ROWS, and the published systems that they are.
+SYSTEMS = {
+    "ept": "EPT",
+    "lamp": "LAMP",
+    "pre": "PRE",
+    "mp2": "MP2",
+    "instance": "IPT",
+    "infoprompt": "InfoPrompt",
+    "stable": "StablePT",
+}
 CONSTANT_ROWS = {name: row for name, row in ROWS.items() if not row.reads_text}
 READING_ROWS = {name: row for name, row in ROWS.items() if row.reads_text}
 # The same prompt before every text, or a prompt of each row, from its text.
 CONSTANT = pytest.mark.parametrize("row", CONSTANT_ROWS.values(), ids=CONSTANT_ROWS)
 READING = pytest.mark.parametrize("row", READING_ROWS.values(), ids=READING_ROWS)
+
+
+def every_as(column: str) -> pytest.MarkDecorator:
+    """Every row; those of published systems are part of this column of docs/support.md."""
+    params = []
+    for name, row in ROWS.items():
+        of = support.marks(SYSTEMS[name], column) if name in SYSTEMS else ()
+        params.append(pytest.param(row, id=name, marks=of))
+    return pytest.mark.parametrize("row", params)
+
+
 TASKS = pytest.mark.parametrize("num_tasks", [None, 2])
 NAMES = [name for name in prompt_methods() if name != "toy"]
 DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -79,7 +101,7 @@ def test_every_method_has_a_row_and_a_section() -> None:
 # Values
 
 
-@EVERY
+@every_as("definition")
 @TASKS
 def test_it_is_what_its_definition_says(row: Row, num_tasks: int | None) -> None:
     prompt = make(row.config(8), num_tasks, dtype=torch.float64).eval()
@@ -94,7 +116,7 @@ def test_it_is_what_its_definition_says(row: Row, num_tasks: int | None) -> None
         np.testing.assert_array_equal(out[i, m:].detach().numpy(), embeds)
 
 
-@EVERY
+@every_as("gradients")
 @TASKS
 def test_gradients(row: Row, num_tasks: int | None) -> None:
     prompt = make(row.config(4), num_tasks, dtype=torch.float64).eval()

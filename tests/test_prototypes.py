@@ -92,6 +92,7 @@ def test_random_rows_come_from_all_tokens_alike() -> None:
     assert all(12 < drawn.count(row) < 55 for row in every)  # 30 each are expected
 
 
+@pytest.mark.support(row="SPT", column="definition")
 @pytest.mark.parametrize("how", ["mean", "max"])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9, 40])
 def test_windows(count: int, how: str) -> None:
@@ -105,6 +106,7 @@ def test_windows(count: int, how: str) -> None:
     assert int(uses.max() - uses.min()) <= 1
 
 
+@pytest.mark.support(row="SPT", column="definition")
 def test_k_means_gives_the_different_rows_if_there_are_as_many() -> None:
     """To the bit, however often each occurs; fewer are repeated in their order."""
     table = torch.randn(5, D, generator=seeded())

@@ -644,6 +644,7 @@ def test_what_a_start_costs_before_training(digits: tuple[Tensor, Tensor]) -> No
 
 @pytest.mark.minutes
 @pytest.mark.slow
+@pytest.mark.support(row="SPT", column="learning")
 def test_a_tuned_prompt_beats_its_head_alone(digits: tuple[Tensor, Tensor]) -> None:
     """On digits that the model has not seen, from every start; no start is far from another.
 

@@ -23,6 +23,7 @@ __all__ = [
     "check_config",
     "check_images",
     "check_names",
+    "check_saved_config",
     "read_described",
     "read_names",
     "shown",
@@ -114,6 +115,14 @@ def check_config(config: PromptConfig, width: int) -> None:
         raise ValueError(
             f"rank: expected 0, as an offset is for the tokens of a text, got {config.rank}"
         )
+
+
+def check_saved_config(folder: Path, config: PromptConfig, width: int) -> None:
+    """:func:`check_config` of a config from a file: CheckpointError."""
+    try:
+        check_config(config, width)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
 
 
 def check_names(name: str, names: Any, least: int) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ from ept_fast.transformers.frozen import (
     check_config,
     check_images,
     check_names,
+    check_saved_config,
     read_described,
     read_names,
     shown,
@@ -275,10 +276,7 @@ class VisionPrompt(PromptedModel):
             raise CheckpointError(
                 f"{folder / CONFIG_FILE}: num_tasks: expected null, got {num_tasks}"
             )
-        try:
-            check_config(config, width)
-        except ValueError as error:
-            raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
+        check_saved_config(folder, config, width)
         head = TensorFile(folder / _HEAD_FILE, files[_HEAD_FILE]).load(
             {"weight": (len(labels), width), "bias": (len(labels),)}
         )

@@ -101,7 +101,7 @@ class SentenceEncoder(TextEncoder):
 
     Args:
         model: a frozen encoder of ``transformers`` that takes ``inputs_embeds``.
-        scale: the factor of the cosines. CLIP's own is 100.
+        scale: the factor of the cosines; 20 is common in the training of such encoders.
 
     Example:
         >>> sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -111,7 +111,7 @@ class SentenceEncoder(TextEncoder):
         torch.Size([1, 32])
     """
 
-    def __init__(self, model: nn.Module, scale: float = 100.0) -> None:
+    def __init__(self, model: nn.Module, scale: float = 20.0) -> None:
         check_number("scale", scale, positive=True)
         config: Any = model.config
         super().__init__(model, config.hidden_size, config.max_position_embeddings, scale)

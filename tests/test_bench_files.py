@@ -333,3 +333,9 @@ def test_every_context_is_trained_and_tested_on_both_kinds_of_classes(tmp_path: 
         base, new, h = (float(row[name]) for name in ("base", "new", "H"))
         assert 0 <= base <= 100
         assert row["split"] == "all" or h == pytest.approx(clip.harmonic(base, new), rel=1e-4)
+
+
+def test_the_documentation_has_the_table_of_the_contexts(root: Path) -> None:
+    page = (root / "docs" / "clip.md").read_text()
+    for path in clip.FOLDER.glob("*.csv"):
+        assert clip.table(clip.read(path)) in page

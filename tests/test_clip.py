@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import string
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ept_fast
-from ept_fast import CheckpointError, CLIPPrompt, EPTConfig
+from ept_fast import CheckpointError, CLIPPrompt, EPTConfig, FusedEPTPrompt
 from ept_fast.prompts.mixture import MixtureConfig
 from ept_fast.prompts.residual import ResidualConfig
+from ept_fast.storage.files import tensor_bytes
 from tests.toy_method import ToyConfig
 
 transformers = pytest.importorskip("transformers")
@@ -486,6 +488,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "correction.safetensors").unlink(),
         "expected a readable file",
     ),
+    "a correction of another width": (
+        lambda folder: _narrow(folder),
+        "correction: expected shape (1, 12), got (1, 11)",
+    ),
     "a single prompt": (
         lambda folder: _single(folder),
         "ept_config.json: num_tasks: expected an integer, got null",
@@ -493,16 +499,23 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-def _single(folder: Path) -> None:
-    """A prompt without an axis of contexts, with the right checksums."""
-    import hashlib
-
-    from ept_fast.prompts.ept import FusedEPTPrompt
-
-    FusedEPTPrompt(PLAIN, init=torch.zeros(M, D)).save_pretrained(folder)
+def _summed(folder: Path) -> None:
+    """The description with the checksums of the files that are there."""
     names = ("ept_config.json", "ept_model.safetensors", "correction.safetensors")
     sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     _edit(folder, sha256=sums)
+
+
+def _narrow(folder: Path) -> None:
+    row = {"correction": torch.zeros(1, E - 1)}
+    (folder / "correction.safetensors").write_bytes(tensor_bytes(row, PLAIN.to_json()))
+    _summed(folder)
+
+
+def _single(folder: Path) -> None:
+    """A prompt without an axis of contexts."""
+    FusedEPTPrompt(PLAIN, init=torch.zeros(M, D)).save_pretrained(folder)
+    _summed(folder)
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -684,3 +697,17 @@ def test_the_public_name_and_the_default() -> None:
     model = CLIPPrompt(make_clip(), tokenizer=TOKENIZER, classes=CLASSES)
     assert model.prompt.config == dataclasses.replace(PLAIN, num_virtual_tokens=4)
     assert (model.correction, model.weight, model.noise) == (None, 5.0, 0.0)
+
+
+def test_the_example_of_the_page(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```$", (root / "docs" / "clip.md").read_text(), re.M | re.S
+    )
+    names: dict[str, Any] = {}
+    exec(compile(code, "clip.md", "exec"), names)
+    assert (tmp_path / "animals" / "clip.json").is_file()
+    assert names["model"].names == ("zebra", "horse")
+    assert 0 < names["loss"].item() < 5

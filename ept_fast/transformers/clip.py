@@ -520,6 +520,10 @@ class CLIPPrompt(PromptedModel):
                 f"{folder / CONFIG_FILE}: num_tasks: expected an integer, got null"
             )
         check_saved_config(folder, config, encoder.embedding.embedding_dim)
+        row = None
+        if choices.correction:
+            file = TensorFile(folder / _CORRECTION_FILE, files[_CORRECTION_FILE])
+            row = file.load({"correction": (1, encoder.features)})["correction"]
         found = cls(
             model,
             config,
@@ -532,9 +536,7 @@ class CLIPPrompt(PromptedModel):
         found.prompt = prompt_class(config).from_tensors(
             config, tensors, encoder.embedding, num_tasks=groups, backend=backend
         )
-        if found.correction is not None:
-            file = TensorFile(folder / _CORRECTION_FILE, files[_CORRECTION_FILE])
-            row = file.load({"correction": (1, encoder.features)})["correction"]
+        if found.correction is not None and row is not None:
             found.correction = nn.Parameter(row.to(found.correction.device))
         return found.eval()
 

@@ -234,7 +234,7 @@ class CLIPPrompt(PromptedModel):
         >>> words = "[PAD] [UNK] [CLS] [SEP] [MASK] a photo of cat dog .".split()
         >>> tokenizer = transformers.BertTokenizer(vocab={w: i for i, w in enumerate(words)})
         >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-        >>> text = dict(**sizes, vocab_size=11, eos_token_id=3)
+        >>> text = dict(**sizes, vocab_size=11, bos_token_id=2, eos_token_id=3)
         >>> vision = dict(**sizes, image_size=8, patch_size=4)
         >>> config = transformers.CLIPConfig(text_config=text, vision_config=vision)
         >>> clip = transformers.CLIPModel(config)

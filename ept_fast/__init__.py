@@ -22,12 +22,14 @@ if TYPE_CHECKING:
         import_plain,
     )
     from ept_fast.transformers.bank import EPTBank
+    from ept_fast.transformers.clip import CLIPPrompt
     from ept_fast.transformers.tasks import EPTModel, get_ept_model
     from ept_fast.transformers.vision import VisionPrompt
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CLIPPrompt",
     "CheckpointError",
     "EPTBank",
     "EPTConfig",
@@ -54,6 +56,7 @@ __all__ = [
 # core does without.
 _INTERCHANGE = "ept_fast.interchange"
 _LAZY = {
+    "CLIPPrompt": "ept_fast.transformers.clip",
     "EPTBank": "ept_fast.transformers.bank",
     "EPTModel": "ept_fast.transformers.tasks",
     "PlainPrompt": _INTERCHANGE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import tests.toy_method  # registers a method  # noqa: F401
-from bench import compare, methods, plots
+from bench import clip, compare, methods, plots
 from bench.rows import SUITES, Book, Row, read, write
 from ept_fast.prompts.base import prompt_methods
 from tests.processes import python
@@ -301,3 +302,40 @@ def test_the_documentation_has_the_tables_of_the_methods(root: Path) -> None:
     page = (root / "docs" / "results.md").read_text()
     for path in methods.FOLDER.glob("*.csv"):
         assert methods.table(methods.read(path)) in page
+
+
+# bench.clip
+
+
+def test_every_context_is_trained_and_tested_on_both_kinds_of_classes(tmp_path: Path) -> None:
+    words = {*" ".join((*clip.TEMPLATES, *clip.WORDS)).replace("{}", "").split(), "where", "when"}
+    model = save_model(tmp_path / "model", words=words)
+    for name in ("13/train", "13/validation", "test"):
+        path = tmp_path / clip.TASK / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"text": f"where {clip.WORDS[i % 6]}", "label": i % 6} for i in range(12)]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    out = tmp_path / "clip.csv"
+    command = ("--data", tmp_path, "--model", model, "--seeds", 13, "--steps", 2, "--out", out)
+    done = CliRunner().invoke(clip.main, list(map(str, command)))
+    assert done.exit_code == 0, done.output
+    rows = clip.read(out)
+    names = [*clip.UNTRAINED, *clip.METHODS]
+    virtual = {name for name, method in clip.METHODS.items() if method.virtual}
+    expected = [(s, n) for s in clip.SPLITS for n in names if s != "all" or n not in virtual]
+    assert [(row["split"], row["method"]) for row in rows] == expected
+    assert clip.table(rows) in done.output
+    by_name = {row["method"]: row for row in rows}
+    # Context, and the correction of LASP; no parameter of the encoder.
+    assert by_name["CoOp"]["parameters"] == str(4 * 32)
+    assert by_name["LASP, 2 groups"]["parameters"] == str(2 * 4 * 32 + 32)
+    for row in rows:
+        base, new, h = (float(row[name]) for name in ("base", "new", "H"))
+        assert 0 <= base <= 100
+        assert row["split"] == "all" or h == pytest.approx(clip.harmonic(base, new), rel=1e-4)
+
+
+def test_the_documentation_has_the_table_of_the_contexts(root: Path) -> None:
+    page = (root / "docs" / "clip.md").read_text()
+    for path in clip.FOLDER.glob("*.csv"):
+        assert clip.table(clip.read(path)) in page

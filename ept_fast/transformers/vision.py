@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +13,11 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ept_fast.checks import values_are_checked
 from ept_fast.config import EPTConfig, PromptConfig, check_choice
 from ept_fast.ops.functional import splice_prompt
 from ept_fast.ops.types import Text
 from ept_fast.prompts.base import (
     CONFIG_FILE,
-    TENSOR_FILE,
     Prompt,
     Seen,
     SplicedPrompt,
@@ -32,12 +29,22 @@ from ept_fast.prompts.prototypes import collect_prototypes
 from ept_fast.storage.files import (
     CheckpointError,
     TensorFile,
-    json_bytes,
-    read_adapter_json,
     tensor_bytes,
-    write_files,
 )
-from ept_fast.storage.untrusted import FILE_LIMIT, read_file, shorten
+from ept_fast.storage.untrusted import shorten
+from ept_fast.transformers.frozen import (
+    PromptedModel,
+    behind,
+    check_classes,
+    check_config,
+    check_images,
+    check_names,
+    check_saved_config,
+    read_described,
+    read_names,
+    shown,
+    write_described,
+)
 
 __all__ = ["VISION_FILE", "VisionPrompt"]
 
@@ -47,7 +54,7 @@ _FORMAT: dict[str, Any] = {"format": "ept_fast.vision", "format_version": 1}
 _INITS = ("random", "data")
 
 
-class VisionPrompt(nn.Module):
+class VisionPrompt(PromptedModel):
     """A frozen ViT that classifies images behind a trainable prompt, with a trainable head.
 
     The encoder reads the class token, the m prompt tokens and the patches, in this order. Class
@@ -95,6 +102,8 @@ class VisionPrompt(nn.Module):
         torch.Size([10, 2])
     """
 
+    trained: ClassVar[tuple[str, ...]] = ("prompt.", "head.")
+
     def __init__(
         self,
         model: nn.Module,
@@ -109,13 +118,12 @@ class VisionPrompt(nn.Module):
         dtype: torch.dtype = torch.float32,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
         vit: Any = _check_model(model)
         width = int(vit.config.hidden_size)
         if config is None:
             config = EPTConfig(width, rank=0, num_spaces=0)
         method = prompt_class(config)
-        _check_config(config, width)
+        check_config(config, width)
         names = _labels_of(model, labels)
         if isinstance(init, str):
             check_choice("init", init, _INITS)
@@ -127,7 +135,7 @@ class VisionPrompt(nn.Module):
         check_prototypes(init, prototypes if from_images else "kmeans", prototype_layer)
         if (images is not None) != from_images:
             expected = "None unless" if images is not None else "a tensor for"
-            raise ValueError(f'images: expected {expected} init="data", got {_shown(images)}')
+            raise ValueError(f'images: expected {expected} init="data", got {shown(images)}')
         if images is not None:
             _check_pixels("images", images, vit)
             if prototype_layer is not None and prototype_layer >= len(_layers(vit)):
@@ -135,12 +143,8 @@ class VisionPrompt(nn.Module):
                     f"prototype_layer: expected a layer from 0 to {len(_layers(vit)) - 1}, "
                     f"got {prototype_layer}"
                 )
+        super().__init__(model, vit)
         self.labels, self.backend = names, backend
-        self._given: tuple[Any] = (model,)  # in a tuple, as no module of this one
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._modes = [(m, m.training) for m in model.modules()]
-        model.requires_grad_(False).eval()
-        self.backbone: Any = vit
         try:
             if images is not None:
                 count = config.initial_rows
@@ -157,8 +161,6 @@ class VisionPrompt(nn.Module):
             self.unload()
             raise
         self.folded: SplicedPrompt | None = None
-        self.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_expect_trained)  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -179,7 +181,7 @@ class VisionPrompt(nn.Module):
         vit = self.backbone
         _check_pixels("pixel_values", pixel_values, vit, interpolate_pos_encoding)
         if labels is not None:
-            _check_classes(labels, len(pixel_values), len(self.labels))
+            check_classes(labels, len(pixel_values), len(self.labels))
         embeds = vit.embeddings(
             _cast(pixel_values, vit), interpolate_pos_encoding=interpolate_pos_encoding
         )  # [B, 1 + S, d]
@@ -198,22 +200,11 @@ class VisionPrompt(nn.Module):
         text = Text(inputs_embeds=patches)
         prompt, read = source.prompt_for(text, Seen())  # [(B,) m, d]
         # The class token's row is that of every image, so it goes before the patches as the
-        # prompt's first. In the wider type, so that neither is rounded before the splice does.
-        wide = torch.promote_types(prompt.dtype, embeds.dtype)
-        row = embeds[0, :1].expand(*prompt.shape[:-2], 1, -1)
-        first = torch.cat([row.to(wide), prompt.to(wide)], -2)
+        # prompt's first.
+        first = behind(embeds[0, :1], prompt)
         return splice_prompt(
             first, inputs_embeds=patches, task_ids=read.task_ids, backend=self.backend
         )
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of prompt and head; the backbone stays in evaluation."""
-        super().train(mode)
-        if self.backbone is not None:
-            self.backbone.eval()
-        if mode:
-            self.unfold()
-        return self
 
     def fold(self, dtype: torch.dtype | None = None) -> None:
         """Compute the prompt once, for inference; switches to evaluation mode.
@@ -239,16 +230,6 @@ class VisionPrompt(nn.Module):
         groups.append({"name": "head", "params": list(self.head.parameters()), "lr": head_lr})
         return groups
 
-    def unload(self) -> Any:
-        """Take the model out: what was given, as it was; this object is done with."""
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        for module, mode in self._modes:
-            module.training = mode
-        self.backbone = None
-        (given,), self._given = self._given, (None,)
-        return given
-
     # Files
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -267,10 +248,8 @@ class VisionPrompt(nn.Module):
             **_FORMAT,
             "labels": list(self.labels),
             "base_model": getattr(self.backbone.config, "_name_or_path", None) or None,
-            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         }
-        files[VISION_FILE] = json_bytes(values)
-        write_files({Path(folder) / name: data for name, data in files.items()})
+        write_described(Path(folder), VISION_FILE, values, files)
 
     @classmethod
     def from_pretrained(
@@ -288,17 +267,18 @@ class VisionPrompt(nn.Module):
             CheckpointError: a missing, damaged or foreign file, or a model of another width.
         """
         folder = Path(folder)
-        labels, files = _read(folder)
+        path = folder / VISION_FILE
+        values, files = read_described(
+            path, _FORMAT, ("labels", "base_model"), lambda _: [_HEAD_FILE]
+        )
+        labels = read_names(path, "labels", values["labels"], 2)
         _, config, num_tasks, tensors = read_prompt(folder, files)
         width = int(_check_model(model).config.hidden_size)
         if num_tasks is not None:
             raise CheckpointError(
                 f"{folder / CONFIG_FILE}: num_tasks: expected null, got {num_tasks}"
             )
-        try:
-            _check_config(config, width)
-        except ValueError as error:
-            raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
+        check_saved_config(folder, config, width)
         head = TensorFile(folder / _HEAD_FILE, files[_HEAD_FILE]).load(
             {"weight": (len(labels), width), "bias": (len(labels),)}
         )
@@ -335,17 +315,6 @@ def _cast(pixels: Tensor, vit: Any) -> Tensor:
     """The pixels where the model is, in its type, as the model itself casts them."""
     weight = vit.embeddings.patch_embeddings.projection.weight
     return pixels.to(weight.dtype)
-
-
-def _check_config(config: PromptConfig, width: int) -> None:
-    if config.hidden_size != width:
-        raise ValueError(
-            f"hidden_size: expected {width} as in the backbone, got {config.hidden_size}"
-        )
-    if config.rank:
-        raise ValueError(
-            f"rank: expected 0, as an offset is for the tokens of a text, got {config.rank}"
-        )
 
 
 # Where training starts
@@ -392,12 +361,7 @@ def _labels_of(model: Any, labels: Sequence[str] | None) -> tuple[str, ...]:
                 "labels: expected names of the classes, as the model has no classifier, got None"
             )
         return tuple(str(name) for _, name in sorted(model.config.id2label.items()))
-    listed = isinstance(labels, Sequence) and not isinstance(labels, str)
-    if not listed or not all(isinstance(label, str) for label in labels):
-        raise TypeError(f"labels: expected a sequence of strings, got {shorten(labels)}")
-    if len(labels) < 2 or len(set(labels)) < len(labels):
-        raise ValueError(f"labels: expected at least 2 different names, got {list(labels)}")
-    return tuple(labels)
+    return check_names("labels", labels, 2)
 
 
 def _new_head(
@@ -418,79 +382,6 @@ def _new_head(
 
 def _check_pixels(name: str, pixels: Any, vit: Any, any_size: bool = False) -> None:
     """Raise TypeError or ValueError unless these are images of the model's size."""
-    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
-        raise TypeError(f"{name}: expected a floating tensor, got {_shown(pixels)}")
     patches = vit.embeddings.patch_embeddings
-    size = ("H", "W") if any_size else tuple(patches.image_size)
-    fits = pixels.dim() == 4 and len(pixels) > 0 and pixels.shape[1] == patches.num_channels
-    if not fits or (not any_size and tuple(pixels.shape[2:]) != size):
-        raise ValueError(
-            f"{name}: expected shape [at least 1, {patches.num_channels}, {size[0]}, {size[1]}], "
-            f"got {list(pixels.shape)}"
-        )
-
-
-def _check_classes(labels: Any, batch: int, classes: int) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected an int64 tensor, got {_shown(labels)}")
-    if tuple(labels.shape) != (batch,):
-        raise ValueError(
-            f"labels: expected shape [{batch}] to match pixel_values, got {list(labels.shape)}"
-        )
-    if values_are_checked(labels.device) and bool(((labels < 0) | (labels >= classes)).any()):
-        raise ValueError(
-            f"labels: expected classes from 0 to {classes - 1}, "
-            f"got from {int(labels.min())} to {int(labels.max())}"
-        )
-
-
-def _shown(value: Any) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-# Files
-
-
-def _read(folder: Path) -> tuple[tuple[str, ...], dict[str, bytes]]:
-    """The labels, and the other files' contents, which are those that were written."""
-    path = folder / VISION_FILE
-    values = read_adapter_json(path)
-    names = sorted({*_FORMAT, "labels", "base_model", "sha256"})
-    if sorted(values) != names or any(values[key] != value for key, value in _FORMAT.items()):
-        raise CheckpointError(
-            f"{path}: expected the fields {names} with {_FORMAT}, got {shorten(values)}"
-        )
-    labels = values["labels"]
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise CheckpointError(f"{path}: labels: expected strings, got {shorten(labels)}")
-    if len(labels) < 2 or len(set(labels)) < len(labels):
-        raise CheckpointError(
-            f"{path}: labels: expected at least 2 different names, got {shorten(labels)}"
-        )
-    files = {
-        name: read_file(folder / name, limit=FILE_LIMIT)
-        for name in (CONFIG_FILE, TENSOR_FILE, _HEAD_FILE)
-    }
-    if values["sha256"] != {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}:
-        raise CheckpointError(
-            f"{path}: sha256: expected the files it was saved with, got others "
-            f"(damaged, or a save that was cut off)"
-        )
-    return tuple(labels), files
-
-
-_TRAINED = ("prompt.", "head.")
-
-
-def _keep_trained(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A state dict holds prompt and head and nothing of the backbone."""
-    kept = tuple(f"{prefix}{name}" for name in _TRAINED)
-    for key in [k for k in state if k.startswith(prefix) and not k.startswith(kept)]:
-        del state[key]
-
-
-def _expect_trained(module: Any, keys: Any) -> None:
-    """Do not report as missing what a state dict does not hold; unfold."""
-    held = tuple(f".{name}" for name in _TRAINED)
-    keys.missing_keys[:] = [k for k in keys.missing_keys if any(n in f".{k}" for n in held)]
-    module.unfold()
+    size = None if any_size else patches.image_size
+    check_images(name, pixels, patches.num_channels, size)

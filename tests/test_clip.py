@@ -215,6 +215,7 @@ def loss_of(model: CLIPPrompt, images: Tensor, labels: Tensor) -> Tensor:
     return loss + model.weight * torch.stack(rows).mean() if rows else loss
 
 
+@pytest.mark.support(row="LASP", column="definition")
 @pytest.mark.parametrize("virtual", [(), VIRTUAL], ids=["no virtual classes", "virtual classes"])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("templates", [(), TEMPLATES], ids=["CoOp", "LASP"])
@@ -238,6 +239,7 @@ def test_the_loss_is_that_of_the_definitions(
     assert output.logits.shape == (5, len(CLASSES) + len(virtual))
 
 
+@pytest.mark.support(row="LASP", column="gradients")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_gradcheck_of_the_whole_loss(groups: int) -> None:
     model = make(
@@ -270,6 +272,7 @@ def test_without_weight_lasp_is_coop_to_the_bit() -> None:
     assert not torch.equal(step_of(lasp)[0], step_of(coop)[0])
 
 
+@pytest.mark.support(row="PRE", column="definition")
 def test_pre_whose_mlp_gives_nothing_is_coop() -> None:
     pre, coop = make(MLP), make(PLAIN)
     assert not torch.allclose(pre.text_features(), coop.text_features(), atol=1e-3)
@@ -318,6 +321,7 @@ def test_gates_are_noisy_in_training_alone() -> None:
     assert torch.equal(model.eval().text_features(), model.text_features())
 
 
+@pytest.mark.support(row="LASP", column="learning")
 @pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
 def test_some_steps_lower_the_loss_and_move_nothing_frozen(config: Any) -> None:
     clip = make_clip().train()

@@ -48,6 +48,7 @@ def by_loops(t: Tensor, h: Tensor, scale: float) -> float:
     return sum(losses) / len(losses)
 
 
+@pytest.mark.support(row="LASP", column="definition")
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_loss_is_that_of_explicit_loops(
@@ -70,6 +71,7 @@ def test_the_classes_compete_among_learned_prompts() -> None:
     assert float(text_to_text(t, h, 2.0)) == pytest.approx(float(learned), rel=1e-12)
 
 
+@pytest.mark.support(row="LASP", column="gradients")
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_gradcheck(size: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,14 @@ from ept_fast.losses.text_to_text import noisy_templates, text_to_text
 from ept_fast.ops.functional import splice_prompt
 from ept_fast.ops.types import Text
 from ept_fast.precision import accumulation_dtype, without_autocast
-from ept_fast.prompts.base import CONFIG_FILE, Prompt, check_constant, prompt_class, read_prompt
+from ept_fast.prompts.base import (
+    CONFIG_FILE,
+    Prompt,
+    Seen,
+    check_constant,
+    prompt_class,
+    read_prompt,
+)
 from ept_fast.prompts.embedding import is_plain_table
 from ept_fast.prompts.initial import padded
 from ept_fast.storage.files import CheckpointError, TensorFile, tensor_bytes
@@ -383,7 +390,7 @@ class CLIPPrompt(PromptedModel):
         encoder, groups = self.backbone, self.prompt.num_tasks or 1
         owner = torch.arange(groups, device=ids.device).repeat_interleave(len(ids))  # [G·C]
         ids, mask = ids.repeat(groups, 1), mask.repeat(groups, 1)
-        prompt, read = self.prompt.prompt_for(Text(None, None, None, None, owner))  # [G, m, d]
+        prompt, read = self.prompt.prompt_for(Text(task_ids=owner), Seen())  # [G, m, d]
         # The start token's row goes before the name as the context's first.
         table = encoder.embedding.weight
         first = behind(table[self._start].unsqueeze(0), prompt)

@@ -156,17 +156,23 @@ class Runs:
 
     Args:
         backbone, tokenizer: the frozen model.
-        data: folder of the tasks.
-        task: which of them.
+        folder: of the task.
+        seeds: its draws of training rows.
         steps: of every run.
         most: test rows.
     """
 
     def __init__(
-        self, backbone: Any, tokenizer: Any, data: Path, task: str, steps: int, most: int
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        folder: Path,
+        seeds: Sequence[int],
+        steps: int,
+        most: int,
     ) -> None:
-        self.backbone, self.tokenizer, self.steps, self.most = backbone, tokenizer, steps, most
-        self.folder = data / task
+        self.backbone, self.tokenizer, self.folder = backbone, tokenizer, folder
+        self.seeds, self.steps, self.most = seeds, steps, most
         self.width = backbone.get_input_embeddings().embedding_dim
 
     def rows(self, name: str, template: str = "{}") -> Rows:
@@ -189,7 +195,7 @@ def accuracy(runs: Runs) -> Iterable[Row]:
     """One row for each method and draw, at the rate that is best on the draw's validation rows."""
     for name in METHODS:
         config = config_of(name, runs.width, M, LENGTH)
-        for seed in SEEDS:
+        for seed in runs.seeds:
             splits = (f"{seed}/validation", "test")
             tried = [(*runs.accuracies(config, "{}", seed, r, *splits), r) for r in CHOICES]
             _, tested, rate = max(tried, key=lambda each: each[0])
@@ -202,13 +208,13 @@ def accuracy(runs: Runs) -> Iterable[Row]:
 def stability(runs: Runs, templates: Sequence[str]) -> Iterable[Row]:
     """One row for each method, template and draw."""
     for name, made in STABILITY.items():
-        config, first = made(runs.width), SEEDS[0]
+        config, first = made(runs.width), runs.seeds[0]
         tuned = {
             rate: runs.accuracies(config, templates[0], first, rate, f"{first}/validation")
             for rate in CHOICES
         }
         rate = max(CHOICES, key=tuned.__getitem__)
-        for (i, template), seed in itertools.product(enumerate(templates), SEEDS):
+        for (i, template), seed in itertools.product(enumerate(templates), runs.seeds):
             (tested,) = runs.accuracies(config, template, seed, rate, "test")
             yield {
                 "method": name, "parameters": config.num_parameters, "rate": rate,
@@ -218,7 +224,7 @@ def stability(runs: Runs, templates: Sequence[str]) -> Iterable[Row]:
 
 def information(runs: Runs, target: float) -> Iterable[Row]:
     """One row for each method and draw."""
-    for (name, made), seed in itertools.product(INFORMATION.items(), SEEDS):
+    for (name, made), seed in itertools.product(INFORMATION.items(), runs.seeds):
         rows = runs.rows(f"{seed}/train")
         model = new_model(runs.backbone, made(runs.width), int(rows.labels.max()) + 1, seed)
         losses: list[float] = []
@@ -242,7 +248,7 @@ def information(runs: Runs, target: float) -> Iterable[Row]:
 
 def kept_states(runs: Runs, rounds: int = 20) -> float:
     """Time of InfoPrompt's step with kept states by that without; the median over the rounds."""
-    rows = runs.rows(f"{SEEDS[0]}/train")
+    rows = runs.rows(f"{runs.seeds[0]}/train")
     model = new_model(runs.backbone, INFORMATION["InfoPrompt"](runs.width), 2, 0)
     optimizer = RATES.optimizer(model, FASTEST)
     batch = rows.batch(range(BATCH))
@@ -307,28 +313,39 @@ def read(path: Path) -> list[dict[str, str]]:
 @click.command()
 @click.argument("part", type=click.Choice(("accuracy", "stability", "information")))
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--model", help="Folder or hub id of an encoder; the embedded MiniLM if not given.")
+@click.option("--seeds", multiple=True, type=int, default=SEEDS, help="Draws of training rows.")
 @click.option("--task", default=TASKS[0], type=click.Choice(TASKS))
 @click.option("--steps", default=40, help="Optimizer steps; of information at most.")
 @click.option("--rows", default=500, help="Test rows.")
 @click.option("--target", default=0.5, help="Part of its first value that the loss has to reach.")
 @click.option("--out", type=click.Path(path_type=Path), help="The CSV file.")
 def main(
-    part: str, data: Path, task: str, steps: int, rows: int, target: float, out: Path | None
+    part: str,
+    data: Path,
+    model: str | None,
+    seeds: tuple[int, ...],
+    task: str,
+    steps: int,
+    rows: int,
+    target: float,
+    out: Path | None,
 ) -> None:
     """Run one part on one task, write its rows and print its table."""
-    folder = embedded_model()
+    folder = model or embedded_model()
     backbone: Any = load_backbone(folder)
     origin = origin_of(backbone.device)
-    runs = Runs(backbone, load_tokenizer(folder), data, task, steps, rows)
+    runs = Runs(backbone, load_tokenizer(folder), data / task, seeds, steps, rows)
     if part == "accuracy":
         found = accuracy(runs)
     elif part == "stability":
         found = stability(runs, TEMPLATES[task])
     else:
         found = information(runs, target)
-    kept = [{"task": task, **row, "model": "all-MiniLM-L6-v2", **origin} for row in found]
-    name = f"{part}-{task.rpartition('/')[2]}-{slug(origin['device'])}.csv"
-    write_csv(out or FOLDER / name, kept[0], kept)
+    name = Path(model).name if model else "all-MiniLM-L6-v2"
+    kept = [{"task": task, **row, "model": name, **origin} for row in found]
+    file = f"{part}-{task.rpartition('/')[2]}-{slug(origin['device'])}.csv"
+    write_csv(out or FOLDER / file, kept[0], kept)
     click.echo(steps_table(kept) if part == "information" else spread_table(kept))
     if part == "information":
         click.echo(f"A step with kept states by one with a first pass: {kept_states(runs):.2f}")

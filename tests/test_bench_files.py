@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 import tests.toy_method  # registers a method  # noqa: F401
-from bench import clip, compare, methods, plots
+from bench import clip, compare, methods, plots, reading
 from bench.rows import SUITES, Book, Row, read, write
 from ept_fast.prompts.base import prompt_methods
 from tests.processes import python
-from tests.tiny import save_model
+from tests.tiny import save_model, write_rows
 
 # Our backend paired with itself.
 DEFAULTS: dict[str, Any] = {
@@ -339,3 +339,39 @@ def test_the_documentation_has_the_table_of_the_contexts(root: Path) -> None:
     page = (root / "docs" / "clip.md").read_text()
     for path in clip.FOLDER.glob("*.csv"):
         assert clip.table(clip.read(path)) in page
+
+
+# bench.reading
+
+
+@pytest.mark.parametrize("part", ["accuracy", "stability", "information"])
+def test_prompts_that_read_the_text_are_trained_and_judged(part: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    for name in ("13/train", "13/validation", "test"):
+        rows = [{"text": "good film" if i % 2 else "bad film", "label": i % 2} for i in range(10)]
+        write_rows(tmp_path / reading.TASKS[0] / f"{name}.jsonl", rows)
+    out = tmp_path / "reading.csv"
+    command = ("--data", tmp_path, "--model", model, "--seeds", 13, "--steps", 2, "--out", out)
+    done = CliRunner().invoke(reading.main, [part, *map(str, command)])
+    assert done.exit_code == 0, done.output
+    rows = reading.read(out)
+    table = reading.steps_table if part == "information" else reading.spread_table
+    assert table(rows) in done.output
+    if part == "information":
+        assert [row["method"] for row in rows] == [*reading.INFORMATION]
+        assert all(row["steps"] in ("", "0") for row in rows)
+        assert "A step with kept states by one with a first pass: 0." in done.output
+    elif part == "stability":
+        every = [(name, str(i)) for name in reading.STABILITY for i in range(5)]
+        assert [(row["method"], row["template"]) for row in rows] == every
+    else:
+        assert [row["method"] for row in rows] == [*reading.METHODS]
+        assert all(int(row["parameters"]) <= 100 * 32 for row in rows)
+
+
+def test_the_documentation_has_the_tables_of_prompts_that_read(root: Path) -> None:
+    page = (root / "docs" / "results.md").read_text()
+    for path in reading.FOLDER.glob("*.csv"):
+        of_steps = path.name.startswith("information")
+        table = reading.steps_table if of_steps else reading.spread_table
+        assert table(reading.read(path)) in page

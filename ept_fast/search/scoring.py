@@ -154,7 +154,7 @@ class CandidateScorer:
         readout: Readout,
         *,
         order: str = PROMPT_FIRST,
-        max_rows: int = 256,
+        max_rows: int = 64,
         backend: str | None = None,
     ) -> None:
         kind = type(readout)

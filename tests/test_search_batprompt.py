@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -289,7 +290,9 @@ BAD: list[tuple[Callable[[], object], str]] = [
 
 
 @pytest.mark.parametrize(("call", "message"), BAD)
-def test_mistakes(call: Callable[[], object], message: str) -> None:
+def test_mistakes(call: Callable[[], object], message: str, root: Path) -> None:
     with pytest.raises(ValueError, match="expected") as raised:
         call()
     assert str(raised.value) == message
+    page = (root / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert f"| ValueError | `{message}` |" in page

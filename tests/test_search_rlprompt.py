@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,7 +309,11 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD)
-def test_mistakes(call: Callable[[], object], error: type[Exception], message: str) -> None:
+def test_mistakes(
+    call: Callable[[], object], error: type[Exception], message: str, root: Path
+) -> None:
     with pytest.raises(error) as raised:
         call()
     assert str(raised.value) == message
+    page = (root / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert f"| {error.__name__} | `{message}` |" in page

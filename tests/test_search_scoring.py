@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,3 +241,75 @@ def test_the_model_is_left_as_it_was() -> None:
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert model(torch.ones(1, 5, dtype=torch.int64)).logits.shape == (1, 5, VOCABULARY)
+
+
+def scorer_of(readout: Any = None, name: str = "BERT", **choices: Any) -> CandidateScorer:
+    task = "CAUSAL_LM" if name in DECODERS else "FEATURE_EXTRACTION"
+    model = build(name, task, torch.float32)
+    return CandidateScorer(model, readout or LabelEmbeddings(torch.eye(C, WIDTH)), **choices)
+
+
+def score(**changes: Any) -> Tensor:
+    given: dict[str, Any] = {"prompts": candidates(), "input_ids": padded(texts(), "right")[0]}
+    return scorer_of()(**{**given, **changes})
+
+
+BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: Head(nn.Identity(), "max"), ValueError,
+     "pooling: expected one of mean, first, last, got 'max'"),
+    (lambda: LabelEmbeddings(torch.ones(3)), ValueError,
+     "embeddings: expected shape [C, h], got [3]"),
+    (lambda: LabelWords(torch.ones(3)), TypeError,
+     "token_ids: expected a tensor of int64 or int32, got torch.float32"),
+    (lambda: scorer_of(nn.Identity()), TypeError,
+     "readout: expected Head, LabelEmbeddings or LabelWords, got Identity"),
+    (lambda: scorer_of(order="both"), ValueError,
+     "order: expected one of prompt text, text prompt, got 'both'"),
+    (lambda: scorer_of(max_rows=0), ValueError, "max_rows: expected an integer >= 1, got 0"),
+    (lambda: scorer_of(LabelWords(WORDS)), TypeError,
+     "backbone: expected a model with a language-model head for LabelWords, got BertModel"),
+    (lambda: CandidateScorer(build("BERT", "FEATURE_EXTRACTION").train(), Head(head())),
+     ValueError, "backbone: expected evaluation mode (backbone.eval()), got training"),
+    (lambda: scorer_of(order="text prompt"), ValueError,
+     'order: expected "prompt text" for a model that is not a causal one with keys and values in '
+     'every layer, got "text prompt" for BertModel'),
+    (lambda: scorer_of(LabelWords(WORDS, MASK), "Llama", order="text prompt"), ValueError,
+     'mask_token_id: expected None for order "text prompt", which reads the answer at the '
+     "prompt's last token, got 60"),
+    (lambda: scorer_of(name="Llama", order="text prompt"), ValueError,
+     'pooling: expected "last" for order "text prompt", got \'mean\''),
+    (lambda: score(prompts=[1, 2]), TypeError, "prompts: expected a tensor, got list"),
+    (lambda: score(prompts=torch.ones(2, 3, 5)), ValueError,
+     "prompts: expected shape [N, m, 32], got [2, 3, 5]"),
+    (lambda: score(prompts=candidates()[0]), ValueError,
+     "prompts: expected shape [N, m], got [3]"),
+    (lambda: score(prompts=candidates()[:0]), ValueError,
+     "prompts: expected N >= 1 and m >= 0, got shape [0, 3]"),
+    (lambda: score(prompts=candidates() + 58), IndexError,
+     f"prompts: expected ids from 0 to 60, got {int(candidates().max()) + 58}"),
+    (lambda: score(attention_mask=torch.ones(6, 3).long()), ValueError,
+     "attention_mask: expected shape [6, 7] to match input_ids [6, 7], got [6, 3]"),
+    (lambda: score(attention_mask=-padded(texts(), "right")[1]), ValueError,
+     "attention_mask: expected only 0 and 1, got -1 at row 0, column 0"),
+    (lambda: score(attention_mask=torch.ones(6, 7).long().index_fill(0, torch.tensor([2]), 0)),
+     ValueError, "input_ids: expected at least one real token in every text, got none in row 2"),
+    (lambda: score(input_ids=torch.full((2, 3), 61)), IndexError,
+     "input_ids: expected ids from 0 to 60, got 61 at row 0, column 0"),
+    (lambda: score(input_ids=torch.ones(1, 62).long()), ValueError,
+     "input_ids: expected at most 61 tokens (the model's 64 positions without the prompt's 3), "
+     "got 62"),
+    (lambda: CandidateScorer(build("BERT", "MASKED_LM"), LabelWords(WORDS, MASK))(
+        candidates(), torch.ones(2, 3).long()), ValueError,
+     "input_ids: expected one mask token 60 in every text, got 0 in row 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_mistakes(
+    call: Callable[[], object], error: type[Exception], message: str, root: Path
+) -> None:
+    with pytest.raises(error) as raised:
+        call()
+    assert str(raised.value) == message
+    page = (root / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert f"| {error.__name__} | `{message}` |" in page

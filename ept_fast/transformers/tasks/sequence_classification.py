@@ -66,7 +66,7 @@ class EPTModelForSequenceClassification(HeadedModel):
                 logits=logits,
                 labels=labels,
                 pooled=pooled,
-                class_weights=self.class_weights,
+                class_weights=self.class_weights if self.loss_terms else None,
             )
             if num_items is not None:  # the batch is part of a larger one
                 loss = loss * labels.ne(IGNORED).sum() / num_items

@@ -56,7 +56,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 METHODS = ("pt", "instance", "infoprompt", "stable")
-M = 20  # tokens of accuracy's prompts, within the budget of 100 plain ones; prompt tuning has 100
+M = 20  # tokens of accuracy's prompts, all within the budget of 100 plain ones
 TOKENS, BATCH, LENGTH = 10, 8, 96
 CHOICES = (1e-2, 3e-2)  # rates of the prompt
 RATES = Rates({"prompt": 1.0, "offset": 0.1, "spaces": 0.1}, head=5e-3, weight_decay=0.0)

@@ -492,6 +492,14 @@ def test_a_prompt_of_each_text(row: Row, tmp_path: Path) -> None:
         model.prompt.fold(offset="other")
 
 
+@READING
+@pytest.mark.parametrize("task", [-1, 2])
+def test_a_task_that_the_bank_does_not_have(row: Row, task: int) -> None:
+    prompt = make(row.config(8), 2)
+    with pytest.raises(IndexError, match=rf"task_ids: expected ids from 0 to 1, got {task} at row"):
+        prompt(ids(), task_ids=torch.tensor([0, task]))
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @EVERY
 def test_as_a_method_of_peft(row: Row) -> None:

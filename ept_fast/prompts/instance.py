@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ept_fast.checks import check_task_ids, check_text, values_are_checked
+from ept_fast.checks import check_text
 from ept_fast.config import PromptConfig, check_choice, check_count
 from ept_fast.ops.functional import splice_prompt
 from ept_fast.ops.types import Text
 from ept_fast.prompts.base import Prompt, Seen, register
 from ept_fast.prompts.initial import repeated
+from ept_fast.prompts.reading import by_row, check_tasks
 from ept_fast.storage.sharded import check_whole
 
 __all__ = ["InstanceConfig", "InstancePrompt"]
@@ -148,9 +149,7 @@ class InstancePrompt(Prompt):
     def prompt_for(self, text: Text, seen: Seen) -> tuple[Tensor, Text]:
         """A prompt of each row."""
         rows = self._rows(text, seen)
-        prompts = self.computed(lambda t: self._prompts(t, rows, text.task_ids))
-        every = torch.arange(prompts.shape[0], device=prompts.device)
-        return prompts, text._replace(task_ids=every)
+        return by_row(self.computed(lambda t: self._prompts(t, rows, text.task_ids)), text)
 
     def put_before(self, text: Text, seen: Seen, places: list[Tensor] | None = None) -> Tensor:
         """The embeddings ``[B, m + S, d]``; rows that are the prompt are gathered there."""
@@ -185,8 +184,7 @@ class InstancePrompt(Prompt):
         check_text(text, "table", table, None)
         rows = ids.long() % c.table_size
         if text.task_ids is not None:
-            if values_are_checked(ids.device) and not torch.compiler.is_compiling():
-                check_task_ids(text.task_ids, table.shape[0])
+            check_tasks(text, self.num_tasks)
             rows = rows + c.table_size * text.task_ids.long().unsqueeze(1)
         if text.attention_mask is not None:
             real = text.attention_mask != 0

@@ -18,7 +18,7 @@ from ept_fast.config import PromptConfig, check_choice, check_count, check_flag,
 from ept_fast.ops.types import Text
 from ept_fast.prompts.base import Prompt, Seen, register
 from ept_fast.prompts.initial import repeated
-from ept_fast.prompts.reading import embeddings_of
+from ept_fast.prompts.reading import by_row, check_tasks, embeddings_of
 
 __all__ = ["MixtureConfig", "MixturePrompt"]
 
@@ -199,9 +199,8 @@ class MixturePrompt(Prompt):
     def prompt_for(self, text: Text, seen: Seen) -> tuple[Tensor, Text]:
         """The prompt of a task, noisy in training mode; or a prompt of each row."""
         if self.depends_on_text:
-            prompts = self.computed(lambda t: self._attend(t, text))
-            rows = torch.arange(prompts.shape[0], device=prompts.device)
-            return prompts, text._replace(task_ids=rows)
+            check_tasks(text, self.num_tasks)
+            return by_row(self.computed(lambda t: self._attend(t, text)), text)
         logits = self.gate_logits
         if not self.training or logits is None:
             return self.reconstruct(), text

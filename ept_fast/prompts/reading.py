@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ept_fast.checks import check_task_ids, values_are_checked
 from ept_fast.ops.types import Text
 from ept_fast.prompts.base import Prompt, Seen
 
-__all__ = ["ReadingPrompt", "embeddings_of", "masked_mean"]
+__all__ = ["ReadingPrompt", "by_row", "check_tasks", "embeddings_of", "masked_mean"]
 
 
 class ReadingPrompt(Prompt):
@@ -58,6 +59,7 @@ class ReadingPrompt(Prompt):
         if (text.task_ids is None) != (self.num_tasks is None):
             wanted = "None" if self.num_tasks is None else "the task of each row"
             raise ValueError(f"task_ids: expected {wanted}, got {_shown(text.task_ids)}")
+        check_tasks(text, self.num_tasks)
 
         def formula(t: Mapping[str, Tensor]) -> Tensor:
             if text.task_ids is not None:
@@ -65,9 +67,21 @@ class ReadingPrompt(Prompt):
             states = given.to(next(iter(t.values())).dtype)
             return self.of_rows(t, states, mask != 0)
 
-        prompts = self.computed(formula)
-        rows = torch.arange(len(prompts), device=prompts.device)
-        return prompts, text._replace(task_ids=rows)
+        return by_row(self.computed(formula), text)
+
+
+def by_row(prompts: Tensor, text: Text) -> tuple[Tensor, Text]:
+    """Prompts ``[B, m, d]`` of the rows, and the text with the ``task_ids`` that pick them."""
+    return prompts, text._replace(task_ids=torch.arange(len(prompts), device=prompts.device))
+
+
+def check_tasks(text: Text, num_tasks: int | None) -> None:
+    """Raise IndexError for a row's task that the bank does not have, if values are looked at."""
+    ids = text.task_ids
+    if ids is None or num_tasks is None or torch.compiler.is_compiling():
+        return
+    if values_are_checked(ids.device):
+        check_task_ids(ids, num_tasks)
 
 
 def embeddings_of(text: Text) -> Tensor:

@@ -23,10 +23,10 @@ import click
 import torch
 from torch import Tensor
 
-from bench.accuracy.study import embedded_model
+from bench.accuracy.study import embedded_model, encoder_name
 from bench.environment import origin_of, slug
 from bench.inputs import DTYPES
-from bench.rows import RESULTS, write_csv
+from bench.rows import RESULTS, rounded, write_csv
 from bench.timing import Clock, median_interval, no_collection
 from ept_fast.search import CandidateScorer, LabelEmbeddings, LabelWords
 from ept_fast.transformers.backbone import load_backbone
@@ -181,7 +181,7 @@ def main(
 ) -> None:  # fmt: skip
     """Time all three ways on an encoder and a decoder, with short and with long texts."""
     encoder: Any = load_backbone(model or embedded_model(), dtype=DTYPES[dtype]).eval()
-    name = Path(model).name if model else "all-MiniLM-L6-v2"
+    name = encoder_name(model)
     decoder = random_decoder(DTYPES[dtype])
     origin = origin_of(torch.device("cpu"))
     kinds = {name: (encoder, encoder_ways), "random Llama": (decoder, decoder_ways)}
@@ -197,9 +197,7 @@ def main(
                 "tokens": tokens, "dtype": dtype,
             }  # fmt: skip
             rows.append({**how, **measure(work, rounds), "rounds": rounds, **origin})
-    written = [
-        {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-    ]
+    written = [rounded(row) for row in rows]
     write_csv(out or FOLDER / f"{slug(origin['device'])}.csv", written[0], written)
     click.echo(table(rows))
 

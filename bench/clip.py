@@ -13,7 +13,6 @@ classes alone, choose the rate by their cross-entropy.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import time
@@ -28,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.accuracy.study import embedded_model
+from bench.accuracy.study import embedded_model, encoder_name
 from bench.environment import origin_of, slug
-from bench.rows import RESULTS, write_csv
+from bench.rows import RESULTS, rounded, write_csv
 from ept_fast import CLIPPrompt, EPTConfig
 from ept_fast.config import PromptConfig
 from ept_fast.prompts.residual import ResidualConfig
@@ -258,12 +257,6 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values) if len(values) > 1 else 0:.1f}"
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file that the command wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def _listed(_: Any, parameter: click.Parameter, value: str) -> list[str]:
     return value.split(",")
 
@@ -287,14 +280,13 @@ def main(
     encoder = Encoder(SentenceEncoder(backbone, scale), load_tokenizer(source))
     origin = origin_of(torch.device("cpu"))
     how = {
-        "steps": steps, "scale": scale, "model": Path(model).name if model else "all-MiniLM-L6-v2",
+        "steps": steps, "scale": scale, "model": encoder_name(model),
         **origin,
     }  # fmt: skip
     numbers = [int(seed) for seed in seeds], [float(rate) for rate in rates]
     rows = []
     for row in measure(encoder, data, splits, *numbers, steps):
-        values = {**row, **how}.items()
-        rows.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values})
+        rows.append(rounded({**row, **how}, 6))
         click.echo(" ".join(str(value) for value in list(rows[-1].values())[:9]), err=True)
     write_csv(out or FOLDER / f"{slug(origin['device'])}.csv", rows[0], rows)
     click.echo(table(rows))

@@ -17,7 +17,6 @@ options and the compiler, so nothing stale is found there.
 
 from __future__ import annotations
 
-import csv
 import importlib
 import itertools
 import json
@@ -52,7 +51,7 @@ from bench.machine_code import (
     versions,
     warps_per_sm,
 )
-from bench.rows import aligned, write_csv
+from bench.rows import aligned, read_csv, write_csv
 from bench.shapes import PREDICTED, Shape
 from ept_fast.backends import fused
 from ept_fast.ops.activations import ACTIVATIONS
@@ -674,10 +673,7 @@ def check(
 
 
 def _rows_of(path: Path) -> list[Row]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(path) if path.is_file() else []
 
 
 Budget = dict[tuple[str, str, str], int]

@@ -15,7 +15,6 @@ optimizer's, and what the step itself allocates, by the allocator. It has activa
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,10 +24,10 @@ from typing import Any
 import click
 import torch
 
-from bench.accuracy.study import embedded_model
+from bench.accuracy.study import embedded_model, encoder_name
 from bench.environment import origin_of, slug
 from bench.inputs import DTYPES
-from bench.rows import RESULTS, write_csv
+from bench.rows import RESULTS, rounded, write_csv
 from bench.timing import Clock, Work, median_interval, no_collection
 from ept_fast import get_ept_model
 from ept_fast.config import PromptConfig
@@ -141,12 +140,6 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file that the command wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 @click.command()
 @click.option("--model", help="Folder or hub id of an encoder; the embedded MiniLM if not given.")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu")
@@ -166,11 +159,11 @@ def main(
     backbone: Any = load_backbone(model or embedded_model(), dtype=DTYPES[dtype]).to(device)
     origin = origin_of(backbone.device)
     how: Row = {
-        "model": Path(model).name if model else "all-MiniLM-L6-v2",
+        "model": encoder_name(model),
         "dtype": dtype, "batch": batch, "length": length, **origin,
     }  # fmt: skip
     rows = [
-        {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in {**row, **how}.items()}
+        rounded({**row, **how})
         for row in measure(backbone, tokens, batch_of(backbone, batch, length), rounds)
     ]
     write_csv(out or FOLDER / f"{slug(origin['device'])}.csv", rows[0], rows)

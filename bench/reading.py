@@ -4,14 +4,14 @@
     python -m bench.reading stability --data ../shared/data
     python -m bench.reading information --data ../shared/data
 
-``accuracy``: test accuracy of each method at the budget of 100 plain tokens, of which it makes 20,
-beside prompt tuning; over five draws of 16 rows a class, the better of two rates by the draw's
-validation rows.
+``accuracy``: test accuracy of each method with 20 tokens and at most the parameters of 100 plain
+ones, beside prompt tuning of 20; over five draws of 16 rows a class, the better of two rates by the
+draw's validation rows.
 
 ``stability``: StablePT's claim. Test accuracy over five hard templates and five draws of 16 rows a
-class, and how far it spreads, beside prompt tuning of as many tokens; each with and without the
-supervised contrastive loss. One rate for each method, the better of two on the validation rows
-of the first template and draw.
+class, and how far it spreads, with and without its contrastive loss, beside prompt tuning of as
+many tokens. One rate for each method, the better of two on the validation rows of the first
+template and draw.
 
 ``information``: InfoPrompt's claim, faster convergence. Steps until the task's loss on all training
 rows has fallen to ``--target`` of its first value, with the two information losses, with weights of
@@ -20,7 +20,6 @@ rows has fallen to ``--target`` of its first value, with the two information los
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import time
@@ -32,7 +31,7 @@ from typing import Any
 import click
 import torch
 
-from bench.accuracy.study import SEEDS, embedded_model
+from bench.accuracy.study import SEEDS, embedded_model, encoder_name
 from bench.accuracy.training import Rates, train_step
 from bench.environment import origin_of, slug
 from bench.methods import config_of
@@ -289,7 +288,7 @@ def steps_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"| {' | '.join(header)} |", f"|---|---|{'---:|' * (len(header) - 2)}"]
     for (task, method), group in groups(rows, "task", "method"):
         there = sum(row["steps"] != "" for row in group)
-        steps = fmean(float(row["steps"] or row["most"]) for row in group)
+        steps = fmean(float(row["most"] if row["steps"] == "" else row["steps"]) for row in group)
         lines.append(f"| {task} | {method} | {there} of {len(group)} | {steps:.0f} |")
     return "\n".join(lines) + "\n"
 
@@ -302,12 +301,6 @@ def groups(
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), []).append(row)
     return found.items()
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file that the command wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @click.command()
@@ -342,8 +335,7 @@ def main(
         found = stability(runs, TEMPLATES[task])
     else:
         found = information(runs, target)
-    name = Path(model).name if model else "all-MiniLM-L6-v2"
-    kept = [{"task": task, **row, "model": name, **origin} for row in found]
+    kept = [{"task": task, **row, "model": encoder_name(model), **origin} for row in found]
     file = f"{part}-{task.rpartition('/')[2]}-{slug(origin['device'])}.csv"
     write_csv(out or FOLDER / file, kept[0], kept)
     click.echo(steps_table(kept) if part == "information" else spread_table(kept))

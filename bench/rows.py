@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -162,11 +162,18 @@ def _row(place: str, values: dict[str, str]) -> Row:
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Write rows to one file, whole or not at all; numbers to five digits."""
-    texts = (
-        {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-        for row in rows
-    )
-    write_csv(path, [field.name for field in fields(Row)], texts)
+    write_csv(path, [field.name for field in fields(Row)], (rounded(asdict(row)) for row in rows))
+
+
+def rounded(row: Mapping[str, Any], digits: int = 5) -> dict[str, Any]:
+    """The row with its floats as texts of so many digits."""
+    return {k: f"{v:.{digits}g}" if isinstance(v, float) else v for k, v in row.items()}
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file that :func:`write_csv` wrote, all values as texts."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:

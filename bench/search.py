@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench.accuracy.study import SEEDS, embedded_model
 from bench.environment import origin_of, slug
-from bench.rows import RESULTS, write_csv
+from bench.rows import RESULTS, rounded, write_csv
 from ept_fast import EPTConfig, get_ept_model
 from ept_fast.search import (
     PERTURBERS,
@@ -287,11 +287,7 @@ def main(
                     "test_rows": test_rows,
                 }
                 found += [{**how, **row, **origin} for row in made]
-                written = [
-                    {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-                    for row in found
-                ]
-                write_csv(out, (*COLUMNS, *origin), written)
+                write_csv(out, (*COLUMNS, *origin), map(rounded, found))
     click.echo(table(found))
 
 

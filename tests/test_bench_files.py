@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 import tests.toy_method  # registers a method  # noqa: F401
 from bench import clip, compare, methods, plots, reading
-from bench.rows import SUITES, Book, Row, read, write
+from bench.rows import SUITES, Book, Row, read, read_csv, write
 from ept_fast.prompts.base import prompt_methods
 from tests.processes import python
 from tests.tiny import save_model, write_rows
@@ -279,7 +279,7 @@ def test_every_registered_method_has_a_row(tmp_path: Path) -> None:
     command = ("--model", model, "--tokens", 4, "--batch", 3, "--length", 8, "--rounds", 2)
     done = CliRunner().invoke(methods.main, [*map(str, command), "--out", str(out)])
     assert done.exit_code == 0, done.output
-    rows = {row["method"]: row for row in methods.read(out)}
+    rows = {row["method"]: row for row in read_csv(out)}
     assert {*rows} == {*prompt_methods()} >= {"toy", "ept"}  # a new one needs no change there
     assert methods.table(rows.values()) in done.output
     for name, row in rows.items():
@@ -301,7 +301,7 @@ def test_every_registered_method_has_a_row(tmp_path: Path) -> None:
 def test_the_documentation_has_the_tables_of_the_methods(root: Path) -> None:
     page = (root / "docs" / "results.md").read_text()
     for path in methods.FOLDER.glob("*.csv"):
-        assert methods.table(methods.read(path)) in page
+        assert methods.table(read_csv(path)) in page
 
 
 # bench.clip
@@ -319,7 +319,7 @@ def test_every_context_is_trained_and_tested_on_both_kinds_of_classes(tmp_path: 
     command = ("--data", tmp_path, "--model", model, "--seeds", 13, "--steps", 2, "--out", out)
     done = CliRunner().invoke(clip.main, list(map(str, command)))
     assert done.exit_code == 0, done.output
-    rows = clip.read(out)
+    rows = read_csv(out)
     names = [*clip.UNTRAINED, *clip.METHODS]
     virtual = {name for name, method in clip.METHODS.items() if method.virtual}
     expected = [(s, n) for s in clip.SPLITS for n in names if s != "all" or n not in virtual]
@@ -338,7 +338,7 @@ def test_every_context_is_trained_and_tested_on_both_kinds_of_classes(tmp_path: 
 def test_the_documentation_has_the_table_of_the_contexts(root: Path) -> None:
     page = (root / "docs" / "clip.md").read_text()
     for path in clip.FOLDER.glob("*.csv"):
-        assert clip.table(clip.read(path)) in page
+        assert clip.table(read_csv(path)) in page
 
 
 # bench.reading
@@ -354,7 +354,7 @@ def test_prompts_that_read_the_text_are_trained_and_judged(part: str, tmp_path: 
     command = ("--data", tmp_path, "--model", model, "--seeds", 13, "--steps", 2, "--out", out)
     done = CliRunner().invoke(reading.main, [part, *map(str, command)])
     assert done.exit_code == 0, done.output
-    rows = reading.read(out)
+    rows = read_csv(out)
     table = reading.steps_table if part == "information" else reading.spread_table
     assert table(rows) in done.output
     if part == "information":
@@ -374,4 +374,4 @@ def test_the_documentation_has_the_tables_of_prompts_that_read(root: Path) -> No
     for path in reading.FOLDER.glob("*.csv"):
         of_steps = path.name.startswith("information")
         table = reading.steps_table if of_steps else reading.spread_table
-        assert table(reading.read(path)) in page
+        assert table(read_csv(path)) in page

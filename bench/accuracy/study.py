@@ -302,6 +302,11 @@ def embedded_model() -> str:
     return str(Path(found.origin).parent / "model")
 
 
+def encoder_name(model: str | None) -> str:
+    """What rows call the encoder that ``--model`` names, or :func:`embedded_model`."""
+    return Path(model).name if model else "all-MiniLM-L6-v2"
+
+
 def settings_of(part: str, method: str) -> dict[str, Any]:
     """The settings of a method or of a choice."""
     if part == "choices" and method != BASE:

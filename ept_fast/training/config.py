@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, get_args, get_type_hints
@@ -73,9 +72,9 @@ def _setting(
 def _metadata(
     text: str,
     choices: Iterable[str] | Callable[[], Iterable[str]] = (),
-    range_: Mapping[str, Any] = types.MappingProxyType({}),
+    range_: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    return {"help": text, "choices": choices, "range": range_}
+    return {"help": text, "choices": choices, "range": range_ or {}}
 
 
 def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:

@@ -107,6 +107,12 @@ def _algorithms(request: pytest.FixtureRequest) -> Iterator[None]:
     _poison_memory(True)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Random numbers without a generator are the same whatever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For a module whose tensors are so small that threads would only wait for each other."""

@@ -86,8 +86,9 @@ def filled(prompt: Any, seed: int = 3) -> Any:
 
 def make(config: PromptConfig, num_tasks: int | None = None, **options: Any) -> Prompt:
     """A prompt with every tensor filled."""
-    layer = nn.Embedding(20, config.hidden_size, dtype=options.get("dtype"))
     draw = torch.Generator().manual_seed(5)
+    words = torch.randn(20, config.hidden_size, generator=draw, dtype=options.get("dtype"))
+    layer = nn.Embedding.from_pretrained(words)
     prompt = prompt_class(config)(config, layer, num_tasks=num_tasks, generator=draw, **options)
     return filled(prompt)  # type: ignore[no-any-return]
 

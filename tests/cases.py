@@ -132,8 +132,8 @@ class Case:
         return replace(case.each_parameter(change), weight=change(self.weight))
 
     def _each_of_the_text(self, change: Callable[[Tensor], Tensor]) -> Case:
-        names = ("input_ids", "attention_mask", "task_ids")
-        have = {name: t for name in names if (t := getattr(self, name)) is not None}
+        names = ("input_ids", "attention_mask", "task_ids", "prompt_rows")
+        have = {name: t for name in names if (t := getattr(self, name, None)) is not None}
         return replace(self, **{name: change(t) for name, t in have.items()})
 
     def laid_out(self, layout: str) -> Case:
@@ -202,6 +202,32 @@ class Case:
             **self.flags,
             backend=backend,
         )
+
+
+@dataclass(frozen=True)
+class Gathered(Case):
+    """A case whose parameter ``short_prompt`` is the rows to choose from."""
+
+    prompt_rows: Any = None
+
+    def reconstruct(self, backend: str) -> Tensor:
+        return self.parameters["short_prompt"]
+
+    def splice(self, prompt: Tensor, backend: str, **text: Tensor) -> Tensor:
+        return splice_prompt(
+            prompt,
+            input_ids=self.input_ids,
+            weight=self.weight,
+            offset_a=self.parameters.get("offset_a"),
+            offset_b=self.parameters.get("offset_b"),
+            scaling=self.flags["scaling"],
+            attention_mask=self.attention_mask,
+            prompt_rows=self.prompt_rows,
+            backend=backend,
+        )
+
+    def given(self) -> SpliceInputs:
+        return self.inputs(prompt_rows=self.prompt_rows)
 
 
 def flat(
@@ -304,6 +330,16 @@ def make_case(
         None if s.tasks is None else torch.randint(s.tasks, (s.batch,), generator=g),
         {"scaling": 0.4, "temperature": 0.7, **flags},
     )
+
+
+def make_gathered(sizes: Sizes, count: int, seed: int = 0, **options: Any) -> Gathered:
+    """A case of R = ``count`` rows, in float32 if nothing else is said; -1 among the ids."""
+    options = {"dtype": torch.float32, "padding": "holes", "spaces": False, **options}
+    case = make_case(replace(sizes, m=count), seed=seed, **options)
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(-1, count, (sizes.batch, sizes.m), generator=draw)
+    given = {name: getattr(case, name) for name in Case.__dataclass_fields__}
+    return Gathered(**{**given, "sizes": sizes}, prompt_rows=rows)
 
 
 def sharp_case(case: Case, scores: str, size: float, large: str) -> Case:

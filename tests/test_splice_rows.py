@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +12,18 @@ from torch import Tensor
 
 from ept_fast import splice_prompt
 from ept_fast.backends import triton
-from ept_fast.ops.types import SpliceInputs
-from tests.cases import LAYOUTS, PADDINGS, TYPES, Case, Sizes, laid_out, make_case, run
+from tests.cases import (
+    LAYOUTS,
+    PADDINGS,
+    TYPES,
+    Case,
+    Gathered,
+    Sizes,
+    laid_out,
+    make_case,
+    make_gathered,
+    run,
+)
 from tests.parity import (
     EAGER,
     TRITON,
@@ -31,42 +40,6 @@ pytestmark = [
 ]
 each_backend = over(EAGER, TRITON)
 OPS = torch.ops.ept_fast
-
-
-@dataclass(frozen=True)
-class Gathered(Case):
-    """A case whose parameter ``short_prompt`` is the rows to choose from."""
-
-    prompt_rows: Any = None
-
-    def reconstruct(self, backend: str) -> Tensor:
-        return self.parameters["short_prompt"]
-
-    def splice(self, prompt: Tensor, backend: str, **text: Tensor) -> Tensor:
-        return splice_prompt(
-            prompt,
-            input_ids=self.input_ids,
-            weight=self.weight,
-            offset_a=self.parameters.get("offset_a"),
-            offset_b=self.parameters.get("offset_b"),
-            scaling=self.flags["scaling"],
-            attention_mask=self.attention_mask,
-            prompt_rows=self.prompt_rows,
-            backend=backend,
-        )
-
-    def given(self) -> SpliceInputs:
-        return self.inputs(prompt_rows=self.prompt_rows)
-
-
-def make(sizes: Sizes, count: int, seed: int = 0, **options: Any) -> Gathered:
-    """A case of R = ``count`` rows, in float32 if nothing else is said; -1 among the ids."""
-    options = {"dtype": torch.float32, "padding": "holes", "spaces": False, **options}
-    case = make_case(replace(sizes, m=count), seed=seed, **options)
-    draw = torch.Generator().manual_seed(seed)
-    rows = torch.randint(-1, count, (sizes.batch, sizes.m), generator=draw)
-    fields = {name: getattr(case, name) for name in Case.__dataclass_fields__}
-    return Gathered(**{**fields, "sizes": sizes}, prompt_rows=rows)
 
 
 # One row for all, more of them than a program takes at a time, several blocks of channels; more
@@ -90,7 +63,7 @@ def test_parity(types: str, backend: str) -> None:
     def cases() -> Iterator[Case]:
         for i in chosen:
             padding = PADDINGS[(first + i) % len(PADDINGS)]
-            yield make(*SHAPES[i], i, padding=padding).typed(types)
+            yield make_gathered(*SHAPES[i], i, padding=padding).typed(types)
 
     assert_as_exact_as_the_definition(cases(), backend)
 
@@ -100,7 +73,7 @@ def test_parity(types: str, backend: str) -> None:
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_gradcheck(padding: str, offset: bool, backend: str) -> None:
     sizes = Sizes(m=4, d=3, batch=3)
-    case = make(sizes, 2, dtype=torch.float64, padding=padding, offset=offset)
+    case = make_gathered(sizes, 2, dtype=torch.float64, padding=padding, offset=offset)
     embeds = case.weight[case.input_ids].requires_grad_()
 
     def function(prompt: Tensor, embeds: Tensor, *pair: Tensor, backend: str = backend) -> Tensor:
@@ -121,7 +94,7 @@ def test_gradcheck(padding: str, offset: bool, backend: str) -> None:
 
 @over("reference", EAGER, TRITON)
 def test_it_is_torchs_embedding_before_the_text(backend: str) -> None:
-    case = make(Sizes(m=5, d=37, batch=4), 3, offset=False)
+    case = make_gathered(Sizes(m=5, d=37, batch=4), 3, offset=False)
     table = case.parameters["short_prompt"]
     found = F.embedding(case.prompt_rows + 1, F.pad(table, (0, 0, 1, 0)), padding_idx=0)
     wanted = torch.cat([found, case.weight[case.input_ids]], 1)
@@ -138,7 +111,7 @@ def test_it_is_torchs_embedding_before_the_text(backend: str) -> None:
 
 @each_backend
 def test_the_same_row_for_all_is_a_prompt(backend: str) -> None:
-    case = make(Sizes(m=3, batch=4), 3)
+    case = make_gathered(Sizes(m=3, batch=4), 3)
     plain = make_case(case.sizes, spaces=False, dtype=torch.float32)
     rows = torch.arange(3).expand(4, 3)
     same = replace(case, parameters=plain.parameters, prompt_rows=rows)
@@ -158,7 +131,7 @@ def test_the_same_row_for_all_is_a_prompt(backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_strides_and_the_type_of_ids_change_no_bit(layout: str, backend: str) -> None:
-    case = make(Sizes(m=5, d=24, batch=4, length=9), 6, offset=False)
+    case = make_gathered(Sizes(m=5, d=24, batch=4, length=9), 6, offset=False)
     rows = laid_out(case.prompt_rows.int(), layout)
     other: Gathered = replace(case.laid_out(layout), prompt_rows=rows)  # type: ignore[assignment]
     cotangent = cotangent_of(case)
@@ -170,7 +143,7 @@ def test_strides_and_the_type_of_ids_change_no_bit(layout: str, backend: str) ->
 @pytest.mark.default_algorithms
 @each_backend
 def test_every_run_gives_the_same_bits(backend: str) -> None:
-    case = make(Sizes(m=9, d=33, batch=20, length=2), 2)
+    case = make_gathered(Sizes(m=9, d=33, batch=20, length=2), 2)
     cotangent = cotangent_of(case)
     first = run(case, backend, cotangent)
     for name, tensor in run(case, backend, cotangent).items():
@@ -190,7 +163,7 @@ EMPTY = [
 @each_backend
 @pytest.mark.parametrize(("zero", "count"), EMPTY)
 def test_empty_sizes(zero: dict[str, int], count: int, backend: str) -> None:
-    case = make(Sizes(**zero), max(count, 1), padding="none")
+    case = make_gathered(Sizes(**zero), max(count, 1), padding="none")
     if not count:
         case.prompt_rows.fill_(-1)
         none = case.parameters["short_prompt"].detach()[:0].requires_grad_()
@@ -204,7 +177,7 @@ def test_empty_sizes(zero: dict[str, int], count: int, backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("offset", [True, False])
 def test_opcheck(offset: bool, backend: str) -> None:
-    case = make(Sizes(m=2, n=3, d=5, batch=2, length=3), 4, offset=offset, padding="none")
+    case = make_gathered(Sizes(m=2, n=3, d=5, batch=2, length=3), 4, offset=offset, padding="none")
     inputs = case.given()
     torch.library.opcheck(OPS.splice_forward, (list(inputs), 0.4, backend))
     _, *kept = OPS.splice_forward(list(inputs), 0.4, backend)
@@ -217,7 +190,7 @@ def test_opcheck(offset: bool, backend: str) -> None:
 @each_backend
 def test_compiles_into_one_graph(backend: str) -> None:
     torch.compiler.reset()
-    case = make(Sizes(m=5), 4)
+    case = make_gathered(Sizes(m=5), 4)
     cotangent = cotangent_of(case)
 
     def function(prompt: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
@@ -237,7 +210,7 @@ def test_compiles_into_one_graph(backend: str) -> None:
 @needs_interpreter
 def test_the_kernel_reads_no_row_that_is_not_there() -> None:
     """What a GPU does with ids that nobody looked at: NaN, and no part in the gradient."""
-    case = make(Sizes(m=3, batch=1), 4, offset=False, padding="none")
+    case = make_gathered(Sizes(m=3, batch=1), 4, offset=False, padding="none")
     inputs = case.given()._replace(prompt_rows=torch.tensor([[-2, 4, 1]]))
     out, kept = triton.splice_forward(inputs, 0.4)
     assert bool(out[0, :2].isnan().all())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import Case, Sizes, make_case, run
+from tests.cases import Case, Sizes, make_case, make_gathered, run
 
 _WHERE = os.environ.get("EPT_FAST_TEST_DEVICE", "cuda")
 # Only what would be launched on a GPU is wanted: tests.gpu.launches.
@@ -37,6 +37,17 @@ def device_case(sizes: Sizes, types: str = "float32", **options: object) -> Case
     table, parameters = TYPES[types]
     skip_rounding(parameters)
     case = make_case(sizes, dtype=parameters, **options)  # type: ignore[arg-type]
+    return on_device(replace(case, weight=case.weight.to(table)))
+
+
+def gathered_case(
+    backend: str, sizes: Sizes, count: int, types: str = "float32", *, seed: int = 0
+) -> Case:
+    """A case whose prompts are gathered from ``count`` rows."""
+    if backend == "cuda":
+        pytest.skip("cuda: these kernels do not gather a prompt")
+    table, parameters = TYPES[types]
+    case = make_gathered(sizes, count, seed, dtype=parameters)
     return on_device(replace(case, weight=case.weight.to(table)))
 
 

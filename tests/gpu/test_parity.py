@@ -21,6 +21,7 @@ from tests.gpu.support import (
     check_function,
     check_parity,
     device_case,
+    gathered_case,
     make_cotangent,
     needs_gpu,
     on_device,
@@ -152,6 +153,22 @@ def test_given_embeddings(backend: str, layout: str, types: str) -> None:
         )
 
     check_function(splice, leaves, make_cotangent(case), backend)
+
+
+# Shapes and how many rows there are: all tokens have one, many have each, few have any.
+GATHERED = {
+    "one row": (SHAPES["odd"], 1),
+    "few rows": (SHAPES["odd"], 6),
+    "many rows": (SHAPES["odd"], 1000),
+    "blocks": (replace(SHAPES["blocks"], length=5), 6),
+}
+
+
+@pytest.mark.parametrize("types", ["float32", "bfloat16", "all bfloat16"])
+@pytest.mark.parametrize("shape", GATHERED)
+def test_gathered_prompts(backend: str, shape: str, types: str) -> None:
+    """``prompt_rows``."""
+    check_parity(partial(gathered_case, backend, *GATHERED[shape], types), backend)
 
 
 @pytest.mark.parametrize(

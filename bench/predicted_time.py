@@ -12,7 +12,6 @@ what they do is read off their plans, and how many warps a multiprocessor holds 
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.rows import read_csv
 from bench.shapes import PREDICTED, Shape
 
 
@@ -141,12 +141,11 @@ _TARGET = "sm_90"
 
 def _warps_on_record(shape: str) -> dict[str, int]:
     """Warps of a multiprocessor by kernel, for bfloat16 text and float32 parameters."""
-    with _COMPILED.open(newline="") as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if (row["shape"], row["target"], row["types"]) == (shape, _TARGET, "bf16/fp32")
-        ]
+    rows = [
+        row
+        for row in read_csv(_COMPILED)
+        if (row["shape"], row["target"], row["types"]) == (shape, _TARGET, "bf16/fp32")
+    ]
     # Of several versions of Triton the last one written.
     return {row["kernel"]: int(row["warps_per_sm"]) for row in rows}
 

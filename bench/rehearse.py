@@ -16,7 +16,6 @@ in it fails the step; one that is gone or reads differently is named. ``--write`
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -32,7 +31,7 @@ from importlib import metadata
 from pathlib import Path
 
 from bench import stand_ins
-from bench.rows import aligned, write_csv
+from bench.rows import aligned, read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent
 PINS = ROOT / "requirements-gpu.txt"
@@ -109,8 +108,7 @@ def read_record(path: Path) -> dict[tuple[str, ...], str]:
     """The findings of a file; none if there is no file."""
     if not path.is_file():
         return {}
-    with path.open(newline="") as file:
-        return {tuple(one[n] for n in _KEY): one["text"] for one in csv.DictReader(file)}
+    return {tuple(one[n] for n in _KEY): one["text"] for one in read_csv(path)}
 
 
 # Versions

@@ -101,7 +101,10 @@ LARGEST = {
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of both operations; ``flags`` are those of the first."""
+    """Arguments of both operations; ``flags`` are those of the first.
+
+    With ``prompt_rows`` there is the second alone, and ``short_prompt`` is the rows to choose from.
+    """
 
     sizes: Sizes
     parameters: dict[str, Tensor]
@@ -110,6 +113,7 @@ class Case:
     attention_mask: Tensor | None
     task_ids: Tensor | None
     flags: dict[str, Any] = field(default_factory=dict)
+    prompt_rows: Tensor | None = None
 
     def each_parameter(self, change: Callable[[Tensor], Tensor]) -> Case:
         """The case with every parameter changed, new leaves of the graph."""
@@ -133,7 +137,7 @@ class Case:
 
     def _each_of_the_text(self, change: Callable[[Tensor], Tensor]) -> Case:
         names = ("input_ids", "attention_mask", "task_ids", "prompt_rows")
-        have = {name: t for name in names if (t := getattr(self, name, None)) is not None}
+        have = {name: t for name in names if (t := getattr(self, name)) is not None}
         return replace(self, **{name: change(t) for name, t in have.items()})
 
     def laid_out(self, layout: str) -> Case:
@@ -153,6 +157,8 @@ class Case:
         return replace(self, sizes=sizes, input_ids=ids, attention_mask=mask)
 
     def reconstruct(self, backend: str) -> Tensor:
+        if self.prompt_rows is not None:
+            return self.parameters["short_prompt"]
         return reconstruct_prompt(**self.parameters, **self.flags, backend=backend)
 
     def splice(self, prompt: Tensor, backend: str, **text: Tensor) -> Tensor:
@@ -165,6 +171,7 @@ class Case:
             scaling=self.flags.get("scaling", 1.0),
             attention_mask=self.attention_mask,
             task_ids=self.task_ids,
+            prompt_rows=self.prompt_rows,
             backend=backend,
         )
 
@@ -186,6 +193,7 @@ class Case:
             offset_b=own.offset_b,
             attention_mask=self.attention_mask,
             task_ids=self.task_ids,
+            prompt_rows=self.prompt_rows,
         )
         return given._replace(**others)  # type: ignore[arg-type]
 
@@ -202,32 +210,6 @@ class Case:
             **self.flags,
             backend=backend,
         )
-
-
-@dataclass(frozen=True)
-class Gathered(Case):
-    """A case whose parameter ``short_prompt`` is the rows to choose from."""
-
-    prompt_rows: Any = None
-
-    def reconstruct(self, backend: str) -> Tensor:
-        return self.parameters["short_prompt"]
-
-    def splice(self, prompt: Tensor, backend: str, **text: Tensor) -> Tensor:
-        return splice_prompt(
-            prompt,
-            input_ids=self.input_ids,
-            weight=self.weight,
-            offset_a=self.parameters.get("offset_a"),
-            offset_b=self.parameters.get("offset_b"),
-            scaling=self.flags["scaling"],
-            attention_mask=self.attention_mask,
-            prompt_rows=self.prompt_rows,
-            backend=backend,
-        )
-
-    def given(self) -> SpliceInputs:
-        return self.inputs(prompt_rows=self.prompt_rows)
 
 
 def flat(
@@ -332,14 +314,13 @@ def make_case(
     )
 
 
-def make_gathered(sizes: Sizes, count: int, seed: int = 0, **options: Any) -> Gathered:
+def make_gathered(sizes: Sizes, count: int, seed: int = 0, **options: Any) -> Case:
     """A case of R = ``count`` rows, in float32 if nothing else is said; -1 among the ids."""
     options = {"dtype": torch.float32, "padding": "holes", "spaces": False, **options}
     case = make_case(replace(sizes, m=count), seed=seed, **options)
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randint(-1, count, (sizes.batch, sizes.m), generator=draw)
-    given = {name: getattr(case, name) for name in Case.__dataclass_fields__}
-    return Gathered(**{**given, "sizes": sizes}, prompt_rows=rows)
+    return replace(case, sizes=sizes, prompt_rows=rows)
 
 
 def sharp_case(case: Case, scores: str, size: float, large: str) -> Case:

@@ -17,7 +17,6 @@ from tests.cases import (
     PADDINGS,
     TYPES,
     Case,
-    Gathered,
     Sizes,
     laid_out,
     make_case,
@@ -132,8 +131,7 @@ def test_the_same_row_for_all_is_a_prompt(backend: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_strides_and_the_type_of_ids_change_no_bit(layout: str, backend: str) -> None:
     case = make_gathered(Sizes(m=5, d=24, batch=4, length=9), 6, offset=False)
-    rows = laid_out(case.prompt_rows.int(), layout)
-    other: Gathered = replace(case.laid_out(layout), prompt_rows=rows)  # type: ignore[assignment]
+    other = replace(case, prompt_rows=case.prompt_rows.int()).laid_out(layout)
     cotangent = cotangent_of(case)
     wanted = run(case, backend, cotangent)
     for name, tensor in run(other, backend, laid_out(cotangent, layout)).items():
@@ -178,7 +176,7 @@ def test_empty_sizes(zero: dict[str, int], count: int, backend: str) -> None:
 @pytest.mark.parametrize("offset", [True, False])
 def test_opcheck(offset: bool, backend: str) -> None:
     case = make_gathered(Sizes(m=2, n=3, d=5, batch=2, length=3), 4, offset=offset, padding="none")
-    inputs = case.given()
+    inputs = case.inputs()
     torch.library.opcheck(OPS.splice_forward, (list(inputs), 0.4, backend))
     _, *kept = OPS.splice_forward(list(inputs), 0.4, backend)
     given = list(inputs._replace(input_ids=None, weight=None))
@@ -211,7 +209,7 @@ def test_compiles_into_one_graph(backend: str) -> None:
 def test_the_kernel_reads_no_row_that_is_not_there() -> None:
     """What a GPU does with ids that nobody looked at: NaN, and no part in the gradient."""
     case = make_gathered(Sizes(m=3, batch=1), 4, offset=False, padding="none")
-    inputs = case.given()._replace(prompt_rows=torch.tensor([[-2, 4, 1]]))
+    inputs = case.inputs()._replace(prompt_rows=torch.tensor([[-2, 4, 1]]))
     out, kept = triton.splice_forward(inputs, 0.4)
     assert bool(out[0, :2].isnan().all())
     assert torch.equal(out[0, 2], inputs.prompt[0, 1])

@@ -9,8 +9,9 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,13 +19,26 @@ import click
 
 import ept_fast
 from ept_fast.training.config import TrainConfig, choices_of, kinds
+from ept_fast.training.data import SUFFIXES, Fields
 
 __all__ = ["main"]
 
+_COLUMNS = {  # the options that name columns, and the fields of `Fields`
+    "text_field": "text",
+    "pair_field": "text_pair",
+    "messages_field": "messages",
+    "label_field": "label",
+    "target_field": "target",
+}
+_GIVEN = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.ENVIRONMENT)
 F = TypeVar("F", bound=Callable[..., Any])
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
-_NAMED = {"settings": "set", "losses": "loss"}  # options of values by name
+_NAMED = {  # options of values by name
+    "settings": "set",
+    "losses": "loss",
+    "class_weights": "class-weight",
+}
 
 
 class _Failure(click.ClickException):
@@ -149,6 +163,12 @@ _writing = _together(
 )
 
 
+def _asked_columns(how: dict[str, Any]) -> Fields:
+    """The names of the columns, which are taken out of ``how``."""
+    named = {column: how.pop(name) for name, column in _COLUMNS.items() if name in how}
+    return Fields(**named)
+
+
 def _load(how: dict[str, Any]) -> Any:
     """The adapter that the options of ``_loading`` name, which are taken out of ``how``."""
     from ept_fast.training.job import load_adapter
@@ -157,14 +177,53 @@ def _load(how: dict[str, Any]) -> Any:
     return load_adapter(how.pop("adapter"), **{name: how.pop(name) for name in names})
 
 
+def _read_config(context: click.Context, parameter: Any, path: str | None) -> dict[str, Any]:
+    """The settings of a file, which stand for the required options that are not given."""
+    import yaml  # type: ignore[import-untyped]
+
+    from ept_fast.storage.untrusted import shorten
+
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(Path(path).read_bytes())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = f"config: expected a file of YAML or JSON, got {path} ({error})"
+        raise _Failure(reason, 2) from None
+    if isinstance(found, dict) and isinstance(found.get("config"), dict):
+        found = found["config"]  # of a run.json
+    if not isinstance(found, dict):
+        raise _Failure(f"config: expected settings by name in {path}, got {shorten(found)}", 2)
+    for name in found:
+        if name not in _FIELDS:
+            raise _Failure(f"config: expected names of options in {path}, got {shorten(name)}", 2)
+    stand_ins = {"model": "", "data": [""], "output": ""}  # of options that are required
+    context.default_map = {name: value for name, value in stand_ins.items() if name in found}
+    return found
+
+
 @main.command()
+@click.option(
+    "--config",
+    "settings_of_file",
+    is_eager=True,
+    callback=_read_config,
+    help="YAML or JSON file of options by name (max_steps: 100), such as an earlier run's run.json;"
+    " those given here go first.",
+)
 @_together(*(_setting(name) for name in _FIELDS))
-@click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the newest complete checkpoint; a finished run, if it is to be longer.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run's results in --output.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @_clean
-def train(resume: bool, overwrite: bool, quiet: bool, **options: Any) -> None:
-    """Train an adapter to classify texts, or to write a text for a text.
+def train(
+    settings_of_file: Mapping[str, Any], resume: bool, overwrite: bool, quiet: bool, **options: Any
+) -> None:
+    """Train an adapter to label texts, or to write a text for a text.
 
     With several --data, one of each, whose prompts share tensors, in adapter/<name>/.
 
@@ -175,7 +234,12 @@ def train(resume: bool, overwrite: bool, quiet: bool, **options: Any) -> None:
 
     for name, option in _NAMED.items():
         options[name] = _named_values(option, options[name])
-    config = TrainConfig(**options)
+    source = click.get_current_context().get_parameter_source
+    given = {name: value for name, value in options.items() if source(name) in _GIVEN}
+    try:
+        config = TrainConfig(**{**settings_of_file, **given})
+    except TypeError as error:  # of a value in the file: click has checked all others
+        raise ValueError(error) from None
     metrics = run(config, resume=resume, overwrite=overwrite, progress=not quiet)
     if os.environ.get("RANK", "0") != "0":  # one of torchrun's processes speaks for all
         return
@@ -189,7 +253,7 @@ def train(resume: bool, overwrite: bool, quiet: bool, **options: Any) -> None:
 @_loading
 @click.option("--data", required=True, help="As in train.")
 @click.option("--split", default="test", show_default=True, help="Which split of --data.")
-@_together(*(_setting(f"{name}_field") for name in ("text", "pair", "label", "target")))
+@_together(*map(_setting, _COLUMNS))
 @_batch_size
 @click.option(
     "--eval-generate",
@@ -198,14 +262,11 @@ def train(resume: bool, overwrite: bool, quiet: bool, **options: Any) -> None:
 )
 @_writing
 @_clean
-def evaluate(
-    data: str, text_field: str, pair_field: str, label_field: str, target_field: str, **how: Any
-) -> None:
+def evaluate(data: str, **how: Any) -> None:
     """Print an adapter's metrics on rows with labels or targets, as JSON."""
-    from ept_fast.training.data import Fields
     from ept_fast.training.job import evaluate as run
 
-    fields = Fields(text_field, pair_field, label_field, target_field)
+    fields = _asked_columns(how)
     adapter = _load(how)
     _say(json.dumps(run(adapter, data, fields=fields, **how), indent=2))
 
@@ -216,41 +277,40 @@ def evaluate(
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["auto", "txt", "jsonl", "csv", "tsv"]),
+    type=click.Choice(["auto", *(suffix[1:] for suffix in SUFFIXES)]),
     default="auto",
     show_default=True,
     help="txt has one text per line. auto: by the suffix; standard input is txt.",
 )
 @click.option("--output", type=click.Path(), help="File; by default standard output.")
-@_together(_setting("text_field"), _setting("pair_field"))
+@_together(*map(_setting, list(_COLUMNS)[:3]))
 @_batch_size
 @_writing
 @_clean
-def predict(
-    source: str, form: str, output: str | None, text_field: str, pair_field: str, **how: Any
-) -> None:
+def predict(source: str, form: str, output: str | None, **how: Any) -> None:
     """Write the answer to each text, one JSON object per line.
 
-    That is its label and probabilities, or the text that the model writes for it (output).
-    Every line of a text file gets one, a blank line too, which is an empty text; so does every
-    row of the other formats, in which a blank line is an error. Nothing is written if one text
-    cannot be answered.
+    That is its label or labels and their probabilities, its value, or the text that the model
+    writes for it (output). Every line of a text file gets one, a blank line too, which is an empty
+    text; so does every row of the other formats. Nothing is written if one text cannot be answered.
     """
     from ept_fast.storage.files import write_bytes
-    from ept_fast.training.data import Fields, parse_rows, read_rows
+    from ept_fast.training.data import read_rows
     from ept_fast.training.job import predict as run
 
-    fields = Fields(text_field, pair_field)
-    suffix = None if form == "auto" else f".{form}"
+    reading: dict[str, Any] = {"fields": _asked_columns(how), "answer": "none"}
     if source == "-":
-        data = sys.stdin.buffer.read()
-        rows = parse_rows(data, suffix or ".txt", "standard input", fields=fields, answer="none")
+        suffix = ".txt" if form == "auto" else f".{form}"
+        with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+            file.write(sys.stdin.buffer.read())
+            file.flush()
+            rows = read_rows(file.name, source="standard input", **reading)
     else:
-        rows = read_rows(source, suffix=suffix, fields=fields, answer="none")
+        rows = read_rows(source, suffix=None if form == "auto" else f".{form}", **reading)
     results = run(_load(how), rows, **how)
     lines = []
     for number, result in enumerate(results):
-        texts = {"text": rows.texts[number]}
+        texts: dict[str, Any] = {"text": rows.texts[number]}
         if rows.pairs is not None:
             texts["text_pair"] = rows.pairs[number]
         lines.append(json.dumps({**texts, **result}, ensure_ascii=False) + "\n")

@@ -16,13 +16,11 @@ class MissingLibraryError(ImportError):
     """A library of the ``train`` extra is not installed."""
 
 
-def require(*names: str) -> None:
+def require(*names: str, install: str = '"ept-fast[train]"') -> None:
     """Raise MissingLibraryError, with what to install, unless these modules can be imported."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingLibraryError(
-            f'{", ".join(missing)} not installed: pip install "ept-fast[train]"'
-        )
+        raise MissingLibraryError(f"{', '.join(missing)} not installed: pip install {install}")
 
 
 @contextlib.contextmanager

@@ -193,16 +193,17 @@ def test_every_field_has_an_option_with_its_default() -> None:
     command = main.commands["train"]
     context = click.Context(command)
     found = {parameter.name: parameter for parameter in command.params}
+    named = {"settings": "--set", "losses": "--loss", "class_weights": "--class-weight"}
     for field in dataclasses.fields(TrainConfig):
         parameter = found.pop(field.name)
         required = field.default is dataclasses.MISSING
-        if field.name in ("settings", "losses"):  # NAME=VALUE, any number of them
-            assert parameter.opts == [{"settings": "--set", "losses": "--loss"}[field.name]]
+        if field.name in named:  # NAME=VALUE, any number of them
+            assert parameter.opts == [named[field.name]]
             continue
         assert parameter.required == required, field.name
         if not required:
             assert parameter.get_default(context) == field.default, field.name
-    assert set(found) == {"resume", "overwrite", "quiet"}
+    assert set(found) == {"settings_of_file", "resume", "overwrite", "quiet"}
 
 
 # words, where {model}, {data}, {out}, {run} and {bad} are paths; what the line must hold
@@ -213,7 +214,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "no such data": ("train --model {model} --data {out}.jsonl --output {out}",
      "out.jsonl: expected a readable file, got No such file"),
     "malformed line": ("train --model {model} --data {bad} --output {out}",
-     "bad.jsonl, line 5: label: expected an integer >= 0"),
+     "row 5: label: expected an integer from 0 to 1, got -1"),
     "special tokens alone": (TRAIN + " --num-virtual-tokens 4 --max-length 2",
      "max_length: expected at least 3, for a token of the text beside 2 special ones, got 2"),
     "prompt too long": (TRAIN + " --method pt",
@@ -233,8 +234,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
      "expected a split dev, got test, train, validation"),
     "no such input": ("predict --adapter {run} --input {out}.txt",
      "out.txt: expected a readable file"),
-    "bad input": ("predict --adapter {run} --input {run}/metrics.json",
-     "expected a file ending in .jsonl, .csv, .tsv, .txt, got '.json'"),
+    "bad input": ("predict --adapter {run} --input {run}/learning_curves.png",
+     "expected a file ending in .jsonl, .txt, .json, .csv, .tsv, .parquet, .arrow, got '.png'"),
     "empty standard input": ("predict --adapter {run}",
      "standard input: expected at least one row, got none"),
 }  # fmt: skip

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import math
 import re
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -17,95 +18,101 @@ from ept_fast.training.batches import Collator, GroupedBatches, length_batches
 from ept_fast.training.data import (
     DataError,
     Fields,
-    LabelSet,
     Rows,
     find_split,
     hold_out,
     read_rows,
     read_split,
 )
+from ept_fast.training.labels import LabelSet
 from ept_fast.training.tokens import tokenise
 from tests.tiny import save_model, save_task, write_rows
 
+USER, REPLY = '{"role": "user", "content": "a"}', '{"role": "assistant", "content": "b"}'
 LINE, TARGET = '{"text": "a", "label": 0}\n', '{"text": "a", "target": "b"}\n'
 
 # name: (file, content, what the message must hold beside the file's name)
 Case = tuple[str, str | bytes, list[str]]
 MALFORMED: dict[str, Case] = {
-    "bad JSON": ("d.jsonl", LINE + "{oops\n", ["line 2", "JSON object"]),
+    "bad JSON": ("d.jsonl", LINE + "{oops\n", ["row 2", "JSON object"]),
     "a number beyond reading": (
         "d.jsonl", f'{LINE}{{"label": {"9" * 5000}}}',
-        ["line 2", "JSON object", "an integer of 5000 digits"],
+        ["row 2", "JSON object", "an integer of 5000 digits"],
     ),
     "a key twice": (
         "d.jsonl", LINE + '{"text": "a", "text": "b", "label": 0}',
-        ["line 2", "JSON object", "the key 'text' twice"],
+        ["row 2", "JSON object", "the key 'text' twice"],
     ),
-    "not an object": ("d.jsonl", '["a", 0]', ["line 1", "JSON object", "list"]),
-    "deep JSON": ("d.jsonl", "[" * 200_000, ["line 1", "JSON"]),
-    "no text": ("d.jsonl", '{"label": 0}', ["line 1", "text", "only label"]),
-    "number as text": ("d.jsonl", '{"text": 3, "label": 0}', ["line 1", "text", "int 3"]),
-    "null text": ("d.jsonl", '{"text": null, "label": 0}', ["line 1", "text", "NoneType"]),
-    "empty text": ("d.jsonl", '{"text": "", "label": 0}', ["line 1", "text", "empty"]),
-    "only spaces": ("d.jsonl", '{"text": " \\t", "label": 0}', ["line 1", "only spaces"]),
+    "not an object": ("d.jsonl", '["a", 0]', ["row 1", "JSON object", "list"]),
+    "deep JSON": ("d.jsonl", "[" * 200_000, ["row 1", "JSON"]),
+    "no text": ("d.jsonl", '{"label": 0}', ["row 1", "text", "only label"]),
+    "number as text": ("d.jsonl", '{"text": 3, "label": 0}', ["row 1", "text", "int 3"]),
+    "null text": ("d.jsonl", '{"text": null, "label": 0}', ["row 1", "text", "NoneType"]),
+    "empty text": ("d.jsonl", '{"text": "", "label": 0}', ["row 1", "text", "empty"]),
+    "only spaces": ("d.jsonl", '{"text": " \\t", "label": 0}', ["row 1", "only spaces"]),
     "lone surrogate": (
-        "d.jsonl", '{"text": "\\ud800", "label": 0}', ["line 1", "text", "surrogate"],
+        "d.jsonl", '{"text": "\\ud800", "label": 0}', ["row 1", "text", "surrogate"],
     ),
-    "no label": ("d.jsonl", LINE + '{"text": "a"}', ["line 2", "label", "only text"]),
-    "float label": ("d.jsonl", '{"text": "a", "label": 1.0}', ["line 1", "label", "float 1.0"]),
-    "bool label": ("d.jsonl", '{"text": "a", "label": true}', ["line 1", "label", "bool True"]),
-    "negative label": ("d.jsonl", '{"text": "a", "label": -1}', ["line 1", "label", ">= 0"]),
+    "no label": ("d.jsonl", LINE + '{"text": "a"}', ["row 2", "label", "only text"]),
+    "endless number": ("d.csv", "text,label\na,1.5\nb,inf\n", ["row 2", "label", "float inf"]),
+    "null label": ("d.jsonl", '{"text": "a", "label": null}', ["row 1", "label", "NoneType None"]),
+    "bool label": ("d.jsonl", '{"text": "a", "label": true}', ["row 1", "label", "bool True"]),
+    "a class twice": ("d.jsonl", '{"text": "a", "label": ["x", "x"]}', ["row 1", "different"]),
+    "classes of two kinds": (
+        "d.jsonl", '{"text": "a", "label": ["x"]}\n' + LINE, ["row 2", "a list as in the rows"],
+    ),
     "mixed labels": (
         "d.jsonl", LINE + '{"text": "a", "label": "x"}',
-        ["line 2", "label", "an integer as in the rows before"],
+        ["row 2", "label", "an integer as in the rows before"],
     ),
     "pair comes late": (
         "d.jsonl", LINE + '{"text": "a", "text_pair": "b", "label": 0}',
-        ["line 2", "text_pair", "none as in the rows before", "got one"],
+        ["row 2", "text_pair", "none as in the rows before", "got one"],
     ),
     "pair is lost": (
         "d.jsonl", '{"text": "a", "text_pair": "b", "label": 0}\n' + LINE,
-        ["line 2", "text_pair", "a second text as in the rows before", "got none"],
+        ["row 2", "text_pair", "a second text as in the rows before", "got none"],
     ),
     "number as pair": (
-        "d.jsonl", '{"text": "a", "text_pair": 1, "label": 0}', ["line 1", "text_pair", "int 1"],
+        "d.jsonl", '{"text": "a", "text_pair": 1, "label": 0}', ["row 1", "text_pair", "int 1"],
     ),
-    "not UTF-8": ("d.csv", b"text,label\na,0\n\xe9,1\n", ["line 3", "UTF-8", "0xe9"]),
+    "not UTF-8": ("d.csv", b"text,label\na,0\n\xe9,1\n", ["utf-8", "0xe9"]),
     "no rows": ("d.jsonl", "\n \n", ["at least one row"]),
-    "empty CSV": ("d.csv", "", ["line 1", "text", "column"]),
-    "no text column": ("d.csv", "sentence,label\na,0\n", ["line 1", "text", "sentence, label"]),
-    "no label column": ("d.tsv", "text\na\n", ["line 1", "label"]),
-    "same name twice": ("d.csv", "text,text,label\na,b,0\n", ["line 1", "different names"]),
-    "too many columns": ("d.csv", "text,label\na,0\nb,c,1\n", ["line 3", "2 columns", "got 3"]),
-    "too few columns": ("d.tsv", "text\tlabel\na\t0\nb\n", ["line 3", "2 columns", "got 1"]),
-    "open quote": ("d.csv", 'text,label\na,0\n"b,1\n', ["line 3", "quoting"]),
-    "oversized field": (
-        "d.csv", f"text,label\n{'x' * 200_000},0\n", ["line 2", "oversized"],
-    ),
-    "name among integers": ("d.csv", "text,label\na,0\nb,x\n", ["line 3", "label", "integer"]),
-    "two signs in CSV": ("d.csv", "text,label\na,--1\n", ["line 2", "label", "integer", "--1"]),
-    "endless label": ("d.csv", f"text,label\na,{'9' * 5000}\n", ["line 2", "label"]),
-    "long label": (
-        "d.tsv", f"text\tlabel\na\t{'9' * 4000}\n", ["line 2", "below 100000", "999..."],
-    ),
-    "empty label": ("d.csv", "text,label\na,x\nb,\n", ["line 3", "label", "empty"]),
-    "unknown suffix": ("d.parquet", "PAR1", [".jsonl, .csv, .tsv", ".parquet"]),
-    "text without labels": ("d.txt", "a\n", [".jsonl", ".txt"]),
+    "empty CSV": ("d.csv", "", ["at least one row"]),
+    "empty JSON": ("d.json", "[]", ["no data"]),
+    "no Parquet": ("d.parquet", "PAR1", ["data that loads", "Parquet"]),
+    "no text column": ("d.csv", "sentence,label\na,0\n", ["row 1", "text", "sentence, label"]),
+    "no label column": ("d.tsv", "text\na\n", ["row 1", "label"]),
+    "too many columns": ("d.csv", "text,label\na,0\nb,c,1\n", ["2 fields in line 3, saw 3"]),
+    "too few names": ("d.csv", "text,label\na,b,0\nb,c,1\n", ["cells as in the header, got more"]),
+    "too few columns": ("d.tsv", "text\tlabel\na\tx\nb\n", ["row 2", "label", "empty"]),
+    "open quote": ("d.csv", 'text,label\na,0\n"b,1\n', ["inside string"]),
+    "empty label": ("d.csv", "text,label\na,x\nb,\n", ["row 2", "label", "empty"]),
+    "unknown suffix": ("d.docx", "PK", [".jsonl, .txt, .json, .csv, .tsv, .parquet", ".docx"]),
+    "text without labels": ("d.txt", "a\n", ["row 1", "label", "only text"]),
 }  # fmt: skip
 # The same of rows with targets; those with a "?" may all have none.
 MALFORMED_TARGETS: dict[str, Case] = {
-    "no target": ("d.jsonl", LINE, ["line 1", "only text, label"]),
+    "no target": ("d.jsonl", LINE, ["row 1", "only text, label"]),
     "null target": ("d.jsonl", '{"text": "a", "target": null}', ["target", "NoneType"]),
-    "empty target": ("d.tsv", "text\ttarget\na\tb\nc\t\n", ["line 3", "target", "empty"]),
-    "no column": ("d.csv", "text,label\na,b\n", ["line 1", "target", "text, label"]),
-    "texts alone": ("d.txt", "a\n", [".jsonl, .csv, .tsv, got '.txt'"]),
+    "empty target": ("d.tsv", "text\ttarget\na\tb\nc\t\n", ["row 2", "target", "empty"]),
+    "no column": ("d.csv", "text,label\na,b\n", ["row 1", "target", "text, label"]),
+    "texts alone": ("d.txt", "a\n", ["row 1", "target", "only text"]),
+    "messages of another form": ("d.jsonl", '{"messages": ["hello"]}', ["row 1", "list of dicts"]),
+    "a message without a role": (
+        "d.jsonl", '{"messages": [{"content": "a"}]}', ["row 1", "messages: role", "NoneType"],
+    ),
+    "nothing to learn": ("d.jsonl", f'{{"messages": [{USER}]}}', ["row 1", "a reply to learn"]),
+    "messages among texts": (
+        "d.jsonl", f'{TARGET}{{"messages": [{USER}, {REPLY}]}}', ["row 2", "a text as in the rows"],
+    ),
     "? comes late": (
         "d.jsonl", '{"text": "a"}\n' + TARGET,
-        ["line 2", "target", "none as in the rows before", "got one"],
+        ["row 2", "target", "none as in the rows before", "got one"],
     ),
     "? is lost": (
         "d.jsonl", TARGET + '{"text": "a"}',
-        ["line 2", "target", "a target as in the rows before", "got none"],
+        ["row 2", "target", "a target as in the rows before", "got none"],
     ),
 }  # fmt: skip
 
@@ -193,10 +200,13 @@ ASKED: dict[str, tuple[str, str, tuple[str, ...], tuple[int, ...]]] = {
     "a blank last line": ("d.txt", "a\r\n\r\n", ("a", ""), (1, 2)),
     "a line end alone": ("d.txt", "\n", ("",), (1,)),
     "empty in JSON": ("d.jsonl", '{"text": ""}\n{"text": " "}\n', ("", " "), (1, 2)),
-    "empty in CSV": ("d.csv", "id,text\n1,\n,\n2,b\n", ("", "", "b"), (2, 3, 4)),
-    "quoted in CSV": ("d.csv", 'text\n""\n" "\n', ("", " "), (2, 3)),
-    "empty in TSV": ("d.tsv", "id\ttext\n\t\n2\tb\n", ("", "b"), (2, 3)),
-    "a column of TSV": ("d.tsv", "text\n\nb\n", ("", "b"), (2, 3)),
+    "empty in CSV": ("d.csv", "id,text\n1,\n,\n2,b\n", ("", "", "b"), (1, 2, 3)),
+    "quoted in CSV": ("d.csv", 'text\n""\n" "\n', ("", " "), (1, 2)),
+    "empty in TSV": ("d.tsv", "id\ttext\n\t\n2\tb\n", ("", "b"), (1, 2)),
+    "a column of TSV": ("d.tsv", "text\n\nb\n", ("", "b"), (1, 2)),
+    "a blank line of CSV": ("d.csv", "text\na\n\nb\n", ("a", "", "b"), (1, 2, 3)),
+    "no numbers": ("d.csv", "text,n\n007,1\nNA,2\n1e3,3\n", ("007", "NA", "1e3"), (1, 2, 3)),
+    "no dates": ("d.jsonl", '{"text": "2026-11-30"}', ("2026-11-30",), (1,)),
 }
 
 
@@ -205,18 +215,15 @@ def test_no_line_is_left_out_of_what_is_asked(case: str, tmp_path: Path) -> None
     name, content, texts, lines = ASKED[case]
     (tmp_path / name).write_text(content, newline="")
     rows = read_rows(tmp_path / name, answer="none")
-    assert (rows.texts, rows.lines) == (texts, lines)
+    assert (rows.texts, rows.numbers) == (texts, lines)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', "line 2: expected .*, got a blank line"),
-        ("d.jsonl", '{"text": "a"}\n \n', "line 2: expected a JSON object, got a blank line"),
-        ("d.csv", "text\na\n\nb\n", "line 3: row: expected 1 columns, got a blank line"),
-        ("d.csv", "id,text\n1,a\n  \n", "line 3: row: expected 2 columns, got 1"),
-        ("d.tsv", "id\ttext\n\n1\ta\n", "line 2: row: expected 2 columns, got 1"),
-        ("d.jsonl", '{"text": "a"}\n{"text": null}\n', "line 2: text: expected a string"),
+        ("d.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', "row 2: expected .*, got a blank line"),
+        ("d.jsonl", '{"text": "a"}\n \n', "row 2: expected a JSON object, got a blank line"),
+        ("d.jsonl", '{"text": "a"}\n{"text": null}\n', "row 2: text: expected a string"),
         ("d.txt", "", "expected at least one row, got none"),
     ],
 )
@@ -234,17 +241,16 @@ def test_a_text_without_a_token_names_its_line() -> None:
 
     tokenizer.num_special_tokens_to_add = lambda pair: 0  # type: ignore[attr-defined]
     rows = Rows(("ab", "", "c"), None, None, "d.txt", (1, 2, 3))
-    message = r"^d\.txt, line 2: text: expected at least one token, got none of ''$"
+    message = r"^d\.txt, row 2: text: expected at least one token, got none of ''$"
     with pytest.raises(DataError, match=message):
         tokenise(rows, tokenizer, 4)
 
 
 def test_tsv_does_not_read_quotes_and_csv_joins_lines(tmp_path: Path) -> None:
     (tmp_path / "d.tsv").write_text('text\tlabel\n"a\tx\n')
-    (tmp_path / "d.csv").write_text('text,label\n"a\nb",x\nc\n')
+    (tmp_path / "d.csv").write_text('text,label\n"a\nb",x\nc,x\n')
     assert read_rows(tmp_path / "d.tsv").texts == ('"a',)
-    with pytest.raises(DataError, match="line 4: row: expected 2 columns"):
-        read_rows(tmp_path / "d.csv")
+    assert read_rows(tmp_path / "d.csv").texts == ("a\nb", "c")
 
 
 def test_other_column_names_and_unlabelled_rows(tmp_path: Path) -> None:
@@ -269,32 +275,137 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
         read_split(tmp_path, "train")
 
 
-def test_hub_name_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="pip install datasets"):
-        read_split("glue:sst2", "train")
+def test_without_the_library_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d.csv").write_text("text\na\n")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "datasets" else find(n))
+    with pytest.raises(
+        ImportError, match=r'datasets not installed: pip install "ept-fast\[train\]"'
+    ):
+        read_rows(tmp_path / "d.csv", answer="none")
 
 
-def test_hub_name_with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    library: Any = types.ModuleType("datasets")
+def test_names_are_loaded_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(name: str, configuration: str | None) -> dict[str, list[dict[str, Any]]]:
+    def load_dataset(name: str, configuration: str | None) -> Any:
         asked.append((name, configuration))
         if name == "gone":
             raise ConnectionError("no such set\nand more")
-        return {"train": [{"sentence": "a", "label": 0}, {"sentence": "", "label": 1}]}
+        rows = [{"sentence": "a", "label": 0}, {"sentence": "", "label": 1}]
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
 
-    library.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", library)
-    with pytest.raises(DataError, match=r"glue:sst2\[train\], line 2: sentence: .* empty"):
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"glue:sst2\[train\], row 2: sentence: .* empty"):
         read_split("glue:sst2", "train", fields=Fields(text="sentence"))
     assert asked == [("glue", "sst2")]
     assert find_split("glue:sst2", "dev") is None
     with pytest.raises(DataError, match="expected a split dev, got train"):
         read_split("glue:sst2", "dev")
-    with pytest.raises(DataError, match=r"'gone' \(no such set\)$"):
+    with pytest.raises(DataError, match=r"'gone': .* \(no such set\)$"):
         read_split("gone", "train")
+
+
+ROWS = [{"text": "a", "label": 1, "id": 7}, {"text": "b", "label": 0, "id": 8}]
+
+
+def _named(names: list[str]) -> Any:
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=names),
+            "id": datasets.Value("int64"),
+        }
+    )
+    return datasets.Dataset.from_list(ROWS, features=features)
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "json", "set", "sets", "folder"])
+def test_forms_of_the_datasets_library(form: str, tmp_path: Path) -> None:
+    found = datasets.Dataset.from_list(ROWS)
+    data = tmp_path / "data"
+    if form == "parquet":
+        found.to_parquet(data := tmp_path / "d.parquet")
+    elif form == "json":
+        (data := tmp_path / "d.json").write_text(json.dumps(ROWS))
+    elif form == "arrow":
+        found.save_to_disk(tmp_path / "set")
+        data = next((tmp_path / "set").glob("*.arrow")).rename(tmp_path / "d.arrow")
+    elif form == "set":
+        found.save_to_disk(data)
+    elif form == "sets":
+        datasets.DatasetDict({"train": found, "test": found.select([1])}).save_to_disk(data)
+    else:  # as repositories of the hub are laid out
+        for split in ("train", "test"):
+            found.to_parquet(data / "data" / f"{split}-00000-of-00001.parquet")
+    rows = read_split(data, "train")
+    assert (rows.texts, rows.labels, rows.numbers) == (("a", "b"), (1, 0), (1, 2))
+    test = find_split(data, "test")
+    assert (None if test is None else len(test)) == {"sets": 1, "folder": 2}.get(form)
+    assert find_split(data, "validation") is None
+
+
+def test_named_classes_are_their_names(tmp_path: Path) -> None:
+    _named(["no", "yes"]).to_parquet(tmp_path / "train.parquet")
+    assert read_split(tmp_path, "train").labels == ("yes", "no")
+    found = _named(["no", "yes"]).map(lambda row: {**row, "label": -1})  # as GLUE's tests have it
+    found.to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(DataError, match=r"test\.parquet, row 1: label: expected .*, got NoneType"):
+        read_split(tmp_path, "test")
+    several = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.List(datasets.ClassLabel(names=["x", "y"])),
+        }
+    )
+    rows = [{"text": "a", "label": [1, 0]}, {"text": "b", "label": []}]
+    datasets.Dataset.from_list(rows, features=several).to_parquet(tmp_path / "many.parquet")
+    assert read_rows(tmp_path / "many.parquet").labels == (["y", "x"], [])
+
+
+def test_a_file_is_not_a_pattern_and_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "d[1]*.csv").write_text("text\na\n")
+    (tmp_path / "d1.csv").write_text("text\nb\n")
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    before = sorted(cache.rglob("*"))
+    assert read_rows(tmp_path / "d[1]*.csv", answer="none").texts == ("a",)
+    assert sorted(cache.rglob("*")) == before
+
+
+CHAT = [
+    {"role": "system", "content": "be short"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_each_reply_of_a_conversation_is_a_target(form: str, tmp_path: Path) -> None:
+    path = tmp_path / f"d.{form}"
+    talks = [{"messages": CHAT}, {"messages": CHAT[1:3]}]
+    if form == "jsonl":
+        write_rows(path, talks)
+    else:
+        datasets.Dataset.from_list(talks).to_parquet(path)
+    rows = read_rows(path, answer="optional target")
+    assert rows.texts == ("a", "c", "a")
+    assert rows.targets == ("b", "d", "b")
+    assert rows.chats == (tuple(CHAT[:2]), tuple(CHAT[:4]), (CHAT[1],))
+    assert rows.numbers == (1, 1, 2)
+    kept, held = hold_out(rows, 0.5, seed=0)
+    assert {len(kept), len(held)} == {1, 2}  # a conversation stays whole
+    assert rows.fingerprint() != dataclasses.replace(rows, chats=None).fingerprint()
+
+
+def test_the_last_message_is_to_be_answered(tmp_path: Path) -> None:
+    write_rows(tmp_path / "d.jsonl", [{"messages": CHAT[:4]}])
+    rows = read_rows(tmp_path / "d.jsonl", answer="none")
+    assert (rows.texts, rows.chats, rows.targets) == (("c",), (tuple(CHAT[:4]),), None)
+    write_rows(tmp_path / "d.jsonl", [{"messages": CHAT}])
+    with pytest.raises(DataError, match="row 1: messages: expected a last message to answer"):
+        read_rows(tmp_path / "d.jsonl", answer="none")
 
 
 def _rows(labels: tuple[Any, ...]) -> Rows:
@@ -310,6 +421,27 @@ def test_label_sets() -> None:
     assert integers == LabelSet(("0", "1", "2"), integers=True)
     assert integers.ids(_rows((2, 2))) == (2, 2)
     assert LabelSet.of(_rows((3, 0)), num_labels=5).names == ("0", "1", "2", "3", "4")
+    several = LabelSet.of(_rows((["no", "yes"], [], ["maybe"])))
+    kind = "multi_label_classification"
+    assert several == LabelSet(("maybe", "no", "yes"), integers=False, problem_type=kind)
+    assert several.ids(_rows((["yes"], []))) == ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0))
+    numbers = LabelSet.of(_rows((1, 2.5, -3)))
+    assert numbers == LabelSet(("value",), integers=False, problem_type="regression")
+    assert numbers.ids(_rows((4, 0.5))) == (4.0, 0.5)
+    assert LabelSet.of(_rows((1, 2)), problem_type="regression") == numbers
+
+
+def test_class_weights() -> None:
+    rows = _rows(("a", "a", "a", "b", "c", "c"))
+    labels = LabelSet.of(rows)
+    assert labels.weights({"c": 3}) == [1.0, 1.0, 3.0]
+    # In all, a class weighs 2: 6 rows of 3 classes.
+    assert labels.balanced_weights(rows) == pytest.approx([2 / 3, 2, 1])
+    assert LabelSet.of(_rows((0, 2)), 3).balanced_weights(_rows((0, 2))) == [1.0, 1.0, 1.0]
+    several = _rows((["a", "b"], ["a"], ["a"], []))
+    assert LabelSet.of(several).balanced_weights(several) == pytest.approx([1 / 3, 3])
+    with pytest.raises(ValueError, match="class_weights: expected one of a, b, c, got 'd'"):
+        labels.weights({"d": 1})
 
 
 @pytest.mark.parametrize(
@@ -319,11 +451,16 @@ def test_label_sets() -> None:
         (("x",), None, "at least 2 classes, got 1"),
         ((0, 3), None, "every class from 0 to 3, got no row of class 1"),
         ((*range(50_000), 99_999), None, "to 99999, got no row of class 50000"),
-        ((0, 10**9), None, "line 2: label: expected an integer below 100000, got 1000000000"),
+        ((0, 10**9), None, "row 2: label: expected .* below 100000, got 1000000000"),
+        ((0, -1), None, "row 2: label: expected an integer >= 0 .*, got -1"),
         (tuple(map(str, range(100_001))), None, "at most 100000 classes, got 100001"),
-        ((0, 1, 2), 2, "line 3: label: expected an integer below num_labels 2, got 2"),
+        ((0, 1, 2), 2, "row 3: label: expected an integer below num_labels 2, got 2"),
         (("a", "b"), 3, "num_labels 3 names, got 2"),
         (None, None, "a label in every row"),
+        (([], []), None, "at least 2 classes, got none"),
+        ((["a"], []), None, "at least 2 classes, got 1"),
+        (([0], [2]), None, "every class from 0 to 2, got no row of class 1"),
+        (([0], [1, 2]), 2, "row 2: label: expected an integer below num_labels 2, got 2"),
     ],
 )
 def test_label_set_errors(labels: Any, num_labels: int | None, message: str) -> None:
@@ -335,6 +472,11 @@ def test_label_set_errors(labels: Any, num_labels: int | None, message: str) -> 
 def test_label_sets_of_many_classes_are_found_at_once() -> None:
     rows = _rows(tuple(range(100_000)))
     assert LabelSet.of(rows) == LabelSet.of(rows, num_labels=100_000)
+    with pytest.raises(ValueError, match="num_labels: expected None for a regression, got 2"):
+        LabelSet.of(_rows((0.5, 1)), num_labels=2)
+    for kind, wanted in (("regression", "a number"), ("multi_label_classification", "a list")):
+        with pytest.raises(DataError, match=f"row 1: label: expected {wanted}.*, got 'a'"):
+            LabelSet.of(_rows(("a", "b")), problem_type=kind)
     with pytest.raises(ValueError, match="num_labels: expected an integer <= 100000, got 1000000"):
         LabelSet.of(rows, num_labels=1_000_000)
 
@@ -342,8 +484,9 @@ def test_label_sets_of_many_classes_are_found_at_once() -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ((0, 2), "line 2: label: expected an integer from 0 to 1, got 2"),
-        (("0",), "line 1: label: expected an integer from 0 to 1, got '0'"),
+        ((0, 2), "row 2: label: expected an integer from 0 to 1, got 2"),
+        (("0",), "row 1: label: expected an integer from 0 to 1, got '0'"),
+        (([0],), r"row 1: label: expected an integer from 0 to 1, got \[0\]"),
     ],
 )
 def test_labels_unknown_in_training_are_errors(labels: Any, message: str) -> None:
@@ -483,5 +626,5 @@ def test_fingerprint_sees_every_column() -> None:
     ]
     prints = {dataclasses.replace(rows, **change).fingerprint() for change in ({}, *changes)}
     assert len(prints) == 1 + len(changes)
-    moved = dataclasses.replace(rows, source="y", lines=(3, 4))
+    moved = dataclasses.replace(rows, source="y", numbers=(3, 4))
     assert moved.fingerprint() == rows.fingerprint()

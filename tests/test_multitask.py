@@ -284,7 +284,7 @@ def test_a_run_resumes_in_either_stage(gate_steps: int, staged: Any) -> None:
 
 def test_a_prompt_without_gates_has_no_stage(places: tuple[Path, Path], tmp_path: Path) -> None:
     settings = settings_of(places, tmp_path / "out", method="pt", gate_steps=3, prompt_length=8)
-    with pytest.raises(ValueError, match="gate_steps: expected 0 for the method pt of these sizes"):
+    with pytest.raises(ValueError, match="gate_steps: expected 0 for a prompt with neither"):
         train(settings)
     assert not (tmp_path / "out").exists()
 

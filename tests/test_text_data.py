@@ -137,7 +137,7 @@ def test_an_empty_text_is_read_if_it_has_a_token(starting: Any, ending: Any) -> 
     causal = TextForm("causal", 4, 2, separator="")
     assert tokenise_inputs(rows, ending, TextForm("seq2seq", 4, 2))[1] == {"input_ids": [2]}
     assert tokenise_inputs(rows, starting, causal)[1] == {"input_ids": [1]}
-    with pytest.raises(DataError, match="d, line 2: text: expected at least one token, got"):
+    with pytest.raises(DataError, match="d, row 2: text: expected at least one token, got"):
         tokenise_inputs(rows, ending, causal)
 
 

@@ -26,7 +26,7 @@ from ept_fast.training.data import DataError, Rows, read_rows
 from ept_fast.training.evaluation import TextEvaluation, Writer, spread
 from ept_fast.training.job import evaluate, load_adapter, load_task, predict
 from ept_fast.training.job import train as train_config
-from ept_fast.training.metrics import classification_metrics
+from ept_fast.training.metrics import label_metrics
 from ept_fast.training.report import describe_run
 from ept_fast.training.tokens import TextForm, tokenise_inputs
 from ept_fast.training.trainer import NonFiniteLossError, PromptTrainer
@@ -180,7 +180,7 @@ def test_classes_are_evaluated_and_predicted(
     output, metrics = finished["classification"]
     data = places["classification"][1]
     found = evaluate(output, data, split="validation", batch_size=7)
-    assert found.keys() == {"accuracy", "macro_f1", "matthews", "rows", "rows_cut"}
+    assert found.keys() == {"loss", "accuracy", "macro_f1", "matthews", "rows", "rows_cut"}
     assert found["rows"] == 40
     for name in ("accuracy", "macro_f1", "matthews"):
         assert found[name] == metrics["after"][name]
@@ -402,7 +402,7 @@ def test_weights_are_never_selected_on_the_test_split(
     source, *counts = SELECTED_ON[keep, splits]
     assert task.evaluation.source == f"{data}/{source}"
     assert [len(task.train), len(task.evaluation)] == counts
-    assert not set(task.evaluation.lines) & set(task.train.lines) or "held out" not in source
+    assert not set(task.evaluation.numbers) & set(task.train.numbers) or "held out" not in source
     named = dataclasses.replace(config, eval_data=str(source_data / "test.jsonl"))
     assert load_task(named).evaluation.source == named.eval_data
 
@@ -774,17 +774,29 @@ BY_HAND = {
 @pytest.mark.parametrize("case", BY_HAND)
 def test_metrics_by_hand(case: str) -> None:
     predictions, labels, *expected = BY_HAND[case]
-    metrics = classification_metrics(predictions, labels, 3)
+    logits = torch.nn.functional.one_hot(torch.tensor(predictions), 3)
+    metrics = label_metrics(logits, torch.tensor(labels), "single_label_classification")
     assert list(metrics) == ["accuracy", "macro_f1", "matthews"]
     assert list(metrics.values()) == pytest.approx(expected, abs=1e-12)
 
 
-def test_metrics_of_many_classes_need_no_square_of_them() -> None:
-    metrics = classification_metrics([0, 99_999, 7], [0, 99_999, 8], 100_000)
-    assert metrics["accuracy"] == pytest.approx(2 / 3)
-    assert metrics["macro_f1"] == pytest.approx(2 / 4)
+def test_metrics_of_several_classes_by_hand() -> None:
+    logits = torch.tensor([[1.0, -1.0], [1.0, 2.0], [-3.0, -1.0]])
+    labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    metrics = label_metrics(logits, labels, "multi_label_classification")
+    assert metrics == pytest.approx({"micro_f1": 4 / 6, "macro_f1": 0.5, "subset_accuracy": 1 / 3})
+
+
+def test_metrics_of_numbers_by_hand() -> None:
+    logits, labels = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([0.0, 1.0, 8.0])
+    metrics = label_metrics(logits, labels, "regression")
+    # Both less their means: (-4, -1, 5) / 3 and (-3, -2, 5).
+    pearson = (12 + 2 + 25) / math.sqrt((16 + 1 + 25) * (9 + 4 + 25))
+    assert metrics == pytest.approx({"pearson": pearson, "spearman": 1.0, "mae": 2.0})
+    constant = label_metrics(torch.ones(3, 1), labels, "regression")
+    assert (constant["pearson"], constant["spearman"]) == (0.0, 0.0)
 
 
 def test_metrics_without_rows_are_an_error() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        classification_metrics([], [], 2)
+    with pytest.raises(ValueError, match="at least one row"):
+        label_metrics(torch.empty(0, 2), torch.empty(0), "single_label_classification")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, get_args, get_type_hints
+
+import torch
 
 from ept_fast.config import (
     GATES,
@@ -25,13 +28,14 @@ from ept_fast.prompts.base import prompt_methods
 from ept_fast.prompts.initial import check_prototypes
 from ept_fast.prompts.prototypes import HOWS
 from ept_fast.storage.untrusted import shorten
-from ept_fast.training.metrics import GENERATED_METRICS, METRICS, TEXT_METRICS
+from ept_fast.training.metrics import GENERATED_METRICS, LABEL_METRICS, METRICS, TEXT_METRICS
 from ept_fast.transformers import POOLINGS
 
-__all__ = ["DEVICES", "MOST", "TASKS", "TrainConfig", "check_most", "choices_of", "kinds"]
+__all__ = ["MOST", "TASKS", "TrainConfig", "check_most", "choices_of", "find_device", "kinds"]
 
 TASKS = ("classification", "seq2seq", "causal")
-DEVICES = ("auto", "cpu")
+_EPT_FIELDS = tuple(field.name for field in dataclasses.fields(EPTConfig))
+_NAMED_VALUES = ("settings", "losses", "class_weights")  # dicts of values by name
 # Counts beyond these cannot be meant: time or memory would run out before any other error.
 MOST = {
     "num_labels": 100_000,  # whose names still fit the description kept with an adapter
@@ -48,6 +52,23 @@ def check_most(name: str, value: int | None) -> None:
     """Raise ValueError if ``value`` is beyond what can be meant."""
     if value is not None and value > MOST.get(name, value):
         raise ValueError(f"{name}: expected an integer <= {MOST[name]}, got {value}")
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; ``"auto"`` is a GPU if there is one.
+
+    Raises:
+        ValueError: no such device, or none that this machine has.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {"cpu": 1, "mps": int(torch.backends.mps.is_available())}
+    found["cuda"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind, _, index = name.partition(":")
+    if not re.fullmatch(r"[a-z]+(:\d{1,4})?", name) or int(index or 0) >= found.get(kind, 0):
+        here = [f"{each}:{i}" for each, count in found.items() for i in range(count)]
+        raise ValueError(f"device: expected auto or one of {', '.join(here)}, got {name!r}")
+    return torch.device(name)
 
 
 def _setting(
@@ -131,9 +152,9 @@ class TrainConfig:
     model: str = _setting(MISSING, "Folder or hub id of the frozen model.")
     data: str | tuple[str, ...] = _setting(
         MISSING,
-        "Folder of <split>.jsonl (.csv, .tsv) files, a file of training rows, or the name of a "
-        "data set of the datasets library. May be given several times: an adapter of each, whose "
-        "prompts share tensors.",
+        "Folder of <split>.jsonl files (.csv, .tsv, .json, .parquet, .arrow, .txt), a file of "
+        "training rows, or what the datasets library loads: a saved data set or a name. May be "
+        "given several times: an adapter of each, whose prompts share tensors.",
     )
     output: str = _setting(MISSING, "Folder for the adapter, the metrics and the pictures.")
     task: str = _setting(
@@ -142,6 +163,12 @@ class TrainConfig:
         "encoder-decoder; causal: a decoder, which learns the texts themselves if there are no "
         "targets).",
         choices=TASKS,
+    )
+    problem_type: str | None = _setting(
+        None,
+        "What labels are (classification); by default regression if they are numbers with a "
+        "fraction, several classes if they are lists, else one class.",
+        choices=LABEL_METRICS,
     )
     method: str = _setting(
         "ept", "How the prompt is made; a registered method.", choices=prompt_methods
@@ -165,10 +192,20 @@ class TrainConfig:
         "Of the weights of --loss: as they are, or falling linearly to 0.",
         choices=SCHEDULES,
     )
+    class_weights: dict[str, float] = dataclasses.field(
+        default_factory=dict,
+        metadata=_metadata(
+            "A class and its weight in the loss of training (classification), by default 1. May be "
+            "given several times.",
+        ),
+    )
+    balance_classes: bool = _setting(
+        False, "Weigh classes so that rare ones count as much as others (classification)."
+    )
     start_from: str | None = _setting(
         None,
-        "Folder or hub id of an adapter of the same method and sizes, with whose prompt this run "
-        "starts.",
+        "Folder or hub id of an adapter with whose prompt this run starts, and with whose head if "
+        "the labels are the same; method and sizes are the adapter's.",
     )
     eval_data: str | None = _setting(
         None, "File of evaluation rows; else the split validation (or test, to --keep last)."
@@ -180,6 +217,7 @@ class TrainConfig:
     pair_field: str = _setting("text_pair", "Column of the second text.")
     label_field: str = _setting("label", "Column of the label.")
     target_field: str = _setting("target", "Column of the target text (seq2seq, causal).")
+    messages_field: str = _setting("messages", "Column of the messages of a chat (causal).")
     num_labels: int | None = _setting(
         None, "Number of classes, if integer labels of the training rows miss some.", least=2
     )
@@ -278,9 +316,23 @@ class TrainConfig:
     keep: str = _setting("last", "Which evaluation's weights to keep.", choices=("last", "best"))
     metric: str | None = _setting(
         None,
-        "What --keep best goes by. For classification accuracy (the default), macro_f1 or "
-        "matthews; else token_accuracy (the default), exact_match, f1 or loss.",
-        choices=METRICS + TEXT_METRICS,
+        "What --keep best and early stopping go by. For one class accuracy (the default), "
+        "macro_f1 or matthews; for several micro_f1 (the default), macro_f1 or subset_accuracy; "
+        "for numbers pearson (the default), spearman, mae or loss; for texts token_accuracy (the "
+        "default), exact_match, f1 or loss.",
+        choices=METRICS,
+    )
+    early_stopping_patience: int | None = _setting(
+        None, "Stop after so many evaluations in a row without a better --metric.", least=1
+    )
+    early_stopping_threshold: float = _setting(
+        0.0, "By how much a --metric has to be better for that.", least=0
+    )
+    report_to: str = _setting(
+        "none",
+        "Where loss, rates and evaluations are logged, too: tensorboard (in logs/ of --output) or "
+        "wandb.",
+        choices=("none", "tensorboard", "wandb"),
     )
     eval_generate: int = _setting(
         64,
@@ -305,7 +357,7 @@ class TrainConfig:
         least=0,
     )
     bf16: bool | None = _setting(None, "bfloat16 autocast; by default on a GPU that supports it.")
-    device: str = _setting("auto", "auto: a GPU if there is one.", choices=DEVICES)
+    device: str = _setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU if there is one.")
     trust_remote_code: bool = _setting(
         False, "Run the code that a --model of an architecture of its own brings."
     )
@@ -321,11 +373,10 @@ class TrainConfig:
         check_prototypes(self.init, self.prototypes, self.prototype_layer)
         self._check_settings()
         self._check_losses()
-        for name in ("settings", "losses"):
+        for name in _NAMED_VALUES:
             object.__setattr__(self, name, dict(getattr(self, name)))  # its own
-        default = METRICS if self.task == "classification" else TEXT_METRICS
         if self.metric is not None:
-            check_choice("metric", self.metric, default)
+            check_choice("metric", self.metric, self._metrics)
         if self.metric in GENERATED_METRICS and not self.eval_generate:
             raise ValueError(
                 f"eval_generate: expected an integer >= 1 for the metric {self.metric}, got 0"
@@ -359,8 +410,18 @@ class TrainConfig:
         for name, weight in self.losses.items():
             check_choice("losses", name, tuple(NAMED_LOSSES))
             check_number(f"losses: {name}", weight)
-        if self.losses and self.task != "classification":
-            raise ValueError(f"losses: expected none for the task {self.task}, got {self.losses}")
+        for name in ("losses", "class_weights", "balance_classes", "problem_type"):
+            if getattr(self, name) and self.task != "classification":
+                raise ValueError(
+                    f"{name}: expected none for the task {self.task}, got {getattr(self, name)}"
+                )
+        for name, weight in self.class_weights.items():
+            check_number(f"class_weights: {name}", weight)
+        weighed = self.class_weights or self.balance_classes
+        if weighed and self.problem_type == "regression":
+            raise ValueError("class_weights, balance_classes: expected none for a regression")
+        if self.class_weights and self.balance_classes:
+            raise ValueError("class_weights, balance_classes: expected one of them, got both")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -370,8 +431,24 @@ class TrainConfig:
     @property
     def judged_by(self) -> str:
         """The metric that runs are judged by: ``metric``, or the task's default."""
-        default = METRICS[0] if self.task == "classification" else TEXT_METRICS[0]
-        return self.metric or default
+        return self.metric or self._metrics[0]
+
+    @property
+    def _metrics(self) -> tuple[str, ...]:
+        """Those that the task has."""
+        if self.task != "classification":
+            return TEXT_METRICS
+        kinds = [self.problem_type] if self.problem_type else LABEL_METRICS
+        return tuple(dict.fromkeys(name for kind in kinds for name in LABEL_METRICS[kind]))
+
+    @property
+    def given_sizes(self) -> bool:
+        """Whether anything is said of the prompt's method and sizes."""
+        return bool(self.settings) or any(
+            getattr(self, field.name) != field.default
+            for field in dataclasses.fields(self)
+            if field.name in ("method", "prompt_length", "max_length", *_EPT_FIELDS)
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -390,11 +467,10 @@ class TrainConfig:
             ValueError: the sizes cost more than the budget, leave a rank of 0 for an offset, or a
                 setting is none that the method can have.
         """
-        of_ept = {field.name for field in dataclasses.fields(EPTConfig)}
         settings = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name in of_ept and getattr(self, field.name) != field.default
+            if field.name in _EPT_FIELDS and getattr(self, field.name) != field.default
         }
         settings["max_length"] = max_length or self.max_length
         settings |= self.settings
@@ -424,4 +500,4 @@ def kinds() -> dict[str, type]:
     """The type of each field of :class:`TrainConfig`; of one of several types, the first."""
     hints = get_type_hints(TrainConfig)
     plain = {name: next(iter(get_args(hint)), hint) for name, hint in hints.items()}
-    return {**plain, "settings": dict, "losses": dict}
+    return {**plain, **dict.fromkeys(_NAMED_VALUES, dict)}

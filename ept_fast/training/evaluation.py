@@ -7,24 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ept_fast.training import parallel
 from ept_fast.training.batches import Collator, length_batches
 from ept_fast.training.data import Rows
 from ept_fast.training.metrics import (
-    classification_metrics,
     exact_match,
+    label_metrics,
     normalised,
     perplexity,
     token_f1,
 )
 from ept_fast.training.tokens import IGNORED, TextForm, Tokenised, end_token, tokenise_inputs
+from ept_fast.transformers.outputs import label_loss
 
 __all__ = [
-    "ClassEvaluation",
     "Evaluation",
+    "LabelEvaluation",
     "TextEvaluation",
     "Writer",
     "generated_metrics",
@@ -181,20 +181,21 @@ def _stops(model: Any, end: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class ClassEvaluation:
-    """Cross-entropy, accuracy, macro F1 and Matthews correlation."""
+class LabelEvaluation:
+    """The loss and the metrics of labels."""
 
     rows: Tokenised
     collator: Collator
     batch_size: int
+    problem_type: str
     bf16: bool = False
 
     def __call__(self, model: Any) -> dict[str, float]:
         """The metrics of all rows."""
         logits = predict_logits(model, self.rows, self.collator, self.batch_size, bf16=self.bf16)
         labels = torch.tensor(self.rows.labels)
-        metrics = classification_metrics(logits.argmax(-1), labels, len(model.labels))
-        return {"loss": float(F.cross_entropy(logits, labels)), **metrics}
+        metrics = label_metrics(logits, labels, self.problem_type)
+        return {"loss": float(label_loss(logits, labels)), **metrics}
 
     def samples(self, model: Any) -> list[dict[str, Any]]:
         """Nothing: no text is written."""
@@ -269,4 +270,4 @@ class TextEvaluation:
         return samples
 
 
-Evaluation = ClassEvaluation | TextEvaluation
+Evaluation = LabelEvaluation | TextEvaluation

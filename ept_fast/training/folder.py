@@ -15,7 +15,11 @@ __all__ = ["LOCK_FILE", "METRICS_FILE", "begin", "check_output", "held", "metric
 LOCK_FILE = ".ept-fast.lock"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
-_OUR_FOLDERS = ("adapter", "best", "checkpoints")
+_OUR_FOLDERS = ("adapter", "best", "checkpoints", "logs")
+# Settings that may change when a run goes on: those of how long it is, which makes it another one,
+# and those that decide no weight.
+_LENGTH = ("max_steps", "epochs", "early_stopping_patience", "early_stopping_threshold")
+_FREE = ("output", "trust_remote_code", "report_to")
 _OUR_FILES = (RUN_FILE, METRICS_FILE, "learning_curves.png", "gate_weights.png", "samples.md")
 
 
@@ -56,6 +60,7 @@ def begin(output: Path, run: dict[str, Any], overwrite: bool) -> None:
             (output / name).unlink(missing_ok=True)
         for name in _OUR_FOLDERS:
             shutil.rmtree(output / name, ignore_errors=True)
+    (output / METRICS_FILE).unlink(missing_ok=True)  # of a run that is longer now
     write_json(output / RUN_FILE, run)
 
 
@@ -73,7 +78,10 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
 
 
 def metrics_of(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """What a finished run found, which must be this very run; None of one that is to go on."""
+    """What a finished run found, which must be this very run; None of one that is to go on.
+
+    A run of another length is to go on, from a checkpoint of the finished one.
+    """
     path = output / RUN_FILE
     if not path.exists():
         return None
@@ -84,8 +92,7 @@ def metrics_of(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     except (KeyError, TypeError):
         raise CheckpointError(f"{path}: expected the description of a run, got others") from None
     for name, new in {**run["config"], "WORLD_SIZE": run["processes"]}.items():
-        # The folder may move, and trust may change; what decides the weights may not.
-        if name not in ("output", "trust_remote_code") and old.get(name) != new:
+        if name not in (*_LENGTH, *_FREE) and old.get(name) != new:
             raise ValueError(
                 f"{name}: expected {old.get(name)!r} as in the run to resume, got {new!r}"
             )
@@ -94,4 +101,5 @@ def metrics_of(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     if saved.get("start") != run["start"]:
         raise ValueError("start_from: expected the prompt of the run to resume, got another")
     metrics = output / METRICS_FILE
-    return read_json(metrics) if metrics.exists() else None
+    same_length = all(old.get(name) == run["config"][name] for name in _LENGTH)
+    return read_json(metrics) if same_length and metrics.exists() else None

@@ -7,22 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ept_fast.config import check_count
 from ept_fast.libraries import require
 from ept_fast.storage.files import CheckpointError
 from ept_fast.training.batches import Collator
-from ept_fast.training.config import TASKS, check_most
-from ept_fast.training.data import DataError, Fields, LabelSet, Rows, read_split
+from ept_fast.training.config import TASKS, check_most, find_device
+from ept_fast.training.data import DataError, Fields, Rows, read_split
 from ept_fast.training.evaluation import (
-    ClassEvaluation,
     Evaluation,
+    LabelEvaluation,
     TextEvaluation,
     Writer,
     predict_logits,
     spread,
 )
+from ept_fast.training.labels import LabelSet
 from ept_fast.training.tokens import (
     TextForm,
     Tokenised,
@@ -82,8 +81,8 @@ def _token_limit(model: EPTModel, tokenizer: Any) -> int:
 
 
 def check_alike(rows: Rows, column: str, wanted: bool, name: str, like: str) -> None:
-    """Raise DataError unless the rows have this column, ``pairs`` or ``targets``, as others do."""
-    what = {"pairs": "second texts", "targets": "targets"}[column]
+    """Raise DataError unless the rows have this column, as others do."""
+    what = {"pairs": "second texts", "targets": "targets", "chats": "messages"}[column]
     if (getattr(rows, column) is not None) != wanted:
         expected, got = (what, "none") if wanted else (f"no {what}", "some")
         raise DataError(f"{rows.source}: {name}: expected {expected} as in {like}, got {got}")
@@ -114,8 +113,9 @@ class Adapter:
         """What is kept with the adapter's files, for :func:`load_adapter`."""
         if self.form is not None:
             return {"form": dataclasses.asdict(self.form), "num_beams": self.num_beams}
-        integers = self.labels is not None and self.labels.integers
-        return {"integer_labels": integers, "text_pair": self.paired}
+        assert self.labels is not None  # of every adapter without a form
+        kind = {"problem_type": self.labels.problem_type}
+        return {"integer_labels": self.labels.integers, "text_pair": self.paired, **kind}
 
     @property
     def max_length(self) -> int:
@@ -148,7 +148,9 @@ class Adapter:
         """What judges the model on these rows; arguments as for :func:`evaluate`."""
         tokens = self.tokenised(rows)
         if self.form is None:
-            return ClassEvaluation(tokens, self.collator, batch_size, bf16)
+            assert self.labels is not None
+            kind = self.labels.problem_type
+            return LabelEvaluation(tokens, self.collator, batch_size, kind, bf16)
         half = (self.form.max_length + 1) // 2  # is continued if there are no targets
         longest = self.form.max_length if self.form.targets else half
         writer = self.writer(batch_size, longest, max_new_tokens, num_beams, bf16)
@@ -222,6 +224,11 @@ def find_saved(folder: str | Path, name: str = "adapter") -> SavedAdapter:
     return find_adapter(path if path.is_dir() else folder)
 
 
+def _check_chats(rows: Rows, form: TextForm) -> None:
+    if not form.chat:  # with one, a text alone is a message, too
+        check_alike(rows, "chats", False, "messages", "training")
+
+
 def load_adapter(
     folder: str | Path,
     *,
@@ -235,7 +242,7 @@ def load_adapter(
     Args:
         folder: of the adapter, or its hub id as in :meth:`ept_fast.EPTModel.from_pretrained`.
         model: folder or hub id of that model, in place of the one saved with the adapter.
-        device: ``"auto"`` or ``"cpu"``.
+        device: as :class:`TrainConfig`'s.
         trust_remote_code, allow_download: as in :meth:`ept_fast.EPTModel.from_pretrained`, with
             ``model`` as its ``base_model``.
 
@@ -245,6 +252,7 @@ def load_adapter(
         MissingLibraryError: the ``train`` extra is not installed.
     """
     require("transformers")
+    chosen = find_device(device)
     from ept_fast.transformers.backbone import load_tokenizer, names_it
     from ept_fast.transformers.tasks import EPTModel
 
@@ -261,8 +269,8 @@ def load_adapter(
         trust_remote_code=trust_remote_code,
         allow_download=allow_download,
     )
-    if device == "auto" and torch.cuda.is_available():
-        trained.to("cuda")
+    if chosen.type != "cpu":
+        trained.to(chosen)
     name = values["base_model"] if model is None else model
     try:
         tokenizer = load_tokenizer(
@@ -276,7 +284,9 @@ def load_adapter(
         raise ValueError(f"{error}{names_it(path, name, allow_download)}") from None
     extra = values["extra"]
     if values["task"] == "SEQ_CLS":
-        labels = LabelSet(tuple(values["labels"]), bool(extra.get("integer_labels", False)))
+        kind = extra.get("problem_type", "single_label_classification")
+        integers = bool(extra.get("integer_labels", False))
+        labels = LabelSet(tuple(values["labels"]), integers, kind)
         return Adapter(trained, tokenizer, labels, bool(extra.get("text_pair", False)))
     try:
         form = extra.get("form")
@@ -318,7 +328,7 @@ def evaluate(
         split: which split of it.
         batch_size: rows of a batch.
         model: the frozen model, in place of the one saved with the adapter.
-        device: ``"auto"`` or ``"cpu"``.
+        device: as :class:`TrainConfig`'s.
         fields: the columns' names.
         eval_generate: for text tasks, the number of rows that texts are generated for, evenly
             spread; by default all rows, 0 for none.
@@ -326,9 +336,11 @@ def evaluate(
             training.
 
     Returns:
-        For classification ``accuracy``, ``macro_f1`` and ``matthews``; for text tasks ``loss``,
-        ``perplexity``, ``token_accuracy`` and, of what was generated, ``exact_match``, ``f1`` and
-        ``rows_generated``. For all ``rows`` and ``rows_cut``; for text tasks ``targets_cut``.
+        For classification ``accuracy``, ``macro_f1`` and ``matthews``, or what
+        :data:`ept_fast.training.metrics.LABEL_METRICS` has for several classes and regression; for
+        text tasks ``perplexity``, ``token_accuracy`` and, of what was generated, ``exact_match``,
+        ``f1`` and ``rows_generated``. For all ``loss``, ``rows`` and ``rows_cut``; for text tasks
+        ``targets_cut``.
     """
     loaded = _loaded(adapter, model, device)
     task = "classification" if loaded.form is None else loaded.form.task
@@ -340,6 +352,7 @@ def evaluate(
         check_alike(rows, "pairs", loaded.paired, fields.text_pair, "training")
     else:
         check_alike(rows, "targets", loaded.form.targets, fields.target, "training")
+        _check_chats(rows, loaded.form)
     evaluation = loaded.evaluation(
         rows,
         batch_size,
@@ -349,8 +362,7 @@ def evaluate(
     )
     tokens = evaluation.rows
     found = {**evaluation(loaded.model), "rows": len(rows), "rows_cut": tokens.num_cut}
-    if isinstance(evaluation, ClassEvaluation):
-        del found["loss"]
+    if isinstance(evaluation, LabelEvaluation):
         return found
     generated = len(evaluation.asked or ()) if evaluation.form.targets else 0
     return {**found, "targets_cut": tokens.num_targets_cut, "rows_generated": generated}
@@ -373,29 +385,38 @@ def predict(
         rows: texts; labels and targets are not looked at.
         batch_size: rows of a batch.
         model: the frozen model, in place of the one saved with the adapter.
-        device: ``"auto"`` or ``"cpu"``.
+        device: as :class:`TrainConfig`'s.
         max_new_tokens, num_beams: for text tasks, how texts are generated; by default as in
             training.
 
     Returns:
         For classification dicts of ``label`` (of the type it had in training) and ``probabilities``
-        (by name); for text tasks dicts of ``output``.
+        (by name), of ``labels`` if a text can have several, of ``value`` for a regression; for text
+        tasks dicts of ``output``.
     """
     loaded = _loaded(adapter, model, device)
     if loaded.form is None:
         check_alike(rows, "pairs", loaded.paired, "text_pair", "training")
     tokens = loaded.tokenised(rows, answered=False)
     if loaded.form is not None:
+        _check_chats(rows, loaded.form)
         # A text that is continued may be of any length; generate sees to it.
         longest = loaded.form.max_length if loaded.form.targets else 1
         writer = loaded.writer(batch_size, longest, max_new_tokens, num_beams)
         return [{"output": output} for output in writer(loaded.model, tokens)]
     assert loaded.labels is not None  # of every adapter without a form
-    names = loaded.labels.names
+    labels, kind = loaded.labels, loaded.labels.problem_type
+    logits = predict_logits(loaded.model, tokens, loaded.collator, batch_size)
+    if kind == "regression":
+        return [{"value": value} for value in logits[:, 0].tolist()]
+    several = kind == "multi_label_classification"
+    classes = [i if labels.integers else name for i, name in enumerate(labels.names)]
     results = []
-    for row in predict_logits(loaded.model, tokens, loaded.collator, batch_size).softmax(-1):
-        best = int(row.argmax())
-        label = best if loaded.labels.integers else names[best]
-        probabilities = dict(zip(names, row.tolist(), strict=True))
-        results.append({"label": label, "probabilities": probabilities})
+    for row in logits.sigmoid() if several else logits.softmax(-1):
+        answer: dict[str, Any] = {"label": classes[int(row.argmax())]}
+        if several:
+            answer = {"labels": [classes[i] for i in (row > 0.5).nonzero().flatten().tolist()]}
+        results.append(
+            {**answer, "probabilities": dict(zip(labels.names, row.tolist(), strict=True))}
+        )
     return results

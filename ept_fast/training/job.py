@@ -21,19 +21,11 @@ from ept_fast.libraries import MissingLibraryError, require
 from ept_fast.losses.named import NAMED_LOSSES
 from ept_fast.losses.terms import LossTerm
 from ept_fast.prompts.base import Prompt, SavedPrompt, expected_shapes
-from ept_fast.storage.files import write_json
+from ept_fast.storage.files import CheckpointError, write_json
 from ept_fast.training import parallel
 from ept_fast.training.checkpoints import sound_checkpoint
-from ept_fast.training.config import TrainConfig
-from ept_fast.training.data import (
-    DataError,
-    Fields,
-    LabelSet,
-    Rows,
-    find_split,
-    hold_out,
-    read_split,
-)
+from ept_fast.training.config import TrainConfig, find_device
+from ept_fast.training.data import DataError, Fields, Rows, find_split, hold_out, read_split
 from ept_fast.training.folder import METRICS_FILE, begin, check_output, held, metrics_of
 from ept_fast.training.inference import (
     ANSWERS,
@@ -46,12 +38,15 @@ from ept_fast.training.inference import (
     load_adapter,
     predict,
 )
+from ept_fast.training.labels import LabelSet
 from ept_fast.training.metrics import GENERATED_METRICS
 from ept_fast.training.tokens import TextForm
 from ept_fast.transformers.adapter import state_checksum
 
 if TYPE_CHECKING:
+    from ept_fast.config import PromptConfig
     from ept_fast.training.trainer import PromptTrainer
+    from ept_fast.transformers.adapter import SavedAdapter
     from ept_fast.transformers.tasks import EPTModel
 
 __all__ = [
@@ -66,6 +61,12 @@ __all__ = [
     "require",
     "train",
 ]
+
+
+_LOSSES = {  # what they are on a figure's axis
+    "regression": "squared error",
+    "multi_label_classification": "binary cross-entropy (nats)",
+}
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def load_task(config: TrainConfig) -> TaskData:
         DataError: a missing file or split, or a malformed line.
     """
     (source,) = config.sources
-    names = (config.text_field, config.pair_field, config.label_field, config.target_field)
-    how: dict[str, Any] = {"fields": Fields(*names), "answer": ANSWERS[config.task]}
+    columns = ("text", "pair", "label", "target", "messages")
+    fields = Fields(*(getattr(config, f"{column}_field") for column in columns))
+    how: dict[str, Any] = {"fields": fields, "answer": ANSWERS[config.task]}
     train_rows = read_split(source, "train", **how)
     evaluation = None
     if config.eval_data is not None:
@@ -110,6 +112,13 @@ def load_task(config: TrainConfig) -> TaskData:
     pairs = train_rows.pairs is not None
     check_alike(evaluation, "pairs", pairs, config.pair_field, train_rows.source)
     check_alike(evaluation, "targets", targets, config.target_field, train_rows.source)
+    chats = train_rows.chats is not None
+    check_alike(evaluation, "chats", chats, config.messages_field, train_rows.source)
+    if chats and config.task != "causal":
+        raise DataError(
+            f"{train_rows.source}: {config.messages_field}: expected texts for the task "
+            f"{config.task}, got messages (causal)"
+        )
     return TaskData(train_rows, evaluation)
 
 
@@ -141,7 +150,8 @@ def train(
 
     The folder then holds ``adapter/`` (safetensors and JSON), ``metrics.json``,
     ``learning_curves.png``, ``gate_weights.png`` (if the prompt has subspaces), ``samples.md``
-    (what the model writes, for text tasks), ``run.json`` and ``checkpoints/``. Nothing in it is
+    (what the model writes, for text tasks), ``logs/`` (for TensorBoard, if it is reported to),
+    ``run.json`` and ``checkpoints/``. Nothing in it is
     touched before arguments, data and model are found good. While it lasts, a run holds a lock on
     the folder, which ends with the process; no other run can use the folder then.
 
@@ -158,7 +168,8 @@ def train(
         config: the run.
         resume: go on from the newest complete checkpoint of the same run whose files are those
             that were written, with a warning for each one that is passed over; from the start
-            if none is complete yet. A finished run gives its metrics again.
+            if none is complete yet. A finished run gives its metrics again, unless ``max_steps``,
+            ``epochs`` or early stopping are others: then it goes on to its new end.
         overwrite: replace the results of an earlier run in the folder; other files stay.
         progress: whether to say on standard error how far it is: a bar on a terminal, else lines.
         data: the rows, in place of ``config.data`` and ``config.eval_data``; of several tasks by
@@ -173,12 +184,15 @@ def train(
         DataError: malformed data.
         ValueError: a config that does not fit the model or the prompt to start from, or a resumed
             run that was another one.
-        CheckpointError: every complete checkpoint of the run to resume is damaged, or the adapter
-            to start from is.
+        CheckpointError: every complete checkpoint of the run to resume is damaged or gone, or the
+            adapter to start from is damaged.
         NonFiniteLossError: the loss became NaN or infinite; checkpoints before it are kept.
-        MissingLibraryError: the ``train`` extra is not installed.
+        MissingLibraryError: the ``train`` extra is not installed, or what ``report_to`` names.
     """
-    require("transformers", "accelerate", "filelock", "matplotlib")
+    require("transformers", "accelerate", "datasets", "filelock", "matplotlib", "sklearn")
+    if config.report_to != "none":
+        require(config.report_to, install=config.report_to)
+    find_device(config.device)
     with parallel.session(cpu=config.device == "cpu"), contextlib.ExitStack() as stack:
         parallel.on_main(lambda: stack.enter_context(held(Path(config.output))))
         return _train(config, resume, overwrite, progress, data)
@@ -195,10 +209,11 @@ def _train(
     parallel.on_main(lambda: check_output(output, resume, overwrite))
     given = {"": data} if isinstance(data, TaskData) else data
     tasks = parallel.agreed(lambda: given or load_tasks(config))
+    config, labels = parallel.agreed(lambda: _labels_of(config, tasks))
     start = parallel.agreed(lambda: _start(config))
     run = {
         "config": config.to_dict(),
-        "start": start and state_checksum({}, start.tensors)[:16],
+        "start": start and state_checksum({}, start.prompt.tensors)[:16],
         "data": _by_name({name: task.fingerprints() for name, task in tasks.items()}),
         "processes": parallel.world_size(),
     }
@@ -207,12 +222,16 @@ def _train(
         finished = parallel.on_main(lambda: metrics_of(output, run))
         if finished is not None:
             return finished
-        checkpoint = parallel.on_main(lambda: sound_checkpoint(output / "checkpoints"))
-    adapters, trainer = parallel.agreed(lambda: _prepare(config, tasks, start, progress))
+        checkpoint = parallel.on_main(lambda: _checkpoint_of(output))
+    adapters, trainer = parallel.agreed(lambda: _prepare(config, tasks, labels, start, progress))
+    parallel.agreed(lambda: trainer.check_longer_than(checkpoint))
     parallel.on_main(lambda: begin(output, run, overwrite))
-    if checkpoint is None and config.eval_before:
-        trainer.evaluate()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None:
+        trainer.go_on(checkpoint)
+    else:
+        if config.eval_before:
+            trainer.evaluate()
+        trainer.train()
     if not trainer.evaluations or trainer.evaluations[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
     best = trainer.best()
@@ -230,6 +249,28 @@ def _train(
     return metrics
 
 
+def _labels_of(
+    config: TrainConfig, tasks: Mapping[str, TaskData]
+) -> tuple[TrainConfig, dict[str, LabelSet]]:
+    """The labels of each data set, if the task has any, and the config with what they are."""
+    if config.task != "classification":
+        return config, {}
+    how = (config.num_labels, config.problem_type)
+    labels = {name: LabelSet.of(task.train, *how) for name, task in tasks.items()}
+    kinds = {each.problem_type for each in labels.values()}
+    if len(kinds) > 1:
+        raise DataError(f"data: expected labels of one kind, got {', '.join(sorted(kinds))}")
+    return dataclasses.replace(config, problem_type=kinds.pop()), labels
+
+
+def _checkpoint_of(output: Path) -> Path | None:
+    """The checkpoint that a run goes on from; one that has finished must have one."""
+    found = sound_checkpoint(output / "checkpoints")
+    if found is None and (output / METRICS_FILE).exists():
+        raise CheckpointError(f"{output / 'checkpoints'}: expected one to go on from, got none")
+    return found
+
+
 def _by_name(found: Mapping[str, Any]) -> Any:
     """What was found of each task, by name; of the only one, without."""
     return found[""] if "" in found else dict(found)
@@ -245,7 +286,14 @@ def _finish(output: Path, adapters: Mapping[str, Adapter], metrics: dict[str, An
         folder = output / "adapter" / name  # of the only one, whose name is empty, "adapter" itself
         adapter.model.save_pretrained(folder, extra=adapter.extra, metrics=judged)
     curves, picture = metrics["curves"], output / "learning_curves.png"
-    draw_learning_curves(curves["loss"], curves["evaluation"], picture, metric=metrics["metric"])
+    draw_learning_curves(
+        curves["loss"],
+        curves["evaluation"],
+        picture,
+        metric=metrics["metric"],
+        loss=metrics["loss"],
+        kept=after["step"],
+    )
     if metrics["gate_weights"] is not None:
         weights, names = metrics["gate_weights"], []
         if isinstance(weights, dict):  # a column of each task, the mean over its tokens
@@ -257,11 +305,9 @@ def _finish(output: Path, adapters: Mapping[str, Adapter], metrics: dict[str, An
     write_json(output / METRICS_FILE, metrics)  # last: a folder with it is a finished run
 
 
-def _start(config: TrainConfig) -> SavedPrompt | None:
-    """The prompt that a run starts from, if it is to start from one."""
-    if config.start_from is None:
-        return None
-    return find_saved(config.start_from, "start_from").prompt
+def _start(config: TrainConfig) -> SavedAdapter | None:
+    """The adapter that a run starts from, if it is to start from one."""
+    return None if config.start_from is None else find_saved(config.start_from, "start_from")
 
 
 def _take(start: SavedPrompt, prompt: Prompt) -> None:
@@ -293,6 +339,20 @@ def _take(start: SavedPrompt, prompt: Prompt) -> None:
     prompt.load_saved(start._replace(config=prompt.config, tensors=tensors))
 
 
+def _take_head(start: SavedAdapter, adapter: Adapter) -> None:
+    """Give the head of an adapter the values of a saved one, if it is of the same labels."""
+    mine, theirs = adapter.model.description, start.values
+    kind = theirs["extra"].get("problem_type", "single_label_classification")
+    if (
+        adapter.labels is not None
+        and theirs["head"] == mine.head
+        and tuple(theirs["labels"] or ()) == adapter.labels.names
+        and (kind, theirs["pooling"]) == (adapter.labels.problem_type, mine.pooling)
+    ):
+        head: Any = adapter.model.head
+        head.load_state_dict(start.head(head))
+
+
 def _listed(names: Sequence[str], values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {values[name]}" for name in names if name in values) or "no others"
 
@@ -302,26 +362,32 @@ def _check_gates(config: TrainConfig, prompt: Prompt) -> None:
     groups = prompt.parameter_groups(1.0, 1.0, 1.0)
     if config.gate_steps and "spaces" not in {group["name"] for group in groups}:
         raise ValueError(
-            f"gate_steps: expected 0 for the method {config.method} of these sizes, which has "
-            f"neither gates nor subspaces, got {config.gate_steps}"
+            f"gate_steps: expected 0 for a prompt with neither gates nor subspaces, "
+            f"got {config.gate_steps}"
         )
 
 
 def _prepare(
-    config: TrainConfig, tasks: Mapping[str, TaskData], start: SavedPrompt | None, progress: bool
+    config: TrainConfig,
+    tasks: Mapping[str, TaskData],
+    labels: Mapping[str, LabelSet],
+    start: SavedAdapter | None,
+    progress: bool,
 ) -> tuple[dict[str, Adapter], PromptTrainer]:
     """The adapters to be trained, by name, and what trains them."""
     from ept_fast.training.multitask import MultitaskModel, TaskEvaluation, TaskRows
     from ept_fast.training.trainer import PromptTrainer, train_batches
 
-    adapters = _new_adapters(config, {name: task.train for name, task in tasks.items()})
+    rows_of = {name: task.train for name, task in tasks.items()}
+    adapters = _new_adapters(config, rows_of, labels, start)
     for adapter in adapters.values():
         if start is not None:
-            _take(start, adapter.model.prompt)
+            _take(start.prompt, adapter.model.prompt)
+            _take_head(start, adapter)
         _check_gates(config, adapter.model.prompt)
     bf16 = config.bf16
     if bf16 is None:
-        on_gpu = config.device == "auto" and torch.cuda.is_available()
+        on_gpu = find_device(config.device).type == "cuda"
         bf16 = on_gpu and torch.cuda.is_bf16_supported()
     tokenised = {name: adapter.tokenised(tasks[name].train) for name, adapter in adapters.items()}
     for name, adapter in adapters.items():
@@ -367,7 +433,12 @@ def _prepare(
     return adapters, trainer
 
 
-def _new_adapters(config: TrainConfig, tasks: Mapping[str, Rows]) -> dict[str, Adapter]:
+def _new_adapters(
+    config: TrainConfig,
+    tasks: Mapping[str, Rows],
+    labels: Mapping[str, LabelSet],
+    start: SavedAdapter | None,
+) -> dict[str, Adapter]:
     """Untrained adapters of the tasks, by name, all on one backbone."""
     from ept_fast.transformers.backbone import load_backbone, load_tokenizer
 
@@ -375,23 +446,36 @@ def _new_adapters(config: TrainConfig, tasks: Mapping[str, Rows]) -> dict[str, A
     tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
     backbone = load_backbone(config.model, WRAPPER_TASKS[config.task], trust_remote_code=trust)
     texts = tuple(itertools.chain.from_iterable(rows.all_texts for rows in tasks.values()))
-    start = {"text": texts, "tokenizer": tokenizer} if config.init == "data" else {}
+    how: dict[str, Any] = {}
+    if config.init == "data":
+        how |= {"text": texts, "tokenizer": tokenizer}
+    if start is not None and not config.given_sizes:
+        how["sizes"] = start.prompt.config
     return {
-        name: _new_adapter(config, rows, backbone, tokenizer, start) for name, rows in tasks.items()
+        name: _new_adapter(config, rows, labels.get(name), backbone, tokenizer, how)
+        for name, rows in tasks.items()
     }
 
 
 def _new_adapter(
-    config: TrainConfig, rows: Rows, backbone: Any, tokenizer: Any, start: Mapping[str, Any]
+    config: TrainConfig,
+    rows: Rows,
+    labels: LabelSet | None,
+    backbone: Any,
+    tokenizer: Any,
+    how: Mapping[str, Any],
 ) -> Adapter:
-    if config.task == "classification":
-        labels = LabelSet.of(rows, config.num_labels)
-        head = {
+    if labels is not None:
+        head: dict[str, Any] = {
             "labels": labels.names,
             "pooling": config.pooling,
             "head_dropout": config.head_dropout,
         }
-        model = _build(config, backbone, **start, **head)
+        model: Any = _build(config, backbone, **how, **head)
+        if config.balance_classes:
+            model.set_class_weight(labels.balanced_weights(rows))
+        if config.class_weights:
+            model.set_class_weight(labels.weights(config.class_weights))
         for name, weight in config.losses.items():
             model.add_loss(LossTerm(name, NAMED_LOSSES[name], weight, config.loss_schedule))
         return Adapter(model, tokenizer, labels, rows.pairs is not None)
@@ -402,8 +486,9 @@ def _new_adapter(
             f"got {config.metric!r}"
         )
     sizes = (config.max_length, config.max_target_length)
-    model = _build(config, backbone, **start)
-    form = fitted(TextForm(config.task, *sizes, config.separator, targets), model, tokenizer)
+    model = _build(config, backbone, **how)
+    form = TextForm(config.task, *sizes, config.separator, targets, rows.chats is not None)
+    form = fitted(form, model, tokenizer)
     return Adapter(model, tokenizer, form=form, num_beams=config.num_beams)
 
 
@@ -419,17 +504,21 @@ def _pack_length(config: TrainConfig, adapter: Adapter) -> int:
     return config.pack_length or longest
 
 
-def _build(config: TrainConfig, backbone: Any, **how: Any) -> EPTModel:
+def _build(
+    config: TrainConfig, backbone: Any, sizes: PromptConfig | None = None, **how: Any
+) -> EPTModel:
     from ept_fast.transformers.backbone import Profile, embedding_width
     from ept_fast.transformers.tasks import get_ept_model
 
-    most = Profile.of(backbone).text_limit(config.prompt_tokens)
-    wanted = config.max_length + (config.max_target_length if config.task == "causal" else 0)
-    length = wanted if most is None else max(min(wanted, most), 1)
+    if sizes is None:
+        most = Profile.of(backbone).text_limit(config.prompt_tokens)
+        wanted = config.max_length + (config.max_target_length if config.task == "causal" else 0)
+        length = wanted if most is None else max(min(wanted, most), 1)
+        sizes = config.prompt_config(embedding_width(backbone), length)
     folder = Path(config.model)
     return get_ept_model(
         backbone,
-        config.prompt_config(embedding_width(backbone), length),
+        sizes,
         WRAPPER_TASKS[config.task],
         base_model=str(folder.resolve()) if folder.is_dir() else config.model,
         init=config.init,
@@ -502,6 +591,7 @@ def _facts(
         "bf16": trainer.bf16,
         "labels": _by_name({name: list(a.model.labels) for name, a in adapters.items()}),
         "metric": config.judged_by,
+        "loss": _LOSSES.get(config.problem_type or "", "cross-entropy (nats)"),
         "seed": config.seed,
         "config": config.to_dict(),
         "versions": {

@@ -1,66 +1,97 @@
-"""Metrics of classes, and metrics of generated and predicted tokens."""
+"""Metrics of labels, and metrics of generated and predicted tokens."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 __all__ = [
     "GENERATED_METRICS",
+    "LABEL_METRICS",
     "METRICS",
     "TEXT_METRICS",
-    "classification_metrics",
     "exact_match",
     "goodness",
+    "label_metrics",
     "normalised",
     "perplexity",
     "token_f1",
 ]
 
-METRICS = ("accuracy", "macro_f1", "matthews")
+# By the kind of labels, as transformers' problem_type has it; the first is what runs are judged by.
+LABEL_METRICS = {
+    "single_label_classification": ("accuracy", "macro_f1", "matthews"),
+    "multi_label_classification": ("micro_f1", "macro_f1", "subset_accuracy"),
+    "regression": ("pearson", "spearman", "mae", "loss"),
+}
 GENERATED_METRICS = ("exact_match", "f1")
 TEXT_METRICS = ("token_accuracy", *GENERATED_METRICS, "loss")
+METRICS = tuple(dict.fromkeys((*itertools.chain(*LABEL_METRICS.values()), *TEXT_METRICS)))
+_LESS_IS_BETTER = ("loss", "mae")
 
 
-def classification_metrics(
-    predictions: Sequence[int] | Tensor, labels: Sequence[int] | Tensor, num_labels: int
-) -> dict[str, float]:
-    """Accuracy, macro F1 and Matthews correlation.
+def label_metrics(logits: Tensor, labels: Tensor, problem_type: str) -> dict[str, float]:
+    """The metrics of :data:`LABEL_METRICS` but the loss, as scikit-learn and SciPy define them.
 
-    Macro F1 is the plain mean over the classes that occur among labels or predictions. Matthews
-    correlation is the multi-class R_K of Gorodkin (2004), 0 if it is undefined.
+    Macro F1 is the plain mean over the classes that occur among labels or predictions, 0 for one
+    that is undefined. A class of several is predicted if its probability is over one half. A
+    correlation is 0 if it is undefined.
+
+    Args:
+        logits: ``[N, C]``.
+        labels: ``[N]`` classes, ``[N, C]`` of 0 and 1, or ``[N]`` numbers.
+        problem_type: which of these.
+
+    Raises:
+        ValueError: other shapes, or no rows.
     """
-    given = torch.as_tensor(predictions, dtype=torch.int64)
-    asked = torch.as_tensor(labels, dtype=torch.int64)
-    if given.shape != asked.shape or given.dim() != 1 or not len(given):
+    from scipy.stats import rankdata  # type: ignore[import-untyped]
+    from sklearn import metrics  # type: ignore[import-untyped]
+
+    wanted = logits.shape if problem_type == "multi_label_classification" else logits.shape[:1]
+    if labels.shape != wanted or not len(labels):
         raise ValueError(
-            f"predictions: expected one for each of {len(asked)} labels, at least 1, "
-            f"got {tuple(given.shape)}"
+            f"labels: expected {tuple(wanted)}, at least one row, got {tuple(labels.shape)}"
         )
-    # Rows, columns and diagonal of the confusion matrix, without the matrix: [C] each.
-    expected, predicted, agreed = (
-        torch.bincount(classes, minlength=num_labels).double()
-        for classes in (asked, given, asked[asked == given])
-    )
-    total, right = float(len(asked)), float(agreed.sum())
-    occurs = expected + predicted > 0
-    f1 = (2 * agreed / (expected + predicted).clamp_min(1))[occurs].mean()
-    covariance = right * total - float(expected @ predicted)
-    spread = (total**2 - float(predicted @ predicted)) * (total**2 - float(expected @ expected))
-    return {
-        "accuracy": right / total,
-        "macro_f1": float(f1),
-        "matthews": covariance / math.sqrt(spread) if spread > 0 else 0.0,
-    }
+    asked = labels.numpy()
+    f1 = functools.partial(metrics.f1_score, zero_division=0)
+    found: tuple[Any, ...]
+    if problem_type == "regression":
+        values = logits[:, 0].double().numpy()
+        ranks = (rankdata(values), rankdata(asked))
+        found = (_correlation(values, asked), _correlation(*ranks))
+        found = (*found, metrics.mean_absolute_error(asked, values))
+    elif problem_type == "multi_label_classification":
+        given, asked = (logits > 0).numpy(), asked > 0
+        scores = [f1(asked, given, average=average) for average in ("micro", "macro")]
+        found = (*scores, metrics.accuracy_score(asked, given))
+    else:
+        given = logits.argmax(-1).numpy()
+        accuracy = metrics.accuracy_score(asked, given)
+        with warnings.catch_warnings():  # of a matrix of one class, whose correlation is 0
+            warnings.simplefilter("ignore", UserWarning)
+            matthews = metrics.matthews_corrcoef(asked, given)
+        found = (accuracy, f1(asked, given, average="macro"), matthews)
+    return dict(zip(LABEL_METRICS[problem_type], map(float, found), strict=False))
+
+
+def _correlation(first: Any, second: Any) -> float:
+    if min(np.ptp(first), np.ptp(second)) == 0:
+        return 0.0
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def goodness(metric: str, value: float) -> float:
     """The value of a metric, negated if less is better."""
-    return -value if metric == "loss" else value
+    return -value if metric in _LESS_IS_BETTER else value
 
 
 def perplexity(loss: float) -> float:

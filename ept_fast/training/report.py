@@ -47,6 +47,8 @@ def draw_learning_curves(
     path: str | Path,
     *,
     metric: str = "accuracy",
+    loss: str = "cross-entropy (nats)",
+    kept: int | None = None,
 ) -> None:
     """Draw the loss of every step, and loss and metric of every evaluation, as PNG.
 
@@ -55,6 +57,8 @@ def draw_learning_curves(
         evaluations: dicts of ``step``, ``loss`` and the metrics.
         path: the file.
         metric: the metric to draw.
+        loss: what the loss is.
+        kept: the step whose weights were kept; by default the last evaluation's.
     """
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -66,20 +70,21 @@ def draw_learning_curves(
         left.plot(steps, smoothed(losses, window), color=_BLUE, linewidth=1.8, label=label)
     at = [e["step"] for e in evaluations]
     left.plot(at, [e["loss"] for e in evaluations], "o-", color=_ORANGE, label="evaluation")
-    left.set(xlabel="step", ylabel="cross-entropy (nats)", title="Loss")
-    left.set_ylim(bottom=0)
-    left.legend(frameon=False)
+    left.set(xlabel="step", ylabel=loss, title="Loss")
     name = metric.replace("_", " ")
     values = [e[metric] for e in evaluations]
     right.plot(at, values, "o-", color=_ORANGE)
     if values:
+        kept = at[-1] if kept is None else kept
+        value = values[at.index(kept)]
+        for axes in (left, right):
+            label = f"kept weights, step {kept}"
+            axes.axvline(kept, color="black", linestyle=":", linewidth=1.2, label=label)
+        right.plot([kept], [value], "o", color="black")
         right.annotate(
-            f"{values[-1]:.3f}",
-            (at[-1], values[-1]),
-            xytext=(-4, 8),
-            textcoords="offset points",
-            ha="right",
+            f"{value:.3f}", (kept, value), xytext=(-4, 8), textcoords="offset points", ha="right"
         )
+    left.legend(frameon=False)
     right.set(xlabel="step", ylabel=name, title=f"Evaluation: {name}")
     right.margins(y=0.15)
     for axes in (left, right):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ept_fast.config import check_choice, check_count, check_flag
 from ept_fast.storage.untrusted import shorten
-from ept_fast.training.data import DataError, LabelSet, Rows
+from ept_fast.training.data import DataError, Rows
+from ept_fast.training.labels import LabelSet
 
 __all__ = [
     "IGNORED",
@@ -33,6 +39,7 @@ class TextForm:
         max_target_length: tokens of a target that are learnt, its end token among them.
         separator: put behind the text if a target follows it; for ``"causal"``.
         targets: whether rows have targets; else the texts themselves are learnt.
+        chat: whether rows are conversations, which the tokenizer's chat template writes out.
     """
 
     task: str
@@ -40,12 +47,14 @@ class TextForm:
     max_target_length: int
     separator: str = "\n"
     targets: bool = True
+    chat: bool = False
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, ("seq2seq", "causal"))
         check_count("max_length", self.max_length, 1)
         check_count("max_target_length", self.max_target_length, 1)
         check_flag("targets", self.targets)
+        check_flag("chat", self.chat)
         if not isinstance(self.separator, str):
             raise TypeError(f"separator: expected a string, got {type(self.separator).__name__}")
 
@@ -57,13 +66,13 @@ class Tokenised:
     Attributes:
         features: per row ``input_ids`` and, if the tokenizer gives them, ``token_type_ids``;
             for text tasks also ``labels``, -100 for what is not to be predicted.
-        labels: class indices, or None.
+        labels: what :meth:`LabelSet.ids` gives, or None.
         num_cut: rows whose text was longer than the limit and lost a part.
         num_targets_cut: rows whose target was, and lost its end.
     """
 
     features: tuple[dict[str, list[int]], ...]
-    labels: tuple[int, ...] | None
+    labels: tuple[Any, ...] | None
     num_cut: int
     num_targets_cut: int = 0
 
@@ -126,10 +135,10 @@ def _check_room(name: str, limit: int, others: int, what: str, wanted: int = 1) 
 
 def _check_read(rows: Rows, features: Sequence[Mapping[str, Any]]) -> None:
     """Raise DataError if a text has no token, special ones included, for the model to read."""
-    for line, text, row in zip(rows.lines, rows.texts, features, strict=True):
+    for number, text, row in zip(rows.numbers, rows.texts, features, strict=True):
         if not row["input_ids"]:
             raise DataError(
-                f"{rows.source}, line {line}: text: expected at least one token, got none of "
+                f"{rows.source}, row {number}: text: expected at least one token, got none of "
                 f"{shorten(text, 60)}"
             )
 
@@ -153,23 +162,26 @@ def tokenise_inputs(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
 
     For ``"seq2seq"`` the text as the tokenizer gives it, with its end cut off if it is too long.
     For ``"causal"`` the text and the separator, without an end token; if it is too long, its
-    beginning is cut off, since what stands next to the target matters most.
+    beginning is cut off, since what stands next to the target matters most. Of a conversation the
+    text is what the chat template makes of the messages and the beginning of a reply; a text alone
+    is a message of the user.
 
     Raises:
         ValueError: no room for a token of the text beside special tokens and separator.
         DataError: a text without any token.
     """
-    plain = Rows(rows.texts, None, None, rows.source, rows.lines)
     if form.task == "seq2seq":
-        return tokenise(plain, tokenizer, form.max_length)
+        return tokenise(dataclasses.replace(rows, pairs=None), tokenizer, form.max_length)
     end, start = end_token(tokenizer), tokenizer.bos_token_id
-    separator = form.separator if form.targets else ""
+    separator = form.separator if form.targets and not form.chat else ""
+    texts = [text for text, _ in _written(rows, tokenizer)] if form.chat else rows.texts
     features = []
     cut = 0
-    empty, *texts = _ids(tokenizer, [text + separator for text in ("", *rows.texts)])
+    how = {"add_special_tokens": not form.chat}  # a chat template writes them itself
+    empty, *inputs = _ids(tokenizer, [text + separator for text in ("", *texts)], **how)
     _check_room("max_length", form.max_length, len(empty) - (empty[-1:] == [end]), "the text")
-    for ids in texts:
-        if ids[-1:] == [end]:
+    for ids in inputs:
+        if ids[-1:] == [end] and not form.chat:
             ids.pop()
         if len(ids) > form.max_length:
             cut += 1
@@ -200,7 +212,10 @@ def tokenise_text(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
     features = []
     cut = 0
     how = {"name": "text_target", "add_special_tokens": whole}
-    empty, *targets = _ids(tokenizer, ("", *(rows.targets or ())), **how)
+    wanted: Sequence[str] = rows.targets or ()
+    if form.chat:
+        wanted = [reply for _, reply in _written(rows, tokenizer)]
+    empty, *targets = _ids(tokenizer, ("", *wanted), **how)
     first = len(empty) - (empty[-1:] == [end])
     _check_room("max_target_length", form.max_target_length, first, "the target")
     for row, ids in zip(inputs.features, targets, strict=True):
@@ -214,6 +229,39 @@ def tokenise_text(rows: Rows, tokenizer: Any, form: TextForm) -> Tokenised:
             labels = [IGNORED] * len(text) + target
             features.append({"input_ids": text + target, "labels": labels})
     return Tokenised(tuple(features), None, inputs.num_cut, cut)
+
+
+def _written(rows: Rows, tokenizer: Any) -> list[tuple[str, str]]:
+    """What the chat template makes of the messages before each reply, and of the reply.
+
+    Raises:
+        ValueError: no template, or one that writes the messages otherwise once there is a reply.
+        DataError: messages that the template refuses.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"tokenizer: expected one with a chat template, got {type(tokenizer).__name__} without"
+        )
+    chats = rows.chats or [({"role": "user", "content": text},) for text in rows.texts]
+    found = []
+    for number, chat, target in itertools.zip_longest(rows.numbers, chats, rows.targets or ()):
+        write = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+        reply = [] if target is None else [{"role": "assistant", "content": target}]
+        try:
+            before = write(list(chat), add_generation_prompt=True)
+            whole = write([*chat, *reply]) if reply else before
+        except TemplateError as error:
+            raise DataError(
+                f"{rows.source}, row {number}: messages: expected those of the tokenizer's chat "
+                f"template, got others ({error})"
+            ) from None
+        if not whole.startswith(before):
+            raise ValueError(
+                f"tokenizer: expected a chat template that writes the beginning of a conversation "
+                f"as it is, got one that changes {shorten(before, 60)} to {shorten(whole, 60)}"
+            )
+        found.append((before, whole[len(before) :].rstrip()))
+    return found
 
 
 def _tokenise_plain(rows: Rows, tokenizer: Any, max_length: int, end: int) -> Tokenised:

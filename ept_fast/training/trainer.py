@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,12 +45,17 @@ from ept_fast.transformers.tasks import EPTModel
 
 with without_peft():
     from transformers.trainer import Trainer
-    from transformers.trainer_callback import PrinterCallback, TrainerCallback
+    from transformers.trainer_callback import (
+        EarlyStoppingCallback,
+        PrinterCallback,
+        TrainerCallback,
+    )
 
 __all__ = ["NonFiniteLossError", "PromptTrainer", "train_batches"]
 
 PROGRESS_FILE = "progress.json"
 BEST_FOLDER = "best"
+LOGS_FOLDER = "logs"
 _KEPT = 2
 _FIRST = ("spaces", "head")  # the groups that are trained in the first gate_steps
 
@@ -169,31 +175,37 @@ class PromptTrainer(Trainer):
         pack_length: int | None = None,
     ) -> None:
         every = config.eval_steps or max(1, -(-max_steps // 10))
-        arguments = transformers.TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=config.batch_size,
-            per_device_eval_batch_size=config.eval_batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            max_steps=max_steps,
-            lr_scheduler_type="linear",
-            warmup_steps=math.ceil(max_steps * config.warmup_ratio),
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            bf16=bf16,
-            use_cpu=config.device == "cpu",
-            eval_strategy="steps",
-            eval_steps=every,
-            save_strategy="steps",
-            save_steps=every,
-            logging_strategy="no",
-            logging_nan_inf_filter=False,
-            report_to="none",
-            disable_tqdm=True,
-            log_level="error",
-            remove_unused_columns=False,
-            # What only another task has is in no step of this one.
-            ddp_find_unused_parameters=isinstance(model, MultitaskModel),
-        )
+        reported = config.report_to != "none"
+        with _on_device(config.device):
+            arguments = transformers.TrainingArguments(
+                output_dir=str(folder),
+                per_device_train_batch_size=config.batch_size,
+                per_device_eval_batch_size=config.eval_batch_size,
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+                max_steps=max_steps,
+                lr_scheduler_type="linear",
+                warmup_steps=math.ceil(max_steps * config.warmup_ratio),
+                max_grad_norm=config.max_grad_norm,
+                seed=config.seed,
+                bf16=bf16,
+                use_cpu=config.device == "cpu",
+                eval_strategy="steps",
+                eval_steps=every,
+                save_strategy="steps",
+                save_steps=every,
+                logging_strategy="steps" if reported else "no",
+                logging_steps=max(1, every // 10),
+                logging_nan_inf_filter=False,
+                report_to="wandb" if config.report_to == "wandb" else "none",
+                run_name=folder.parent.name,
+                metric_for_best_model=config.judged_by if config.early_stopping_patience else None,
+                greater_is_better=goodness(config.judged_by, 1.0) > 0,
+                disable_tqdm=True,
+                log_level="error",
+                remove_unused_columns=False,
+                # What only another task has is in no step of this one.
+                ddp_find_unused_parameters=isinstance(model, MultitaskModel),
+            )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over every visible GPU
         self.trained = model
         self.run_config = config
@@ -209,13 +221,23 @@ class PromptTrainer(Trainer):
         self.positions = 0
         self.bf16 = bf16
         self._step_loss = 0.0
+        callbacks: list[TrainerCallback] = [_Clock(self.seconds)]
+        if progress:
+            callbacks.append(_Progress(self))
+        self.patience: EarlyStoppingCallback | None = None
+        if config.early_stopping_patience is not None:
+            limits = (config.early_stopping_patience, config.early_stopping_threshold)
+            self.patience = EarlyStoppingCallback(*limits)
+            callbacks.append(self.patience)
+        if config.report_to == "tensorboard" and parallel.is_main():
+            callbacks.append(_tensorboard(folder.parent / LOGS_FOLDER))
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=train_rows,  # asked for, and never read: `evaluation` has its own rows
             data_collator=self.collator,
-            callbacks=[_Clock(self.seconds), *([_Progress(self)] if progress else [])],
+            callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
 
@@ -295,6 +317,8 @@ class PromptTrainer(Trainer):
             folder, extra = self.best_folder, {"step": step}
             parallel.on_main(lambda: self.trained.save_pretrained(folder, extra=extra))
         named = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
+        if self.run_config.report_to != "none":
+            self.log({name: v for name, v in named.items() if not isinstance(v, dict)})
         # The base class clears its request to evaluate here; else it would evaluate again.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
@@ -341,6 +365,7 @@ class PromptTrainer(Trainer):
                 "seconds": self.seconds,
                 "tokens": parallel.total(self.tokens),
                 "positions": parallel.total(self.positions),
+                "stalled": self.patience and self.patience.early_stopping_patience_counter,
             }
             parallel.on_main(lambda: self._complete(folder, progress))
         except Exception:
@@ -356,6 +381,32 @@ class PromptTrainer(Trainer):
         mark_complete(folder)
         for old in complete_checkpoints(self.checkpoints, self.state.global_step)[:-_KEPT]:
             remove_checkpoint(old)
+
+    def check_longer_than(self, checkpoint: Path | None) -> None:
+        """Raise ValueError if the run is to have fewer steps than this checkpoint of it."""
+        if checkpoint is not None and _step_of(checkpoint) > self.args.max_steps:
+            raise ValueError(
+                f"max_steps: expected at least the {_step_of(checkpoint)} steps of the run to "
+                f"resume, got {self.args.max_steps}"
+            )
+
+    def go_on(self, checkpoint: Path) -> None:
+        """Train from a checkpoint on; only load it if the run was stopped early there."""
+        self._load_from_checkpoint(str(checkpoint))
+        stalled = self.patience and self.patience.early_stopping_patience_counter
+        if stalled and stalled >= (self.run_config.early_stopping_patience or math.inf):
+            self.state.global_step = _step_of(checkpoint)
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:  # the next step's rates are those of this run's schedule
+            schedule: Any = self.lr_scheduler
+            factors = [of_step(schedule.last_epoch) for of_step in schedule.lr_lambdas]
+            groups = self.optimizer.param_groups  # type: ignore[union-attr]
+            for group, rate, factor in zip(groups, schedule.base_lrs, factors, strict=True):
+                group["lr"] = rate * factor
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.trained.save_pretrained(output_dir or self.checkpoints)
@@ -374,9 +425,38 @@ class PromptTrainer(Trainer):
             self.positions = progress["positions"] * parallel.is_main()
         except KeyError as error:
             raise CheckpointError(f"{path}: expected the field {error}, got none") from None
+        if self.patience is not None:
+            self.patience.early_stopping_patience_counter = progress.get("stalled") or 0
         if self.has_best:
             saved = Path(resume_from_checkpoint) / BEST_FOLDER
             parallel.on_main(lambda: _copy(saved, self.best_folder, self.adapter_folders))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+@contextlib.contextmanager
+def _on_device(name: str) -> Iterator[None]:
+    """Have accelerate choose this device, which it asks an environment variable for."""
+    variable = "ACCELERATE_TORCH_DEVICE"
+    before = os.environ.get(variable)
+    if name not in ("auto", "cpu"):
+        os.environ[variable] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(variable, None)
+        if before is not None:
+            os.environ[variable] = before
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    with writing(folder):
+        return TensorBoardCallback(SummaryWriter(str(folder)))  # type: ignore[no-untyped-call]
 
 
 class _Clock(TrainerCallback):
@@ -385,6 +465,9 @@ class _Clock(TrainerCallback):
     def __init__(self, seconds: list[float]) -> None:
         self.seconds = seconds
         self.start = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, args.max_steps)  # a checkpoint's are those of its own run
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = time.perf_counter()

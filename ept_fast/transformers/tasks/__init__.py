@@ -63,9 +63,9 @@ def get_ept_model(
         task: ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"CAUSAL_LM"``, ``"SEQ_2_SEQ_LM"`` or
             ``"FEATURE_EXTRACTION"``.
         adapter_name: name of this adapter.
-        labels: names of the classes, in the order of the logits. A bare model gets a linear head
-            for them. A model with a head for the task keeps it (a copy of it is trained); they are
-            ``config.id2label`` then.
+        labels: names of the classes, in the order of the logits; a single one for a regression. A
+            bare model gets a linear head for them. A model with a head for the task keeps it (a
+            copy of it is trained); they are ``config.id2label`` then.
         pooling: for ``"SEQ_CLS"``, what a linear head sees: ``"mean"`` over the text's real tokens,
             the ``"first"`` or the ``"last"`` of them, or ``"model"``, the bare model's own
             ``pooler_output``. For a model with a head, ``"model"`` is that head: an encoder's reads

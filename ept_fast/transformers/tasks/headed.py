@@ -60,8 +60,11 @@ class HeadedModel(EPTModel):
             names = known if labels is None else tuple(labels)
             return Description(names, self.checked_pooling(pooling), "model")
         names = tuple(labels or ())
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise ValueError(f"labels: expected at least 2 different names, got {list(names)}")
+        least = 1 if self.task == "SEQ_CLS" else 2  # a single one is a regression's
+        if len(names) < least or len(set(names)) < len(names):
+            raise ValueError(
+                f"labels: expected at least {least} different names, got {list(names)}"
+            )
         return Description(names, self.checked_pooling(pooling), "linear", float(head_dropout))
 
     def checked_pooling(self, pooling: str | None) -> str | None:

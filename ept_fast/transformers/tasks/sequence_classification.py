@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ept_fast.config import check_choice
 from ept_fast.transformers import POOLINGS
 from ept_fast.transformers.backbone import reads_last_column
+from ept_fast.transformers.outputs import label_loss
 from ept_fast.transformers.padding import IGNORED, Rows, Text
 from ept_fast.transformers.tasks.headed import HeadedModel
 
@@ -20,11 +22,12 @@ __all__ = ["EPTModelForSequenceClassification"]
 class EPTModelForSequenceClassification(HeadedModel):
     """A prompt before a model that classifies whole texts. ``labels`` are ``[B]`` integers.
 
-    With the model's own head also those of its regression ([B] floats) or of several classes at
-    once ([B, C] floats). ``logits`` are ``[B, C]``.
+    Or ``[B, C]`` floats, 1 for the classes that a text has, or ``[B]`` floats to be predicted by a
+    head with one label. ``logits`` are ``[B, C]``.
     """
 
     task = "SEQ_CLS"
+    _class_weight: Tensor | None = None
 
     def checked_pooling(self, pooling: str | None) -> str | None:
         """A given pooling, or the model's own head if it has one, or the mean."""
@@ -77,14 +80,31 @@ class EPTModelForSequenceClassification(HeadedModel):
             attentions=getattr(output, "attentions", None),
         )
 
+    def set_class_weight(self, weights: Sequence[float] | None) -> None:
+        """Weigh the classes in the loss, in training mode; it is not saved.
+
+        A row's loss is multiplied by the weight of its class; the mean is still over the number of
+        rows. Where rows have several classes, that of a class is multiplied by its weight in the
+        rows that have it (PyTorch's ``pos_weight``).
+
+        Args:
+            weights: one for each class, at least 0; None for no weights.
+
+        Raises:
+            ValueError: another number of weights, or one below 0.
+        """
+        count, given = len(self.labels), list(weights or ())
+        if weights is not None and (len(given) != count or min(given) < 0):
+            raise ValueError(
+                f"weights: expected {count} numbers >= 0, one of each class, got {given}"
+            )
+        self._class_weight = torch.tensor(given) if given else None
+
     def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """By the kind of labels, as the model's config says or its head's width."""
         kind = getattr(self.config, "problem_type", None) if self.base_head else None
-        if kind == "regression" or (kind is None and logits.shape[-1] == 1):
-            return F.mse_loss(logits.squeeze(-1).float(), labels.squeeze(-1).float())
-        if kind == "multi_label_classification" or labels.is_floating_point():
-            return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
-        return F.cross_entropy(logits.float(), labels.view(-1))
+        weight = self._class_weight if self.training else None
+        return label_loss(logits, labels, kind, None if weight is None else weight.to(logits))
 
     def _pool(self, output: Any, rows: Rows) -> Tensor:
         pooling = self.pooling

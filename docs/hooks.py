@@ -1,9 +1,9 @@
 """What the site takes over from outside of docs/, so that links which lead there work in it.
 
 A file of the repository is ``repository/<its path>`` in the site: Markdown and Python files as
-pages, a folder as a page that lists it, and everything else as it is. Files are found by following
-the links from docs/ and from the Markdown files beside it. A link to what does not exist is left
-alone, and MkDocs reports it.
+pages, a folder as its README or as a page that lists it, and everything else as it is. Files are
+found by following the links from docs/ and from the Markdown files beside it. A link to what does
+not exist is left alone, and MkDocs reports it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 HOME = "repository"  # of what is taken over
+UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 # Code first, so that nothing in it is taken for a link.
 LINK = re.compile(
     r"^(?P<fence>```|~~~).*?^(?P=fence)|(?P<tick>`+).*?(?P=tick)"
@@ -41,6 +42,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if path in seen or _within(path, docs) or not _found(path, root):
             continue
         seen.add(path)
+        if (root / path / "README.md").is_file():
+            waiting.append(normpath(f"{path}/README.md"))
+            continue
         added = _file(path, root, config)
         files.append(added)
         if path.endswith(".md") or (root / path).is_dir():
@@ -102,7 +106,8 @@ def _uri(path: str, root: Path, docs: str) -> str:
     if _within(path, docs):
         return path.removeprefix(f"{docs}/")
     if (root / path).is_dir():
-        return f"{HOME}/{path}/index.md"
+        own = (root / path / "README.md").is_file()
+        return normpath(f"{HOME}/{path}/{'README' if own else 'index'}.md")
     return f"{HOME}/{path}.md" if path.endswith(".py") else f"{HOME}/{path}"
 
 
@@ -112,7 +117,7 @@ def _file(path: str, root: Path, config: MkDocsConfig) -> File:
     if found.is_dir():
         return File.generated(config, uri, content=_listing(path, found), inclusion=hidden)
     if path.endswith(".py"):
-        code = f"# {path}\n\n~~~~python\n{found.read_text(encoding='utf-8')}~~~~\n"
+        code = f"{UNSEARCHED}# {path}\n\n~~~~python\n{found.read_text(encoding='utf-8')}~~~~\n"
         return File.generated(config, uri, content=code, inclusion=hidden)
     return File.generated(config, uri, abs_src_path=str(found), inclusion=hidden)
 
@@ -123,4 +128,4 @@ def _listing(path: str, folder: Path) -> str:
         for each in folder.iterdir()
         if not each.name.startswith((".", "__pycache__"))
     )
-    return "\n".join([f"# {path}/", "", *(f"- [{name}]({name})" for name in names), ""])
+    return "\n".join([f"{UNSEARCHED}# {path}/", "", *(f"- [{name}]({name})" for name in names), ""])

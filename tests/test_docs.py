@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import torch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
@@ -88,6 +89,74 @@ def test_every_public_name_is_in_the_reference(root: Path) -> None:
     assert names - shown == set()
 
 
+def test_first_example_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    (code,) = (token.content for token in tokens(root / "docs/index.md") if token.type == "fence")
+    sizes = {"hidden_size": 384, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 11}
+    batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+    names = {
+        "backbone": transformers.BertModel(transformers.BertConfig(**sizes)),
+        "batch": batch | {"attention_mask": torch.ones(2, 3, dtype=torch.long)},
+        "labels": torch.tensor([1, 0]),
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/index.md", "exec"), names)
+    assert (tmp_path / "my-adapter" / "ept_model.safetensors").is_file()
+
+
+DOCSTRING = '''
+def near(): ...
+def add(first, second, third, *rest):
+    """As :func:`near` and :func:`~torch.add`, such as::
+
+        add(1, 2)
+
+    Args:
+        first, second,
+            third: numbers,
+            in one unit.
+        *rest: further ones.
+
+    Raises:
+        TypeError, ValueError: one, or another.
+
+    Example:
+        >>> add(1, 2)
+        3
+    """
+'''
+
+REWRITTEN = """\
+As <autoref optional identifier="made.near"><code>near</code></autoref> and \
+<autoref optional identifier="torch.add"><code>add</code></autoref>, such as:
+
+    add(1, 2)
+
+Args:
+    first: numbers,
+        in one unit.
+    second: numbers,
+        in one unit.
+    third: numbers,
+        in one unit.
+    *rest: further ones.
+
+Raises:
+    TypeError, ValueError: one, or another.
+
+Examples:
+    >>> add(1, 2)
+    3"""
+
+
+def test_docstrings_are_rewritten_for_the_reference(root: Path, tmp_path: Path) -> None:
+    griffe = pytest.importorskip("griffe", reason="it comes with the `docs` extra")
+    (tmp_path / "made.py").write_text(DOCSTRING)
+    extensions = griffe.load_extensions(root / "docs/docstrings.py")
+    made = griffe.load("made", search_paths=[tmp_path], extensions=extensions)
+    assert made["add"].docstring.value == REWRITTEN
+
+
 @dataclass(frozen=True)
 class Project:
     """A few pages beside a few files, under the settings and the hook of the real site."""
@@ -143,7 +212,7 @@ def project(root: Path, tmp_path: Path) -> Project:
     if find_spec("mkdocs") is None:
         pytest.skip("mkdocs is not installed: it comes with the `docs` extra")
     made = Project(tmp_path / "project")
-    pages = ["index.md", "guide/second.md", "repository/NOTES.md"]
+    pages = ["index.md", "guide/second.md", "repository/README.md"]
     # Without mkdocstrings, which takes most of the real site's time.
     settings = f"INHERIT: {root}/mkdocs.yml\nplugins: [search, offline]\nnav: {pages}\n"
     made.write("mkdocs.yml", settings)
@@ -153,6 +222,8 @@ def project(root: Path, tmp_path: Path) -> Project:
         "NOTES.md",
         "# Notes\n\n## Of `mine`\n\n![](data/two.png) [](docs/guide/second.md) [](docs/)\n",
     )
+    made.write("README.md", "# The project\n")
+    made.write("own/README.md", "# Of its own\n")
     made.write("data/one.csv", "a,b\n")
     made.write("data/two.png")
     made.write("code/run.py", "x = 1  # [](none.md)\n")
@@ -168,6 +239,8 @@ def test_site_holds_what_its_pages_link_to(project: Project) -> None:
         ("[](../data/one.csv)", "repository/data/one.csv", "a,b"),
         ("[](../code/run.py)", "repository/code/run.py.html", "x = 1  # [](none.md)"),
         ("[](../code/)", "repository/code/index.html", "run.py"),
+        ("[](../)", "repository/index.html", "The project"),
+        ("[](../own/)", "repository/own/index.html", "Of its own"),
         ("[x]\n\n[x]: ../data", "repository/data/index.html", "one.csv"),
         ("[](guide/second.md#a-heading)", "guide/second.html#a-heading", "A heading"),
         ("[](#first)", "#first", ""),

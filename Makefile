@@ -10,6 +10,7 @@ DEMO_SEED ?= 0
 PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 BENCH_ARGS ?=
+DOCS_OUTPUT ?= site
 REHEARSE_ARGS ?=
 
 BIN := .venv/bin
@@ -30,7 +31,7 @@ export HF_HUB_OFFLINE := 1
 # several times slower.
 demo test test-all test-newest support: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-all test-newest support rehearse-gpu pack-gpu check format bench hooks clean
+.PHONY: help install demo test test-all test-newest support rehearse-gpu pack-gpu check format bench docs hooks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +43,7 @@ help:
 	@echo "make check    ruff, ruff format --check, mypy"
 	@echo "make format   let ruff mend and format the code"
 	@echo "make bench    time everything against its peers; BENCH_ARGS=--quick: a smoke test"
+	@echo "make docs     build the documentation as a site in DOCS_OUTPUT; any broken link is an error"
 	@echo "make rehearse-gpu  try what runs on a GPU, on a CPU and with the GPU machine's versions"
 	@echo "make pack-gpu  make what travels to a machine with a GPU"
 	@echo "make hooks    install the pre-commit hooks into this clone"
@@ -114,9 +116,13 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench/ $(BENCH_ARGS)
 
+# The variable keeps the theme from printing news of its own.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir "$(abspath $(DOCS_OUTPUT))"
+
 hooks: $(STAMP)
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf .venv .venv-newest .venv-gpu build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output ept_fast/backends/cuda/*.so
+	rm -rf .venv .venv-newest .venv-gpu build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output site ept_fast/backends/cuda/*.so
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -212,7 +212,10 @@ def test_sdist_holds_the_kernels_and_cuda_sources_once_and_no_links(
     assert {f for f in files if f.endswith(suffixes)} == {
         f"ept_fast/csrc/{name}" for name in cuda_sources(root)
     }
-    assert {"LICENSE", "README.md", "SECURITY.md", "pyproject.toml", "setup.py"} <= set(files)
+    documents = {"CITATION.cff", "LICENSE", "README.md", "SECURITY.md", "docs/index.md"}
+    assert documents | {"pyproject.toml", "setup.py"} <= set(files)
+    # The site shows files that the distribution does not have.
+    assert not {"mkdocs.yml", "docs/hooks.py", "docs/docstrings.py"} & set(files)
 
 
 def test_metadata(built: Built) -> None:
@@ -226,7 +229,7 @@ def test_metadata(built: Built) -> None:
     names = [Requirement(r).name for r in core]
     assert names == ["click", "numpy", "safetensors", "torch", "triton"]
     assert str(Requirement(core[-1]).marker) == 'platform_system == "Linux"'
-    extras = {"train", "demo", "test", "bench", "dev"}
+    extras = {"train", "demo", "test", "bench", "docs", "dev"}
     assert extras <= set(metadata.get_all("Provides-Extra") or [])
 
 

@@ -84,7 +84,7 @@ def draw_learning_curves(
         right.annotate(
             f"{value:.3f}", (kept, value), xytext=(-4, 8), textcoords="offset points", ha="right"
         )
-    left.legend(frameon=False)
+    left.legend(edgecolor="none")
     right.set(xlabel="step", ylabel=name, title=f"Evaluation: {name}")
     right.margins(y=0.15)
     for axes in (left, right):

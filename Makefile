@@ -1,7 +1,8 @@
 # `make demo` and `make test` need nothing but make and Python 3.11 or newer: the first of them builds
 # a virtual environment in .venv with the tested versions of constraints.txt. `make test-newest` builds
 # another in .venv-newest, where the libraries that ept_fast is written against are the newest that
-# pyproject.toml admits, and `make rehearse-gpu` one in .venv-gpu with the versions on the GPU machine.
+# pyproject.toml admits, `make rehearse-gpu` one in .venv-gpu with the versions on the GPU machine, and
+# `make test-kernels` one in .venv-kernels with the library kernels of Hugging Face.
 
 PYTHON ?= python3
 DEMO_STEPS ?=

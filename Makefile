@@ -1,7 +1,8 @@
 # `make demo` and `make test` need nothing but make and Python 3.11 or newer: the first of them builds
 # a virtual environment in .venv with the tested versions of constraints.txt. `make test-newest` builds
 # another in .venv-newest, where the libraries that ept_fast is written against are the newest that
-# pyproject.toml admits, and `make rehearse-gpu` one in .venv-gpu with the versions on the GPU machine.
+# pyproject.toml admits, `make rehearse-gpu` one in .venv-gpu with the versions on the GPU machine, and
+# `make test-kernels` one in .venv-kernels with the library kernels of Hugging Face.
 
 PYTHON ?= python3
 DEMO_STEPS ?=
@@ -17,6 +18,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 NEWEST := .venv-newest/installed
 GPU := .venv-gpu/installed
+HUB := .venv-kernels/installed
 PIP_INSTALL = $(@D)/bin/python -m pip --disable-pip-version-check install
 INSTALL = $(PIP_INSTALL) --constraint $(@D)/constraints.txt
 
@@ -31,7 +33,7 @@ export HF_HUB_OFFLINE := 1
 # several times slower.
 demo test test-all test-newest support: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-all test-newest support rehearse-gpu pack-gpu check format bench docs hooks clean
+.PHONY: help install demo test test-all test-newest test-kernels support rehearse-gpu pack-gpu check format bench docs hooks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +41,7 @@ help:
 	@echo "make test     run all tests but the slow ones, in TEST_WORKERS processes"
 	@echo "make test-all run all tests, the slow ones too"
 	@echo "make test-newest  run the tests of what other libraries do, with their newest versions"
+	@echo "make test-kernels  have Hugging Face's library kernels load the Triton kernels"
 	@echo "make support  run the tests of the support matrix and write docs/support.md"
 	@echo "make check    ruff, ruff format --check, mypy"
 	@echo "make format   let ruff mend and format the code"
@@ -78,6 +81,14 @@ $(GPU): requirements-gpu.txt bench/stand_ins.py
 	$(@D)/bin/python -m bench.stand_ins
 	@touch $@
 
+# The library, and whatever else it needs from .venv. That comes last, so that pip leaves it alone.
+$(HUB): $(STAMP)
+	$(VENV)
+	$(PIP_INSTALL) kernels==0.17.2
+	echo 'import sysconfig; print(sysconfig.get_path("purelib"))' >$(@D)/purelib.py
+	$(BIN)/python $(@D)/purelib.py >"$$($(@D)/bin/python $(@D)/purelib.py)/parent.pth"
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/ept-fast demo --output "$(DEMO_OUTPUT)" --seed "$(DEMO_SEED)" $(if $(DEMO_STEPS),--steps "$(DEMO_STEPS)")
 
@@ -88,6 +99,9 @@ test test-all: $(STAMP)
 test-newest: $(NEWEST)
 	.venv-newest/bin/python -m pip list
 	.venv-newest/bin/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(NEWEST_TESTS)
+
+test-kernels: $(STAMP) $(HUB)
+	EPT_FAST_KERNELS_PYTHON=.venv-kernels/bin/python $(BIN)/python -m pytest tests/test_kernel_repository.py
 
 support: $(STAMP)
 	$(BIN)/python -m tests.support --workers $(TEST_WORKERS)
@@ -124,5 +138,5 @@ hooks: $(STAMP)
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf .venv .venv-newest .venv-gpu build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output site ept_fast/backends/cuda/*.so
+	rm -rf .venv .venv-newest .venv-gpu .venv-kernels build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output site ept_fast/backends/cuda/*.so
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -24,6 +25,21 @@ import ept_fast
 KINDS = ("editable", "wheel", "sdist")
 SOURCES = ("ept_fast", "kernels", "csrc", "docs")
 FOREIGN = ("kernels", "csrc", "bench", "tests")
+
+# The core alone: both operations and the module, forward and backward.
+CORE = """
+import torch
+from ept_fast import EPTConfig, FusedEPTPrompt, reconstruct_prompt, splice_prompt
+
+table = torch.nn.Embedding(11, 8)
+prompt = FusedEPTPrompt(EPTConfig(8, num_virtual_tokens=3, max_length=6, rank=2), table)
+out = prompt(torch.tensor([[1, 2, 3]]))
+out.inputs_embeds.sum().backward()
+assert all(each.grad is not None for each in prompt.parameters() if each.requires_grad)
+print(list(out.inputs_embeds.shape))
+short = reconstruct_prompt(torch.ones(3, 8))
+print(list(splice_prompt(short, input_ids=torch.tensor([[1]]), weight=table.weight).shape))
+"""
 
 # Imports what is named and prints the file of each module, None for a namespace folder.
 PROBE = """
@@ -113,26 +129,61 @@ def installs(
 ) -> dict[str, Install]:
     folder = tmp_path_factory.mktemp("installs")
     source = copy_of_the_sources(root, folder / "source")
-    what = {
-        "editable": ("--no-build-isolation", "--editable", source),
-        "wheel": (built.wheel,),
-        "sdist": (built.sdist_wheel,),
+    return {
+        "editable": install(folder / "editable", "--editable", source),
+        "wheel": install(folder / "wheel", built.wheel),
+        "sdist": install(folder / "sdist", built.sdist),
     }
-    installs = {}
-    for kind in KINDS:
-        home = folder / kind
-        run(sys.executable, "-m", "venv", "--without-pip", home, cwd=folder)
-        python = home / "bin" / "python"
-        (packages,) = home.glob("lib/python*/site-packages")
-        pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet")
-        if kind == "editable":
-            # The build backend is imported by the environment's own Python here.
-            (packages / "parent.pth").write_text(parent_packages())
-        run(*pip, *what[kind], cwd=folder)
-        (packages / "parent.pth").write_text(parent_packages())
-        at = source if kind == "editable" else packages
-        installs[kind] = Install(python, at / "ept_fast")
+
+
+def install(home: Path, *what: str | Path) -> Install:
+    """An environment with the package, and all that the one has that the tests run in."""
+    home.parent.mkdir(exist_ok=True)
+    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home.parent)
+    python = home / "bin" / "python"
+    (packages,) = home.glob("lib/python*/site-packages")
+    # The build backend is imported by the environment's own Python.
+    (packages / "parent.pth").write_text(parent_packages())
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet")
+    run(*pip, "--no-build-isolation", *what, cwd=home.parent)
+    at = Path(what[-1]) if what[0] == "--editable" else packages
+    return Install(python, at / "ept_fast")
+
+
+@pytest.fixture(scope="module")
+def core_installs(built: Built, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Install]:
+    """Environments with the package and its declared requirements, and theirs, alone."""
+    folder = tmp_path_factory.mktemp("core")
+    lent = folder / "lent"
+    lent.mkdir()
+    for entry in declared_files(built.wheel):
+        (lent / entry.name).symlink_to(entry)
+    installs = {
+        "wheel": install(folder / "wheel", built.wheel),
+        "sdist": install(folder / "sdist", built.sdist),
+    }
+    for each in installs.values():
+        (each.package.parent / "parent.pth").write_text(f"{lent}\n")
     return installs
+
+
+def declared_files(wheel: Path) -> set[Path]:
+    """The top-level files and folders of the requirements without extras, and of theirs."""
+    asked = metadata_of(wheel).get_all("Requires-Dist") or []
+    found: dict[str, importlib.metadata.Distribution] = {}
+    while asked:
+        requirement = Requirement(asked.pop())
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found[name] = importlib.metadata.distribution(name)
+        asked += found[name].requires or []
+    entries = set()
+    for distribution in found.values():
+        for file in distribution.files or ():
+            if file.parts[0] not in ("..", "__pycache__"):
+                entries.add(Path(str(distribution.locate_file(file.parts[0]))))
+    return entries
 
 
 def parent_packages() -> str:
@@ -269,6 +320,23 @@ def test_install(kind: str, root: Path, installs: dict[str, Install], tmp_path: 
         expected = package.joinpath(*name.split(".")[1:])
         assert Path(file) in {expected.with_suffix(".py"), expected / "__init__.py"}, name
     assert ept_fast.__version__ in run(python.parent / "ept-fast", "--version", cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_core_computes_with_what_it_declares(
+    kind: str, core_installs: dict[str, Install], tmp_path: Path
+) -> None:
+    """The files of the requirements are lent by the environment the tests run in, and whatever the
+    package does not declare is not there. tests/test_readme.py has pip download them instead.
+    """
+    python, package = core_installs[kind].python, core_installs[kind].package
+    undeclared = ("transformers", "accelerate", "matplotlib", "peft", "packaging", "pytest")
+    files = module_files(python, "ept_fast", *undeclared, cwd=tmp_path)
+    assert files.pop("ept_fast") == str(package / "__init__.py")
+    assert files == {name: f"not found: {name}" for name in undeclared}
+    assert run(python, "-W", "error", "-c", CORE, cwd=tmp_path) == "[1, 6, 8]\n[1, 4, 8]\n"
+    assert "transformers not installed" in run(python.parent / "ept-fast", "info", cwd=tmp_path)
 
 
 def test_in_tree(root: Path) -> None:

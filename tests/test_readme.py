@@ -16,24 +16,10 @@ from typing import Any
 import pytest
 
 import ept_fast
-from tests.test_packaging import copy_of_the_sources
+from tests.test_packaging import CORE, copy_of_the_sources
 from tests.tiny import save_llama, save_task, task_rows
 
 DECODER = "openai-community/gpt2"  # what the README names; a small random one stands in for it
-
-# The core alone: both operations and the module, forward and backward.
-CORE = """
-import torch
-from ept_fast import EPTConfig, FusedEPTPrompt, reconstruct_prompt, splice_prompt
-
-table = torch.nn.Embedding(11, 8)
-prompt = FusedEPTPrompt(EPTConfig(8, num_virtual_tokens=3, max_length=6, rank=2), table)
-out = prompt(torch.tensor([[1, 2, 3]]))
-out.inputs_embeds.sum().backward()
-print(list(out.inputs_embeds.shape))
-short = reconstruct_prompt(torch.ones(3, 8))
-print(list(splice_prompt(short, input_ids=torch.tensor([[1]]), weight=table.weight).shape))
-"""
 
 
 def blocks(root: Path, language: str) -> list[str]:

@@ -132,7 +132,7 @@ bench: $(STAMP)
 
 # The variable keeps the theme from printing news of its own.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir "$(abspath $(DOCS_OUTPUT))"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir "$(abspath $(DOCS_OUTPUT))"
 
 hooks: $(STAMP)
 	$(BIN)/pre-commit install

@@ -24,7 +24,9 @@ from ept_fast.cli import main
 from ept_fast.ops import dispatch
 from ept_fast.storage import files
 from ept_fast.training.config import TrainConfig
+from ept_fast.training.data import SUFFIXES
 from ept_fast.training.job import train as run
+from ept_fast.training.metrics import LABEL_METRICS
 from tests.tiny import (
     answer_rows,
     options,
@@ -204,6 +206,36 @@ def test_every_field_has_an_option_with_its_default() -> None:
         if not required:
             assert parameter.get_default(context) == field.default, field.name
     assert set(found) == {"settings_of_file", "resume", "overwrite", "quiet"}
+
+
+def test_the_guide_says_what_the_command_line_has(root: Path) -> None:
+    guide = (root / "docs" / "training.md").read_text()
+    known = {
+        o for c in main.commands.values() for p in c.params for o in (*p.opts, *p.secondary_opts)
+    }
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", guide)) - {"--help", "--nproc-per-node"}
+    assert named <= known, named - known
+    written = {p.opts[0] for p in main.commands["train"].params}
+    # Sizes and rates of training as such, which `--help` is enough for.
+    plain = {
+        *(
+            "--activation",
+            "--alpha",
+            "--bf16",
+            "--eval-batch-size",
+            "--eval-before",
+            "--eval-steps",
+        ),
+        *("--fusion", "--gate", "--group-by-length", "--head-dropout", "--head-lr", "--num-spaces"),
+        *("--max-grad-norm", "--offset-lr", "--pooling", "--prompt-lr", "--space-dim"),
+        *("--temperature", "--warmup-ratio", "--weight-decay"),
+    }
+    assert written - named == plain
+    tables = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", guide, re.M)
+    metrics = {kind: tuple(re.findall(r"`(\w+)`", last)) for kind, last in tables}
+    assert {kind: metrics[kind] for kind in LABEL_METRICS} == LABEL_METRICS
+    for suffix in SUFFIXES:
+        assert f"`{suffix}`" in guide, suffix
 
 
 # words, where {model}, {data}, {out}, {run} and {bad} are paths; what the line must hold

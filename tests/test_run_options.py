@@ -441,9 +441,11 @@ def test_a_report_needs_its_library(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "tpu", "cpu:1", "cuda:", "cuda:-1", ""])
+@pytest.mark.parametrize("name", ["cuda:99", "tpu", "cuda:", "cuda:-1", ""])
 def test_devices_that_are_not_here(name: str) -> None:
-    with pytest.raises(ValueError, match=f"device: expected auto or one of cpu.*, got '{name}'"):
+    with pytest.raises(
+        ValueError, match=f"device: expected one that PyTorch has here, got '{name}'"
+    ):
         find_device(name)
 
 
@@ -463,7 +465,7 @@ def test_the_named_device_is_used(bert: Path, data: Path, tmp_path: Path) -> Non
     words = ("--adapter", tmp_path / "run", "--data", data, "--device", "cuda:99")
     result = call("evaluate", *words)
     assert result.exit_code == 2
-    assert "device: expected auto or one of cpu" in result.stderr
+    assert "device: expected one that PyTorch has here, got 'cuda:99' (" in result.stderr
 
 
 # Settings from a file

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, get_args, get_type_hints
@@ -61,14 +60,16 @@ def find_device(name: str) -> torch.device:
         ValueError: no such device, or none that this machine has.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {"cpu": 1, "mps": int(torch.backends.mps.is_available())}
-    found["cuda"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kind, _, index = name.partition(":")
-    if not re.fullmatch(r"[a-z]+(:\d{1,4})?", name) or int(index or 0) >= found.get(kind, 0):
-        here = [f"{each}:{i}" for each, count in found.items() for i in range(count)]
-        raise ValueError(f"device: expected auto or one of {', '.join(here)}, got {name!r}")
-    return torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device: expected one that PyTorch has here, got {name!r} ({reason})"
+        ) from None
 
 
 def _setting(

@@ -21,13 +21,14 @@ class DataError(ValueError):
 
 def check_label(value: object, first: object = None) -> str | None:
     """What was expected in place of this label; None if it will do beside the first label."""
-    if isinstance(value, list):
-        if not all(_is_class(each) for each in value) or len(set(value)) < len(value):
-            return "a list of different classes, integers >= 0 or names"
-    elif isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | str | list):
         return "an integer >= 0, a name, a number or a list"
-    elif isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
+    if isinstance(value, list) and not all(type(each) in (int, str) for each in value):
+        return "a list of integers >= 0 or of names"
+    if isinstance(value, list) and len(set(value)) < len(value):
+        return "a list of different classes"
     numbers = isinstance(value, int | float) and isinstance(first, int | float)
     if first is not None and type(value) is not type(first) and not numbers:
         return f"{_KINDS[type(first)]} as in the rows before"
@@ -35,12 +36,6 @@ def check_label(value: object, first: object = None) -> str | None:
 
 
 _KINDS = {int: "an integer", float: "a number", str: "a name", list: "a list"}
-
-
-def _is_class(value: object) -> bool:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return 0 <= value < MOST["num_labels"]
-    return isinstance(value, str)
 
 
 @dataclass(frozen=True)
@@ -77,46 +72,38 @@ class LabelSet:
             ValueError: ``num_labels`` of more classes than that, or of a regression.
         """
         check_most("num_labels", num_labels)
-        given = _labels(rows)
-        kind = problem_type or _kind(given)
+        kind = problem_type or _kind(_labels(rows))
         if kind == "regression":
             if num_labels is not None:
                 raise ValueError(f"num_labels: expected None for a regression, got {num_labels}")
             found = cls(("value",), False, kind)
             found.ids(rows)
             return found
-        expected = f"{rows.source}: label: expected"
         several = kind == "multi_label_classification"
-        for number, label in zip(rows.numbers, given, strict=True):
-            if isinstance(label, list) != several or not (several or _is_class(label)):
+        given = []
+        for number, label in zip(rows.numbers, _labels(rows), strict=True):
+            if isinstance(label, list) != several:
                 wanted = "a list of classes" if several else "an integer >= 0 or a name"
-                if isinstance(label, int) and not several:
-                    wanted = f"an integer >= 0 and below {MOST['num_labels']}"
                 raise _wrong(rows, number, wanted, label)
-        classes = [each for label in given for each in label] if several else given
-        present = sorted(set(classes))
-        if not present:
-            raise DataError(f"{expected} at least 2 classes, got none")
-        integers = not isinstance(present[0], str)
-        names = tuple(map(str, present))
-        if integers:
-            last, limit = present[-1], num_labels or MOST["num_labels"]
-            if last >= limit:
-                line = next(
-                    n
-                    for n, label in zip(rows.numbers, given, strict=True)
-                    if last in (label if several else [label])
-                )
-                raise _wrong(rows, line, f"an integer below num_labels {limit}", last)
-            if num_labels is None and len(present) <= last:
-                missing = next(i for i, label in enumerate(present) if label != i)
-                raise DataError(
-                    f"{expected} every class from 0 to {last}, got no row of class {missing} "
-                    f"(num_labels allows that)"
-                )
-            names = tuple(map(str, range(num_labels or last + 1)))
-        elif num_labels not in (None, len(names)):
-            raise DataError(f"{expected} num_labels {num_labels} names, got {len(names)}")
+            given += [(number, each) for each in (label if several else [label])]
+        first = given[0][1] if given else ""
+        integers, limit = isinstance(first, int), num_labels or MOST["num_labels"]
+        for number, label in given:
+            if integers and not (type(label) is int and 0 <= label < limit):
+                raise _wrong(rows, number, f"an integer >= 0 and below {limit}", label)
+            if not (integers or isinstance(label, str)):
+                raise _wrong(rows, number, "a name", label)
+        present = sorted({label for _, label in given})
+        expected = f"{rows.source}: label: expected"
+        if integers and num_labels is None and len(present) <= present[-1]:
+            missing = next(i for i, label in enumerate(present) if label != i)
+            raise DataError(
+                f"{expected} every class from 0 to {present[-1]}, got no row of class {missing} "
+                f"(num_labels allows that)"
+            )
+        if not integers and num_labels not in (None, len(present)):
+            raise DataError(f"{expected} num_labels {num_labels} names, got {len(present)}")
+        names = tuple(map(str, range(num_labels or len(present)) if integers else present))
         if not 2 <= len(names) <= MOST["num_labels"]:
             wanted = "at least 2" if len(names) < 2 else f"at most {MOST['num_labels']}"
             raise DataError(f"{expected} {wanted} classes, got {len(names)}")

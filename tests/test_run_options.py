@@ -107,6 +107,8 @@ def test_other_kinds_of_labels_are_learnt(kind: str, bert: Path, tmp_path: Path)
         ]
         assert sum(errors) / len(errors) == pytest.approx(found["mae"], rel=1e-5)
         assert load_adapter(output).model.labels == ("value",)
+        card = (output / "adapter" / "README.md").read_text()
+        assert "print(model(**batch).logits[0].item())" in card
     else:
         right = [a["labels"] == label for a, label in zip(answers, test.labels or (), strict=True)]
         assert sum(right) / len(right) == pytest.approx(found["subset_accuracy"])

@@ -398,6 +398,9 @@ class AdapterCard:
 
     def _use(self, repo_id: str | None) -> str:
         name, base = repo_id or "path/of/this/folder", self.base_model or "path/of/the/base/model"
+        use = _USES[self.task]
+        if self.task == "SEQ_CLS" and len(self.labels or ()) == 1:  # a number
+            use = "print(model(**batch).logits[0].item())"
         return f"""\
 ```python
 from ept_fast import EPTModel
@@ -406,7 +409,7 @@ from transformers import AutoTokenizer
 model = EPTModel.from_pretrained("{name}", base_model="{base}")
 tokenizer = AutoTokenizer.from_pretrained("{base}")
 batch = tokenizer("What a fine day!", return_tensors="pt")
-{_USES[self.task]}
+{use}
 ```"""
 
 

@@ -320,7 +320,7 @@ def _named(names: list[str]) -> Any:
     return datasets.Dataset.from_list(ROWS, features=features)
 
 
-@pytest.mark.parametrize("form", ["parquet", "arrow", "json", "set", "sets", "folder"])
+@pytest.mark.parametrize("form", ["parquet", "arrow", "json", "set", "sets", "folder", "shards"])
 def test_forms_of_the_datasets_library(form: str, tmp_path: Path) -> None:
     found = datasets.Dataset.from_list(ROWS)
     data = tmp_path / "data"
@@ -337,11 +337,13 @@ def test_forms_of_the_datasets_library(form: str, tmp_path: Path) -> None:
         datasets.DatasetDict({"train": found, "test": found.select([1])}).save_to_disk(data)
     else:  # as repositories of the hub are laid out
         for split in ("train", "test"):
-            found.to_parquet(data / "data" / f"{split}-00000-of-00001.parquet")
+            place = data / "data" if form == "folder" else data
+            found.to_parquet(place / f"{split}-00000-of-00001.parquet")
+        (data / "dataset_infos.json").write_text("{}")
     rows = read_split(data, "train")
     assert (rows.texts, rows.labels, rows.numbers) == (("a", "b"), (1, 0), (1, 2))
     test = find_split(data, "test")
-    assert (None if test is None else len(test)) == {"sets": 1, "folder": 2}.get(form)
+    assert (None if test is None else len(test)) == {"sets": 1, "folder": 2, "shards": 2}.get(form)
     assert find_split(data, "validation") is None
 
 

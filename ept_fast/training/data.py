@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ _READERS = {
     ".arrow": "arrow",
 }
 SUFFIXES = tuple(_READERS)
+# Files that a split does not consist of: descriptions and shards, which that library knows.
+_OF_THE_LIBRARY = re.compile(r"state|dataset_\w+|.*-\d+-of-\d+")
 # What a row has beside its text, by the answer: what it must have, and what all rows have or none.
 # A target belongs to one text, so that no second one is read beside it.
 _COLUMNS = {
@@ -400,7 +403,7 @@ def _splits(source: str | Path, fields: Fields, answer: str) -> dict[str, Callab
         return {"train": partial(read_rows, path, fields=fields, answer=answer)}
     found: dict[str, Path] = {}
     for file in sorted(path.iterdir()) if path.is_dir() else ():
-        if file.suffix in _READERS and not _is_saved(path) and file.is_file():
+        if file.suffix in _READERS and not _OF_THE_LIBRARY.fullmatch(file.stem) and file.is_file():
             other = found.setdefault(file.stem, file)
             if other != file:
                 raise DataError(

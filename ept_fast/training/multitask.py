@@ -40,7 +40,7 @@ def task_names(sources: Sequence[str]) -> list[str]:
     names: list[str] = []
     for source in sources:
         path = Path(source).resolve()
-        stem = path.stem if path.suffix in (*SUFFIXES, ".txt") else path.name
+        stem = path.stem if path.suffix in SUFFIXES else path.name
         base = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_") or "data"
         if hasattr(nn.ModuleDict(), base) or not re.search(r"[A-Za-z0-9]", base):
             base = f"data-{base}"

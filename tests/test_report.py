@@ -9,6 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from ept_fast.training import report
 from ept_fast.training.report import draw_gate_weights, draw_learning_curves, smoothed
 
 
@@ -36,6 +37,30 @@ def test_learning_curves_are_drawn(tmp_path: Path) -> None:
     # The left half (the losses) and the right half (the metric) both hold ink.
     for half in (pictures["a"][:, :600], pictures["a"][:, 600:]):
         assert 0.01 < (half[..., :3].min(-1) < 200).mean() < 0.5
+
+
+@pytest.mark.parametrize(("kept", "value"), [(None, 0.7), (10, 0.9)])
+def test_the_axis_fits_the_losses_and_the_kept_step_is_marked(
+    kept: int | None, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(figure))
+    losses = [8 + step / 60 for step in range(60)]
+    points = [{**e, "loss": 8.5} for e in evaluations([0.5, 0.9, 0.7])]
+    how = {"loss": "squared error", "kept": kept}
+    draw_learning_curves(losses, points, tmp_path / "a.png", **how)
+    left, right = drawn[0].axes
+    assert left.get_ylabel() == "squared error"
+    low, high = left.get_ylim()
+    assert 7.9 < low < 8 < 9 < high < 9.1
+    step = 20 if kept is None else kept
+    label = f"kept weights, step {step}"
+    for axes in (left, right):
+        (line,) = [line for line in axes.lines if line.get_label() == label]
+        assert list(line.get_xdata()) == [step, step]
+    assert label in [text.get_text() for text in left.get_legend().get_texts()]
+    (marked,) = right.texts
+    assert (marked.xy, marked.get_text()) == ((step, value), f"{value:.3f}")
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -179,12 +179,17 @@ def _load(how: dict[str, Any]) -> Any:
 
 def _read_config(context: click.Context, parameter: Any, path: str | None) -> dict[str, Any]:
     """The settings of a file, which stand for the required options that are not given."""
-    import yaml  # type: ignore[import-untyped]
-
+    from ept_fast.libraries import MissingLibraryError, require
     from ept_fast.storage.untrusted import shorten
 
     if path is None:
         return {}
+    try:
+        require("yaml")
+    except MissingLibraryError as error:
+        raise _Failure(str(error), 2) from None
+    import yaml  # type: ignore[import-untyped]
+
     try:
         found = yaml.safe_load(Path(path).read_bytes())
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

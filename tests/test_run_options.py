@@ -428,6 +428,10 @@ def test_tensorboard_has_losses_and_evaluations(bert: Path, data: Path, tmp_path
     accuracy = {event.step: event.value for event in events.Scalars("eval/accuracy")}
     wanted = {e["step"]: e["accuracy"] for e in metrics["curves"]["evaluation"]}
     assert accuracy == pytest.approx(wanted)
+    first = sorted((output / "logs").iterdir())
+    train(settings, overwrite=True)
+    assert len(first) == 1
+    assert len(list((output / "logs").iterdir())) == 1  # its own alone
     train({**settings, "report_to": "none"}, overwrite=True)
     assert not (output / "logs").exists()
 
@@ -457,13 +461,13 @@ def test_the_named_device_is_used(bert: Path, data: Path, tmp_path: Path) -> Non
 
     class Watched(PromptTrainer):
         def get_train_dataloader(self) -> Any:
-            seen.append(self.args.device)
+            seen.extend([self.args.device, self.accelerator.device])
             return super().get_train_dataloader()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ept_fast.training.trainer.PromptTrainer", Watched)
         train(small_run(bert, data, tmp_path / "run", max_steps=1, device="cpu:0"))
-    assert seen == [torch.device("cpu:0")]
+    assert seen == [torch.device("cpu:0")] * 2
     words = ("--adapter", tmp_path / "run", "--data", data, "--device", "cuda:99")
     result = call("evaluate", *words)
     assert result.exit_code == 2

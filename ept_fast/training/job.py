@@ -205,6 +205,10 @@ def _train(
     progress: bool,
     data: TaskData | Mapping[str, TaskData] | None,
 ) -> dict[str, Any]:
+    if parallel.world_size() > 1 and config.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"device: expected auto, cpu or cuda for several processes, got {config.device!r}"
+        )
     output = Path(config.output)
     parallel.on_main(lambda: check_output(output, resume, overwrite))
     given = {"": data} if isinstance(data, TaskData) else data

@@ -29,7 +29,7 @@ from ept_fast.training.checkpoints import (
     newest_checkpoint,
     remove_checkpoint,
 )
-from ept_fast.training.config import TrainConfig
+from ept_fast.training.config import TrainConfig, find_device
 from ept_fast.training.evaluation import Evaluation
 from ept_fast.training.metrics import goodness
 from ept_fast.training.multitask import (
@@ -207,6 +207,8 @@ class PromptTrainer(Trainer):
                 ddp_find_unused_parameters=isinstance(model, MultitaskModel),
             )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over every visible GPU
+        if _is_named(config.device):
+            arguments.__dict__["_setup_devices"] = find_device(config.device)  # else the first GPU
         self.trained = model
         self.run_config = config
         self.rows = train_rows
@@ -229,7 +231,7 @@ class PromptTrainer(Trainer):
             limits = (config.early_stopping_patience, config.early_stopping_threshold)
             self.patience = EarlyStoppingCallback(*limits)
             callbacks.append(self.patience)
-        if config.report_to == "tensorboard" and parallel.is_main():
+        if config.report_to == "tensorboard":
             callbacks.append(_tensorboard(folder.parent / LOGS_FOLDER))
         super().__init__(
             model=model,
@@ -392,12 +394,12 @@ class PromptTrainer(Trainer):
 
     def go_on(self, checkpoint: Path) -> None:
         """Train from a checkpoint on; only load it if the run was stopped early there."""
-        self._load_from_checkpoint(str(checkpoint))
-        stalled = self.patience and self.patience.early_stopping_patience_counter
-        if stalled and stalled >= (self.run_config.early_stopping_patience or math.inf):
-            self.state.global_step = _step_of(checkpoint)
-        else:
+        stalled = read_json(checkpoint / PROGRESS_FILE).get("stalled") or 0
+        if stalled < (self.run_config.early_stopping_patience or math.inf):
             self.train(resume_from_checkpoint=str(checkpoint))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state.global_step = _step_of(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -436,13 +438,20 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def _is_named(device: str) -> bool:
+    """Whether it is a device that the Trainer would not take by itself."""
+    return device not in ("auto", "cpu") and parallel.world_size() == 1
+
+
 @contextlib.contextmanager
 def _on_device(name: str) -> Iterator[None]:
     """Have accelerate choose this device, which it asks an environment variable for."""
     variable = "ACCELERATE_TORCH_DEVICE"
     before = os.environ.get(variable)
-    if name not in ("auto", "cpu"):
+    if _is_named(name):
         os.environ[variable] = name
+        if name.startswith("cuda"):
+            torch.cuda.set_device(find_device(name))
     try:
         yield
     finally:
@@ -452,11 +461,11 @@ def _on_device(name: str) -> Iterator[None]:
 
 
 def _tensorboard(folder: Path) -> TrainerCallback:
-    from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations.integration_utils import TensorBoardCallback
 
-    with writing(folder):
-        return TensorBoardCallback(SummaryWriter(str(folder)))  # type: ignore[no-untyped-call]
+    callback: Any = TensorBoardCallback()  # type: ignore[no-untyped-call]
+    callback.logging_dir = str(folder)  # which is made at the first log
+    return callback  # type: ignore[no-any-return]
 
 
 class _Clock(TrainerCallback):

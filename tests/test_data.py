@@ -205,7 +205,8 @@ ASKED: dict[str, tuple[str, str, tuple[str, ...], tuple[int, ...]]] = {
     "empty in TSV": ("d.tsv", "id\ttext\n\t\n2\tb\n", ("", "b"), (1, 2)),
     "a column of TSV": ("d.tsv", "text\n\nb\n", ("", "b"), (1, 2)),
     "a blank line of CSV": ("d.csv", "text\na\n\nb\n", ("a", "", "b"), (1, 2, 3)),
-    "no numbers": ("d.csv", "text,n\n007,1\nNA,2\n1e3,3\n", ("007", "NA", "1e3"), (1, 2, 3)),
+    "no numbers": ("d.csv", "text,n\n007,1\n1e3,3\n", ("007", "1e3"), (1, 2)),
+    "no gaps": ("d.csv", "text,n\nNA,1\nnull,3\n", ("NA", "null"), (1, 2)),
     "no dates": ("d.jsonl", '{"text": "2026-11-30"}', ("2026-11-30",), (1,)),
 }
 
@@ -397,7 +398,7 @@ def test_each_reply_of_a_conversation_is_a_target(form: str, tmp_path: Path) -> 
     assert rows.chats == (tuple(CHAT[:2]), tuple(CHAT[:4]), (CHAT[1],))
     assert rows.numbers == (1, 1, 2)
     kept, held = hold_out(rows, 0.5, seed=0)
-    assert {len(kept), len(held)} == {1, 2}  # a conversation stays whole
+    assert {kept.numbers, held.numbers} == {(1, 1), (2,)}  # a conversation stays whole
     assert rows.fingerprint() != dataclasses.replace(rows, chats=None).fingerprint()
 
 

@@ -381,6 +381,15 @@ def test_a_longer_run_has_the_rates_of_its_own_schedule(
     )
 
 
+def test_a_longer_run_is_evaluated_at_tenths_of_its_own(
+    bert: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = small_run(bert, data, tmp_path / "run", max_steps=10, eval_steps=None)
+    assert [e["step"] for e in train(settings)["curves"]["evaluation"]] == list(range(11))
+    found = train({**settings, "max_steps": 40}, resume=True)["curves"]["evaluation"]
+    assert [e["step"] for e in found] == [*range(11), *range(12, 41, 4)]
+
+
 def test_a_finished_run_without_checkpoints_cannot_go_on(
     bert: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -466,6 +475,8 @@ def test_the_named_device_is_used(bert: Path, data: Path, tmp_path: Path) -> Non
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ept_fast.training.trainer.PromptTrainer", Watched)
+        # Which transformers would take, whatever accelerate is told.
+        patch.setattr("transformers.training_args.is_torch_mps_available", lambda: True)
         train(small_run(bert, data, tmp_path / "run", max_steps=1, device="cpu:0"))
     assert seen == [torch.device("cpu:0")] * 2
     words = ("--adapter", tmp_path / "run", "--data", data, "--device", "cuda:99")

@@ -317,6 +317,23 @@ class _KilledError(BaseException):
     pass
 
 
+def _kill_at(
+    step: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **how: Any
+) -> None:
+    """A run that ends as soon as it has its checkpoint of this step."""
+    complete = PromptTrainer._complete
+
+    def kill(self: Any, folder: Path, progress: Any) -> None:
+        complete(self, folder, progress)
+        if self.state.global_step == step:
+            raise _KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTrainer, "_complete", kill)
+        with pytest.raises(_KilledError):
+            train(settings, **how)
+
+
 @pytest.mark.parametrize("killed", [6, 9])
 def test_a_killed_run_stops_where_it_would_have(
     killed: int, bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -324,20 +341,20 @@ def test_a_killed_run_stops_where_it_would_have(
     how = {"early_stopping_patience": 2, "early_stopping_threshold": 10.0}
     settings = small_run(bert, data, tmp_path / "run", max_steps=100, eval_steps=3, **how)
     whole = train({**settings, "output": str(tmp_path / "whole")})
-    complete = PromptTrainer._complete
-
-    def kill(self: Any, folder: Path, progress: Any) -> None:
-        complete(self, folder, progress)
-        if self.state.global_step == killed:
-            raise _KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "_complete", kill)
-        with pytest.raises(_KilledError):
-            train(settings)
+    _kill_at(killed, settings, monkeypatch)
     again = train(settings, resume=True)
     assert (again["steps"], again["after"]) == (whole["steps"], whole["after"])
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_a_longer_run_that_was_killed_is_not_the_finished_one(
+    bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = small_run(bert, data, tmp_path / "run", max_steps=3, eval_steps=3)
+    train(settings)
+    longer = {**settings, "max_steps": 9}
+    _kill_at(6, longer, monkeypatch, resume=True)
+    assert train(longer, resume=True)["steps"] == 9
 
 
 def test_a_finished_run_goes_on(bert: Path, data: Path, tmp_path: Path) -> None:

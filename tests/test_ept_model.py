@@ -544,8 +544,8 @@ def test_model_without_inputs_embeds() -> None:
     ("choices", "message"),
     [
         ({"task": "LM"}, "task: expected one of SEQ_CLS, TOKEN_CLS"),
-        ({"labels": None}, "labels: expected at least 1 different names"),
-        ({"labels": ("a", "a")}, "labels: expected at least 1 different names"),
+        ({"labels": None}, "labels: expected different names, at least 1"),
+        ({"labels": ("a", "a")}, "labels: expected different names, at least 1"),
         ({"pooling": "max"}, "pooling: expected one of mean, first, last, model"),
         ({"head_dropout": 1.0}, "head_dropout: expected 0 <= head_dropout < 1"),
         ({"adapter_name": "a.b"}, "adapter_name: expected letters, digits"),

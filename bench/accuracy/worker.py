@@ -299,7 +299,8 @@ class Runner:
         return self._tokens[task, seed]
 
     def _read(self, task: plan.Task, name: str, seed: int) -> Tokens:
-        from ept_fast.training.data import LabelSet, hold_out, read_split
+        from ept_fast.training.data import hold_out, read_split
+        from ept_fast.training.labels import LabelSet
         from ept_fast.training.tokens import tokenise
 
         folder = self.study.data / name

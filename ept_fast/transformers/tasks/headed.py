@@ -63,7 +63,7 @@ class HeadedModel(EPTModel):
         least = 1 if self.task == "SEQ_CLS" else 2  # a single one is a regression's
         if len(names) < least or len(set(names)) < len(names):
             raise ValueError(
-                f"labels: expected at least {least} different names, got {list(names)}"
+                f"labels: expected different names, at least {least}, got {list(names)}"
             )
         return Description(names, self.checked_pooling(pooling), "linear", float(head_dropout))
 

@@ -270,7 +270,11 @@ LIMITS: dict[str, tuple[Sizes, dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("overflow_checked")
-@over(pytest.param("triton", marks=[*TRITON.marks, pytest.mark.slow]), HOST, CUDA)
+@over(
+    pytest.param("triton", marks=[*TRITON.marks, pytest.mark.slow, pytest.mark.minutes]),
+    HOST,
+    CUDA,
+)
 @pytest.mark.parametrize("limit", LIMITS)
 def test_largest_sizes(limit: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the error of plain PyTorch, or what a float32 sum of such a length may lose."""

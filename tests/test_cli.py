@@ -481,9 +481,11 @@ def test_info_lists_every_backend() -> None:
 def test_module_prints_info_without_loading_the_training_libraries(root: Path) -> None:
     code = (
         "import runpy, sys; sys.argv = ['ept-fast', 'info']\n"
+        "import ept_fast.training.job, ept_fast.training.demo  # which say what is missing\n"
         "try: runpy.run_module('ept_fast', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "loaded = {'transformers', 'accelerate', 'matplotlib'} & set(sys.modules)\n"
+        "libraries = {'transformers', 'accelerate', 'matplotlib', 'datasets', 'sklearn', 'yaml'}\n"
+        "loaded = libraries & set(sys.modules)\n"
         "assert not loaded, loaded"
     )
     result = subprocess.run(

@@ -20,7 +20,6 @@ from ept_fast.training.metrics import (
     token_f1,
 )
 from ept_fast.training.tokens import IGNORED, TextForm, Tokenised, end_token, tokenise_inputs
-from ept_fast.transformers.outputs import label_loss
 
 __all__ = [
     "Evaluation",
@@ -192,6 +191,8 @@ class LabelEvaluation:
 
     def __call__(self, model: Any) -> dict[str, float]:
         """The metrics of all rows."""
+        from ept_fast.transformers.outputs import label_loss
+
         logits = predict_logits(model, self.rows, self.collator, self.batch_size, bf16=self.bf16)
         labels = torch.tensor(self.rows.labels)
         metrics = label_metrics(logits, labels, self.problem_type)

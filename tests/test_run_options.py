@@ -122,6 +122,10 @@ def test_integers_are_a_regression_if_asked_for(bert: Path, data: Path, tmp_path
         TrainConfig(**{**settings, "metric": "accuracy"})
     with pytest.raises(ValueError, match="class_weights, balance_classes: expected none"):
         TrainConfig(**{**settings, "balance_classes": True})
+    with pytest.raises(
+        ValueError, match="losses: expected supervised_contrastive for texts of one"
+    ):
+        TrainConfig(**{**settings, "losses": {"supervised_contrastive": 0.5}})
     with pytest.raises(ValueError, match="problem_type: expected none for the task causal"):
         TrainConfig(**{**settings, "task": "causal"})
 

@@ -416,6 +416,12 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}: expected none for the task {self.task}, got {getattr(self, name)}"
                 )
+        single = self.problem_type in (None, "single_label_classification")
+        if "supervised_contrastive" in self.losses and not single:
+            raise ValueError(
+                f"losses: expected supervised_contrastive for texts of one class only, "
+                f"got {self.problem_type}"
+            )
         for name, weight in self.class_weights.items():
             check_number(f"class_weights: {name}", weight)
         weighed = self.class_weights or self.balance_classes

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 import torch.nn.functional as F
 import transformers
@@ -26,7 +28,7 @@ from ept_fast.training.data import DataError, Rows, read_rows
 from ept_fast.training.evaluation import TextEvaluation, Writer, spread
 from ept_fast.training.job import evaluate, load_adapter, load_task, predict
 from ept_fast.training.job import train as train_config
-from ept_fast.training.metrics import label_metrics
+from ept_fast.training.metrics import label_metrics, matthews
 from ept_fast.training.report import describe_run
 from ept_fast.training.tokens import TextForm, tokenise_inputs
 from ept_fast.training.trainer import NonFiniteLossError, PromptTrainer
@@ -778,6 +780,16 @@ def test_metrics_by_hand(case: str) -> None:
     metrics = label_metrics(logits, torch.tensor(labels), "single_label_classification")
     assert list(metrics) == ["accuracy", "macro_f1", "matthews"]
     assert list(metrics.values()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_metrics_of_many_classes_need_no_square_of_them() -> None:
+    classes = np.arange(100_000)
+    assert matthews(classes, classes) == pytest.approx(1.0)
+    some = np.array([0, 1, 2, 2, 1, 0, 0])
+    other = np.array([0, 2, 2, 2, 1, 0, 1])
+    expected = sklearn.metrics.matthews_corrcoef(other, some)
+    assert matthews(some, other) == pytest.approx(expected, abs=1e-12)
+    assert matthews(np.zeros(3, int), np.zeros(3, int)) == 0.0
 
 
 def test_metrics_of_several_classes_by_hand() -> None:

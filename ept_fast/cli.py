@@ -19,17 +19,10 @@ import click
 
 import ept_fast
 from ept_fast.training.config import TrainConfig, choices_of, kinds
-from ept_fast.training.data import SUFFIXES, Fields
+from ept_fast.training.data import COLUMN_OPTIONS, SUFFIXES, Fields
 
 __all__ = ["main"]
 
-_COLUMNS = {  # the options that name columns, and the fields of `Fields`
-    "text_field": "text",
-    "pair_field": "text_pair",
-    "messages_field": "messages",
-    "label_field": "label",
-    "target_field": "target",
-}
 _GIVEN = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.ENVIRONMENT)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -163,10 +156,9 @@ _writing = _together(
 )
 
 
-def _asked_columns(how: dict[str, Any]) -> Fields:
+def _fields_of(how: dict[str, Any]) -> Fields:
     """The names of the columns, which are taken out of ``how``."""
-    named = {column: how.pop(name) for name, column in _COLUMNS.items() if name in how}
-    return Fields(**named)
+    return Fields.of({name: how.pop(name) for name in COLUMN_OPTIONS if name in how})
 
 
 def _load(how: dict[str, Any]) -> Any:
@@ -258,7 +250,7 @@ def train(
 @_loading
 @click.option("--data", required=True, help="As in train.")
 @click.option("--split", default="test", show_default=True, help="Which split of --data.")
-@_together(*map(_setting, _COLUMNS))
+@_together(*map(_setting, COLUMN_OPTIONS))
 @_batch_size
 @click.option(
     "--eval-generate",
@@ -271,7 +263,7 @@ def evaluate(data: str, **how: Any) -> None:
     """Print an adapter's metrics on rows with labels or targets, as JSON."""
     from ept_fast.training.job import evaluate as run
 
-    fields = _asked_columns(how)
+    fields = _fields_of(how)
     adapter = _load(how)
     _say(json.dumps(run(adapter, data, fields=fields, **how), indent=2))
 
@@ -288,7 +280,7 @@ def evaluate(data: str, **how: Any) -> None:
     help="txt has one text per line. auto: by the suffix; standard input is txt.",
 )
 @click.option("--output", type=click.Path(), help="File; by default standard output.")
-@_together(*map(_setting, list(_COLUMNS)[:3]))
+@_together(*map(_setting, list(COLUMN_OPTIONS)[:3]))
 @_batch_size
 @_writing
 @_clean
@@ -303,7 +295,7 @@ def predict(source: str, form: str, output: str | None, **how: Any) -> None:
     from ept_fast.training.data import read_rows
     from ept_fast.training.job import predict as run
 
-    reading: dict[str, Any] = {"fields": _asked_columns(how), "answer": "none"}
+    reading: dict[str, Any] = {"fields": _fields_of(how), "answer": "none"}
     if source == "-":
         suffix = ".txt" if form == "auto" else f".{form}"
         with tempfile.NamedTemporaryFile(suffix=suffix) as file:

@@ -21,7 +21,6 @@ from ept_fast.training.batches import GroupedBatches
 from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import read_rows
 from ept_fast.training.job import evaluate, predict
-from ept_fast.training.job import train as train_config
 from ept_fast.training.multitask import MultitaskModel, TaskBatches, task_names
 from ept_fast.training.report import describe_run
 from ept_fast.transformers.backbone import load_backbone
@@ -35,15 +34,12 @@ from tests.tiny import (
     small_run,
     task_rows,
     tensors_of,
+    train,
     weights_of,
     write_rows,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread", "empty_pictures")
-
-
-def train(settings: dict[str, Any], **how: Any) -> dict[str, Any]:
-    return train_config(TrainConfig(**settings), progress=False, **how)
 
 
 def call(*words: str | Path, stdin: str | None = None) -> Result:

@@ -22,7 +22,6 @@ from ept_fast.libraries import MissingLibraryError
 from ept_fast.training.config import TrainConfig, find_device
 from ept_fast.training.data import DataError, Rows, read_rows
 from ept_fast.training.job import evaluate, load_adapter, predict
-from ept_fast.training.job import train as train_config
 from ept_fast.training.tokens import TextForm, tokenise_inputs, tokenise_text
 from ept_fast.training.trainer import PromptTrainer
 from ept_fast.transformers.backbone import load_backbone, load_tokenizer
@@ -35,6 +34,7 @@ from tests.tiny import (
     small_run,
     task_rows,
     tensors_of,
+    train,
     weights_of,
     write_rows,
 )
@@ -45,10 +45,6 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {{ eos_token }} {% endfor %}"
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )
-
-
-def train(settings: dict[str, Any], **how: Any) -> dict[str, Any]:
-    return train_config(TrainConfig(**settings), progress=False, **how)
 
 
 def call(*words: Any) -> Any:

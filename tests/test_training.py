@@ -27,7 +27,6 @@ from ept_fast.training.config import TrainConfig
 from ept_fast.training.data import DataError, Rows, read_rows
 from ept_fast.training.evaluation import TextEvaluation, Writer, spread
 from ept_fast.training.job import evaluate, load_adapter, load_task, predict
-from ept_fast.training.job import train as train_config
 from ept_fast.training.metrics import label_metrics, matthews
 from ept_fast.training.report import describe_run
 from ept_fast.training.tokens import TextForm, tokenise_inputs
@@ -44,6 +43,7 @@ from tests.tiny import (
     small_run,
     task_rows,
     tensors_of,
+    train,
     weights_of,
     write_rows,
 )
@@ -57,10 +57,6 @@ TEXTS: dict[str, dict[str, Any]] = {
 }
 CASES = ["classification", *TEXTS]
 Settings = Callable[..., dict[str, Any]]
-
-
-def train(settings: dict[str, Any], **how: Any) -> dict[str, Any]:
-    return train_config(TrainConfig(**settings), progress=False, **how)
 
 
 @pytest.fixture(scope="module")

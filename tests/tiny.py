@@ -207,6 +207,14 @@ def save_task(folder: Path, rows: Callable[[int, int], list[dict[str, Any]]] = t
     return folder
 
 
+def train(settings: dict[str, Any], **how: Any) -> dict[str, Any]:
+    """The metrics of a run of these arguments of a TrainConfig, which says nothing meanwhile."""
+    from ept_fast.training.config import TrainConfig
+    from ept_fast.training.job import train as run
+
+    return run(TrainConfig(**settings), progress=False, **how)
+
+
 def random_states() -> tuple[Any, ...]:
     """What torch, Python and numpy draw from where no generator is named."""
     kind, keys, *rest = np.random.get_state()

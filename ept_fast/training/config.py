@@ -373,7 +373,7 @@ class TrainConfig:
                 _check(field, value)
         check_prototypes(self.init, self.prototypes, self.prototype_layer)
         self._check_settings()
-        self._check_losses()
+        self._check_of_labels()
         for name in _NAMED_VALUES:
             object.__setattr__(self, name, dict(getattr(self, name)))  # its own
         if self.metric is not None:
@@ -407,7 +407,7 @@ class TrainConfig:
                     f"({', '.join(known) or 'it has none'}), got {shorten(name)}"
                 )
 
-    def _check_losses(self) -> None:
+    def _check_of_labels(self) -> None:
         for name, weight in self.losses.items():
             check_choice("losses", name, tuple(NAMED_LOSSES))
             check_number(f"losses: {name}", weight)

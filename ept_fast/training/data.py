@@ -24,6 +24,7 @@ from ept_fast.training.labels import DataError, check_label
 
 __all__ = [
     "ANSWERS",
+    "COLUMN_OPTIONS",
     "SUFFIXES",
     "DataError",
     "Fields",
@@ -56,6 +57,14 @@ _COLUMNS = {
     "none": ((), ("text_pair",)),
 }
 ANSWERS = tuple(_COLUMNS)
+# The options that name columns, first those of what is asked, and the fields of `Fields`.
+COLUMN_OPTIONS = {
+    "text_field": "text",
+    "pair_field": "text_pair",
+    "messages_field": "messages",
+    "label_field": "label",
+    "target_field": "target",
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,11 @@ class Fields:
     label: str = "label"
     target: str = "target"
     messages: str = "messages"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Fields:
+        """The names that options of :data:`COLUMN_OPTIONS` give, and the defaults of the others."""
+        return cls(**{field: options[o] for o, field in COLUMN_OPTIONS.items() if o in options})
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,7 @@ def load_task(config: TrainConfig) -> TaskData:
         DataError: a missing file or split, or a malformed line.
     """
     (source,) = config.sources
-    columns = ("text", "pair", "label", "target", "messages")
-    fields = Fields(*(getattr(config, f"{column}_field") for column in columns))
-    how: dict[str, Any] = {"fields": fields, "answer": ANSWERS[config.task]}
+    how: dict[str, Any] = {"fields": Fields.of(vars(config)), "answer": ANSWERS[config.task]}
     train_rows = read_split(source, "train", **how)
     evaluation = None
     if config.eval_data is not None:

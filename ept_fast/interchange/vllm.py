@@ -58,6 +58,11 @@ class VLLMAdapter(NamedTuple):
     sha256: str
     base_model: str | None
 
+    def longest_text(self, positions: int) -> int:
+        """The most tokens of a text, for a model of so many positions and one new token."""
+        most = positions - self.num_virtual_tokens - 1
+        return min(most, self.max_length) if self.rank else most
+
 
 def export_vllm(
     prompt: Prompt | FoldedPrompt,

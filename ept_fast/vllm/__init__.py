@@ -21,13 +21,13 @@ import torch
 from ept_fast.config import check_count
 from ept_fast.interchange.vllm import LAYER, VLLMAdapter, read_vllm_adapter
 from ept_fast.libraries import MissingLibraryError
-from ept_fast.storage.untrusted import CheckpointError
 
 __all__ = [
     "ARCHITECTURES",
     "VERSIONS",
     "Sizes",
     "adapter_folders",
+    "check_fits",
     "check_version",
     "engine_arguments",
     "register",
@@ -142,9 +142,9 @@ def engine_arguments(
 
     Raises:
         ImportError: vLLM is missing, or a version that this package was not run with.
-        CheckpointError: a missing, damaged or foreign adapter, or one of another width.
-        ValueError: an architecture that is not in :data:`ARCHITECTURES`; adapters that are larger
-            than the sizes that were given; an argument that this function sets.
+        CheckpointError: a missing, damaged or foreign adapter.
+        ValueError: an architecture that is not in :data:`ARCHITECTURES`; adapters of another width,
+            or larger than the sizes that were given; an argument that this function sets.
     """
     check_version()
     values = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
@@ -154,8 +154,8 @@ def engine_arguments(
             f"model: expected one of the architectures {', '.join(ARCHITECTURES)}, got {name}"
         )
     width = values.get("hidden_size", values.get("n_embd"))
-    read = {name: _read(folder, width) for name, folder in adapter_folders(adapters).items()}
-    most = Sizes(*(max(getattr(each, size) for each in read.values()) for size in Sizes._fields))
+    read = [read_vllm_adapter(folder)[0] for folder in adapter_folders(adapters).values()]
+    most = Sizes(*(max(getattr(each, size) for each in read) for size in Sizes._fields))
     given = Sizes(num_virtual_tokens, max_length, rank)  # type: ignore[arg-type]
     for size, least, value in zip(Sizes._fields, most, given, strict=True):
         if value is not None:
@@ -163,6 +163,8 @@ def engine_arguments(
             if value < least:
                 raise ValueError(f"{size}: expected at least {least}, got {value}")
     sizes = Sizes(*(least if own is None else own for least, own in zip(most, given, strict=True)))
+    for each in read:
+        check_fits(each, width, sizes)
     number = len(read) if max_adapters is None else max_adapters
     check_count("max_adapters", number, 1)
     own: dict[str, Any] = {
@@ -184,10 +186,15 @@ def engine_arguments(
     return own | arguments
 
 
-def _read(folder: str, width: int | None) -> VLLMAdapter:
-    sizes, _ = read_vllm_adapter(folder)
-    if sizes.hidden_size != width:
-        raise CheckpointError(
-            f"{folder}: hidden_size: expected {width} as the model has, got {sizes.hidden_size}"
+def check_fits(adapter: VLLMAdapter, width: int, sizes: Sizes) -> None:
+    """Raise ValueError for an adapter of another width, or larger than an engine has room for."""
+    if adapter.hidden_size != width:
+        raise ValueError(
+            f"hidden_size: expected {width} as the model has, got {adapter.hidden_size}"
         )
-    return sizes
+    for name, most in zip(Sizes._fields, sizes, strict=True):
+        got = getattr(adapter, name)
+        if got > most:
+            raise ValueError(
+                f"{name}: expected at most {most}, for which the engine has room, got {got}"
+            )

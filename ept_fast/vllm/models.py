@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.distributed import get_pp_group
+from vllm.model_executor.models.interfaces import SupportsLoRA
 
 from ept_fast.vllm import ARCHITECTURES, PREFIX, SIZES, Sizes, check_version
 from ept_fast.vllm.layer import PromptedEmbedding
@@ -18,8 +19,6 @@ check_version()
 
 class _Prompted:
     """What stands before a model class in its subclass."""
-
-    supports_lora = True
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         _check(vllm_config)
@@ -31,9 +30,7 @@ class _Prompted:
             model.get_hidden_size(),
             vllm_config.scheduler_config.max_num_batched_tokens,
             model.dtype,
-            torch.get_default_device()
-            if vllm_config.device_config.device is None
-            else vllm_config.device_config.device,
+            torch.get_default_device(),  # as for the model's own parameters
         )
 
     def forward(
@@ -67,9 +64,10 @@ def _model_class(architecture: str) -> Any:
     module = importlib.import_module(f"vllm.model_executor.models.{ARCHITECTURES[architecture]}")
     base = getattr(module, architecture)
     name = f"{PREFIX}{architecture}"
+    protocol = () if SupportsLoRA in base.__mro__ else (SupportsLoRA,)
     return type(
         name,
-        (_Prompted, base),
+        (_Prompted, base, *protocol),
         {
             "__module__": __name__,
             "__qualname__": name,

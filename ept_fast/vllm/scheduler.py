@@ -59,14 +59,11 @@ class _Prompted:
             adapter = self._adapter(request.lora_request)
         except (CheckpointError, OSError) as error:
             return str(error)
-        m, n, length = adapter.num_virtual_tokens, adapter.max_length, len(text)
-        most = self.max_model_len - m - 1
-        if n:
-            most = min(most, n)
-        if length > most:
+        m, most = adapter.num_virtual_tokens, adapter.longest_text(self.max_model_len)
+        if len(text) > most:
             return (
                 f"prompt: expected at most {most} tokens for the adapter "
-                f"{request.lora_request.lora_name!r}, got {length}"
+                f"{request.lora_request.lora_name!r}, got {len(text)}"
             )
         request.prompt_token_ids = [self._token] * m + text
         request._all_token_ids[:0] = [self._token] * m

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
@@ -59,12 +60,17 @@ class _Prompted:
             adapter = self._adapter(request.lora_request)
         except (CheckpointError, OSError) as error:
             return str(error)
+        named = request.lora_request
         m, most = adapter.num_virtual_tokens, adapter.longest_text(self.max_model_len)
         if len(text) > most:
             return (
                 f"prompt: expected at most {most} tokens for the adapter "
-                f"{request.lora_request.lora_name!r}, got {len(text)}"
+                f"{named.lora_name!r}, got {len(text)}"
             )
+        # vLLM takes adapters of one name for one. Here a name's old and new one may share a batch.
+        request.lora_request = LoRARequest(
+            f"{named.lora_name}:{named.lora_int_id}", named.lora_int_id, named.lora_path
+        )
         request.prompt_token_ids = [self._token] * m + text
         request._all_token_ids[:0] = [self._token] * m
         request.num_prompt_tokens += m

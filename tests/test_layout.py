@@ -13,7 +13,7 @@ import pytest
 ROOMS = (
     ("__main__",),
     ("cli",),
-    ("training", "peft", "search"),
+    ("training", "peft", "search", "vllm"),
     ("transformers", "interchange"),
     ("prompts",),
     ("ops",),

@@ -27,7 +27,6 @@ vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: m
 from vllm.lora.request import LoRARequest
 
 import ept_fast.vllm.models
-from ept_fast import export_vllm
 from ept_fast.storage.files import CheckpointError
 from ept_fast.vllm import engine_arguments
 from ept_fast.vllm.adapters import Adapters
@@ -153,8 +152,9 @@ def test_answers_under_load(llama: Family, engine: Callable[..., Any]) -> None:
     for i, each in enumerate(asked):
         run.add(str(i), each, adapters[each.adapter])
         expected[str(i)] = each
-        if i == 20:  # requests of the old one are running and waiting
-            assert any(e.adapter == "mail" and str(n) not in run.done for n, e in enumerate(asked[:20]))
+        if i == 20:
+            waiting = [each for n, each in enumerate(asked[:20]) if str(n) not in run.done]
+            assert any(each.adapter == "mail" for each in waiting)
             adapters.replace("mail", llama.other)
         if i > 20 and each.adapter == "mail":
             expected[str(i)] = each._replace(adapter="other")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,7 +151,8 @@ def read_vllm_sizes(folder: str | Path) -> VLLMAdapter:
         base = config.get("base_model_name_or_path")
         if not isinstance(values["sha256"], str) or not isinstance(base, (str, type(None))):
             raise TypeError("sha256, base_model_name_or_path: expected texts, got other values")
-    return VLLMAdapter(*(values[name] for name in _SIZES), values["sha256"], base)
+    sizes = {name: values[name] for name in (*_SIZES, "sha256")}
+    return VLLMAdapter(**sizes, base_model=base)
 
 
 def read_vllm_adapter(folder: str | Path) -> tuple[VLLMAdapter, dict[str, Tensor]]:

@@ -11,7 +11,6 @@ Importing this module imports nothing of vLLM.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +128,7 @@ def engine_arguments(
     Every adapter is read and checked here, before an engine sees it.
 
     Args:
-        model: the frozen model's folder, with its ``config.json``.
+        model: the frozen model's folder or hub id.
         adapters: as for :func:`adapter_folders`.
         num_virtual_tokens, max_length, rank: the largest that an adapter may have, for those that
             come later; by default what ``adapters`` need.
@@ -147,13 +146,14 @@ def engine_arguments(
             or larger than the sizes that were given; an argument that this function sets.
     """
     check_version()
-    values = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    (name, *_) = values.get("architectures") or ("none",)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    (name, *_) = config.architectures or ("none",)
     if name not in ARCHITECTURES:
         raise ValueError(
             f"model: expected one of the architectures {', '.join(ARCHITECTURES)}, got {name}"
         )
-    width = values.get("hidden_size", values.get("n_embd"))
     read = [read_vllm_adapter(folder)[0] for folder in adapter_folders(adapters).values()]
     most = Sizes(*(max(getattr(each, size) for each in read) for size in Sizes._fields))
     given = Sizes(num_virtual_tokens, max_length, rank)  # type: ignore[arg-type]
@@ -164,7 +164,7 @@ def engine_arguments(
                 raise ValueError(f"{size}: expected at least {least}, got {value}")
     sizes = Sizes(*(least if own is None else own for least, own in zip(most, given, strict=True)))
     for each in read:
-        check_fits(each, width, sizes)
+        check_fits(each, config.hidden_size, sizes)
     number = len(read) if max_adapters is None else max_adapters
     check_count("max_adapters", number, 1)
     own: dict[str, Any] = {

@@ -48,7 +48,7 @@ def export(adapter: str, folder: str) -> None:
 @click.option("--rank", type=int, help="The largest of an adapter; likewise.")
 @click.option("--max-adapters", type=int, help="The most in one batch; default: all of these.")
 @click.pass_context
-def serve(context: click.Context, model: str, adapters: str, **sizes: Any) -> None:
+def serve(context: click.Context, /, model: str, adapters: str, **sizes: Any) -> None:
     """Serve a model and its adapters; a request names its adapter as its model.
 
     With VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 adapters are added, replaced and removed over HTTP.

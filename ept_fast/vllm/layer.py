@@ -23,8 +23,8 @@ class PromptedEmbedding(BaseLayerWithLoRA):  # type: ignore[misc]
 
     A request's first m positions are its prompt's and get the rows of P′. Text token k stands at
     position m + k and gets row k of c·A·B, if there is one. Tokens without a slot are as before.
-    Everything is a function of slot and position, so that it is the same for a token that is read in
-    a chunk, from a cache, once more after a preemption, or that the model generated itself.
+    Everything is a function of slot and position, so that it is the same for a token that is read
+    in a chunk, once more after a preemption, or that the model generated itself.
 
     Args:
         sizes: the largest adapter that a slot takes.

@@ -194,7 +194,9 @@ def test_adapters_come_change_and_go(server: Server, tmp_path: Path) -> None:
         body = {"lora_name": name, "lora_path": str(folder), **choices}
         return server.post("/v1/load_lora_adapter", body)
 
-    assert load("mail", family.other)[0] == 400  # the name is taken
+    for name, wrong in (("mail", "expected a new one"), (BASE, "name that no model has")):
+        status, text = load(name, family.other)
+        assert (status, wrong in text) == (400, True), text
     status, text = load("mail", family.adapters / "mail", load_inplace=True)
     assert (status, "lora_path: expected another folder" in text) == (400, True)
     nan = tmp_path / "nan"

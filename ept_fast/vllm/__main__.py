@@ -13,7 +13,17 @@ from ept_fast.prompts.base import prompt_class
 from ept_fast.vllm import adapter_folders, engine_arguments
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Errors that the package raises on purpose are one line each."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ImportError, OSError, ValueError) as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """EPT adapters in vLLM."""
 

@@ -94,10 +94,14 @@ async def _load(request: LoadLoRAAdapterRequest, raw_request: Request) -> Respon
     serving = models(raw_request)
     name, folder = request.lora_name, str(Path(request.lora_path).resolve())
     async with serving.lora_resolver_lock[name]:
-        wrong = await serving._check_load_lora_adapter_request(request)
-        if wrong is not None:
-            return JSONResponse(wrong.model_dump(), status_code=wrong.error.code)
         before = serving.lora_requests.get(name)
+        if not name or serving.is_base_model(name):
+            return _refusal(f"lora_name: expected a name that no model has, got {name!r}")
+        if before is not None and not request.load_inplace:
+            return _refusal(
+                f"lora_name: expected a new one, or load_inplace to replace an adapter, "
+                f"got {name!r}"
+            )
         if before is not None and before.lora_path == folder:
             return _refusal(
                 f"lora_path: expected another folder than that of {name!r} now, got {folder}"

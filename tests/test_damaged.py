@@ -11,6 +11,7 @@ A damage stands in the table only where its format can notice it:
   changed bit of those is refused.
 - PEFT's and DePT's safetensors hold no checksum either, and their config stands in one file:
   besides values, a field that fits any tensors (``lora_alpha``) can change unnoticed.
+- Files for vLLM hold the SHA-256 of the tensors. The other fields of its LoRA are vLLM's.
 - A file of ``torch.save`` is a zip archive, whose CRC-32 tells any changed bit of a record. What a
   crafted pickle costs in torch's unpickler is not limited and not in the table.
 """
@@ -42,8 +43,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ept_fast import CheckpointError, EPTConfig, FusedEPTPrompt, get_ept_model
-from ept_fast.interchange import export_plain, import_dept, import_peft, import_plain
+from ept_fast.interchange import (
+    export_plain,
+    export_vllm,
+    import_dept,
+    import_peft,
+    import_plain,
+)
 from ept_fast.interchange.folder import open_state
+from ept_fast.interchange.vllm import read_vllm_adapter
 from ept_fast.prompts.base import CONFIG_FILE, TENSOR_FILE
 from ept_fast.storage.files import json_bytes
 from tests import damage
@@ -317,6 +325,10 @@ def save_plain(folder: Path, offset: str = "table") -> None:
     export_plain(tiny.make_prompt(), folder, offset=offset)
 
 
+def save_vllm(folder: Path) -> None:
+    export_vllm(tiny.make_prompt(), folder)
+
+
 FORMATS = {
     "prompt": Format(save_prompt, live_prompt),
     "adapter": Format(save_model, lambda: live_model(True)),
@@ -340,10 +352,18 @@ FORMATS = {
     "plain factors": Format(
         lambda folder: save_plain(folder, "factors"), lambda: Live({"import_plain": import_plain})
     ),
+    "vLLM": Format(save_vllm, lambda: Live({"read_vllm_adapter": read_vllm_adapter})),
 }
 
 
 # The table
+
+
+def last_bit(path: Path) -> None:
+    """The least bit of the last value, which stays finite."""
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1
+    path.write_bytes(data)
 
 
 def of_json(change: Callable[[dict[str, Any]], Any]) -> Damage:
@@ -630,6 +650,22 @@ TABLE: dict[tuple[str, str], dict[str, Damage]] = {
         }
         for kind in ("plain", "plain factors")
     },
+    ("vLLM", "adapter_config.json"): {
+        **JSON,
+        "a LoRA of somebody else": of_json(lambda v: v.pop("ept_fast")),
+        "a rank without a length": of_json(lambda v: v["ept_fast"].update(max_length=0)),
+        "sizes that are a list": of_json(lambda v: v.update(ept_fast=[1, 2])),
+        "another base that is a number": of_json(lambda v: v.update(base_model_name_or_path=1)),
+        **damage.flips(
+            10, damage.in_fields("hidden_size", "num_virtual_tokens", "sha256"), damage.of_json
+        ),
+    },
+    ("vLLM", "adapter_model.safetensors"): {
+        **damage.FILES,
+        **damage.TENSORS,
+        **damage.flips(20, damage.anywhere),
+        "the last bit": last_bit,
+    },
 }
 
 
@@ -767,7 +803,9 @@ def test_intact_ones_load(kind: str, file: str, intact: Path, tmp_path: Path) ->
     """So that a refusal is for the damage, and for nothing in how it is made or watched."""
     suffix = Path(file).suffix
     for how, change in {**damage.HARMLESS[""], **damage.HARMLESS[suffix]}.items():
-        if kind == "adapter" and file != ADAPTER_FILE and how not in damage.HARMLESS[""]:
+        summed = kind == "adapter" and file != ADAPTER_FILE
+        summed |= (kind, file) == ("vLLM", "adapter_model.safetensors")
+        if summed and how not in damage.HARMLESS[""]:
             continue  # which the checksum refuses
         folder = place(intact, tmp_path / how, kind, file, change)
         live = FORMATS[kind].live()
@@ -892,13 +930,6 @@ def test_blobs_that_repositories_share(
         return
     with pytest.raises(CheckpointError, match="got a link that leaves it"):
         FusedEPTPrompt.from_pretrained(folder)
-
-
-def last_bit(path: Path) -> None:
-    """The least bit of the last value, which stays finite."""
-    data = bytearray(path.read_bytes())
-    data[-4] ^= 1
-    path.write_bytes(data)
 
 
 UNNOTICED = {

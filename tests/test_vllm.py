@@ -270,7 +270,7 @@ def test_damaged_adapters_do_not_reach_the_engine(
     (tmp_path / "foreign").mkdir()
     del config["ept_fast"]
     (tmp_path / "foreign" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="ept_fast: expected the fields"):
+    with pytest.raises(CheckpointError, match="ept_fast: expected what export_vllm"):
         adapters.add("foreign", tmp_path / "foreign")
     assert adapters.names == tuple(SIZES)
     asked = requests(10, seed=5)

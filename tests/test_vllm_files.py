@@ -127,9 +127,9 @@ def test_mistakes_of_an_export(tmp_path: Path) -> None:
         ({"rank": 0}, "rank, max_length: expected both or neither to be 0, got 0 and 7"),
         ({"max_length": "7"}, "max_length: expected an integer, got str"),
         ({"format_version": 2}, "format_version: expected 1, got 2"),
-        ({"sha256": "0"}, "sha256: expected '0', got"),
-        ({"sha256": 5}, "sha256, base_model_name_or_path: expected texts"),
-        ({"another": 1}, "ept_fast: expected the fields"),
+        ({"sha256": "0"}, "sha256: expected the files it was saved with, got others for"),
+        ({"sha256": 5}, "sha256: expected the files it was saved with, got others for"),
+        ({"another": 1}, "ept_fast: expected what export_vllm writes, got"),
     ],
 )
 def test_files_that_do_not_fit(changes: dict[str, Any], wrong: str, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_files_that_do_not_fit(changes: dict[str, Any], wrong: str, tmp_path: Pa
 
 def test_a_lora_of_somebody_else(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
-    with pytest.raises(CheckpointError, match=r"ept_fast: expected the fields .* got None"):
+    with pytest.raises(CheckpointError, match="ept_fast: expected what export_vllm"):
         read_vllm_sizes(tmp_path)
 
 

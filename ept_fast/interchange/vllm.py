@@ -22,9 +22,8 @@ from ept_fast.prompts.base import FoldedPrompt, Prompt
 from ept_fast.storage.files import TensorFile, json_bytes, tensor_bytes, write_files
 from ept_fast.storage.untrusted import (
     FILE_LIMIT,
-    JSON_LIMIT,
     CheckpointError,
-    parse_json,
+    read_adapter_json,
     read_file,
     shorten,
 )
@@ -128,16 +127,13 @@ def read_vllm_sizes(folder: str | Path) -> VLLMAdapter:
         CheckpointError: a missing, damaged or foreign file.
     """
     path = Path(folder) / CONFIG_FILE
-    config = parse_json(path, read_file(path, limit=JSON_LIMIT))
-    values = config.get(_KEY)
-    expected = {*_FORMAT, *_SIZES, "sha256"}
+    config = read_adapter_json(path)
+    values, base = config.get(_KEY), config.get("base_model_name_or_path")
+    fields = {*_FORMAT, *_SIZES, "sha256"}
     with naming(path):
-        if not isinstance(values, dict) or set(values) != expected:
+        if not isinstance(values, dict) or set(values) != fields:
             got = sorted(values) if isinstance(values, dict) else values
-            raise ValueError(
-                f"{_KEY}: expected the fields {sorted(expected)} of an adapter that export_vllm "
-                f"wrote, got {shorten(got)}"
-            )
+            raise ValueError(f"{_KEY}: expected what export_vllm writes, got {shorten(got)}")
         for name, value in _FORMAT.items():
             if values[name] != value:
                 raise ValueError(f"{name}: expected {value!r}, got {shorten(values[name])}")
@@ -148,9 +144,9 @@ def read_vllm_sizes(folder: str | Path) -> VLLMAdapter:
                 f"rank, max_length: expected both or neither to be 0, "
                 f"got {values['rank']} and {values['max_length']}"
             )
-        base = config.get("base_model_name_or_path")
-        if not isinstance(values["sha256"], str) or not isinstance(base, (str, type(None))):
-            raise TypeError("sha256, base_model_name_or_path: expected texts, got other values")
+        if not isinstance(base, (str, type(None))):
+            got = shorten(base)
+            raise TypeError(f"base_model_name_or_path: expected a text or null, got {got}")
     sizes = {name: values[name] for name in (*_SIZES, "sha256")}
     return VLLMAdapter(**sizes, base_model=base)
 
@@ -164,8 +160,10 @@ def read_vllm_adapter(folder: str | Path) -> tuple[VLLMAdapter, dict[str, Tensor
     sizes = read_vllm_sizes(folder)
     path = Path(folder) / TENSOR_FILE
     data = read_file(path, limit=FILE_LIMIT)
-    got = hashlib.sha256(data).hexdigest()
-    if got != sizes.sha256:
-        raise CheckpointError(f"{path}: sha256: expected {shorten(sizes.sha256)}, got {got}")
+    if hashlib.sha256(data).hexdigest() != sizes.sha256:
+        raise CheckpointError(
+            f"{Path(folder) / CONFIG_FILE}: sha256: expected the files it was saved with, got "
+            f"others for {[TENSOR_FILE]} (damaged, or a save that was cut off)"
+        )
     d, m, n, r = sizes[:4]
     return sizes, TensorFile(path, data).load({_A: (r, n), _B: (d, r + m)})

@@ -21,6 +21,16 @@ from safetensors.torch import load_file, save_file
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+SECOND = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"  # of vLLM's two model runners
+if SECOND:
+    # It asks for a Triton that compiles for CPUs. Here its kernels run in Triton's interpreter.
+    from triton.backends import backends
+
+    class _Driver(next(iter(backends.values())).driver):
+        is_active = staticmethod(lambda: True)
+
+    (_backend, *_) = backends.values()
+    backends["cpu"] = type(_backend)(compiler=_backend.compiler, driver=_Driver)
 
 vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
@@ -93,7 +103,9 @@ class Stepped:
 
     def __init__(self, llm: Any) -> None:
         self.engine = llm.llm_engine
-        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        core = self.engine.engine_core.engine_core
+        self.scheduler = core.scheduler
+        self.runner = core.model_executor.driver_worker.worker.model_runner
         self.preempted = 0
         self.done: dict[str, Any] = {}
         inner = self.scheduler._preempt_request
@@ -142,10 +154,24 @@ def test_compiled_engine(llama: Family, engine: Callable[..., Any]) -> None:
         assert tokens(output) == llama.answer(each), each
 
 
-def test_answers_under_load(llama: Family, engine: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_answers_under_load(
+    ahead: bool, llama: Family, engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Preemption, chunks, prefix hits, aborts, and an adapter that is replaced meanwhile."""
-    llm, adapters = engine(llama, num_gpu_blocks_override=9, max_num_seqs=6, max_adapters=5)
+    platform = type(vllm.platforms.current_platform)
+    settle = platform.check_and_update_config
+
+    def with_scheduler(config: Any) -> None:  # vLLM leaves the one that runs ahead to GPUs
+        settle(config)
+        config.scheduler_config.async_scheduling = ahead
+
+    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(with_scheduler))
+    sizes = {"num_gpu_blocks_override": 9, "max_num_seqs": 6, "max_adapters": 3}
+    llm, adapters = engine(llama, **sizes)
     run = Stepped(llm)
+    assert type(run.scheduler).__name__ == ("_AsyncScheduler" if ahead else "_Scheduler")
+    assert type(run.runner).__module__.startswith("vllm.v1.worker.cpu.") == SECOND
     asked = requests(60, seed=3)
     expected: dict[str, Asked] = {}
     aborted = []
@@ -205,7 +231,7 @@ def test_blocks_are_shared_within_an_adapter_alone(
 
 
 def test_requests_that_cannot_be_answered(llama: Family, engine: Callable[..., Any]) -> None:
-    llm, adapters = engine(llama, async_scheduling=False)
+    llm, adapters = engine(llama)
     fits = Asked("short", [5] * 24, 4)
     long = fits._replace(ids=[5] * 25)
     too_long = Asked("plain", [5] * 124, 1)  # 4 of the prompt and one new one

@@ -415,7 +415,7 @@ BOTH = {
     for fields, values in (
         (("hidden_size", *SIZES, "num_tasks"), ("2^60", "10^400", "negative", "text")),
         (("alpha", "temperature"), ("10^400", "infinite", "list")),
-        (("activation", "gate", "fusion"), ("10^12", "a path", "object")),
+        (("activation", "gate", "fusion", "offset_tokens"), ("10^12", "a path", "object")),
     )
     for field in fields
     for value in values

@@ -619,7 +619,7 @@ TABLE: dict[tuple[str, str], dict[str, Damage]] = {
     },
     ("plain", "prompt_embeddings.json"): {
         **JSON,
-        **damage.fields("format_version", "hidden_size", few=("offset", "rank")),
+        **damage.fields("format_version", "hidden_size", few=("offset", "offset_tokens", "rank")),
         **damage.flips(10, damage.anywhere, damage.of_json),
     },
     **{

@@ -367,6 +367,16 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["train", *options(settings), "--offset-tokens", "new"])
     assert result.exit_code == 2
     assert "'new' is not one of 'all', 'given'" in result.stderr
+    texts = tmp_path / "texts.txt"  # without targets
+    texts.write_text("the play was fine\na dull walk\n" * 8)
+    settings |= {"data": str(texts), "output": str(tmp_path / "other"), "eval_generate": 0}
+    result = CliRunner().invoke(main, ["train", *options(settings), "--offset-tokens", "given"])
+    assert result.exit_code == 2
+    assert "offset_tokens: expected all for rows without targets" in result.stderr
+    # A plain prompt has no offset that it could matter for.
+    words = [*options(settings | {"method": "pt"}), "--offset-tokens", "given", "--quiet"]
+    result = CliRunner().invoke(main, ["train", *words])
+    assert result.exit_code == 0, result.output
 
 
 def test_runs_that_it_means_nothing_for() -> None:

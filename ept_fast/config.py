@@ -15,6 +15,7 @@ from ept_fast.storage.untrusted import shorten
 
 __all__ = [
     "GATES",
+    "OFFSET_TOKENS",
     "EPTConfig",
     "PromptConfig",
     "check_choice",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 GATES = ("token", "prompt")
+OFFSET_TOKENS = ("all", "given")
 EPT = "ept"  # the method of files that do not name one
 
 
@@ -68,7 +70,8 @@ class PromptConfig:
     """The sizes and choices of a prompt: what every method has.
 
     A method's config is a frozen dataclass below this one. A method that adds a low-rank offset to
-    the text has the fields ``rank`` and ``max_length`` and the property ``scaling``.
+    the text has the fields ``rank`` and ``max_length`` and the property ``scaling``; and
+    ``offset_tokens``, if some tokens may go without.
 
     Attributes:
         prompt_type: the method's name, in files and in the registry.
@@ -84,6 +87,7 @@ class PromptConfig:
     solved: ClassVar[str | None] = None
     rank = 0
     max_length = 2**63 - 1
+    offset_tokens = "all"
 
     hidden_size: int
     num_virtual_tokens: int = 20
@@ -237,6 +241,11 @@ class EPTConfig(PromptConfig):
         gate: ``"token"`` or ``"prompt"``.
         temperature: τ > 0, divides the gate's logits.
         fusion: whether the short prompt attends to the offset.
+        offset_tokens: of a causal language model, the tokens that get the offset: ``"all"``, or
+            those that are ``"given"``. These stand before the first labelled token of a row;
+            without labels they are all of the text but what ``generate`` adds. Other models do not
+            generate behind the prompt: all of their text is given, whatever this says, and without
+            an offset (rank 0) it says nothing.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -261,6 +270,7 @@ class EPTConfig(PromptConfig):
     gate: str = "token"
     temperature: float = 1.0
     fusion: bool = True
+    offset_tokens: str = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -273,6 +283,7 @@ class EPTConfig(PromptConfig):
         check_choice("gate", self.gate, GATES)
         check_number("temperature", self.temperature, positive=True)
         check_flag("fusion", self.fusion)
+        check_choice("offset_tokens", self.offset_tokens, OFFSET_TOKENS)
         most = min(self.max_length, self.hidden_size)
         if self.rank > most:
             raise ValueError(
@@ -324,7 +335,7 @@ class EPTConfig(PromptConfig):
                 has an offset.
         """
         if method == "pt":
-            kept = ("max_length", "alpha")
+            kept = ("max_length", "alpha", "offset_tokens")
             settings = {name: settings[name] for name in kept if name in settings}
             settings |= {"rank": 0, "num_spaces": 0, "space_dim": 1}
             return cls(hidden_size, num_virtual_tokens=prompt_length, **settings)
@@ -361,7 +372,8 @@ class EPTConfig(PromptConfig):
             max_length: n.
             num_spaces: K.
             space_dim: h.
-            **choices: ``alpha``, ``activation``, ``gate``, ``temperature``, ``fusion``.
+            **choices: ``alpha``, ``activation``, ``gate``, ``temperature``, ``fusion``,
+                ``offset_tokens``.
 
         Returns:
             A config with ``num_parameters <= prompt_length * hidden_size`` and the largest such

@@ -71,7 +71,8 @@ class EPTPeftConfig(peft.PeftConfig):
         task_type: ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"CAUSAL_LM"``, ``"SEQ_2_SEQ_LM"`` or
             ``"FEATURE_EXTRACTION"``; required.
         num_virtual_tokens, max_length, rank, num_spaces, space_dim, alpha, activation, gate,
-            temperature, fusion: as in :class:`ept_fast.EPTConfig`. The width is the model's.
+            temperature, fusion, offset_tokens: as in :class:`ept_fast.EPTConfig`. The width is the
+            model's.
         prompt_type: name of the prompt method.
         settings: fields of the config of another method than EPT.
         init: where the prompt starts, as in :class:`ept_fast.FusedEPTPrompt`: ``"vocab"``,
@@ -110,6 +111,7 @@ class EPTPeftConfig(peft.PeftConfig):
     gate: str = EPTConfig.gate
     temperature: float = EPTConfig.temperature
     fusion: bool = EPTConfig.fusion
+    offset_tokens: str = EPTConfig.offset_tokens
     prompt_type: str = EPT
     settings: dict[str, Any] = field(default_factory=dict)
     init: Any = "vocab"

@@ -452,6 +452,7 @@ OTHERS: dict[str, Any] = {
     "gate": "prompt",
     "temperature": 2.0,
     "fusion": False,
+    "offset_tokens": "given",
     "num_tasks": 1,
 }
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from ept_fast import EPTConfig, FusedEPTPrompt
-from ept_fast.config import GATES
+from ept_fast.config import GATES, OFFSET_TOKENS
 from ept_fast.ops.activations import ACTIVATIONS
 from ept_fast.training.config import TrainConfig
 
@@ -44,6 +44,7 @@ def configs(draw: st.DrawFn) -> EPTConfig:
         gate=draw(st.sampled_from(GATES)),
         temperature=draw(st.floats(1e-300, 1e300)),
         fusion=draw(st.booleans()),
+        offset_tokens=draw(st.sampled_from(OFFSET_TOKENS)),
     )
 
 
@@ -84,6 +85,8 @@ REFUSED = [
     ("temperature", math.nan, ValueError, "expected a finite number > 0, got nan"),
     ("fusion", 1, TypeError, "expected a bool, got int 1"),
     ("fusion", "true", TypeError, "expected a bool, got str 'true'"),
+    ("offset_tokens", "new", ValueError, "expected one of all, given, got 'new'"),
+    ("offset_tokens", None, ValueError, "expected one of all, given, got None"),
 ]
 
 
@@ -243,6 +246,7 @@ def test_from_budget_at_its_edge() -> None:
 
 def test_from_budget_hands_on_the_choices() -> None:
     choices = {"alpha": 4.0, "activation": "silu", "gate": "prompt", "fusion": False}
+    choices["offset_tokens"] = "given"
     config = EPTConfig.from_budget(768, **choices)
     assert {name: getattr(config, name) for name in choices} == choices
     assert config.rank > 0
@@ -274,6 +278,6 @@ def test_defaults_of_a_prompt_are_the_same_everywhere() -> None:
     for name in ("num_virtual_tokens", "num_spaces", "space_dim"):
         assert getattr(run, name) == budget[name].default == fields[name], name
     assert budget["max_length"].default == fields["max_length"]
-    for name in ("alpha", "activation", "gate", "temperature", "fusion"):
+    for name in ("alpha", "activation", "gate", "temperature", "fusion", "offset_tokens"):
         assert getattr(run, name) == fields[name], name
     assert run.prompt_config(768).num_spaces == 4

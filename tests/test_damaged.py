@@ -435,7 +435,7 @@ BOTH = {
     for fields, values in (
         (("hidden_size", *SIZES, "num_tasks"), ("2^60", "10^400", "negative", "text")),
         (("alpha", "temperature"), ("10^400", "infinite", "list")),
-        (("activation", "gate", "fusion"), ("10^12", "a path", "object")),
+        (("activation", "gate", "fusion", "offset_tokens"), ("10^12", "a path", "object")),
     )
     for field in fields
     for value in values
@@ -639,7 +639,7 @@ TABLE: dict[tuple[str, str], dict[str, Damage]] = {
     },
     ("plain", "prompt_embeddings.json"): {
         **JSON,
-        **damage.fields("format_version", "hidden_size", few=("offset", "rank")),
+        **damage.fields("format_version", "hidden_size", few=("offset", "offset_tokens", "rank")),
         **damage.flips(10, damage.anywhere, damage.of_json),
     },
     **{

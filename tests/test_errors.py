@@ -276,6 +276,8 @@ MISTAKES = tuple(Mistake(*row) for row in (
        {"backend": "tpu"})
       for name, call in (("unknown backend", RECON), ("unknown backend of the splice", SPLIT))),
     # config
+    ("config: unknown tokens for the offset", EPTConfig, ValueError,
+     "offset_tokens: expected one of all, given, got 'new'", {"offset_tokens": "new"}),
     ("config: no width", EPTConfig, ValueError, "hidden_size: expected an integer >= 1, got 0",
      {"hidden_size": 0}),
     ("config: negative rank", EPTConfig, ValueError, "rank: expected an integer >= 0, got -1",

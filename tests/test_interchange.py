@@ -484,13 +484,14 @@ def test_the_plain_files(tmp_path: Path) -> None:
     about = json.loads((tmp_path / "prompt_embeddings.json").read_text())
     assert about == {
         "format": "prompt_embeddings",
-        "format_version": 1,
+        "format_version": 2,
         "base_model": "gpt2",
         "hidden_size": D,
         "num_virtual_tokens": M,
         "offset": "table",
         "max_length": N,
         "rank": R,
+        "offset_tokens": "all",
     }
     assert {path.name for path in tmp_path.iterdir()} == {
         "prompt_embeddings.json",
@@ -501,6 +502,105 @@ def test_the_plain_files(tmp_path: Path) -> None:
     table = prompt.config.scaling * prompt.offset_a @ prompt.offset_b
     torch.testing.assert_close(plain.offset, table.detach())
     assert plain.base_model == "gpt2"
+    assert plain.offset_tokens == "all"
+
+
+@pytest.mark.parametrize(
+    ("choices", "tokens"),
+    [
+        ({}, "all"),
+        ({"offset_tokens": "given"}, "given"),
+        ({"offset_tokens": "given", "rank": 0}, "none"),
+        ({"rank": 0}, "none"),
+    ],
+    ids=str,
+)
+def test_tokens_that_a_plain_prompt_has_offsets_for(
+    choices: dict[str, Any], tokens: str, tmp_path: Path
+) -> None:
+    prompt = tiny.make_prompt(**choices)
+    for number, each in enumerate((prompt, prompt.fold(offset="table"))):
+        folder = tmp_path / str(number)
+        export_plain(each, folder)
+        about = json.loads((folder / "prompt_embeddings.json").read_text())
+        assert about["offset_tokens"] == import_plain(folder).offset_tokens == tokens
+
+
+def _described(folder: Path, **changes: Any) -> None:
+    """Change the description in both of the plain files; None takes a field out."""
+    path = folder / "prompt_embeddings.json"
+    about = {**json.loads(path.read_text()), **changes}
+    text = json.dumps({n: v for n, v in about.items() if v is not None or n not in changes})
+    path.write_text(text)
+    file = folder / "prompt_embeddings.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    with safetensors.safe_open(file, "pt") as opened:
+        metadata = json.loads(opened.metadata()["ept_fast"])
+    metadata = {"ept_fast": json.dumps({**metadata, "config": text})}
+    safetensors.torch.save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize(("rank", "tokens"), [(R, "all"), (0, "none")])
+def test_plain_files_of_version_1(rank: int, tokens: str, tmp_path: Path) -> None:
+    export_plain(tiny.make_prompt(rank=rank, offset_tokens="given"), tmp_path, base_model="gpt2")
+    new = import_plain(tmp_path)
+    _described(tmp_path, format_version=1, offset_tokens=None)
+    old = import_plain(tmp_path)
+    assert old.offset_tokens == tokens
+    assert torch.equal(old.prompt_embeds, new.prompt_embeds)
+    assert old.base_model == "gpt2"
+    assert (old.offset is None) == (rank == 0)
+
+
+def test_plain_files_that_contradict_themselves(tmp_path: Path) -> None:
+    for number, (rank, changes, message) in enumerate(
+        (
+            (R, {"format_version": 1}, "expected the fields"),
+            (R, {"format_version": 3}, "format_version: expected 1 or 2, got 3"),
+            (
+                R,
+                {"format_version": True, "offset_tokens": None},
+                "format_version: expected 1 or 2, got True",
+            ),
+            (R, {"offset_tokens": None}, "expected the fields"),
+            (R, {"offset_tokens": "none"}, "offset_tokens: expected one of all, given, got 'none'"),
+            (R, {"offset_tokens": "new"}, "offset_tokens: expected one of all, given, got 'new'"),
+            (0, {"offset_tokens": "all"}, "offset_tokens: expected one of none, got 'all'"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        export_plain(tiny.make_prompt(rank=rank), folder)
+        _described(folder, **changes)
+        with pytest.raises(CheckpointError, match=message):
+            import_plain(folder)
+
+
+@pytest.mark.parametrize("offset", ["table", "factors"])
+def test_a_server_generates_what_is_ours(offset: str, tmp_path: Path) -> None:
+    """Its new tokens have no offset: ``"given"`` is exact, and ``"all"`` is not from there on."""
+    answers = {}
+    for tokens in ("given", "all"):
+        model = MODELS["CAUSAL_LM"]().double()
+        prompt = tiny.make_prompt(
+            model.get_input_embeddings(), max_length=16, offset_tokens=tokens
+        ).double()
+        folder = tmp_path / tokens
+        export_plain(prompt, folder, offset=offset)
+        ids = text(1, 6)[0]
+        inputs = plain_embeds(folder, model, ids, torch.ones_like(ids))
+        how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+        how |= {"output_logits": True, "return_dict_in_generate": True}
+        server = model.generate(**inputs, **how)
+        ours = ept_fast.get_ept_model(model, prompt.config, "CAUSAL_LM", dtype=torch.float64)
+        ours.prompt.load_state_dict(prompt.state_dict())
+        answers[tokens] = (server, ours.eval().generate(ids, **how))
+    server, own = answers["given"]
+    assert server.sequences.tolist() == own.sequences[:, 6:].tolist()
+    close = {"rtol": 1e-4, "atol": 1e-4}  # transformers takes norms in float32
+    torch.testing.assert_close(torch.stack(server.logits), torch.stack(own.logits), **close)
+    server, own = answers["all"]
+    torch.testing.assert_close(server.logits[0], own.logits[0], **close)
+    assert (server.logits[1] - own.logits[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("offset", ["table", "factors"])

@@ -166,6 +166,24 @@ def test_generates_the_tokens_of_an_eptmodel(name: str, task: str, choices: dict
         assert not torch.equal(plain, found)  # the prompt shows
 
 
+def test_offsets_of_given_tokens_only() -> None:
+    model = make("Llama", "CAUSAL_LM", offset_tokens="given")
+    assert model.active_peft_config.to_dict()["offset_tokens"] == "given"
+    expected, every = same("Llama", "CAUSAL_LM", model), make("Llama", "CAUSAL_LM")
+    assert expected.prompt.config.offset_tokens == "given"
+    batch = batch_of("CAUSAL_LM", labels=True)
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][:, :4] = -100
+    loss = model(**batch).loss
+    assert torch.equal(loss, expected(**batch).loss)
+    assert not torch.allclose(loss, every(**batch).loss)
+    del batch["labels"]
+    options = {"max_new_tokens": 6, "pad_token_id": 0}
+    found = model.eval().generate(**batch, **options)
+    assert torch.equal(found, expected.eval().generate(**batch, **options))
+    assert not torch.equal(found, every.eval().generate(**batch, **options))
+
+
 @pytest.mark.parametrize("name", ["Llama", "BERT"])
 def test_num_items_divides_the_loss_of_a_classifier(name: str) -> None:
     model = make(name, "SEQ_CLS").train()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ept_fast.config import check_choice, check_count
+from ept_fast.config import OFFSET_TOKENS, check_choice, check_count
 from ept_fast.interchange.folder import naming
 from ept_fast.interchange.folding import fold_values, product
 from ept_fast.prompts.base import FoldedPrompt, Prompt
@@ -20,9 +20,9 @@ __all__ = ["PLAIN_CONFIG_FILE", "PLAIN_TENSOR_FILE", "PlainPrompt", "export_plai
 PLAIN_CONFIG_FILE = "prompt_embeddings.json"
 PLAIN_TENSOR_FILE = "prompt_embeddings.safetensors"
 
-_FORMAT = {"format": "prompt_embeddings", "format_version": 1}
+_FORMAT = {"format": "prompt_embeddings", "format_version": 2}
 _FIELDS = {*_FORMAT, "base_model", "hidden_size", "num_virtual_tokens", "offset"}
-_FIELDS |= {"max_length", "rank"}
+_FIELDS |= {"max_length", "rank", "offset_tokens"}  # the last one since version 2
 _OFFSETS = ("none", "table", "factors")
 _DTYPES = {
     "float64": torch.float64,
@@ -40,11 +40,14 @@ class PlainPrompt(NamedTuple):
         offset: [n, d], row k added to the embedding of the text's k-th real token; None if there
             is none to add.
         base_model: the backbone's folder or hub id, or None.
+        offset_tokens: the tokens of a causal language model that have an offset: ``"all"``;
+            ``"given"``, the text but not what is generated; ``"none"`` without an offset.
     """
 
     prompt_embeds: Tensor
     offset: Tensor | None
     base_model: str | None
+    offset_tokens: str
 
 
 def export_plain(
@@ -62,6 +65,11 @@ def export_plain(
     ``offset`` [n, d] or its factors ``offset_a`` [n, r] and ``offset_b`` [r, d], whose product it
     is. ``prompt_embeddings.json`` says what they are; ``docs/interchange.md`` describes every
     field and the two lines that a server has to run.
+
+    A server that adds the offset to the text that it is given and to nothing that it generates is
+    exact for ``offset_tokens="given"`` in the prompt's config, and without an offset (rank 0). For
+    ``"all"``, the default, the tokens that it generates lack their offsets: from the second new
+    token on, its answers differ from those of ``generate`` of an :class:`ept_fast.EPTModel`.
 
     Args:
         prompt: trainable or folded.
@@ -101,6 +109,7 @@ def export_plain(
         "offset": offset,
         "max_length": n,
         "rank": rank,
+        "offset_tokens": "none" if values.offset is None else prompt.config.offset_tokens,
     }
     text = json_bytes(config)
     write_files(
@@ -113,6 +122,8 @@ def export_plain(
 
 def import_plain(folder: str | Path) -> PlainPrompt:
     """The tensors that :func:`export_plain` wrote, the factors of an offset multiplied.
+
+    Files of version 1 do not have ``offset_tokens``; there it is ``"all"`` if there is an offset.
 
     Raises:
         CheckpointError: a missing, damaged, foreign or mismatched file.
@@ -131,21 +142,30 @@ def import_plain(folder: str | Path) -> PlainPrompt:
     offset = tensors.get("offset")
     if values["offset"] == "factors":
         offset = product((tensors["offset_a"], tensors["offset_b"]))
-    return PlainPrompt(tensors["prompt_embeds"], offset, values["base_model"])
+    tokens = values.get("offset_tokens", "none" if offset is None else "all")
+    return PlainPrompt(tensors["prompt_embeds"], offset, values["base_model"], tokens)
 
 
 def _expected_shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Of the tensors that the description names, all its fields checked."""
-    if set(values) != _FIELDS:
-        raise ValueError(f"expected the fields {sorted(_FIELDS)}, got {shorten(sorted(values))}")
-    for name, value in _FORMAT.items():
-        if type(values[name]) is not type(value) or values[name] != value:
-            raise ValueError(f"{name}: expected {value!r}, got {shorten(values[name])}")
+    version = values.get("format_version")
+    fields = _FIELDS - {"offset_tokens"} if version == 1 else _FIELDS
+    if set(values) != fields:
+        raise ValueError(f"expected the fields {sorted(fields)}, got {shorten(sorted(values))}")
+    if values["format"] != _FORMAT["format"]:
+        raise ValueError(f"format: expected {_FORMAT['format']!r}, got {shorten(values['format'])}")
+    if type(version) is not int or version not in (1, 2):
+        raise ValueError(f"format_version: expected 1 or 2, got {shorten(version)}")
     if not isinstance(values["base_model"], (str, type(None))):
         raise TypeError(f"base_model: expected a text or null, got {shorten(values['base_model'])}")
     kind = values["offset"]
     if kind not in _OFFSETS:
         raise ValueError(f"offset: expected one of {', '.join(_OFFSETS)}, got {shorten(kind)}")
+    check_choice(
+        "offset_tokens",
+        values.get("offset_tokens", "none" if kind == "none" else "all"),
+        ("none",) if kind == "none" else OFFSET_TOKENS,
+    )
     least = 0 if kind == "none" else 1
     for name in ("hidden_size", "num_virtual_tokens"):
         check_count(name, values[name], 1)

@@ -13,6 +13,7 @@ import torch
 
 from ept_fast.config import (
     GATES,
+    OFFSET_TOKENS,
     EPTConfig,
     PromptConfig,
     check_choice,
@@ -253,6 +254,12 @@ class TrainConfig:
         EPTConfig.temperature, "Divides the gate's logits (ept).", positive=True
     )
     fusion: bool = _setting(EPTConfig.fusion, "Prompt fusion (ept).")
+    offset_tokens: str = _setting(
+        EPTConfig.offset_tokens,
+        "Tokens that get the offset (causal; ept, dept): all, or those of the text but not of the "
+        "target, so that generated ones have none.",
+        choices=OFFSET_TOKENS,
+    )
     init: str = _setting(
         "vocab",
         "Rows that the prompt starts from: sampled from the model's vocabulary, prototypes of the "
@@ -388,6 +395,7 @@ class TrainConfig:
                 f"packing: expected the task causal{reason * (self.task == 'seq2seq')}, "
                 f"got {self.task}"
             )
+        self._check_offset_tokens()
         for name in ("eval_data", "num_labels") if len(self.sources) > 1 else ():
             if getattr(self, name) is not None:
                 raise ValueError(
@@ -406,6 +414,21 @@ class TrainConfig:
                     f"settings: expected fields of the method {self.method} "
                     f"({', '.join(known) or 'it has none'}), got {shorten(name)}"
                 )
+
+    def _check_offset_tokens(self) -> None:
+        if self.offset_tokens == "all":
+            return
+        if self.task != "causal":
+            raise ValueError(
+                f"offset_tokens: expected all for the task {self.task}, whose text is all given, "
+                f"got {self.offset_tokens!r}"
+            )
+        config = prompt_methods()[self.method].config_class
+        if "offset_tokens" not in {field.name for field in dataclasses.fields(config)}:
+            raise ValueError(
+                f"offset_tokens: expected all, as the method {self.method} has no such field, "
+                f"got {self.offset_tokens!r}"
+            )
 
     def _check_of_labels(self) -> None:
         for name, weight in self.losses.items():

@@ -489,6 +489,12 @@ def _new_adapter(
         )
     sizes = (config.max_length, config.max_target_length)
     model = _build(config, backbone, **how)
+    prompt = model.prompt.config
+    if prompt.rank and prompt.offset_tokens == "given" and not targets:
+        raise ValueError(
+            "offset_tokens: expected all for rows without targets, no token of which is given "
+            "before what is learnt, got 'given'"
+        )
     form = TextForm(config.task, *sizes, config.separator, targets, rows.chats is not None)
     form = fitted(form, model, tokenizer)
     return Adapter(model, tokenizer, form=form, num_beams=config.num_beams)

@@ -64,6 +64,7 @@ class BankPrompt(SplicedPrompt):
     offset_table: Tensor | None  # [T, n, d]
     lengths: Tensor  # [T], m of each slot
     limits: Tensor  # [T], the longest text of each slot
+    only_given: Tensor  # [T] bool, whether a slot's generated tokens get no offset
 
     def __init__(
         self,
@@ -94,6 +95,8 @@ class BankPrompt(SplicedPrompt):
         self.register_buffer("offset_table", table)
         self.register_buffer("lengths", torch.full((capacity,), m, **kind))
         self.register_buffer("limits", torch.full((capacity,), _UNLIMITED, **kind))
+        self.register_buffer("only_given", torch.zeros(capacity, **kind, dtype=torch.bool))
+        self.some_only_given = False
         self._shortest_limit = _UNLIMITED
         self.equal_lengths = True
         self.lock = ReadWriteLock()  # of the slots and of all that is kept for their tasks
@@ -121,11 +124,12 @@ class BankPrompt(SplicedPrompt):
         for buffer in (self.prompt, self.offset_a, self.offset_b, self.offset_table):
             if buffer is not None:
                 buffer[slot].zero_()
-        self.lengths[slot], self.limits[slot] = m, _UNLIMITED
+        self.lengths[slot], self.limits[slot], self.only_given[slot] = m, _UNLIMITED, False
         self.writes[slot] += 1
         if source is not None:
             config = source.config
             self.lengths[slot] = config.num_virtual_tokens
+            self.only_given[slot] = config.offset_tokens == "given"
             self.prompt[slot, m - config.num_virtual_tokens :] = source.prompt
             a, b, kept_b = source.offset_a, source.offset_b, self.offset_b
             if a is not None and b is not None and self.offset_a is not None and kept_b is not None:
@@ -136,6 +140,7 @@ class BankPrompt(SplicedPrompt):
                     table = offset_table(own, b, config.scaling, own.dtype)
                     self.offset_table[slot, : config.max_length] = table
                 self.limits[slot] = config.max_length
+        self.some_only_given = bool(self.only_given.any())
         self._shortest_limit = int(self.limits.min())
         self.equal_lengths = bool((self.lengths == m).all())
 

@@ -3,9 +3,9 @@
 A decoder's own ``generate`` runs on a view of it: an object of a subclass of its class that shares
 all of its state. The loop sees token ids and the text's mask only, so lengths, caches, beams,
 logits processors and streamers mean what they mean without a prompt. Two of its methods differ:
-what a step is fed, which is ``[padding | prompt | text]`` first and then each new token with its
-offset, and the length of a static cache. The backbone itself is not touched, so several threads
-may generate with it, each with an adapter of its own.
+what a step is fed, which is ``[padding | prompt | text]`` first and then each new token, with its
+offset if it has one, and the length of a static cache. The backbone itself is not touched, so
+several threads may generate with it, each with an adapter of its own.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def generate_causal(
 
     ``generate`` of :class:`ept_fast.transformers.tasks.EPTModelForCausalLM`. Every token has its
     offset by its rank among the row's real tokens, generated ones too, up to ``max_length`` of the
-    prompt's config; a token generated later than that gets none.
+    prompt's config; a token generated later than that gets none. With ``offset_tokens="given"`` in
+    the config no generated token gets one.
 
     Args:
         model: the causal model.
@@ -291,15 +292,20 @@ class _Run:
     given_as: str
 
     def new(self, input_ids: Tensor, ranks: Tensor, copies: int) -> Tensor:
-        """Generated tokens ``[N, k]`` of these ranks: with the offset below n, else without."""
+        """Generated tokens ``[N, k]`` of these ranks: with the offset below n, else without.
+
+        Without any, if the prompt's offsets are for given tokens only.
+        """
         prompt = self.prompt
         embeds: Tensor = prompt.embedding(input_ids)
         a, b = prompt.offset_a, prompt.offset_b
-        if a is None or embeds.numel() == 0:
+        if a is None or embeds.numel() == 0 or prompt.config.offset_tokens == "given":
             return embeds
         covered = (ranks < a.shape[-2]).unsqueeze(-1)
         at = ranks.clamp_max(a.shape[-2] - 1)  # [N, k]
         tasks = None if self.task_ids is None else self.task_ids.repeat_interleave(copies, 0)
+        if getattr(prompt, "some_only_given", False):  # a bank
+            covered = covered & ~prompt.only_given[tasks].view(-1, 1, 1)
         row = (at,) if tasks is None else (tasks.unsqueeze(1), at)
         table = getattr(prompt, "offset_table", None)
         if table is not None:

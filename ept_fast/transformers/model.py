@@ -25,7 +25,7 @@ from ept_fast.transformers.backbone import (
     take_cache,
 )
 from ept_fast.transformers.checkpointing import Checkpointing, Own, set_mode
-from ept_fast.transformers.padding import Rows, Text
+from ept_fast.transformers.padding import Rows, Text, before_labels, ranks_of
 from ept_fast.transformers.peft_layers import PeftAdapter, base_of
 from ept_fast.transformers.pretrained import PretrainedInterface
 from ept_fast.transformers.prototypes import layer_prototypes
@@ -367,7 +367,11 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
         raise NotImplementedError
 
     def rows(
-        self, text: Text, kwargs: dict[str, Any], compact: bool = True
+        self,
+        text: Text,
+        kwargs: dict[str, Any],
+        compact: bool = True,
+        labels: Tensor | None = None,
     ) -> tuple[Rows, dict[str, Any]]:
         """Prompt and text, and the keyword arguments that the backbone is called with.
 
@@ -376,11 +380,12 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
             kwargs: ``task_ids``, for a bank; all others are for the backbone.
             compact: whether padding before the shorter prompts of a bank goes behind the text, for
                 models that go by columns.
+            labels: as in :meth:`splice`.
         """
         task_ids = kwargs.pop("task_ids", None)
         states = self._plain_states(text)
         spliced = self.splice(
-            text.input_ids, text.inputs_embeds, text.attention_mask, task_ids, states
+            text.input_ids, text.inputs_embeds, text.attention_mask, task_ids, states, labels
         )
         rows = Rows.of(spliced, text, self.prompt.config.num_virtual_tokens)
         rows = rows._replace(plain_states=states)
@@ -397,15 +402,26 @@ class EPTModel(PretrainedInterface, Checkpointing, AdapterFiles):
         attention_mask: Tensor | None = None,
         task_ids: Tensor | None = None,
         states: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> EPTOutput:
         """The active prompt before the text, as :meth:`ept_fast.FusedEPTPrompt.forward`.
 
-        The text's ``states`` are computed if the prompt reads them and they are not given.
+        The text's ``states`` are computed if the prompt reads them and they are not given. With
+        ``offset_tokens="given"`` in the prompt's config, tokens from a row's first one of the
+        ``labels`` ``[B, S]`` on get no offset.
         """
         prompt: Callable[..., EPTOutput] = self.active_prompt
         if states is None:
             states = self._plain_states(Text.of(input_ids, inputs_embeds, attention_mask, None))
-        return prompt(input_ids, inputs_embeds, attention_mask, task_ids, states)
+        if labels is None or self.prompt.config.offset_tokens == "all":
+            return prompt(input_ids, inputs_embeds, attention_mask, task_ids, states)
+        mask = Text.of(input_ids, inputs_embeds, attention_mask, None).attention_mask
+        # The splice leaves padding as it is, and so what is labelled, if it is told that it is
+        # padding. It comes last, so the ranks of the tokens before it stay the same.
+        given = before_labels(mask, labels)
+        embeds, *_ = prompt(input_ids, inputs_embeds, given, task_ids, states)
+        mask = torch.constant_pad_nd(mask, (self.prompt.config.num_virtual_tokens, 0), 1)
+        return EPTOutput(embeds, mask, ranks_of(mask))
 
     def _plain_states(self, text: Text) -> Tensor | None:
         """The text's states in the plain backbone, if the prompt reads them.

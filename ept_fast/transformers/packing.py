@@ -64,7 +64,8 @@ def packed_forward(
 
     A row is ``[prompt | segment | segment | ...]``. A segment sees the prompt and itself, its
     positions start at m and its offsets at 0, so that it gets what it would get in a row of its
-    own; its first token is predicted by the prompt's last position.
+    own; its first token is predicted by the prompt's last position. With
+    ``offset_tokens="given"`` each segment's offsets end at its own first label.
 
     Args:
         model: an :class:`ept_fast.transformers.tasks.EPTModelForCausalLM`.
@@ -94,7 +95,9 @@ def packed_forward(
     if labels is not None and model.loss_terms:
         names = ", ".join(term.name for term in model.loss_terms)
         raise ValueError(f"pack_index: expected no further terms of the loss, got {names}")
-    embeds, _, ranks = model.splice(text.input_ids, attention_mask=text.attention_mask)
+    embeds, _, ranks = model.splice(
+        text.input_ids, attention_mask=text.attention_mask, labels=labels
+    )
     m = model.prompt.config.num_virtual_tokens
     check_packing(backbone, profile, m + text.length)
 

@@ -26,6 +26,7 @@ __all__ = [
     "LeftPadded",
     "Rows",
     "Text",
+    "before_labels",
     "layout_of",
     "left_padded",
     "mark_layout",
@@ -223,6 +224,20 @@ def next_labels(labels: Tensor, mask: Tensor) -> Tensor:
     targets = labels.new_full((labels.shape[0], labels.shape[1] + 1), IGNORED)
     at = predictors(mask).where(real, own)
     return targets.scatter(1, at, labels.where(real, IGNORED))
+
+
+def before_labels(mask: Tensor, labels: Tensor) -> Tensor:
+    """The mask with zeros from each row's first labelled token on.
+
+    Args:
+        mask: ``[B, S]`` of 0 and 1.
+        labels: ``[B, S]`` integers, -100 where there is none; those of padding are left out.
+
+    Returns:
+        ``[B, S]`` in the type of the mask.
+    """
+    labelled = (labels != IGNORED) & (mask != 0)
+    return mask.masked_fill(labelled.cumsum(1) > 0, 0)
 
 
 def prompt_mask(mask: Tensor, lengths: Tensor, num_virtual_tokens: int) -> Tensor:

@@ -23,6 +23,8 @@ class EPTModelForCausalLM(EPTModel):
     out.
 
     The first token of a text is predicted by the prompt's last position, so its label counts too.
+    With ``offset_tokens="given"`` in the prompt's config, tokens from a row's first label on have
+    no offset, as those that are generated.
     ``pack_index`` [R, W] packs several texts into a row (:mod:`ept_fast.transformers.packing`).
     ``prefix`` takes the prompt's keys and values from :meth:`prefix_cache`.
     """
@@ -49,11 +51,12 @@ class EPTModelForCausalLM(EPTModel):
             number = min(kept, length) if few else length + 1
             if isinstance(number, int):  # models read a symbol of torch.export as a column
                 kwargs["logits_to_keep"] = number
-        rows, inputs = self.rows(text, kwargs, compact=False)
+        moved = None if labels is None else text.compact(labels)
+        rows, inputs = self.rows(text, kwargs, compact=False, labels=moved)
         output = self.backbone(**inputs)
         logits, loss = output.logits, None
-        if labels is not None:
-            targets = next_labels(text.compact(labels), text.attention_mask)
+        if moved is not None:
+            targets = next_labels(moved, text.attention_mask)
             before = logits.shape[1] - targets.shape[1]
             loss = token_loss(logits, F.pad(targets, (before, 0), value=IGNORED), num_items)
             share = share_of(targets, num_items)
@@ -74,8 +77,9 @@ class EPTModelForCausalLM(EPTModel):
             raise ValueError("labels: expected some beside fused_lm_head, got None")
         m = self.prompt.config.num_virtual_tokens
         text = text.for_columns(m, self.profile.column_free_length)
-        targets = next_labels(text.compact(labels), text.attention_mask)  # [B, 1 + S]
-        _, inputs = self.rows(text, kwargs, compact=False)
+        labels = text.compact(labels)
+        targets = next_labels(labels, text.attention_mask)  # [B, 1 + S]
+        _, inputs = self.rows(text, kwargs, compact=False, labels=labels)
         output = self.backbone(**inputs, shift_labels=F.pad(targets, (m - 1, 0), value=IGNORED))
         at = predictors(text.attention_mask)
         real = text.attention_mask != 0

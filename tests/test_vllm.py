@@ -37,6 +37,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: m
 from vllm.lora.request import LoRARequest
 
 import ept_fast.vllm.models
+from ept_fast import export_plain, import_plain
 from ept_fast.storage.files import CheckpointError
 from ept_fast.vllm import engine_arguments
 from ept_fast.vllm.adapters import Adapters
@@ -73,9 +74,13 @@ def engine() -> Iterator[Callable[..., Any]]:
         return llm, Adapters(llm, family.adapters)
 
     yield make
-    for llm in made:
-        llm.llm_engine.engine_core.shutdown()
-    made.clear()
+    while made:
+        end(made.pop())
+
+
+def end(llm: Any) -> None:
+    """Stop an engine in this process, so that another one can start."""
+    llm.llm_engine.engine_core.shutdown()
     gc.collect()
     vllm.distributed.cleanup_dist_env_and_memory()
 
@@ -319,3 +324,31 @@ def test_arguments_of_an_engine(llama: Family, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(vllm, "__version__", "0.31.4+cpu")
     with pytest.raises(ImportError, match=r"vllm: expected .*0\.32\.0.*, got 0\.31\.4\+cpu"):
         engine_arguments(llama.model, llama.adapters)
+
+
+def test_plain_embeddings_on_a_vllm_without_the_plugin(llama: Family, tmp_path: Path) -> None:
+    """What ``export_plain`` says: exact without offsets on generated tokens, else not."""
+    table = llama.ept.get_input_embeddings().weight.detach()
+    asked, prompts, kinds = [], [], {}
+    for i, name in enumerate(("plain", "given", "mail")):
+        export_plain(llama.ept.prompts[name], tmp_path / name)
+        plain = import_plain(tmp_path / name)
+        kinds[name] = plain.offset_tokens
+        for each in requests(10, seed=20 + i, names=(name,)):
+            embeds = table[torch.tensor(each.ids)]
+            if plain.offset is not None:
+                embeds = embeds + plain.offset[: len(each.ids)]
+            asked.append(each)
+            prompts.append({"prompt_embeds": torch.cat([plain.prompt_embeds, embeds])})
+    assert kinds == {"plain": "none", "given": "given", "mail": "all"}
+    llm = vllm.LLM(model=str(llama.model), enable_prompt_embeds=True, **ENGINE)
+    outputs = llm.generate(prompts, [sampling(each) for each in asked], use_tqdm=False)
+    same: dict[str, list[bool]] = {name: [] for name in kinds}
+    for each, output in zip(asked, outputs, strict=True):
+        answer = llama.answer(each)
+        assert tokens(output)[0] == answer[0]
+        same[str(each.adapter)].append(tokens(output) == answer)
+    assert all(same["plain"])
+    assert all(same["given"])
+    assert not any(same["mail"])
+    end(llm)

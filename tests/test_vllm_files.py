@@ -32,8 +32,9 @@ without_vllm = pytest.mark.skipif(
 )
 
 
-def make_prompt(rank: int = R, **choices: Any) -> FusedEPTPrompt:
-    config = EPTConfig(D, num_virtual_tokens=M, max_length=N, rank=rank, num_spaces=2, alpha=3.0)
+def make_prompt(rank: int = R, tokens: str = "all", **choices: Any) -> FusedEPTPrompt:
+    sizes = {"num_virtual_tokens": M, "max_length": N, "rank": rank, "num_spaces": 2}
+    config = EPTConfig(D, **sizes, alpha=3.0, offset_tokens=tokens)
     prompt = FusedEPTPrompt(config, torch.nn.Embedding(12, D), **choices)
     for parameter in prompt.parameters():
         torch.nn.init.normal_(parameter)
@@ -115,7 +116,10 @@ def test_mistakes_of_an_export(tmp_path: Path) -> None:
         nan.get_parameter("offset_b")[0, 0] = float("nan")
     with pytest.raises(ValueError, match="expected finite values to save"):
         export_vllm(nan, other)
+    with pytest.raises(ValueError, match="offset_tokens: expected 'all', as generated tokens"):
+        export_vllm(make_prompt(tokens="given"), other)
     assert not other.exists()
+    export_vllm(make_prompt(rank=0, tokens="given"), other)  # there is none to leave out
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ class Asked(NamedTuple):
 
 
 class Family:
-    """A model of an architecture, with the adapters of :data:`SIZES` and another of ``mail``.
+    """A model of an architecture, with the adapters of :data:`SIZES`, another for ``mail``, and
+    one whose offsets are for given tokens only, which is not exported.
 
     Args:
         folder: where ``model``, ``adapters`` and ``others`` are saved.
@@ -89,11 +90,13 @@ class Family:
             export_vllm(self.ept.prompts[name], self.adapters / name)
         self._add("other", (7, 3, 64))
         export_vllm(self.ept.prompts["other"], self.other)
+        self._add("given", (6, 3, 64), offset_tokens="given")
         self.ept.eval()
 
-    def _add(self, name: str, sizes: tuple[int, int, int]) -> None:
+    def _add(self, name: str, sizes: tuple[int, int, int], **choices: Any) -> None:
         m, r, n = sizes
-        config = EPTConfig(WIDTH, num_virtual_tokens=m, rank=r, max_length=n, num_spaces=2)
+        shape = {"num_virtual_tokens": m, "rank": r, "max_length": n, "num_spaces": 2}
+        config = EPTConfig(WIDTH, **shape, **choices)
         if self.ept is None:
             self.ept = get_ept_model(self._plain_model(), config, "CAUSAL_LM", adapter_name=name)
         else:

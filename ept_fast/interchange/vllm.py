@@ -87,7 +87,7 @@ def export_vllm(
         FileExistsError: the folder has an adapter already.
         TypeError: no EPT prompt.
         ValueError: a bank without ``task``; values that are not finite; a prompt that depends on
-            its text.
+            its text, or whose offsets are for given tokens only.
     """
     if base_model is not None and not isinstance(base_model, str):
         raise TypeError(f"base_model: expected a text, got {type(base_model).__name__}")
@@ -99,6 +99,11 @@ def export_vllm(
             f"got {folder} with {', '.join(there)}"
         )
     values = fold_values(prompt, task)
+    if values.offset is not None and prompt.config.offset_tokens != "all":
+        raise ValueError(
+            f"offset_tokens: expected 'all', as generated tokens get their offsets here, got "
+            f"{prompt.config.offset_tokens!r} (export_plain is for servers that add none to them)"
+        )
     rows = values.prompt.to(torch.float32)
     m, d = rows.shape
     n, r = (0, 0) if values.offset is None else values.offset[0].shape

@@ -38,6 +38,7 @@ from vllm.lora.request import LoRARequest
 
 import ept_fast.vllm.models
 from ept_fast import export_plain, import_plain
+from ept_fast.interchange.vllm import read_vllm_sizes
 from ept_fast.storage.files import CheckpointError
 from ept_fast.vllm import engine_arguments
 from ept_fast.vllm.adapters import Adapters
@@ -180,6 +181,8 @@ def test_answers_under_load(
     asked = requests(60, seed=3)
     expected: dict[str, Asked] = {}
     aborted = []
+    folders = [llama.other, *(llama.adapters / name for name in SIZES)]
+    checksums = {str(folder): read_vllm_sizes(folder).sha256 for folder in folders}
     for i, each in enumerate(asked):
         run.add(str(i), each, adapters[each.adapter])
         expected[str(i)] = each
@@ -198,6 +201,9 @@ def test_answers_under_load(
                 adapters["plain"]
             adapters.add("plain", llama.adapters / "plain")
         run.step()
+        for request in run.scheduler.requests.values():
+            lora = request.lora_request
+            assert request.cache_salt == (None if lora is None else checksums[lora.lora_path])
     done = run.finish()
     answered = [name for name in expected if name not in aborted]
     assert len(answered) >= 40

@@ -148,6 +148,7 @@ def test_every_family_answers_as_generate_does(
         vllm.ModelRegistry.register_model(name, getattr(ept_fast.vllm.models, name))
     llm, adapters = engine(family)
     asked = requests(15, seed=1)
+    asked.append(Asked("long", asked[0].ids, 80))  # beyond the longest offset of the engine
     for each, output in zip(asked, generate(llm, adapters, asked), strict=True):
         assert tokens(output) == family.answer(each), each
         assert output.prompt_token_ids == each.ids  # the client sees its text alone

@@ -233,6 +233,9 @@ def test_blocks_are_shared_within_an_adapter_alone(
     assert [cached(name) for name in names] == [0, 0, 0, 0]
     # Whole blocks of 32 of prompt and text, in which the last token is never found.
     assert [cached(name) for name in names] == [32, 64, 32, 32]
+    # 9 positions of the prompt and 23 of the text are a block.
+    (output,) = generate(llm, adapters, [Asked("long", [*ids[:23], *ids[:20]], 4)])
+    assert output.num_cached_tokens == 32
     adapters.replace("mail", llama.other)
     lora = adapters["mail"]
     (output,) = llm.generate(
@@ -269,6 +272,9 @@ def test_requests_that_cannot_be_answered(llama: Family, engine: Callable[..., A
     assert output.outputs[0].stop_reason == (
         "prompt_logprobs: expected None behind a prompt, got 1"
     )
+    for _ in range(2):  # nothing else is there to be done
+        (output,) = generate(llm, adapters, [long])
+        assert output.outputs[0].finish_reason == "error"
     gone = LoRARequest("gone", 99, str(llama.folder / "gone"))
     with pytest.raises(Exception, match="gone"):
         llm.llm_engine.add_lora(gone)
@@ -322,12 +328,18 @@ def test_arguments_of_an_engine(llama: Family, monkeypatch: pytest.MonkeyPatch) 
         "ept_fast": {"num_virtual_tokens": 9, "max_length": 64, "rank": 6}
     }
     assert made["max_loras"] == 2
-    with pytest.raises(ValueError, match="rank: expected at least 4, got 3"):
+    with pytest.raises(ValueError, match="rank: expected at most 3, for which the engine has room"):
         engine_arguments(llama.model, llama.adapters, rank=3)
     with pytest.raises(ValueError, match="enable_lora: expected none, as engine_arguments sets it"):
         engine_arguments(llama.model, llama.adapters, enable_lora=True)
-    with pytest.raises(ValueError, match="adapters: expected at least one folder"):
+    with pytest.raises(ValueError, match="num_virtual_tokens: expected an integer >= 1, got 0"):
         engine_arguments(llama.model, {})
+    with pytest.raises(ValueError, match="rank, max_length: expected both or neither to be 0"):
+        engine_arguments(llama.model, {}, num_virtual_tokens=2, rank=3)
+    with pytest.raises(ValueError, match="max_adapters: expected an integer >= 1, got 0"):
+        engine_arguments(llama.model, {}, num_virtual_tokens=2)
+    made = engine_arguments(llama.model, {}, num_virtual_tokens=2, max_adapters=3)
+    assert made["max_cpu_loras"] == 6
     monkeypatch.setattr(vllm, "__version__", "0.31.4+cpu")
     with pytest.raises(ImportError, match=r"vllm: expected .*0\.32\.0.*, got 0\.31\.4\+cpu"):
         engine_arguments(llama.model, llama.adapters)

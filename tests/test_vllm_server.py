@@ -169,8 +169,9 @@ def test_bad_bodies(server: Server, path: str) -> None:
             status, text = server.post(path, body(3, **{name: value, "model": model}))
             assert status == 400
             assert f"{name}: expected a finite number, got NaN or infinity" in text
-    status, text = server.post(path, body(3, prompt_logprobs=1))
-    assert (status, "prompt_logprobs: expected none behind a prompt" in text) == (400, True)
+    for choices in ({"prompt_logprobs": 1}, {"echo": True, "logprobs": True if chat else 1}):
+        status, text = server.post(path, body(3, **choices))
+        assert (status, "prompt_logprobs: expected none, nor echo" in text) == (400, True), text
     assert server.post(path, body(3, model="nobody"))[0] == 404
     assert server.post(path, body(3, max_tokens="many"))[0] in (400, 422)
     assert server.post(path, "{")[0] in (400, 422)

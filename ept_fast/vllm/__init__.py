@@ -101,15 +101,13 @@ def adapter_folders(adapters: str | Path | Mapping[str, str | Path]) -> dict[str
         adapters: folders by name; or one folder, each folder in it an adapter of that name.
 
     Raises:
-        ValueError: there are none.
+        OSError: ``adapters`` is no folder.
     """
     if isinstance(adapters, (str, Path)):
         folders = sorted(path for path in Path(adapters).iterdir() if path.is_dir())
         found: dict[str, str | Path] = {path.name: path for path in folders}
     else:
         found = dict(adapters)
-    if not found:
-        raise ValueError(f"adapters: expected at least one folder, got none in {adapters}")
     return {name: str(Path(folder).resolve()) for name, folder in found.items()}
 
 
@@ -132,8 +130,8 @@ def engine_arguments(
         adapters: as for :func:`adapter_folders`.
         num_virtual_tokens, max_length, rank: the largest that an adapter may have, for those that
             come later; by default what ``adapters`` need.
-        max_adapters: how many can be in one batch; by default the number of ``adapters``. As many
-            again are kept on the host. A version that is being replaced counts too.
+        max_adapters: how many can be in one batch; by default the number of ``adapters``. Twice as
+            many are kept on the host. A version that is being replaced counts too.
         **arguments: any others of vLLM.
 
     Returns:
@@ -155,14 +153,16 @@ def engine_arguments(
             f"model: expected one of the architectures {', '.join(ARCHITECTURES)}, got {name}"
         )
     read = [read_vllm_adapter(folder)[0] for folder in adapter_folders(adapters).values()]
-    most = Sizes(*(max(getattr(each, size) for each in read) for size in Sizes._fields))
-    given = Sizes(num_virtual_tokens, max_length, rank)  # type: ignore[arg-type]
-    for size, least, value in zip(Sizes._fields, most, given, strict=True):
-        if value is not None:
-            check_count(size, value, 0)
-            if value < least:
-                raise ValueError(f"{size}: expected at least {least}, got {value}")
-    sizes = Sizes(*(least if own is None else own for least, own in zip(most, given, strict=True)))
+    needed = [max((getattr(each, size) for each in read), default=0) for size in Sizes._fields]
+    given = (num_virtual_tokens, max_length, rank)
+    sizes = Sizes(*(n if own is None else own for n, own in zip(needed, given, strict=True)))
+    for size, least, value in zip(Sizes._fields, (1, 0, 0), sizes, strict=True):
+        check_count(size, value, least)
+    if bool(sizes.rank) != bool(sizes.max_length):
+        raise ValueError(
+            f"rank, max_length: expected both or neither to be 0, "
+            f"got {sizes.rank} and {sizes.max_length}"
+        )
     for each in read:
         check_fits(each, config.hidden_size, sizes)
     number = len(read) if max_adapters is None else max_adapters

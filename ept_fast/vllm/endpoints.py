@@ -59,10 +59,8 @@ async def _wrong(request: Any, raw_request: Request, render: Any) -> JSONRespons
     named = serving.lora_requests.get(request.model)
     if named is None:
         return None
-    if request.prompt_logprobs is not None:
-        return _refusal(
-            f"prompt_logprobs: expected none behind a prompt, got {request.prompt_logprobs}"
-        )
+    if request.prompt_logprobs is not None or (request.echo and request.logprobs):
+        return _refusal("prompt_logprobs: expected none, nor echo with logprobs, behind a prompt")
     rendered = await render(request.model_copy(deep=True))
     if isinstance(rendered, ErrorResponse):  # as vLLM's own route will find
         return None

@@ -8,7 +8,6 @@ another adapter, and requests under way keep theirs.
 from __future__ import annotations
 
 import math
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ from ept_fast.vllm.adapters import check_folder
 __all__ = ["Endpoints"]
 
 
-def _refusal(message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> JSONResponse:
-    error = create_error_response(message, err_type="BadRequestError", status_code=status)
-    return JSONResponse(error.model_dump(), status_code=status.value)
+def _refusal(message: str) -> JSONResponse:
+    return JSONResponse(create_error_response(message).model_dump(), status_code=400)
 
 
 def _not_finite(value: Any, at: str = "") -> str | None:
@@ -51,7 +49,7 @@ def _not_finite(value: Any, at: str = "") -> str | None:
 
 
 async def _wrong(request: Any, raw_request: Request, render: Any) -> JSONResponse | None:
-    """The answer to a request that its adapter, or no adapter, can serve."""
+    """The answer to a request that cannot be served, by its adapter or at all; else None."""
     where = _not_finite(await raw_request.json())
     if where:
         return _refusal(f"{where.lstrip('.')}: expected a finite number, got NaN or infinity")

@@ -96,6 +96,10 @@ class _Prompted:
         refused, self._refused = self._refused, []
         for request, wrong in refused:
             of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.finished_requests = {
+                *(of_client.finished_requests or ()),
+                request.request_id,
+            }
             of_client.outputs.append(
                 EngineCoreOutput(
                     request_id=request.request_id,

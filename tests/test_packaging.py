@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -315,6 +316,10 @@ def test_install(kind: str, root: Path, installs: dict[str, Install], tmp_path: 
         assert file is not None, f"{name} is a namespace folder"
         mine = f"{package.parent}/{name}"
         assert file == f"not found: {name}" or not file.startswith(mine), file
+    if kind == "wheel" and importlib.util.find_spec("vllm") is None:
+        inside = ("adapters", "endpoints", "layer", "models", "scheduler")
+        for name in (f"ept_fast.vllm.{part}" for part in inside):
+            assert files.pop(name) == "not found: vllm"
     for name, file in files.items():
         assert file is not None, name
         expected = package.joinpath(*name.split(".")[1:])

@@ -146,7 +146,7 @@ def engine_arguments(
     check_version()
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     (name, *_) = config.architectures or ("none",)
     if name not in ARCHITECTURES:
         raise ValueError(

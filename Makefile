@@ -116,7 +116,7 @@ test-kernels: $(STAMP) $(HUB)
 	EPT_FAST_KERNELS_PYTHON=.venv-kernels/bin/python $(BIN)/python -m pytest tests/test_kernel_repository.py
 
 # With warnings as warnings: those of vLLM and of what it imports are its own. Then once more, in part,
-# with the newer one of its model runners, which takes itself for unfit for this machine.
+# with the newer one of its model runners, which it does not choose without a GPU.
 test-vllm: $(VLLM)
 	.venv-vllm/bin/python -m pytest -W default tests/test_vllm.py tests/test_vllm_server.py
 	VLLM_USE_V2_MODEL_RUNNER=1 .venv-vllm/bin/python -m pytest -W default tests/test_vllm.py -k "load or Llama or blocks"

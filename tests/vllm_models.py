@@ -68,15 +68,14 @@ class Family:
     Args:
         folder: where ``model``, ``adapters`` and ``others`` are saved.
         architecture: of :data:`FAMILIES`.
-        **choices: of the model's config.
     """
 
-    def __init__(self, folder: Path, architecture: str, **choices: Any) -> None:
+    def __init__(self, folder: Path, architecture: str) -> None:
         import transformers
 
         kind, own = FAMILIES[architecture]
         shape = _GPT2 if kind == "gpt2" else _SHAPE
-        config = transformers.AutoConfig.for_model(kind, **{**shape, **own, **choices})
+        config = transformers.AutoConfig.for_model(kind, **{**shape, **own})
         torch.manual_seed(3)
         plain = transformers.AutoModelForCausalLM.from_config(config)
         assert type(plain).__name__ == architecture

@@ -28,7 +28,14 @@ from ept_fast.storage.untrusted import (
     shorten,
 )
 
-__all__ = ["LAYER", "VLLMAdapter", "export_vllm", "read_vllm_adapter", "read_vllm_sizes"]
+__all__ = [
+    "LAYER",
+    "VLLMAdapter",
+    "check_offset",
+    "export_vllm",
+    "read_vllm_adapter",
+    "read_vllm_sizes",
+]
 
 LAYER = "ept"  # of the served model; the files name it
 
@@ -125,6 +132,14 @@ def export_vllm(
     write_files({folder / TENSOR_FILE: data, folder / CONFIG_FILE: json_bytes(config)})
 
 
+def check_offset(rank: int, max_length: int) -> None:
+    """Raise ValueError for the sizes of half an offset."""
+    if bool(rank) != bool(max_length):
+        raise ValueError(
+            f"rank, max_length: expected both or neither to be 0, got {rank} and {max_length}"
+        )
+
+
 def read_vllm_sizes(folder: str | Path) -> VLLMAdapter:
     """What the config says; the tensors are not read.
 
@@ -144,11 +159,7 @@ def read_vllm_sizes(folder: str | Path) -> VLLMAdapter:
                 raise ValueError(f"{name}: expected {value!r}, got {shorten(values[name])}")
         for name, least in _SIZES.items():
             check_count(name, values[name], least)
-        if bool(values["rank"]) != bool(values["max_length"]):
-            raise ValueError(
-                f"rank, max_length: expected both or neither to be 0, "
-                f"got {values['rank']} and {values['max_length']}"
-            )
+        check_offset(values["rank"], values["max_length"])
         if not isinstance(base, (str, type(None))):
             got = shorten(base)
             raise TypeError(f"base_model_name_or_path: expected a text or null, got {got}")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ept_fast.config import check_count
-from ept_fast.interchange.vllm import LAYER, VLLMAdapter, read_vllm_adapter
+from ept_fast.interchange.vllm import LAYER, VLLMAdapter, check_offset, read_vllm_adapter
 from ept_fast.libraries import MissingLibraryError
 
 __all__ = [
@@ -63,6 +63,14 @@ class Sizes(NamedTuple):
     num_virtual_tokens: int
     max_length: int
     rank: int
+
+    def check(self, adapter: Sizes) -> None:
+        """Raise ValueError for an adapter of sizes that are larger."""
+        for name, got, most in zip(self._fields, adapter, self, strict=True):
+            if got > most:
+                raise ValueError(
+                    f"{name}: expected at most {most}, for which the engine has room, got {got}"
+                )
 
 
 def register() -> None:
@@ -158,11 +166,7 @@ def engine_arguments(
     sizes = Sizes(*(n if own is None else own for n, own in zip(needed, given, strict=True)))
     for size, least, value in zip(Sizes._fields, (1, 0, 0), sizes, strict=True):
         check_count(size, value, least)
-    if bool(sizes.rank) != bool(sizes.max_length):
-        raise ValueError(
-            f"rank, max_length: expected both or neither to be 0, "
-            f"got {sizes.rank} and {sizes.max_length}"
-        )
+    check_offset(sizes.rank, sizes.max_length)
     for each in read:
         check_fits(each, config.hidden_size, sizes)
     number = len(read) if max_adapters is None else max_adapters
@@ -192,9 +196,4 @@ def check_fits(adapter: VLLMAdapter, width: int, sizes: Sizes) -> None:
         raise ValueError(
             f"hidden_size: expected {width} as the model has, got {adapter.hidden_size}"
         )
-    for name, most in zip(Sizes._fields, sizes, strict=True):
-        got = getattr(adapter, name)
-        if got > most:
-            raise ValueError(
-                f"{name}: expected at most {most}, for which the engine has room, got {got}"
-            )
+    sizes.check(Sizes(*(getattr(adapter, name) for name in Sizes._fields)))

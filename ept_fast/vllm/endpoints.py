@@ -7,6 +7,7 @@ another adapter, and requests under way keep theirs.
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.lora.request import LoRARequest
 
-from ept_fast.interchange.vllm import read_vllm_sizes
+from ept_fast.interchange.vllm import VLLMAdapter, read_vllm_sizes
 from ept_fast.storage.untrusted import CheckpointError
 from ept_fast.vllm.adapters import check_folder
 
@@ -48,6 +49,12 @@ def _not_finite(value: Any, at: str = "") -> str | None:
     return next((w for key, v in items if (w := _not_finite(v, f"{at}.{key}"))), None)
 
 
+@functools.cache
+def _sizes(number: int, folder: str) -> VLLMAdapter:
+    """Of an adapter, read once; one that is loaded anew has another number."""
+    return read_vllm_sizes(folder)
+
+
 async def _wrong(request: Any, raw_request: Request, render: Any) -> JSONResponse | None:
     """The answer to a request that cannot be served, by its adapter or at all; else None."""
     where = _not_finite(await raw_request.json())
@@ -63,7 +70,8 @@ async def _wrong(request: Any, raw_request: Request, render: Any) -> JSONRespons
     if isinstance(rendered, ErrorResponse):  # as vLLM's own route will find
         return None
     inputs = rendered[1] if isinstance(rendered, tuple) else rendered
-    most = read_vllm_sizes(named.lora_path).longest_text(serving.model_config.max_model_len)
+    adapter = _sizes(named.lora_int_id, named.lora_path)
+    most = adapter.longest_text(serving.model_config.max_model_len)
     longest = max((len(each["prompt_token_ids"]) for each in inputs), default=0)
     if longest > most:
         return _refusal(

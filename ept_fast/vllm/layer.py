@@ -96,9 +96,7 @@ class PromptedEmbedding(BaseLayerWithLoRA):  # type: ignore[misc]
             TypeError, ValueError: other tensors, or a larger adapter than the engine has room for;
                 the slot is as before then.
         """
-        self.check(lora_a, lora_b)
-        r, n = lora_a.shape
-        m = lora_b.shape[1] - r
+        m, n, r = self.check(lora_a, lora_b)
         self.reset_lora(index)
         if m == 0:  # vLLM's own, to warm up with: zeros
             return
@@ -108,8 +106,8 @@ class PromptedEmbedding(BaseLayerWithLoRA):  # type: ignore[misc]
         self.offset_b[first : first + r] = lora_b[:, :r].T
         self.lengths[index] = m
 
-    def check(self, lora_a: Any, lora_b: Any) -> None:
-        """Raise unless these are the finite tensors of an adapter that fits into a slot."""
+    def check(self, lora_a: Any, lora_b: Any) -> Sizes:
+        """The sizes of an adapter; an error unless its tensors are finite and fit into a slot."""
         width = self.prompt.shape[2]
         for name, tensor in (("lora_A", lora_a), ("lora_B", lora_b)):
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -125,13 +123,9 @@ class PromptedEmbedding(BaseLayerWithLoRA):  # type: ignore[misc]
                 f"lora_B: expected [{width}, {r} + m] with {r} as in lora_A, "
                 f"got {list(lora_b.shape)}"
             )
-        if m == 0:
-            return
-        for name, got, most in zip(Sizes._fields, (m, n, r), self.sizes, strict=True):
-            if got > most:
-                raise ValueError(
-                    f"{name}: expected at most {most}, for which the engine has room, got {got}"
-                )
+        if m:  # vLLM's own, to warm up with, has none and any rank
+            self.sizes.check(Sizes(m, n, r))
+        return Sizes(m, n, r)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, embed: Callable[[Tensor], Tensor]

@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.distributed import get_pp_group
 from vllm.model_executor.models.interfaces import SupportsLoRA
 
+from ept_fast.interchange.vllm import LAYER
 from ept_fast.vllm import ARCHITECTURES, PREFIX, SIZES, Sizes, check_version
 from ept_fast.vllm.layer import PromptedEmbedding
 
@@ -72,7 +73,7 @@ def _model_class(architecture: str) -> Any:
             "__module__": __name__,
             "__qualname__": name,
             "__doc__": f"{architecture} behind prompts.",
-            "embedding_modules": {**getattr(base, "embedding_modules", {}), "ept": "ept"},
+            "embedding_modules": {**getattr(base, "embedding_modules", {}), LAYER: LAYER},
             "packed_modules_mapping": getattr(base, "packed_modules_mapping", {}),
         },
     )
